@@ -1,0 +1,56 @@
+// Names to functions. Addresses are integers; the caller has checked shapes, dtypes and devices and
+// keeps the memory alive.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/dispatch.h"
+#ifdef DOMERGE_CUDA
+#include "cuda/device.h"
+#endif
+
+namespace py = pybind11;
+
+// f(kernels, arguments...) without the GIL. The kernels are chosen while it is held: reading the
+// environment must not race with Python writing it.
+template <class Result, class... Args>
+auto on_cpu(Result (*f)(const domerge::Kernels&, Args...)) {
+    return [f](Args... args) {
+        const domerge::Kernels& kernels = domerge::choose_kernels();
+        const py::gil_scoped_release release;
+        return f(kernels, args...);
+    };
+}
+
+static py::object cuda_info() {
+#ifdef DOMERGE_CUDA
+    const domerge::CudaInfo info = domerge::cuda_info();
+    py::dict result;
+    result["devices"] = info.devices;
+    result["driver"] = info.driver;
+    result["runtime"] = info.runtime;
+    result["archs"] = info.archs;
+    result["error"] = info.error;
+    return result;
+#else
+    return py::none();
+#endif
+}
+
+PYBIND11_MODULE(_C, m) {
+    using Numbers = std::vector<int64_t>;
+    py::class_<domerge::Problems>(m, "Problems")
+        .def(py::init<const domerge::Addresses&, const Numbers&, const std::vector<int>&,
+                      const std::vector<double>&, const Numbers&, const Numbers&,
+                      const std::vector<bool>&>(),
+             py::arg("data"), py::arg("ranks"), py::arg("dtypes"), py::arg("scales"),
+             py::arg("counts"), py::arg("dims"), py::arg("columns"));
+    m.def("isa", [] { return std::string(domerge::choose_kernels().name); });
+    m.def("isas", domerge::supported_isas);
+    m.def("cuda_info", cuda_info);
+    m.def("gram", on_cpu(domerge::gram));
+    m.def("block_gram", on_cpu(domerge::block_gram));
+    m.def("orthogonalize", on_cpu(domerge::orthogonalize));
+    m.def("apply", on_cpu(domerge::apply));
+    m.def("apply_decouple", on_cpu(domerge::apply_decouple));
+    m.def("all_finite", on_cpu(domerge::all_finite));
+}

@@ -1,0 +1,126 @@
+// C X, tile by tile: convert, multiply, convert, write. X is read once.
+#pragma once
+
+#include "kernels.h"
+#include "load.h"
+
+namespace domerge {
+namespace DOMERGE_ISA {
+
+constexpr int64_t kApplyColumns = 192;  // in rows: the X tile [R, 192]; a multiple of every panel
+constexpr int64_t kApplyRows = 64;      // in columns: the X tile [64, R]
+
+DOMERGE_INLINE float* take_matrix(Arena& arena, int64_t rows, int64_t ld) {
+    return static_cast<float*>(arena.take(rows * ld * sizeof(float)));
+}
+
+// A copy of a dense matrix with zero rows and columns up to a multiple of 16.
+inline float* padded_copy(const float* in, int64_t rows, int64_t columns, int64_t ld,
+                          Arena& arena) {
+    float* out = take_matrix(arena, round_up(rows, 16), ld);
+    for (int64_t i = 0; i < round_up(rows, 16); ++i)
+        for (int64_t j = 0; j < ld; ++j)
+            out[i * ld + j] = i < rows && j < columns ? in[i * columns + j] : 0.0f;
+    return out;
+}
+
+// out [rows, n] = left [rows, depth] right [depth, n]
+inline void multiply(const float* left, int64_t ld_left, const float* right, int64_t ld_right,
+                     int64_t rows, int64_t depth, int64_t n, float* out, int64_t ld_out) {
+    const auto all = [n](int64_t) { return n; };
+    for_tiles<float>(pad_rows(rows), n, all, [&](auto tile, int64_t i, int64_t j) {
+        tile.clear();
+        tile.template add_product<false>(left + i * ld_left, ld_left, right + j, ld_right, depth);
+        tile.store_to(out + i * ld_out + j, ld_out);
+    });
+}
+
+inline void write_rows(const float* tile, int64_t ld, int64_t rows, int64_t begin, int64_t n,
+                       int64_t d, DType dtype, void* out) {
+    with_dtype(dtype, [&](auto format) {
+        using Format = decltype(format);
+        auto* to = static_cast<typename Format::Storage*>(out) + begin;
+        for (int64_t i = 0; i < rows; ++i) write_row<Format>(tile + i * ld, n, to + i * d);
+    });
+}
+
+inline void apply_rows(const ApplyItem& item, Arena& arena) {
+    const Problem& problem = *item.problem;
+    const int64_t ld = row_stride<float>(kApplyColumns), ldc = row_stride<float>(problem.rank);
+    float* x = take_matrix(arena, problem.rank, ld);
+    float* y = x;
+    const float* c = nullptr;
+    if (item.coefficients) {
+        c = padded_copy(item.coefficients, item.rows, problem.rank, ldc, arena);
+        y = take_matrix(arena, pad_rows(item.rows), ld);
+    }
+    for (int64_t begin = item.begin; begin < item.end; begin += kApplyColumns) {
+        const int64_t left = item.end - begin;
+        const int64_t n = left < kApplyColumns ? left : kApplyColumns;
+        load_rows(problem, begin, n, x, ld, true);
+        if (c) multiply(c, ldc, x, ld, item.rows, problem.rank, n, y, ld);
+        write_rows(y, ld, item.rows, begin, n, problem.d, item.out_dtype, item.out);
+    }
+}
+
+// Rows [begin, begin + n) of the row-major [d, columns] output. Whole vectors are written: what
+// they hold beyond a row is overwritten by the next row of the same item.
+inline void write_columns(const float* tile, int64_t ld, int64_t columns, int64_t begin, int64_t n,
+                          int64_t item_end, DType dtype, void* out) {
+    with_dtype(dtype, [&](auto format) {
+        using Format = decltype(format);
+        auto* to = static_cast<typename Format::Storage*>(out);
+        for (int64_t c = 0; c < n; ++c) {
+            const int64_t row = (begin + c) * columns;
+            for (int64_t j = 0; j < columns; j += kWidth)
+                store_some<Format>(to + row + j, load<FloatVec>(tile + c * ld + j),
+                                   item_end * columns - row - j);
+        }
+    });
+}
+
+inline void apply_columns(const ApplyItem& item, Arena& arena) {
+    const Problem& problem = *item.problem;
+    const int64_t ld = row_stride<float>(round_up(problem.rank, 16));
+    const int64_t ldk = row_stride<float>(round_up(item.rows, 16));
+    float* x = take_matrix(arena, kApplyRows, ld);
+    float* y = x;
+    float* transposed = nullptr;
+    if (item.coefficients) {
+        const float* c = padded_copy(item.coefficients, item.rows, problem.rank, ld, arena);
+        transposed = take_matrix(arena, round_up(problem.rank, 16), ldk);
+        transpose(c, ld, round_up(item.rows, 16), round_up(problem.rank, 16), transposed, ldk);
+        y = take_matrix(arena, kApplyRows, ldk);
+    }
+    const int64_t ldy = item.coefficients ? ldk : ld;
+    for (int64_t begin = item.begin; begin < item.end; begin += kApplyRows) {
+        const int64_t n = item.end - begin < kApplyRows ? item.end - begin : kApplyRows;
+        load_columns(problem, begin, n, x, ld, true);
+        if (transposed) multiply(x, ld, transposed, ldk, n, problem.rank, item.rows, y, ldk);
+        write_columns(y, ldy, item.rows, begin, n, item.end, item.out_dtype, item.out);
+    }
+}
+
+inline void apply_item(const ApplyItem& item, Arena& arena) {
+    if (item.problem->columns)
+        apply_columns(item, arena);
+    else
+        apply_rows(item, arena);
+}
+
+inline bool all_finite(const void* data, int64_t count, DType dtype) {
+    if (dtype == DType::float32) {
+        const auto* p = static_cast<const uint32_t*>(data);
+        uint32_t bad = 0;
+        for (int64_t i = 0; i < count; ++i) bad |= (p[i] & 0x7f800000u) == 0x7f800000u;
+        return !bad;
+    }
+    const auto* p = static_cast<const uint16_t*>(data);
+    const uint16_t exponent = dtype == DType::bfloat16 ? 0x7f80u : 0x7c00u;
+    uint16_t bad = 0;
+    for (int64_t i = 0; i < count; ++i) bad |= (p[i] & exponent) == exponent;
+    return !bad;
+}
+
+}  // namespace DOMERGE_ISA
+}  // namespace domerge

@@ -1,0 +1,290 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "threads.h"
+
+namespace domerge {
+
+namespace {
+
+constexpr int64_t kGramChunk = 4096;
+constexpr int64_t kApplyChunk = 3072;
+constexpr int64_t kFiniteChunk = int64_t{1} << 20;
+
+template <class T>
+T* at(uint64_t address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
+// Positions by falling cost.
+std::vector<int64_t> largest_first(const std::vector<double>& cost) {
+    std::vector<int64_t> order(cost.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
+    return order;
+}
+
+struct Chunk {
+    int64_t problem;
+    int64_t begin;
+    int64_t end;
+};
+
+// Pieces of fixed width of every problem's columns; those of a problem are next to each other.
+std::vector<Chunk> chunks_of(const std::vector<Problem>& problems, int64_t width) {
+    std::vector<Chunk> chunks;
+    for (size_t p = 0; p < problems.size(); ++p)
+        for (int64_t begin = 0; begin < problems[p].d; begin += width)
+            chunks.push_back(Chunk{static_cast<int64_t>(p), begin,
+                                   std::min(begin + width, problems[p].d)});
+    return chunks;
+}
+
+template <class T>
+void call_gram(const Kernels& kernels, const Problem& problem, int64_t begin, int64_t end,
+               bool first, T* sum, Arena& arena) {
+    if constexpr (sizeof(T) == 8)
+        kernels.gram_double(problem, begin, end, first, sum, arena);
+    else
+        kernels.gram(problem, begin, end, first, sum, arena);
+}
+
+template <class T>
+void mirror(T* matrix, int64_t rank) {
+    for (int64_t i = 0; i < rank; ++i)
+        for (int64_t j = 0; j < i; ++j) matrix[j * rank + i] = matrix[i * rank + j];
+}
+
+template <class T>
+void gram_by_problem(const Kernels& kernels, const std::vector<Problem>& problems,
+                     const std::vector<T*>& out, int threads) {
+    std::vector<double> cost;
+    for (const Problem& p : problems) cost.push_back(double(p.rank) * p.rank * p.d);
+    const std::vector<int64_t> order = largest_first(cost);
+    parallel_for(problems.size(), threads, [&](int64_t item, Arena& arena) {
+        const Problem& problem = problems[order[item]];
+        T* sum = out[order[item]];
+        for (int64_t begin = 0; begin < problem.d; begin += kGramChunk) {
+            arena.reset();
+            call_gram(kernels, problem, begin, std::min(begin + kGramChunk, problem.d), begin == 0,
+                      sum, arena);
+        }
+        mirror(sum, problem.rank);
+    });
+}
+
+// The same sums in the same order as gram_by_problem, for few problems on many threads.
+template <class T>
+void gram_by_chunk(const Kernels& kernels, const std::vector<Problem>& problems,
+                   const std::vector<T*>& out, int threads) {
+    const std::vector<Chunk> chunks = chunks_of(problems, kGramChunk);
+    std::vector<std::vector<T>> parts(chunks.size());
+    parallel_for(chunks.size(), threads, [&](int64_t item, Arena& arena) {
+        const Chunk& chunk = chunks[item];
+        const Problem& problem = problems[chunk.problem];
+        parts[item].resize(problem.rank * problem.rank);
+        call_gram(kernels, problem, chunk.begin, chunk.end, true, parts[item].data(), arena);
+    });
+    for (size_t c = 0; c < chunks.size(); ++c) {
+        T* sum = out[chunks[c].problem];
+        for (size_t i = 0; i < parts[c].size(); ++i)
+            sum[i] = chunks[c].begin == 0 ? parts[c][i] : parts[c][i] + sum[i];
+    }
+    for (size_t p = 0; p < problems.size(); ++p) mirror(out[p], problems[p].rank);
+}
+
+template <class T>
+void gram_all(const Kernels& kernels, const std::vector<Problem>& problems,
+              const std::vector<T*>& out, int threads) {
+    if (static_cast<int64_t>(problems.size()) >= 4 * threads || threads == 1)
+        gram_by_problem(kernels, problems, out, threads);
+    else
+        gram_by_chunk(kernels, problems, out, threads);
+}
+
+template <class T>
+std::vector<T*> pointers(const Addresses& addresses) {
+    std::vector<T*> list;
+    for (uint64_t address : addresses) list.push_back(at<T>(address));
+    return list;
+}
+
+// Memory and descriptors of the square roots that apply_decouple needs.
+struct Roots {
+    std::vector<float> data;
+    std::vector<int64_t> offset;
+    std::vector<int64_t> ranks;
+    std::vector<const double*> matrices;
+    std::vector<Root> roots;
+
+    void add(const Kernels& kernels, const double* matrix, int64_t rank) {
+        offset.push_back(total);
+        ranks.push_back(rank);
+        matrices.push_back(matrix);
+        total += kernels.root_rows(rank) * kernels.root_stride(rank);
+    }
+
+    void find(const Kernels& kernels, int threads) {
+        data.resize(total);
+        roots.resize(ranks.size());
+        parallel_for(ranks.size(), threads, [&](int64_t i, Arena& arena) {
+            roots[i] = kernels.root(matrices[i], ranks[i], data.data() + offset[i], arena);
+        });
+    }
+
+   private:
+    int64_t total = 0;
+};
+
+}  // namespace
+
+Problems::Problems(const std::vector<uint64_t>& data, const std::vector<int64_t>& ranks,
+                   const std::vector<int>& dtypes, const std::vector<double>& scales,
+                   const std::vector<int64_t>& counts, const std::vector<int64_t>& dims,
+                   const std::vector<bool>& columns) {
+    for (size_t b = 0; b < data.size(); ++b)
+        blocks_.push_back(Block{at<const void>(data[b]), ranks[b], scales[b],
+                                static_cast<DType>(dtypes[b])});
+    const Block* next = blocks_.data();
+    for (size_t p = 0; p < counts.size(); ++p) {
+        int64_t rank = 0;
+        for (int64_t b = 0; b < counts[p]; ++b) rank += next[b].rank;
+        problems_.push_back(Problem{next, counts[p], rank, dims[p], columns[p]});
+        next += counts[p];
+    }
+}
+
+std::vector<Problem> Problems::split() const {
+    std::vector<Problem> single;
+    for (const Problem& p : problems_)
+        for (int64_t b = 0; b < p.count; ++b)
+            single.push_back(Problem{p.blocks + b, 1, p.blocks[b].rank, p.d, p.columns});
+    return single;
+}
+
+void gram(const Kernels& kernels, const Problems& problems, const Addresses& out, bool wide,
+          int threads) {
+    if (wide)
+        gram_all(kernels, problems.list(), pointers<double>(out), threads);
+    else
+        gram_all(kernels, problems.list(), pointers<float>(out), threads);
+}
+
+void block_gram(const Kernels& kernels, const Problems& problems, const Addresses& out,
+                int threads) {
+    std::vector<double*> places;
+    for (int64_t p = 0; p < problems.size(); ++p) {
+        double* place = at<double>(out[p]);
+        for (int64_t b = 0; b < problems[p].count; ++b) {
+            places.push_back(place);
+            place += problems[p].blocks[b].rank * problems[p].blocks[b].rank;
+        }
+    }
+    gram_all(kernels, problems.split(), places, threads);
+}
+
+void orthogonalize(const Kernels& kernels, const Addresses& grams,
+                   const std::vector<int64_t>& ranks, const std::vector<int64_t>& counts,
+                   const Addresses& out, uint64_t stats, bool frobenius, double gamma,
+                   int64_t steps, double tol, int threads) {
+    std::vector<int64_t> first(counts.size()), sizes(counts.size());
+    std::vector<double> cost(counts.size());
+    for (size_t p = 0, next = 0; p < counts.size(); next += counts[p++]) {
+        first[p] = next;
+        sizes[p] = std::accumulate(&ranks[next], &ranks[next] + counts[p], int64_t{0});
+        cost[p] = double(sizes[p]) * sizes[p] * sizes[p];
+    }
+    const std::vector<int64_t> order = largest_first(cost);
+    const DescentOptions options{frobenius, gamma, steps, tol};
+    parallel_for(counts.size(), threads, [&](int64_t item, Arena& arena) {
+        const int64_t p = order[item];
+        kernels.orthogonalize(at<const float>(grams[p]), sizes[p], &ranks[first[p]], counts[p],
+                              options, at<float>(out[p]), at<DescentStats>(stats) + p, arena);
+    });
+}
+
+void apply(const Kernels& kernels, const Problems& problems, const Addresses& coefficients,
+           const std::vector<int64_t>& rows, const Addresses& out, int out_dtype, int threads) {
+    const std::vector<Chunk> chunks = chunks_of(problems.list(), kApplyChunk);
+    parallel_for(chunks.size(), threads, [&](int64_t item, Arena& arena) {
+        const Chunk& c = chunks[item];
+        const ApplyItem work{&problems[c.problem], at<const float>(coefficients[c.problem]),
+                             rows[c.problem],      c.begin,
+                             c.end,                at<void>(out[c.problem]),
+                             static_cast<DType>(out_dtype)};
+        kernels.apply(work, arena);
+    });
+}
+
+void apply_decouple(const Kernels& kernels, const Problems& problems,
+                    const Addresses& coefficients, const Addresses& blocks,
+                    const std::vector<double>& omegas, double scale, const Addresses& full,
+                    const Addresses& out, int out_dtype, const Addresses& norms, int threads) {
+    Roots roots, full_roots;
+    std::vector<int64_t> first_block;
+    for (int64_t p = 0; p < problems.size(); ++p) {
+        first_block.push_back(static_cast<int64_t>(roots.ranks.size()));
+        const double* matrix = at<const double>(blocks[p]);
+        for (int64_t b = 0; b < problems[p].count; ++b) {
+            const int64_t rank = problems[p].blocks[b].rank;
+            roots.add(kernels, matrix, rank);
+            matrix += rank * rank;
+        }
+        if (!full.empty()) full_roots.add(kernels, at<const double>(full[p]), problems[p].rank);
+    }
+    roots.find(kernels, threads);
+    full_roots.find(kernels, threads);
+
+    const std::vector<Chunk> chunks = chunks_of(problems.list(), kApplyChunk);
+    std::vector<std::vector<double>> energies(chunks.size());
+    parallel_for(chunks.size(), threads, [&](int64_t item, Arena& arena) {
+        const Chunk& c = chunks[item];
+        const Problem& problem = problems[c.problem];
+        energies[item].resize(problem.count);
+        const ApplyItem work{&problem, at<const float>(coefficients[c.problem]), problem.rank,
+                             c.begin,  c.end, at<void>(out[c.problem]),
+                             static_cast<DType>(out_dtype)};
+        kernels.apply_decouple(
+            DecoupleItem{work, &roots.roots[first_block[c.problem]],
+                         &omegas[first_block[c.problem]], scale,
+                         full.empty() ? nullptr : &full_roots.roots[c.problem],
+                         energies[item].data()},
+            arena);
+    });
+    for (size_t c = 0; c < chunks.size(); ++c) {
+        double* sum = at<double>(norms[chunks[c].problem]);
+        for (size_t b = 0; b < energies[c].size(); ++b)
+            sum[b] = chunks[c].begin == 0 ? energies[c][b] : sum[b] + energies[c][b];
+    }
+    for (int64_t p = 0; p < problems.size(); ++p)
+        for (int64_t b = 0; b < problems[p].count; ++b)
+            at<double>(norms[p])[b] = std::sqrt(at<double>(norms[p])[b]);
+}
+
+std::vector<bool> all_finite(const Kernels& kernels, const Addresses& data,
+                             const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
+                             int threads) {
+    std::vector<Chunk> chunks;
+    for (size_t t = 0; t < data.size(); ++t)
+        for (int64_t begin = 0; begin < counts[t]; begin += kFiniteChunk)
+            chunks.push_back(Chunk{static_cast<int64_t>(t), begin,
+                                   std::min(begin + kFiniteChunk, counts[t])});
+    std::vector<char> finite(chunks.size());
+    parallel_for(chunks.size(), threads, [&](int64_t item, Arena&) {
+        const Chunk& c = chunks[item];
+        const DType dtype = static_cast<DType>(dtypes[c.problem]);
+        const int64_t bytes = dtype == DType::float32 ? 4 : 2;
+        finite[item] = kernels.all_finite(at<const char>(data[c.problem]) + c.begin * bytes,
+                                          c.end - c.begin, dtype);
+    });
+    std::vector<bool> result(data.size(), true);
+    for (size_t c = 0; c < chunks.size(); ++c)
+        if (!finite[c]) result[chunks[c].problem] = false;
+    return result;
+}
+
+}  // namespace domerge

@@ -1,0 +1,52 @@
+// Lists of problems in, work items over threads, kernels of the best instruction set.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace domerge {
+
+// Owns the descriptors; the data stays with the caller. Addresses are integers, as Python has them.
+class Problems {
+   public:
+    Problems(const std::vector<uint64_t>& data, const std::vector<int64_t>& ranks,
+             const std::vector<int>& dtypes, const std::vector<double>& scales,
+             const std::vector<int64_t>& counts, const std::vector<int64_t>& dims,
+             const std::vector<bool>& columns);
+    const Problem& operator[](int64_t i) const { return problems_[i]; }
+    int64_t size() const { return static_cast<int64_t>(problems_.size()); }
+    int64_t block_count() const { return static_cast<int64_t>(blocks_.size()); }
+    // The same blocks, each a problem of its own.
+    std::vector<Problem> split() const;
+    const std::vector<Problem>& list() const { return problems_; }
+
+   private:
+    std::vector<Block> blocks_;
+    std::vector<Problem> problems_;
+};
+
+// The best instruction set of this machine, or the one named by DOMERGE_CPU_ISA.
+const Kernels& choose_kernels();
+std::vector<std::string> supported_isas();
+
+using Addresses = std::vector<uint64_t>;
+
+void gram(const Kernels&, const Problems&, const Addresses& out, bool wide, int threads);
+void block_gram(const Kernels&, const Problems&, const Addresses& out, int threads);
+void orthogonalize(const Kernels&, const Addresses& grams, const std::vector<int64_t>& ranks,
+                   const std::vector<int64_t>& counts, const Addresses& out, uint64_t stats,
+                   bool frobenius, double gamma, int64_t steps, double tol, int threads);
+void apply(const Kernels&, const Problems&, const Addresses& coefficients,
+           const std::vector<int64_t>& rows, const Addresses& out, int out_dtype, int threads);
+void apply_decouple(const Kernels&, const Problems&, const Addresses& coefficients,
+                    const Addresses& blocks, const std::vector<double>& omegas, double scale,
+                    const Addresses& full, const Addresses& out, int out_dtype,
+                    const Addresses& norms, int threads);
+std::vector<bool> all_finite(const Kernels&, const Addresses& data,
+                             const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
+                             int threads);
+
+}  // namespace domerge

@@ -1,0 +1,57 @@
+#include <cstdlib>
+#include <stdexcept>
+
+#include "dispatch.h"
+
+namespace domerge {
+
+#ifdef DOMERGE_X86
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+namespace baseline {
+extern const Kernels kernels;
+}
+
+namespace {
+
+std::vector<const Kernels*> supported() {
+    std::vector<const Kernels*> list;
+#ifdef DOMERGE_X86
+    __builtin_cpu_init();
+    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        list.push_back(&avx512::kernels);
+    if (fma) list.push_back(&avx2::kernels);
+#endif
+    list.push_back(&baseline::kernels);
+    return list;
+}
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+    std::vector<std::string> names;
+    for (const Kernels* kernels : supported()) names.emplace_back(kernels->name);
+    return names;
+}
+
+const Kernels& choose_kernels() {
+    const std::vector<const Kernels*> list = supported();
+    const char* wanted = std::getenv("DOMERGE_CPU_ISA");
+    if (!wanted || !*wanted) return *list.front();
+    std::string names;
+    for (const Kernels* kernels : list) {
+        if (wanted == std::string(kernels->name)) return *kernels;
+        names += names.empty() ? kernels->name : std::string(", ") + kernels->name;
+    }
+    throw std::runtime_error("DOMERGE_CPU_ISA=" + std::string(wanted) +
+                             " cannot run here: choose one of " + names + ", or unset it");
+}
+
+}  // namespace domerge

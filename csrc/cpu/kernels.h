@@ -1,0 +1,87 @@
+// The table of functions that each instruction set provides. This header is seen by files compiled
+// for different instruction sets, so it holds declarations and plain data only: an inline function
+// here could be emitted with AVX-512 code and then be picked by the linker for every machine.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/problem.h"
+
+namespace domerge {
+
+// Scratch memory of one thread. `take` hands out 64-byte aligned pieces until `reset`.
+class Arena {
+   public:
+    Arena();
+    ~Arena();
+    Arena(const Arena&) = delete;
+    Arena& operator=(const Arena&) = delete;
+    void reset();
+    void* take(size_t bytes);
+
+   private:
+    struct State;
+    State* state_;
+};
+
+struct DescentOptions {
+    bool frobenius;
+    double gamma;
+    int64_t steps;
+    double tol;
+};
+
+struct DescentStats {
+    double steps;
+    double objective_before;
+    double objective_after;
+    double cross_left;
+    double change;
+};
+
+// Columns [begin, end) of out = coefficients X; `coefficients` null means the identity.
+struct ApplyItem {
+    const Problem* problem;
+    const float* coefficients;  // [rows, R]
+    int64_t rows;
+    int64_t begin;
+    int64_t end;
+    void* out;  // all of [rows, d], or [d, rows] for a problem in columns
+    DType out_dtype;
+};
+
+// A square root S of a positive semidefinite matrix K: S^T S = K / norm^2, norm^2 = trace K.
+struct Root {
+    const float* data;  // [rows, stride], zero rows up to a whole tile
+    int64_t rows;
+    int64_t stride;
+    float norm;
+};
+
+struct DecoupleItem {
+    ApplyItem apply;
+    const Root* roots;  // one an adapter
+    const double* omegas;
+    double scale;
+    const Root* full;  // of all adapters together, or null: no renormalization
+    double* energies;  // [count]: sum of the squared magnitudes of these columns
+};
+
+struct Kernels {
+    const char* name;
+    // sum [R, R] += X X^T (or = when `first`) over columns [begin, end), lower triangle only.
+    void (*gram)(const Problem&, int64_t begin, int64_t end, bool first, float* sum, Arena&);
+    void (*gram_double)(const Problem&, int64_t begin, int64_t end, bool first, double* sum,
+                        Arena&);
+    void (*orthogonalize)(const float* gram, int64_t rank, const int64_t* ranks, int64_t count,
+                          const DescentOptions&, float* coefficients, DescentStats*, Arena&);
+    void (*apply)(const ApplyItem&, Arena&);
+    void (*apply_decouple)(const DecoupleItem&, Arena&);
+    int64_t (*root_rows)(int64_t rank);
+    int64_t (*root_stride)(int64_t rank);
+    Root (*root)(const double* matrix, int64_t rank, float* data, Arena&);
+    bool (*all_finite)(const void* data, int64_t count, DType);
+};
+
+}  // namespace domerge

@@ -1,0 +1,2 @@
+#define DOMERGE_ISA avx2
+#include "table.h"

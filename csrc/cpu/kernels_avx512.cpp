@@ -1,0 +1,2 @@
+#define DOMERGE_ISA avx512
+#include "table.h"

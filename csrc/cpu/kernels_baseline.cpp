@@ -1,0 +1,2 @@
+#define DOMERGE_ISA baseline
+#include "table.h"

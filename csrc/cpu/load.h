@@ -1,0 +1,56 @@
+// Reading blocks of any dtype into scaled float32 tiles, and writing tiles out.
+#pragma once
+
+#include "tile.h"
+
+namespace domerge {
+namespace DOMERGE_ISA {
+
+// tile [R, ld] = columns [begin, begin + n) of X; zero up to a whole vector. For blocks in rows.
+inline void load_rows(const Problem& problem, int64_t begin, int64_t n, float* tile, int64_t ld,
+                      bool scaled) {
+    for (int64_t b = 0; b < problem.count; ++b) {
+        const Block& block = problem.blocks[b];
+        const float scale = scaled ? static_cast<float>(block.scale) : 1.0f;
+        with_dtype(block.dtype, [&](auto format) {
+            using Format = decltype(format);
+            const auto* data = static_cast<const typename Format::Storage*>(block.data) + begin;
+            for (int64_t i = 0; i < block.rank; ++i, data += problem.d, tile += ld)
+                for (int64_t c = 0; c < n; c += kWidth)
+                    store(tile + c, load_some<Format>(data + c, n - c) * scale);
+        });
+    }
+}
+
+// tile [n, ld] = the transpose of columns [begin, begin + n) of X. For blocks in columns. Whole
+// vectors are written: what they hold beyond a block is overwritten by the next block, and beyond
+// the last one it is padding, whose content is any finite or non-finite number.
+inline void load_columns(const Problem& problem, int64_t begin, int64_t n, float* tile, int64_t ld,
+                         bool scaled) {
+    for (int64_t b = 0; b < problem.count; ++b) {
+        const Block& block = problem.blocks[b];
+        const float scale = scaled ? static_cast<float>(block.scale) : 1.0f;
+        with_dtype(block.dtype, [&](auto format) {
+            using Format = decltype(format);
+            const auto* data = static_cast<const typename Format::Storage*>(block.data);
+            const int64_t end = problem.d * block.rank;
+            for (int64_t c = 0; c < n; ++c) {
+                const int64_t row = (begin + c) * block.rank;
+                for (int64_t i = 0; i < block.rank; i += kWidth)
+                    store(tile + c * ld + i,
+                          load_some<Format>(data + row + i, end - row - i) * scale);
+            }
+        });
+        tile += block.rank;
+    }
+}
+
+// out[0, n) = row[0, n) in the out dtype.
+template <class Format>
+DOMERGE_INLINE void write_row(const float* row, int64_t n, typename Format::Storage* out) {
+    for (int64_t c = 0; c < n; c += kWidth)
+        store_some<Format>(out + c, load<FloatVec>(row + c), n - c);
+}
+
+}  // namespace DOMERGE_ISA
+}  // namespace domerge

@@ -1,0 +1,349 @@
+// The descent on R x R matrices, one problem at a time, all of its state in this core's cache.
+//
+// Stored transposed where that makes every product a plain or a transposed-left one: with Ct = C^T,
+// M = V o H and Q = D G,  Pt = Ct M + 2 gamma (Ct - I),  Qt = G Dt,  E = Qt^T Ct + Ct^T Qt,
+// F = Qt^T Dt. H, E and F are kept only where they are used: below the diagonal blocks.
+#pragma once
+
+#include "kernels.h"
+#include "line_search.h"
+#include "tile.h"
+
+namespace domerge {
+namespace DOMERGE_ISA {
+
+struct Segments {
+    int64_t count;
+    int64_t* start;       // [count + 1]
+    int64_t* of_row;      // [R]
+    double* factor_norm;  // [count]: n_i
+};
+
+struct Matrices {
+    int64_t rank, rows, columns, ld;
+    float *gram, *h, *ct, *pt, *pt_old, *dt, *qt, *qpt, *e, *f;
+    float* m;       // shares memory with e: M is used up before E is made
+    float* weight;  // [count, ld]: row j is V_ij over the columns of every earlier segment i
+};
+
+// <A, B>_G = tr(A G B^T), kept up to date instead of being computed anew.
+struct Products {
+    double pp, p_old_p, p_d, p_change;  // of P with P, the last P, D, and C - I
+    double dd, d_change;                // of D with D and with C - I
+};
+
+inline Segments make_segments(const int64_t* ranks, int64_t count, int64_t rank, Arena& arena) {
+    Segments s{count, static_cast<int64_t*>(arena.take((count + 1) * sizeof(int64_t))),
+               static_cast<int64_t*>(arena.take(rank * sizeof(int64_t))),
+               static_cast<double*>(arena.take(count * sizeof(double)))};
+    s.start[0] = 0;
+    for (int64_t j = 0; j < count; ++j) {
+        s.start[j + 1] = s.start[j] + ranks[j];
+        for (int64_t i = s.start[j]; i < s.start[j + 1]; ++i) s.of_row[i] = j;
+    }
+    return s;
+}
+
+inline Matrices make_matrices(int64_t rank, int64_t count, Arena& arena) {
+    Matrices m{};
+    m.rank = rank;
+    m.rows = pad_rows(rank);
+    m.columns = round_up(rank, kWidth);
+    m.ld = row_stride<float>(rank);
+    const int64_t size = round_up(rank, 16) * m.ld;
+    float** all[] = {&m.gram, &m.h,  &m.ct,  &m.pt, &m.pt_old,
+                     &m.dt,   &m.qt, &m.qpt, &m.e,  &m.f};
+    for (float** matrix : all) {
+        *matrix = static_cast<float*>(arena.take(size * sizeof(float)));
+        for (int64_t i = 0; i < size; ++i) (*matrix)[i] = 0.0f;
+    }
+    m.m = m.e;
+    m.weight = static_cast<float*>(arena.take(count * m.ld * sizeof(float)));
+    for (int64_t i = 0; i < count * m.ld; ++i) m.weight[i] = 0.0f;
+    return m;
+}
+
+// Columns of row i that lie in an earlier segment than row i's.
+DOMERGE_INLINE int64_t earlier(const Segments& s, int64_t rank, int64_t i) {
+    return s.start[s.of_row[i < rank ? i : rank - 1]];
+}
+
+// Calls body(p, i, j) for the pairs i < j of non-zero factors, p counting them.
+template <class Body>
+DOMERGE_INLINE int64_t for_pairs(const Segments& s, Body body) {
+    int64_t p = 0;
+    for (int64_t j = 1; j < s.count; ++j)
+        for (int64_t i = 0; i < j; ++i)
+            if (s.factor_norm[i] > 0 && s.factor_norm[j] > 0) body(p++, i, j);
+    return p;
+}
+
+inline Pairs make_pairs(const Segments& s, Arena& arena) {
+    Pairs pairs{};
+    pairs.count = for_pairs(s, [](int64_t, int64_t, int64_t) {});
+    const auto take = [&] {
+        return static_cast<double*>(arena.take((pairs.count + 1) * sizeof(double)));
+    };
+    for (double*& coefficient : pairs.quartic) coefficient = take();
+    pairs.weight = take();
+    pairs.energy = take();
+    for_pairs(s, [&](int64_t p, int64_t i, int64_t j) {
+        pairs.weight[p] = 1.0 / (s.factor_norm[i] * s.factor_norm[j]);
+    });
+    return pairs;
+}
+
+// Coefficients of ||H_ij + eta E_ij + eta^2 F_ij||^2. Vectors may reach past the block: the lanes
+// beyond it are left out of the sums.
+inline void find_quartics(const Matrices& m, const Segments& s, const Pairs& pairs) {
+    constexpr int64_t kRows = 32;  // summed in float, then in double
+    for_pairs(s, [&](int64_t p, int64_t i, int64_t j) {
+        double sum[5] = {};
+        for (int64_t c = s.start[i]; c < s.start[i + 1]; c += kWidth) {
+            for (int64_t begin = s.start[j]; begin < s.start[j + 1]; begin += kRows) {
+                const int64_t end = begin + kRows < s.start[j + 1] ? begin + kRows : s.start[j + 1];
+                FloatVec part[5] = {};
+                for (int64_t r = begin; r < end; ++r) {
+                    const int64_t at = r * m.ld + c;
+                    const FloatVec h = load<FloatVec>(m.h + at), e = load<FloatVec>(m.e + at),
+                                   f = load<FloatVec>(m.f + at);
+                    part[0] += h * h;
+                    part[1] += h * e;
+                    part[2] += e * e;
+                    part[2] += (h + h) * f;
+                    part[3] += e * f;
+                    part[4] += f * f;
+                }
+                for (int k = 0; k < 5; ++k) sum[k] += sum_lanes(part[k], s.start[i + 1] - c);
+            }
+        }
+        for (int k = 0; k < 5; ++k)
+            pairs.quartic[k][p] = k == 1 || k == 3 ? 2 * sum[k] : sum[k];
+    });
+}
+
+// V of the squared penalty is constant; that of the Frobenius penalty follows the energies.
+inline void set_weights(const Matrices& m, const Segments& s, const Pairs& pairs, bool frobenius) {
+    for_pairs(s, [&](int64_t p, int64_t i, int64_t j) {
+        const double floor = kFrobeniusFloor / pairs.weight[p];
+        const double v = frobenius ? 2.0 / __builtin_sqrt(pairs.energy[p] + floor * floor)
+                                   : 4.0 * pairs.weight[p];
+        for (int64_t c = s.start[i]; c < s.start[i + 1]; ++c)
+            m.weight[j * m.ld + c] = static_cast<float>(v);
+    });
+}
+
+// M = V o H, both triangles.
+inline void weigh(const Matrices& m, const Segments& s) {
+    for (int64_t i = 0; i < m.columns; i += kWidth) {
+        for (int64_t j = 0; j <= i; j += kWidth) {
+            FloatVec square[kWidth], flipped[kWidth];
+#pragma GCC unroll 16
+            for (int k = 0; k < kWidth; ++k) {
+                const int64_t row = i + k < m.rank ? i + k : m.rank - 1;
+                const FloatVec v = load<FloatVec>(m.weight + s.of_row[row] * m.ld + j);
+                square[k] = flipped[k] = load<FloatVec>(m.h + (i + k) * m.ld + j) * v;
+            }
+            transpose_square(flipped);
+#pragma GCC unroll 16
+            for (int k = 0; k < kWidth; ++k) {
+                store(m.m + (i + k) * m.ld + j, i == j ? square[k] + flipped[k] : square[k]);
+                if (i != j) store(m.m + (j + k) * m.ld + i, flipped[k]);
+            }
+        }
+    }
+}
+
+// Ct - I, exactly: the difference is what the change is measured by.
+DOMERGE_INLINE FloatVec change_at(const Matrices& m, int64_t i, int64_t j) {
+    FloatVec c = load<FloatVec>(m.ct + i * m.ld + j);
+    const int64_t lane = i - j;
+    if (lane >= 0 && lane < kWidth && i < m.rank) c[lane] -= 1.0f;
+    return c;
+}
+
+// Pt = Ct M + 2 gamma (Ct - I)
+inline void find_gradient(const Matrices& m, double gamma) {
+    const float pull = static_cast<float>(2 * gamma);
+    const auto all = [&](int64_t) { return m.columns; };
+    for_tiles<float>(m.rows, m.columns, all, [&](auto tile, int64_t i, int64_t j) {
+        constexpr int vectors = sizeof(tile.sum[0]) / sizeof(FloatVec);
+        tile.clear();
+        tile.template add_product<false>(m.ct + i * m.ld, m.ld, m.m + j, m.ld, m.rank);
+#pragma GCC unroll 8
+        for (int k = 0; k < kTileRows; ++k)
+#pragma GCC unroll 8
+            for (int v = 0; v < vectors; ++v)
+                tile.sum[k][v] += change_at(m, i + k, j + v * kWidth) * pull;
+        tile.store_to(m.pt + i * m.ld + j, m.ld);
+    });
+}
+
+// Qpt = G Pt, and the products of P with what is known.
+inline void find_gradient_products(const Matrices& m, Products& products) {
+    double sum[4] = {};
+    const auto all = [&](int64_t) { return m.columns; };
+    for_tiles<float>(m.rows, m.columns, all, [&](auto tile, int64_t i, int64_t j) {
+        constexpr int vectors = sizeof(tile.sum[0]) / sizeof(FloatVec);
+        tile.clear();
+        tile.template add_product<true>(m.gram + i, m.ld, m.pt + j, m.ld, m.rank);
+        tile.store_to(m.qpt + i * m.ld + j, m.ld);
+        FloatVec part[4] = {};
+        for (int k = 0; k < kTileRows; ++k) {
+            for (int v = 0; v < vectors; ++v) {
+                const int64_t at = (i + k) * m.ld + j + v * kWidth;
+                const FloatVec q = load<FloatVec>(m.qpt + at);
+                part[0] += q * load<FloatVec>(m.pt + at);
+                part[1] += q * load<FloatVec>(m.pt_old + at);
+                part[2] += q * load<FloatVec>(m.dt + at);
+                part[3] += q * change_at(m, i + k, j + v * kWidth);
+            }
+        }
+        for (int k = 0; k < 4; ++k) sum[k] += sum_lanes(part[k]);
+    });
+    products.pp = sum[0];
+    products.p_old_p = sum[1];
+    products.p_d = sum[2];
+    products.p_change = sum[3];
+}
+
+// D = -P + beta D by Polak and Ribiere, and Q = D G by the same recurrence.
+inline void turn(const Matrices& m, Products& products, double pp_old) {
+    double beta = pp_old > 0 ? (products.pp - products.p_old_p) / pp_old : 0.0;
+    if (!(beta > 0) || -products.pp + beta * products.p_d >= 0) beta = 0;
+    products.dd = products.pp - 2 * beta * products.p_d + beta * beta * products.dd;
+    products.d_change = -products.p_change + beta * products.d_change;
+    const float b = static_cast<float>(beta);
+    for (int64_t i = 0; i < m.rank; ++i) {
+        for (int64_t j = 0; j < m.columns; j += kWidth) {
+            const int64_t at = i * m.ld + j;
+            store(m.dt + at, load<FloatVec>(m.dt + at) * b - load<FloatVec>(m.pt + at));
+            store(m.qt + at, load<FloatVec>(m.qt + at) * b - load<FloatVec>(m.qpt + at));
+        }
+    }
+}
+
+// E = D G C^T + C G D^T and F = D G D^T.
+inline void find_changes(const Matrices& m, const Segments& s) {
+    const auto lower = [&](int64_t i) { return earlier(s, m.rank, i + kTileRows - 1); };
+    for_tiles<float>(m.rows, m.columns, lower, [&](auto tile, int64_t i, int64_t j) {
+        tile.clear();
+        tile.template add_product<true>(m.qt + i, m.ld, m.ct + j, m.ld, m.rank);
+        tile.template add_product<true>(m.ct + i, m.ld, m.qt + j, m.ld, m.rank);
+        tile.store_to(m.e + i * m.ld + j, m.ld);
+        tile.clear();
+        tile.template add_product<true>(m.qt + i, m.ld, m.dt + j, m.ld, m.rank);
+        tile.store_to(m.f + i * m.ld + j, m.ld);
+    });
+}
+
+// C += eta D and H += eta E + eta^2 F.
+inline void take_step(const Matrices& m, const Segments& s, double step) {
+    const float eta = static_cast<float>(step), square = static_cast<float>(step * step);
+    for (int64_t i = 0; i < m.rank; ++i) {
+        for (int64_t j = 0; j < m.columns; j += kWidth) {
+            const int64_t at = i * m.ld + j;
+            store(m.ct + at, load<FloatVec>(m.ct + at) + load<FloatVec>(m.dt + at) * eta);
+        }
+        for (int64_t j = 0; j < earlier(s, m.rank, i); j += kWidth) {
+            const int64_t at = i * m.ld + j;
+            store(m.h + at, load<FloatVec>(m.h + at) + load<FloatVec>(m.e + at) * eta +
+                                load<FloatVec>(m.f + at) * square);
+        }
+    }
+}
+
+inline double total_energy(const Pairs& pairs) {
+    double sum = 0;
+    for (int64_t p = 0; p < pairs.count; ++p) sum += pairs.energy[p];
+    return sum;
+}
+
+inline void move_energies(const Pairs& pairs, double eta) {
+    for (int64_t p = 0; p < pairs.count; ++p) {
+        const double c[5] = {pairs.quartic[0][p], pairs.quartic[1][p], pairs.quartic[2][p],
+                             pairs.quartic[3][p], pairs.quartic[4][p]};
+        const double energy = evaluate(c, eta).value;
+        pairs.energy[p] = energy > 0 ? energy : 0.0;
+    }
+}
+
+// Ct = I, H = G / scale, the factors' norms.
+inline void begin_descent(const float* gram, double scale, const Matrices& m, const Segments& s) {
+    for (int64_t i = 0; i < m.rank; ++i) {
+        m.ct[i * m.ld + i] = 1.0f;
+        for (int64_t j = 0; j < m.rank; ++j)
+            m.gram[i * m.ld + j] = m.h[i * m.ld + j] =
+                static_cast<float>(gram[i * m.rank + j] / scale);
+    }
+    for (int64_t j = 0; j < s.count; ++j) {
+        double trace = 0;
+        for (int64_t i = s.start[j]; i < s.start[j + 1]; ++i) trace += m.gram[i * m.ld + i];
+        s.factor_norm[j] = trace > 0 ? __builtin_sqrt(trace) : 0.0;
+    }
+}
+
+// The descent from C = I; leaves C in m.ct. Objectives are those of G / scale.
+inline DescentStats descend(Matrices& m, const Segments& s, const Pairs& pairs,
+                            const DescentOptions& options) {
+    find_quartics(m, s, pairs);  // E = F = 0: the energies at the start
+    move_energies(pairs, 0.0);
+    const double energy_before = total_energy(pairs);
+    double moved = 0.0, pp_old = 0.0;
+    Line start = make_line(pairs, options.frobenius, options.gamma, 0, 0, 0);
+    DescentStats stats{};
+    stats.objective_before = stats.objective_after = start.at(0.0).value;
+    if (energy_before > 0 && !options.frobenius) set_weights(m, s, pairs, false);
+    Products products{};
+    for (int64_t step = 0; energy_before > 0 && step < options.steps; ++step) {
+        if (options.frobenius) set_weights(m, s, pairs, true);
+        weigh(m, s);
+        find_gradient(m, options.gamma);
+        find_gradient_products(m, products);
+        if (!(products.pp > 0)) break;
+        turn(m, products, pp_old);
+        pp_old = products.pp;
+        find_changes(m, s);
+        find_quartics(m, s, pairs);
+        const Line line = make_line(pairs, options.frobenius, options.gamma, moved,
+                                    2 * products.d_change, products.dd);
+        const double before = line.at(0.0).value;
+        double after = before;
+        const double eta = best_step(line, &after);
+        if (!(eta > 0)) break;
+        take_step(m, s, eta);
+        move_energies(pairs, eta);
+        moved += eta * (2 * products.d_change + eta * products.dd);
+        products.d_change += eta * products.dd;
+        stats.steps += 1;
+        stats.objective_after = after;
+        if (before - after <= options.tol * before) break;
+        float* used = m.pt_old;
+        m.pt_old = m.pt;
+        m.pt = used;
+    }
+    stats.cross_left = energy_before > 0 ? total_energy(pairs) / energy_before : 0.0;
+    stats.change = __builtin_sqrt(moved > 0 ? moved : 0.0);
+    return stats;
+}
+
+inline void orthogonalize_item(const float* gram, int64_t rank, const int64_t* ranks, int64_t count,
+                               const DescentOptions& options, float* coefficients,
+                               DescentStats* stats, Arena& arena) {
+    double trace = 0;
+    for (int64_t i = 0; i < rank; ++i) trace += gram[i * rank + i];
+    const double scale = trace > 0 ? trace / rank : 1.0;
+    const Segments s = make_segments(ranks, count, rank, arena);
+    Matrices m = make_matrices(rank, count, arena);
+    begin_descent(gram, scale, m, s);
+    const Pairs pairs = make_pairs(s, arena);
+    *stats = descend(m, s, pairs, options);
+    stats->objective_before *= scale;
+    stats->objective_after *= scale;
+    if (trace > 0) stats->change /= __builtin_sqrt(static_cast<double>(rank));
+    for (int64_t i = 0; i < rank; ++i)
+        for (int64_t j = 0; j < rank; ++j) coefficients[i * rank + j] = m.ct[j * m.ld + i];
+}
+
+}  // namespace DOMERGE_ISA
+}  // namespace domerge

@@ -1,0 +1,29 @@
+// Included once by each kernels_<isa>.cpp, after it defines DOMERGE_ISA.
+#pragma once
+
+#include "apply_decouple.h"
+#include "gram.h"
+#include "orthogonalize.h"
+
+#define DOMERGE_STRING_(x) #x
+#define DOMERGE_STRING(x) DOMERGE_STRING_(x)
+
+namespace domerge {
+namespace DOMERGE_ISA {
+
+extern const Kernels kernels;
+const Kernels kernels = {
+    DOMERGE_STRING(DOMERGE_ISA),
+    gram_chunk<float>,
+    gram_chunk<double>,
+    orthogonalize_item,
+    apply_item,
+    apply_decouple_item,
+    root_rows,
+    root_stride,
+    make_root,
+    all_finite,
+};
+
+}  // namespace DOMERGE_ISA
+}  // namespace domerge

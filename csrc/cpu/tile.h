@@ -1,0 +1,112 @@
+// The one matrix product of this backend: a register tile of rows x vectors, its operands streamed
+// from cache. All matrices are padded: rows to kTileRows, columns to a whole vector.
+#pragma once
+
+#include "simd.h"
+
+namespace domerge {
+namespace DOMERGE_ISA {
+
+// Tile shapes that fill the register file and leave room for the operands.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kTileRows = 8, kTileVectors = 3;
+#elif defined(__AVX2__)
+constexpr int kTileRows = 4, kTileVectors = 3;
+#else
+constexpr int kTileRows = 4, kTileVectors = 2;
+#endif
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) {
+    return (n + multiple - 1) / multiple * multiple;
+}
+
+constexpr int64_t pad_rows(int64_t n) { return round_up(n, kTileRows); }
+
+// Row stride of a scratch matrix of n columns: an odd number of cache lines, so that a column does
+// not fall into a few cache sets, and at least one spare line, so that a vector written at any
+// column stays inside its row.
+template <class T>
+constexpr int64_t row_stride(int64_t n) {
+    constexpr int64_t line = 64 / sizeof(T);
+    return ((round_up(n, line) / line + 1) | 1) * line;
+}
+
+template <class T, int NV>
+struct Tile {
+    Vec<T> sum[kTileRows][NV];
+
+    DOMERGE_INLINE void clear() {
+#pragma GCC unroll 8
+        for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; ++j) sum[i][j] = Vec<T>{};
+    }
+
+    // += A B, with A[i][k] at a[i * lda + k], or at a[k * lda + i] when Transposed.
+    template <bool Transposed>
+    DOMERGE_INLINE void add_product(const T* a, int64_t lda, const T* b, int64_t ldb,
+                                    int64_t depth) {
+        for (int64_t k = 0; k < depth; ++k, b += ldb) {
+            Vec<T> row[NV];
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; ++j) row[j] = load<Vec<T>>(b + j * kLanes<T>);
+#pragma GCC unroll 8
+            for (int i = 0; i < kTileRows; ++i) {
+                const T left = Transposed ? a[k * lda + i] : a[i * lda + k];
+#pragma GCC unroll 8
+                for (int j = 0; j < NV; ++j) sum[i][j] += row[j] * left;
+            }
+        }
+    }
+
+    DOMERGE_INLINE void store_to(T* c, int64_t ldc) const {
+#pragma GCC unroll 8
+        for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; ++j) store(c + i * ldc + j * kLanes<T>, sum[i][j]);
+    }
+
+    DOMERGE_INLINE void load_from(const T* c, int64_t ldc) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; ++j) sum[i][j] = load<Vec<T>>(c + i * ldc + j * kLanes<T>);
+    }
+};
+
+// Calls body(Tile<T, NV>{}, i, j) for the tiles at row i, column j that cover, for each strip of
+// kTileRows rows, the first limit(i) columns. Panels of columns are outermost: the right operand's
+// panel stays in L1 while the left one streams.
+template <class T, class Limit, class Body>
+DOMERGE_INLINE void for_tiles(int64_t rows, int64_t columns, Limit limit, Body body) {
+    constexpr int64_t lanes = kLanes<T>;
+    for (int64_t j = 0; j < columns; j += kTileVectors * lanes) {
+        for (int64_t i = 0; i < rows; i += kTileRows) {
+            const int64_t vectors = (limit(i) - j + lanes - 1) / lanes;
+            if (vectors >= kTileVectors)
+                body(Tile<T, kTileVectors>{}, i, j);
+            else if (vectors == 2)
+                body(Tile<T, 2>{}, i, j);
+            else if (vectors == 1)
+                body(Tile<T, 1>{}, i, j);
+        }
+    }
+}
+
+// out [columns, rows] = transpose of in [rows, columns]; both padded to whole vectors.
+inline void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out,
+                      int64_t ld_out) {
+    for (int64_t i = 0; i < rows; i += kWidth) {
+        for (int64_t j = 0; j < columns; j += kWidth) {
+            FloatVec square[kWidth];
+#pragma GCC unroll 16
+            for (int k = 0; k < kWidth; ++k) square[k] = load<FloatVec>(in + (i + k) * ld_in + j);
+            transpose_square(square);
+#pragma GCC unroll 16
+            for (int k = 0; k < kWidth; ++k) store(out + (j + k) * ld_out + i, square[k]);
+        }
+    }
+}
+
+}  // namespace DOMERGE_ISA
+}  // namespace domerge

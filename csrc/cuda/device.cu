@@ -1,0 +1,24 @@
+#include <cuda_runtime_api.h>
+
+#include "device.h"
+
+namespace domerge {
+
+CudaInfo cuda_info() {
+    CudaInfo info{0, 0, 0, DOMERGE_CUDA_ARCHS, ""};
+    cudaDriverGetVersion(&info.driver);
+    cudaRuntimeGetVersion(&info.runtime);
+    const cudaError_t status = cudaGetDeviceCount(&info.devices);
+    if (status == cudaSuccess && info.devices > 0) return info;
+    info.devices = 0;
+    if (info.driver == 0)
+        info.error = "CUDA driver is missing";
+    else if (status == cudaSuccess)
+        info.error = "no CUDA device";
+    else
+        info.error = cudaGetErrorString(status);
+    cudaGetLastError();  // the runtime keeps the last error: do not leave it to the next caller
+    return info;
+}
+
+}  // namespace domerge

@@ -1,0 +1,33 @@
+"""What an adapter is and how it is stored; knows no kernel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .adapter import Adapter, AdapterConfig, Kind, Module
+from .compatible import check_compatible
+from .lazy import LazyTensor
+from .peft import from_model, load_folder
+from .tensors import from_tensors
+
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "Kind",
+    "LazyTensor",
+    "Module",
+    "check_compatible",
+    "from_model",
+    "from_tensors",
+    "load",
+]
+
+
+def load(source: str | os.PathLike[str], name: str | None = None) -> Adapter:
+    """The adapter in a PEFT folder: config and header are read and checked, factors stay on disk.
+
+    ``name`` is what messages call it (the path as given if not stated). Raises AdapterError, in
+    one line, for whatever cannot be merged exactly.
+    """
+    return load_folder(Path(source), name or os.fspath(source))

@@ -1,0 +1,100 @@
+"""What an adapter is, whatever it was read from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .lazy import LazyTensor
+from .safetensors_file import SafetensorsFile
+
+Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d"]
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One adapted layer of an adapter: delta = scaling * B @ A, an [m, n] matrix.
+
+    ``a_shape`` and ``b_shape`` are the stored shapes: [r, n] and [m, r]; for convolutions
+    [r, in, k...] and [m, r, 1...], where n = in * k...; for embeddings n is the vocabulary and m the
+    dimension (PEFT adds the transpose of delta to the [vocabulary, dimension] weight, and likewise
+    for ``fan_in_fan_out`` layers). ``dtype`` holds both stored factors without loss.
+    """
+
+    name: str
+    kind: Kind
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+    rank: int
+    scaling: float
+    dtype: torch.dtype
+
+    @property
+    def m(self) -> int:
+        return self.b_shape[0]
+
+    @property
+    def n(self) -> int:
+        return math.prod(self.a_shape[1:])
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What a PEFT config says besides ranks and scaling; names and values are PEFT's own.
+
+    ``raw`` is the whole config as read ({} for an adapter made of plain tensors).
+    """
+
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    layer_replication: list[list[int]] | None = None
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA adapter: its modules, and its factors read on demand.
+
+    ``name`` is what messages call it. ``modules`` is sorted by module name. ``carried`` holds the
+    tensors stored whole (``modules_to_save`` and base embeddings saved along), by the key PEFT
+    writes (with its ``base_model.model.`` prefix).
+    """
+
+    name: str
+    config: AdapterConfig
+    modules: Mapping[str, Module]
+    carried: Mapping[str, LazyTensor]
+    stored: Mapping[str, tuple[LazyTensor, LazyTensor]] = field(repr=False)
+    file: SafetensorsFile | None = field(default=None, repr=False)
+
+    def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, n] and B [m, r] of a module: row-major, stored dtype, scaling not applied.
+
+        From a file the result is a view of the mapped file: do not write to it. KeyError if the
+        adapter has no such module; AdapterError if the file has changed since it was loaded.
+        """
+        a, b = self.stored[name]
+        return a.read().flatten(1).contiguous(), b.read().flatten(1).contiguous()
+
+    def release(self) -> None:
+        """Let go of mapped memory; it is freed once no factor read from it is alive."""
+        if self.file is not None:
+            self.file.release()
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all factors."""
+        return sum(a.nbytes + b.nbytes for a, b in self.stored.values())

@@ -1,0 +1,154 @@
+"""The one way from named tensors to an Adapter: every check of keys, shapes and dtypes is here.
+
+Nothing is read: dtypes and shapes are enough.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ..errors import AdapterError
+from .adapter import Adapter, AdapterConfig, Kind, Module
+from .lazy import LazyTensor
+from .safetensors_file import SafetensorsFile
+
+PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
+# What PEFT saves of the base model beside its own tensors: the input and output embeddings, under
+# the names that transformers models give them.
+_SAVED_ALONG = re.compile(
+    r"(?:.+\.)?(?:base_layer|embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared)"
+    r"\.(?:weight|bias)"
+)
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_SAVE_AGAIN = "save the adapter again with PEFT's save_pretrained"
+
+Sides = dict[str, tuple[str, LazyTensor]]  # "A" or "B" -> (whole key, tensor)
+
+
+def assemble(
+    name: str,
+    config: AdapterConfig,
+    tensors: Mapping[str, LazyTensor],
+    scaling: Callable[[str, int], float],
+    file: SafetensorsFile | None = None,
+) -> Adapter:
+    """An Adapter of tensors under the keys PEFT writes, with or without its prefix.
+
+    ``scaling`` maps (module, rank) to the factor in front of B @ A. Raises AdapterError for any
+    tensor that is not part of a plain LoRA and for factors that do not fit each other.
+    """
+    factors, carried = _sort_tensors(name, config, tensors)
+    modules: dict[str, Module] = {}
+    stored: dict[str, tuple[LazyTensor, LazyTensor]] = {}
+    for module, sides in sorted(factors.items()):
+        modules[module] = _module(name, module, sides, scaling)
+        stored[module] = sides["A"][1], sides["B"][1]
+    if not modules:
+        problem = "has no LoRA factors"
+        raise AdapterError(name, None, problem, "leave it out, or check its target_modules")
+    return Adapter(name, config, modules, carried, stored, file)
+
+
+def _sort_tensors(
+    name: str, config: AdapterConfig, tensors: Mapping[str, LazyTensor]
+) -> tuple[dict[str, Sides], dict[str, LazyTensor]]:
+    factors: dict[str, Sides] = {}
+    carried: dict[str, LazyTensor] = {}
+    for key, tensor in tensors.items():
+        path = key.removeprefix(PREFIX)
+        if match := _FACTOR.fullmatch(path):
+            sides = factors.setdefault(match[1], {})
+            side = match[2] or match[3]
+            if side in sides:
+                problem = f"stores factor {side} twice, as {sides[side][0]!r} and {key!r}"
+                raise AdapterError(name, match[1], problem, _SAVE_AGAIN)
+            sides[side] = key, tensor
+        elif ".lora_" not in path and _is_carried(path, config.modules_to_save or ()):
+            if PREFIX + path in carried:
+                problem = f"stores {path!r} twice, with and without {PREFIX!r}"
+                raise AdapterError(name, None, problem, _SAVE_AGAIN)
+            carried[PREFIX + path] = tensor
+        else:
+            raise _unknown(name, path)
+    return factors, carried
+
+
+def _is_carried(path: str, modules_to_save: list[str] | tuple[()]) -> bool:
+    if _SAVED_ALONG.fullmatch(path):
+        return True
+    parts = path.split(".")
+    parents = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return any(parent.endswith(saved) for parent in parents for saved in modules_to_save)
+
+
+def _unknown(name: str, path: str) -> AdapterError:
+    module, _, tensor = path.partition(".lora_")
+    if tensor.startswith("magnitude_vector"):
+        problem, remedy = "is a DoRA (lora_magnitude_vector)", "train it as a plain LoRA"
+    elif tensor == "B.bias":
+        problem, remedy = "has a bias on B (lora_bias)", "train it with lora_bias=False"
+    else:
+        problem, remedy = f"unknown tensor {path!r}", _SAVE_AGAIN + ", as a plain LoRA"
+    return AdapterError(name, module if tensor else None, problem, remedy)
+
+
+def _module(adapter: str, name: str, sides: Sides, scaling: Callable[[str, int], float]) -> Module:
+    if len(sides) < 2:
+        present = next(iter(sides))
+        missing = "B" if present == "A" else "A"
+        raise AdapterError(adapter, name, f"has factor {present} but no {missing}", _SAVE_AGAIN)
+    if ".base_layer." in f".{name}.":
+        problem = "is wrapped by another LoRA layer (nn.MultiheadAttention or bare parameters)"
+        raise AdapterError(adapter, name, problem, "leave such modules out of target_modules")
+    (key, a), (key_b, b) = sides["A"], sides["B"]
+    kind = _kind(key, a.shape)
+    if (key_b.endswith("embedding_B")) != (kind == "embedding"):
+        raise AdapterError(adapter, name, f"mixes {key!r} with {key_b!r}", _SAVE_AGAIN)
+    for side, tensor in (("A", a), ("B", b)):
+        _check_dtype(adapter, name, side, tensor.dtype)
+    problem_and_remedy = _shape_problem(kind, a.shape, b.shape)
+    if problem_and_remedy or kind is None:
+        problem, remedy = problem_and_remedy or ("has factors of no known layer", _SAVE_AGAIN)
+        raise AdapterError(adapter, name, problem, remedy)
+    rank = a.shape[0]
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return Module(name, kind, a.shape, b.shape, rank, scaling(name, rank), dtype)
+
+
+def _kind(key: str, a_shape: tuple[int, ...]) -> Kind | None:
+    if key.endswith("lora_embedding_A"):
+        return "embedding"
+    kinds: dict[int, Kind] = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
+    return kinds.get(len(a_shape))
+
+
+def _check_dtype(adapter: str, module: str, side: str, dtype: torch.dtype) -> None:
+    if dtype in _FLOATS:
+        return
+    remedy = "dequantize the adapter to float32, float16 or bfloat16"
+    if dtype == torch.float64:
+        remedy = "cast the adapter to float32"
+    problem = f"factor {side} is {str(dtype).removeprefix('torch.')}"
+    raise AdapterError(adapter, module, problem, remedy)
+
+
+def _shape_problem(
+    kind: Kind | None, a: tuple[int, ...], b: tuple[int, ...]
+) -> tuple[str, str] | None:
+    """What is wrong with the stored shapes, and what to do; None if nothing is."""
+    shapes = f"A {list(a)}, B {list(b)}"
+    if len(a) < 2 or len(b) < 2 or 0 in a or 0 in b:
+        remedy = "gather ZeRO-3 or FSDP shards before save_pretrained"
+        return f"has an empty factor or one that is no matrix ({shapes})", remedy
+    if len(a) != len(b) or set(b[2:]) - {1} or (kind == "embedding" and len(a) > 2):
+        return f"has shapes of different layers ({shapes})", _SAVE_AGAIN
+    if a[0] == b[1]:
+        return None
+    if len(a) > 2 and a[0] % b[1] == 0:
+        remedy = "leave grouped convolutions out of target_modules"
+        return f"adapts a convolution in {a[0] // b[1]} groups ({shapes})", remedy
+    return f"has factors of different rank ({shapes})", _SAVE_AGAIN

@@ -1,0 +1,118 @@
+"""PEFT LoRA adapters: saved folders, and adapters of a live PeftModel.
+
+Neither ``peft`` nor ``transformers`` is imported; a model is read by PEFT's names for things.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterError
+from .adapter import Adapter
+from .assemble import PREFIX, assemble
+from .lazy import MemoryTensor
+from .peft_config import read_config, scalings
+from .safetensors_file import SafetensorsFile
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
+
+
+def load_folder(folder: Path, name: str) -> Adapter:
+    """The adapter in a folder, or in the only subfolder that has one (as PEFT saves adapters that
+    are not called "default"). Config and header are read and checked; factors stay on disk.
+
+    Raises AdapterError for whatever cannot be merged exactly.
+    """
+    folder = _find(folder, name)
+    raw = _read_json(folder / CONFIG, name)
+    config = read_config(raw, name)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        pickles = [pickle for pickle in _PICKLES if (folder / pickle).exists()]
+        if pickles:
+            problem = f"has its weights only as a pickle ({pickles[0]}), which can run code"
+            remedy = "load it with PEFT and save it again with save_pretrained (safetensors)"
+        else:
+            problem, remedy = f"has no {WEIGHTS}", "download or save it again"
+        raise AdapterError(name, None, problem, remedy)
+    file = SafetensorsFile(weights, name)
+    return assemble(name, config, file.tensors, scalings(raw, name), file)
+
+
+def from_model(peft_model: Any, adapter_name: str = "default", name: str | None = None) -> Adapter:
+    """An adapter of a live model, with the scaling its layers have now; whether it is merged into
+    the base weights makes no difference. Factors share the model's memory and stay on its device.
+
+    ``name`` is what messages call the adapter (its own name if not given). Raises AdapterError for
+    whatever cannot be merged exactly, as for a saved adapter.
+    """
+    name = name or adapter_name
+    configs = getattr(peft_model, "peft_config", None)
+    if not isinstance(configs, Mapping) or adapter_name not in configs:
+        problem = "is not an adapter of this model"
+        known = ", ".join(map(repr, configs)) if isinstance(configs, Mapping) else "none"
+        raise AdapterError(name, None, problem, f"pass the name of one of its adapters ({known})")
+    raw = json.loads(json.dumps(configs[adapter_name].to_dict(), default=_plain))
+    config = read_config(raw, name)
+    scaling = {
+        path.removeprefix(PREFIX): layer_scaling[adapter_name]
+        for path, module in peft_model.named_modules(remove_duplicate=False)
+        # Attention layers have a float of the same name.
+        if isinstance(layer_scaling := getattr(module, "scaling", None), dict)
+        and adapter_name in layer_scaling
+    }
+    of_adapter = re.compile(rf"(.+)\.(lora_\w+|modules_to_save)\.{re.escape(adapter_name)}(\..+)?")
+    tensors = {}
+    for key, tensor in peft_model.state_dict().items():
+        if not (match := of_adapter.fullmatch(key)):
+            continue
+        if tensor.is_meta:
+            problem = f"{key!r} has no values yet (meta device)"
+            raise AdapterError(name, None, problem, "load the adapter's weights first")
+        part = "" if match[2] == "modules_to_save" else f".{match[2]}"
+        tensors[f"{match[1]}{part}{match[3] or ''}"] = MemoryTensor(tensor)
+    return assemble(name, config, tensors, lambda module, rank: float(scaling[module]))
+
+
+def _find(folder: Path, name: str) -> Path:
+    if not folder.exists():
+        remedy = "check the path; an adapter on the Hugging Face Hub has to be downloaded first"
+        raise AdapterError(name, None, "no such folder", remedy)
+    if not folder.is_dir():
+        raise AdapterError(name, None, "is a file", f"give the folder that holds {CONFIG}")
+    if (folder / CONFIG).is_file():
+        return folder
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    if len(inside) == 1:
+        return inside[0]
+    if inside:
+        names = ", ".join(path.name for path in inside)
+        raise AdapterError(
+            name, None, f"holds {len(inside)} adapters ({names})", "give one of them"
+        )
+    raise AdapterError(name, None, f"has no {CONFIG}", "give a folder saved by PEFT")
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        problem = f"{path.name} cannot be read ({error.strerror})"
+        raise AdapterError(name, None, problem, "check the file") from error
+    except ValueError as error:
+        problem = f"{path.name} is not valid JSON ({error})"
+        raise AdapterError(name, None, problem, "download or save the adapter again") from error
+    if not isinstance(raw, dict):
+        problem = f"{path.name} is not a JSON object"
+        raise AdapterError(name, None, problem, "download or save the adapter again")
+    return raw
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)

@@ -1,0 +1,193 @@
+"""PEFT's ``adapter_config.json``: which fields change the weights, and what each module's
+rank and scaling are.
+
+Every field of ``peft.LoraConfig`` 0.21 is either kept in AdapterConfig, has no effect on a trained
+adapter's weights, or is refused; a field we do not know is refused unless it is switched off.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..errors import AdapterError
+from .adapter import AdapterConfig
+
+_CHECKED = {
+    "peft_type",
+    "bias",
+    "init_lora_weights",
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+}
+_HARMLESS = {
+    "inference_mode",
+    "lora_dropout",
+    "runtime_config",
+    "loftq_config",  # these four matter only with the matching init_lora_weights
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "megatron_core",  # only with megatron_config
+    "qalora_group_size",  # only with use_qalora
+}
+_KEPT = {f.name: f.type for f in fields(AdapterConfig) if f.name != "raw"}
+_RETRAIN = "leave this adapter out or train it as a plain LoRA"
+_REFUSED = {
+    "use_dora": ("is a DoRA, its magnitudes are not low rank (use_dora)", _RETRAIN),
+    "lora_bias": ("trains biases with B (lora_bias)", _RETRAIN),
+    "target_parameters": ("adapts bare parameters (target_parameters)", _RETRAIN),
+    "trainable_token_indices": ("trains single tokens (trainable_token_indices)", _RETRAIN),
+    "alora_invocation_tokens": ("is an aLoRA, active on some tokens only", _RETRAIN),
+    "use_qalora": ("is a QALoRA, its inputs are pooled", _RETRAIN),
+    "use_bdlora": ("is a block-diagonal BD-LoRA", _RETRAIN),
+    "arrow_config": ("is an Arrow router", "merge the adapters it routes between instead"),
+    "kasa_config": ("is a KaSA, which changes the base weights", _RETRAIN),
+    "velora_config": ("is a VeLoRA", "set velora_config to null in adapter_config.json"),
+    "monteclora_config": ("is a MonteCLoRA, which samples its weights", _RETRAIN),
+    "megatron_config": ("is written for Megatron layers", "save it without megatron_config"),
+    "ensure_weight_tying": ("ties adapters to each other (ensure_weight_tying)", _RETRAIN),
+}
+_UNCHANGED_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+_CONVERTIBLE = re.compile(r"pissa|corda|olora|lora_ga")
+
+
+def read_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
+    """The config of a plain LoRA; AdapterError if it is anything else."""
+    if raw.get("peft_type") != "LORA":
+        problem = f"peft_type is {raw.get('peft_type')!r}"
+        raise AdapterError(adapter, None, problem, "only LORA adapters can be merged")
+    if raw.get("bias", "none") not in ("none", None):
+        problem = f"trains biases of the base model (bias={raw['bias']!r})"
+        raise AdapterError(adapter, None, problem, "train it with bias='none'")
+    for key, value in raw.items():
+        if key in _REFUSED and value:
+            raise AdapterError(adapter, None, *_REFUSED[key])
+    _check_init(raw.get("init_lora_weights", True), adapter)
+    for key, value in raw.items():
+        known = key in _CHECKED or key in _HARMLESS or key in _REFUSED or key in _KEPT
+        if not known and value:
+            problem = f"unknown field {key!r} ({str(value)[:60]}) in adapter_config.json"
+            remedy = f"set {key!r} to null if it does not change the weights"
+            raise AdapterError(adapter, None, problem, remedy)
+    for key in _KEPT:
+        _check_type(key, raw.get(key), adapter)
+    kept = {key: raw[key] for key in _KEPT if raw.get(key) is not None}
+    return AdapterConfig(**kept, raw=raw)
+
+
+def scalings(raw: Mapping[str, Any], adapter: str) -> Callable[[str, int], float]:
+    """A function (module, rank of its factors) -> scaling, as ``peft.LoraLayer`` computes it.
+
+    alpha / r, or alpha / sqrt(r) with ``use_rslora``; r and alpha from the first pattern that
+    matches the module. It raises AdapterError if the factors' rank is not the config's.
+    """
+    ranks = _patterns(raw, "rank_pattern", "r", _is_rank, "a positive whole number", adapter)
+    alphas = _patterns(raw, "alpha_pattern", "lora_alpha", _is_finite, "a finite number", adapter)
+    use_rslora = raw.get("use_rslora") or False
+    if not isinstance(use_rslora, bool):
+        raise _wrong_value("use_rslora", use_rslora, "true or false", adapter)
+
+    def scaling(module: str, rank: int) -> float:
+        expected = ranks(module)
+        if rank != expected:
+            problem = f"its factors have rank {rank}, the config says {expected}"
+            remedy = "correct r or rank_pattern in adapter_config.json"
+            raise AdapterError(adapter, module, problem, remedy)
+        return float(alphas(module) / (math.sqrt(rank) if use_rslora else rank))
+
+    return scaling
+
+
+def _patterns(
+    raw: Mapping[str, Any],
+    field: str,
+    default_field: str,
+    valid: Callable[[Any], bool],
+    expected: str,
+    adapter: str,
+) -> Callable[[str], Any]:
+    """PEFT's ``get_pattern_key``: the first pattern that matches a dotted tail of the name."""
+    default = raw.get(default_field, 8)
+    if not valid(default):
+        raise _wrong_value(default_field, default, expected, adapter)
+    pattern = raw.get(field) or {}
+    if not isinstance(pattern, dict):
+        raise _wrong_value(field, pattern, "an object of module patterns", adapter)
+    compiled = []
+    for key, value in pattern.items():
+        if not valid(value):
+            raise _wrong_value(f"{field}[{key!r}]", value, expected, adapter)
+        try:
+            compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
+        except re.error as error:
+            problem = f"{field} has {key!r}, which is no regular expression ({error})"
+            raise AdapterError(adapter, None, problem, "correct adapter_config.json") from error
+
+    def resolve(module: str) -> Any:
+        for expression, value in compiled:
+            if expression.match(module):
+                return value
+        return pattern.get(module, default)
+
+    return resolve
+
+
+def _check_init(init: Any, adapter: str) -> None:
+    if (init.lower() if isinstance(init, str) else init) in _UNCHANGED_BASE:
+        return
+    problem = f"init_lora_weights={init!r}"
+    if init == "loftq":
+        problem += " replaces the base weights by quantized ones"
+        remedy = "use the LoftQ base model and set init_lora_weights to true in adapter_config.json"
+    elif isinstance(init, str) and _CONVERTIBLE.match(init.lower()):
+        problem += " changes the base weights"
+        remedy = "save it with PEFT's path_initial_model_for_weight_conversion"
+    else:
+        problem += " is unknown"
+        remedy = "set it to true in adapter_config.json if the base weights were not changed"
+    raise AdapterError(adapter, None, problem, remedy)
+
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "base_model_name_or_path": ((str,), "a name or a path"),
+    "revision": ((str,), "a revision name"),
+    "task_type": ((str,), "a task type"),
+    "target_modules": ((list, str), "a list of names or a regular expression"),
+    "exclude_modules": ((list, str), "a list of names or a regular expression"),
+    "layers_to_transform": ((list, int), "layer numbers"),
+    "layers_pattern": ((list, str), "names of layer lists"),
+    "layer_replication": ((list,), "a list of layer ranges"),
+    "fan_in_fan_out": ((bool,), "true or false"),
+    "modules_to_save": ((list,), "a list of names"),
+    "auto_mapping": ((dict,), "an object"),
+    "peft_version": ((str,), "a version"),
+}
+
+
+def _check_type(field: str, value: Any, adapter: str) -> None:
+    types, expected = _TYPES[field]
+    if value is not None and not isinstance(value, types):
+        raise _wrong_value(field, value, expected, adapter)
+    names = value if field == "modules_to_save" and isinstance(value, list) else ()
+    if not all(isinstance(item, str) for item in names):
+        raise _wrong_value(field, value, expected, adapter)
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _wrong_value(field: str, value: Any, expected: str, adapter: str) -> AdapterError:
+    problem = f"{field} is {str(value)[:60]!r}, not {expected}"
+    return AdapterError(adapter, None, problem, "correct adapter_config.json")

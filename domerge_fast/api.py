@@ -1,0 +1,238 @@
+"""merge and inspect: from adapters to a merged adapter, or to a table of their interference."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import __version__, engine, options
+from .adapters import Adapter, check_compatible, load
+from .backends import registry
+from .errors import OptionError, OutputError
+from .interference import InterferenceSums
+from .merged import Merged
+from .methods import TABLE
+from .methods.base import Method, Settings
+from .outputs import peft
+from .outputs.folder import check_target
+from .plan import Plan
+from .progress import shown
+from .report import Interference, Report
+
+Source = str | os.PathLike[str] | Adapter
+Progress = bool | Callable[[int, int], None]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def merge(
+    adapters: Iterable[Source],
+    method: str = "do",
+    *,
+    weights: Sequence[float] | None = None,
+    scale: float = 1.0,
+    rank: int | None = None,
+    energy: float | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    progress: Progress = False,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    dtype: str | None = None,
+    base_model: str | None = None,
+    **method_options: Any,
+) -> Merged:
+    """Merge LoRA adapters of one base model into one adapter.
+
+    adapters: PEFT folders, or adapters from `load`, `from_model` or `from_tensors`.
+    method: "do", "linear" or "svd" (`methods()`); its own options are keyword arguments.
+    weights: one number an adapter, negative to subtract, 0 to leave out; None is 1 for each.
+        "do" uses w_i / sum |w|; "linear" and "svd" use the weights as they are.
+    scale: λ, a factor on the merged update.
+    rank, energy: truncate every module to rank k, or to the smallest rank that keeps this share
+        of ||ΔW||_F^2; with both, whichever is smaller. None: exact, rank sum r_i.
+    backend, device: where the ops run; "auto" takes the fastest backend for the device, and the
+        device the factors are on (files: the CPU).
+    progress: True for a bar on stderr, or a function of (modules done, modules in all).
+    output: write a PEFT folder while merging, so that no more than a group of modules is in
+        memory; an existing one is replaced only with `overwrite`.
+    dtype: of the merged factors, "float32", "bfloat16" or "float16"; None takes that of the
+        inputs (float32 where they differ). Arithmetic is float32 throughout.
+    base_model: says which base model all adapters belong to, where their configs disagree.
+
+    Returns a Merged. Raises DomergeError (AdapterError, OptionError, OutputError), one line, for
+    whatever cannot be merged exactly or written; nothing is left written then.
+    """
+    started = time.perf_counter()
+    row = TABLE[options.choose("method", method, TABLE)]
+    chosen = options.build(row.options, method_options, f"method {method!r}")
+    scale = options.check("scale", scale, float)
+    cut = _cut(row, rank, energy)
+    loaded = _load(adapters, base_model)
+    plan = Plan.make(loaded, _weights(weights, len(loaded)))
+    out_dtype = _dtype(dtype, plan)
+    where = _device(device, loaded)
+    settings = Settings(scale, out_dtype, registry.choose(backend, where.type))
+    target = peft.target(plan, out_dtype, base_model)
+    sums = InterferenceSums([a.name for a in loaded])
+
+    def finished(modules: dict) -> Report:
+        return Report(
+            method=method,
+            adapters=sums.names,
+            weights=tuple(plan.weights),
+            scale=scale,
+            options=dataclasses.asdict(chosen) | {"rank": rank, "energy": energy},
+            backend=settings.backend,
+            device=str(where),
+            dtype=str(out_dtype).removeprefix("torch."),
+            versions=versions(),
+            modules=modules,
+            interference=sums.result() if len(loaded) <= engine.MOST_COMPARED else None,
+            seconds=time.perf_counter() - started,
+        )
+
+    def run(sink: engine.Sink) -> Report:
+        with shown(progress, len(plan.names)) as show, torch.inference_mode():
+            resolved = _resolve(cut, row, plan)
+            return finished(
+                engine.run(plan, row, chosen, settings, resolved, where, sums, sink, show)
+            )
+
+    if output is None:
+        pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        report = run(lambda name, a, b: pairs.__setitem__(name, (a, b.contiguous())))
+        return Merged(report, target, pairs)
+    path = _output(output, overwrite, loaded)
+    with peft.PeftFolder(path, target, overwrite) as folder:
+        report = run(folder.add)
+        folder.finish(report)
+    return Merged(report, target, {}, path)
+
+
+def inspect(
+    adapters: Iterable[Source],
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    progress: Progress = False,
+    base_model: str | None = None,
+) -> Interference:
+    """How much adapters of one base model interfere, from their Gram matrices alone.
+
+    Pairwise overlap of row spaces (A) and column spaces (B), the cosine between the updates, and
+    each adapter's norm with its spread over modules. Raises as `merge` does.
+    """
+    loaded = _load(adapters, base_model)
+    plan = Plan.make(loaded, [1.0] * len(loaded))
+    where = _device(device, loaded)
+    sums = InterferenceSums([a.name for a in loaded])
+    with shown(progress, len(plan.names)) as show, torch.inference_mode():
+        engine.survey(plan, where, registry.choose(backend, where.type), sums, show)
+    return sums.result()
+
+
+def methods() -> dict[str, str]:
+    """The merge methods by name, each with one line on what it does."""
+    return {name: row.summary for name, row in TABLE.items()}
+
+
+def backends() -> dict[str, registry.BackendStatus]:
+    """The backends by name: `available`, `devices`, and `why_not` where one cannot run here."""
+    return registry.backends()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a merge depends on."""
+    return {
+        "domerge-fast": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _load(sources: Iterable[Source], base_model: str | None) -> list[Adapter]:
+    if isinstance(sources, (str, os.PathLike, Adapter)):
+        raise OptionError("adapters", "is one adapter, not a list", "put it in a list: [adapter]")
+    loaded = [s if isinstance(s, Adapter) else load(s) for s in sources]
+    check_compatible(loaded, base_model)
+    seen: Counter[str] = Counter()
+    named = []
+    for adapter in loaded:
+        seen[adapter.name] += 1
+        again = seen[adapter.name] > 1
+        name = f"{adapter.name} ({seen[adapter.name]})" if again else adapter.name
+        named.append(dataclasses.replace(adapter, name=name))
+    return named
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        problem = f"{len(weights)} weights for {count} adapters"
+        raise OptionError("weights", problem, "give one number for each adapter, in order")
+    checked = [options.check("weights", w, float) for w in weights]
+    if not any(checked):
+        raise OptionError("weights", "all are zero", "give at least one adapter a weight")
+    return checked
+
+
+def _cut(method: Method, rank: int | None, energy: float | None) -> engine.Cut:
+    if rank is not None:
+        rank = options.check("rank", rank, int, low=1)
+    if energy is not None:
+        energy = options.check("energy", energy, float)
+        if not 0 < energy <= 1:
+            raise OptionError("energy", f"{energy!r} is not a share", "give one in (0, 1]")
+    return engine.Cut(rank, energy)
+
+
+def _resolve(cut: engine.Cut, method: Method, plan: Plan) -> engine.Cut:
+    """The method's own truncation, where none was asked for."""
+    if cut or not method.truncates:
+        return cut
+    return engine.Cut(max(m.rank for name in plan.names for m in plan.modules(name)))
+
+
+def _dtype(dtype: str | None, plan: Plan) -> torch.dtype:
+    if dtype is None:
+        return plan.dtype()
+    return getattr(torch, options.choose("dtype", dtype, DTYPES))
+
+
+def _device(device: str, adapters: Sequence[Adapter]) -> torch.device:
+    if device == "auto":
+        homes = {
+            t.tensor.device
+            for a in adapters
+            for pair in a.stored.values()
+            for t in pair
+            if hasattr(t, "tensor")
+        }
+        return homes.pop() if len(homes) == 1 else torch.device("cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError("device", f"{device!r} is not a device", "use 'cpu' or 'cuda:0'") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError("device", f"{device!r}: torch sees no CUDA device", "use 'cpu'")
+    return found
+
+
+def _output(output: str | os.PathLike[str], overwrite: bool, adapters: Sequence[Adapter]) -> Path:
+    path = Path(output).absolute()
+    for adapter in adapters:
+        if adapter.file is not None and adapter.file.path.parent.resolve() == path.resolve():
+            raise OutputError(str(output), "is one of the adapters to merge", "give another folder")
+    check_target(path, overwrite, peft.FILES)
+    return path

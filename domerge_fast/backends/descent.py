@@ -1,0 +1,321 @@
+"""The orthogonalizing descent in plain PyTorch: on R x R matrices, or on the factors themselves.
+
+Minimised over Xhat, starting at X (arXiv 2505.15875, step 1; H = Xhat Xhat^T):
+
+    f = sum_{i != j} phi_ij(||H_ij||_F) + gamma ||Xhat - X||_F^2
+    squared:    phi = x^2 / (n_i n_j)                       n_i = ||X_i||_F
+    frobenius:  phi = sqrt(x^2 + (EPSILON n_i n_j)^2)
+
+Every direction used is a combination of gradients, and a gradient is a matrix times X, so
+Xhat = C X throughout and the whole descent runs on C and H = C G C^T (`in_gram_form`). Where
+R > d and the penalty is squared, the sum over pairs folds into S = sum_j Xhat_j^T Xhat_j / n_j
+[d, d], and it is cheaper to descend on Xhat (`in_factor_form`).
+
+The rule, the same in every backend: Polak-Ribiere+ conjugate gradients in the Frobenius metric
+of Xhat with an exact line search. Along a line every ||H_ij||^2 is a quartic, so the search costs
+a few scalars and f cannot rise. X is normalised first: the factors' scale has no influence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-3
+FIRST_BRACKET = 1.0 / 64
+MAX_DOUBLINGS = 60
+BISECTIONS = 40
+STATS = ("steps", "objective_before", "objective_after", "cross_left", "change")
+
+
+@dataclass(frozen=True)
+class Line:
+    """f along a line, for P problems at once, in float64.
+
+    `quartics` [P, N, 5] are the coefficients of N squared cross terms (each counted twice: i, j
+    and j, i); `smoothing` [P, N] is the squared epsilon under the root, None for the squared
+    penalty; `moved` [P, 3] are the coefficients of ||Xhat - X||^2.
+    """
+
+    quartics: Tensor
+    smoothing: Tensor | None
+    moved: Tensor
+    gamma: float
+
+    def _terms(self, eta: Tensor) -> tuple[Tensor, Tensor]:
+        q, e = self.quartics, eta[:, None]
+        value = (((q[..., 4] * e + q[..., 3]) * e + q[..., 2]) * e + q[..., 1]) * e + q[..., 0]
+        slope = ((4 * q[..., 4] * e + 3 * q[..., 3]) * e + 2 * q[..., 2]) * e + q[..., 1]
+        if self.smoothing is not None:
+            root = (value.clamp_min(0) + self.smoothing).sqrt()
+            value, slope = root, torch.where(root > 0, slope / (2 * root), 0.0)
+        return value, slope
+
+    def moved_at(self, eta: Tensor) -> Tensor:
+        return (self.moved[:, 2] * eta + self.moved[:, 1]) * eta + self.moved[:, 0]
+
+    def value(self, eta: Tensor) -> Tensor:
+        return 2 * self._terms(eta)[0].sum(-1) + self.gamma * self.moved_at(eta)
+
+    def slope(self, eta: Tensor) -> Tensor:
+        moved = 2 * self.moved[:, 2] * eta + self.moved[:, 1]
+        return 2 * self._terms(eta)[1].sum(-1) + self.gamma * moved
+
+    def minimum(self) -> Tensor:
+        """The first local minimum eta > 0 [P]; 0 where no step lowers f."""
+        low = torch.zeros_like(self.moved[:, 0])
+        high = torch.full_like(low, FIRST_BRACKET)
+        for _ in range(MAX_DOUBLINGS):
+            falling = self.slope(high) < 0
+            if not falling.any():
+                break
+            low, high = torch.where(falling, high, low), torch.where(falling, 2 * high, high)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            falling = self.slope(middle) < 0
+            low, high = torch.where(falling, middle, low), torch.where(falling, high, middle)
+        eta = (low + high) / 2
+        start = self.value(torch.zeros_like(eta))
+        for _ in range(MAX_DOUBLINGS):
+            too_high = self.value(eta) > start
+            if not too_high.any():
+                return eta
+            eta = torch.where(too_high, eta / 2, eta)
+        return torch.where(self.value(eta) > start, 0.0, eta)
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """<x, y> per problem [P], in float64."""
+    return (x * y).flatten(1).sum(1, dtype=torch.float64)
+
+
+class _Form(Protocol):
+    """Where P problems stand, in one of the two formulations."""
+
+    c: Tensor  # what moves: C [P, R, R], or Xhat [1, T r, d]
+
+    def gradient(self) -> Tensor: ...
+    def metric(self, p: Tensor) -> Tensor:
+        """P -> P G, so that <P, Q>_G = <P, metric(Q)>."""
+
+    def line(self, d: Tensor, dg: Tensor, moved: Tensor) -> Line:
+        """f along d; `moved` [P] is ||Xhat - X||^2 so far."""
+
+    def advance(self, eta: Tensor) -> None:
+        """Move by eta [P] along the direction of the last `line`."""
+
+
+def _descend(form: _Form, steps: int, tol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Conjugate gradients until every problem has stopped.
+
+    Returns steps taken, f before, f after and ||Xhat - X||^2, each [P] in float64.
+    """
+    moved = torch.zeros(len(form.c), dtype=torch.float64, device=form.c.device)
+    taken, still = torch.zeros_like(moved), torch.zeros_like(moved)
+    nowhere = torch.zeros_like(form.c)
+    before = after = form.line(nowhere, nowhere, moved).value(still)
+    running = torch.ones_like(moved, dtype=torch.bool)
+    p_old = pg_old = d = dg = nowhere
+    norm_old = still
+    for _ in range(steps):
+        p = form.gradient()
+        pg = form.metric(p)
+        norm = _inner(p, pg)
+        beta = torch.where(norm_old > 0, (norm - _inner(p, pg_old)) / norm_old, 0.0).clamp_min(0)
+        beta = beta.to(p.dtype)[:, None, None]
+        d, dg = beta * d - p, beta * dg - pg
+        uphill = (_inner(p, dg) >= 0)[:, None, None]
+        d, dg = torch.where(uphill, -p, d), torch.where(uphill, -pg, dg)
+        p_old, pg_old, norm_old = p, pg, norm
+        line = form.line(d, dg, moved)
+        eta = line.minimum().where(running & (norm > 0), 0.0)
+        running = eta > 0
+        form.advance(eta)
+        f, f_new = line.value(still), line.value(eta)
+        taken += running
+        moved = line.moved_at(eta)
+        after = torch.where(running, f_new, after)
+        running = running & (f - f_new > tol * f)
+        if not running.any():
+            break
+    return taken, before, after, moved
+
+
+def in_gram_form(
+    gram: Tensor, ranks: tuple[int, ...], penalty: str, gamma: float, steps: int, tol: float
+) -> tuple[Tensor, Tensor]:
+    """Descend on C, for P problems that share their ranks.
+
+    gram [P, R, R] -> C [P, R, R] with Xhat = C X, and the columns of `STATS` [P, 5] in float64.
+    """
+    size = gram.shape[-1]
+    unit = gram.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64) / size
+    unit = unit.where(unit > 0, 1.0)
+    form = _GramForm(gram / unit.to(gram.dtype)[:, None, None], ranks, penalty, gamma)
+    cross = form.cross()
+    total = form.g.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)
+    taken, before, after, moved = _descend(form, steps, tol)
+    left, change = _ratio(form.cross(), cross), _ratio(moved, total).sqrt()
+    return form.c, torch.stack([taken, before * unit, after * unit, left, change], 1)
+
+
+class _GramForm:
+    def __init__(self, g: Tensor, ranks: tuple[int, ...], penalty: str, gamma: float) -> None:
+        adapters, device = len(ranks), g.device
+        self.g, self.gamma, self.squared = g, gamma, penalty == "squared"
+        self.owner = torch.repeat_interleave(torch.tensor(ranks, device=device))
+        self.member = torch.nn.functional.one_hot(self.owner, adapters).to(g.dtype)  # [R, T]
+        self.pairs = torch.triu_indices(adapters, adapters, 1, device=device)
+        norms = (g.diagonal(dim1=1, dim2=2) @ self.member).double().clamp_min(0).sqrt()
+        inverse = torch.where(norms > 0, 1 / norms, 0.0)
+        self.weight = inverse[:, self.pairs[0]] * inverse[:, self.pairs[1]]  # [P, pairs]
+        self.smoothing = torch.where(self.weight > 0, (EPSILON / self.weight).square(), 0.0)
+        self.v = self._per_entry(4 * self.weight)
+        self.eye = torch.eye(g.shape[-1], dtype=g.dtype, device=device)
+        self.c, self.h = self.eye.repeat(len(g), 1, 1), g
+        self.d = self.e = self.f = torch.zeros_like(g)
+
+    def _pair_sums(self, x: Tensor, y: Tensor) -> Tensor:
+        """<x_ij, y_ij> of every pair of adapters i < j, [P, pairs] in float64."""
+        sums = self.member.T @ (x * y) @ self.member
+        return sums[:, self.pairs[0], self.pairs[1]].double()
+
+    def _per_entry(self, values: Tensor) -> Tensor:
+        """One value a pair [P, pairs], spread over the entries of its blocks [P, R, R]."""
+        adapters = self.member.shape[1]
+        table = values.new_zeros(len(values), adapters, adapters, dtype=self.g.dtype)
+        table[:, self.pairs[0], self.pairs[1]] = values.to(table.dtype)
+        return (table + table.mT)[:, self.owner][:, :, self.owner]
+
+    def cross(self) -> Tensor:
+        """Half the cross-adapter energy of H [P]."""
+        return self._pair_sums(self.h, self.h).sum(1)
+
+    def gradient(self) -> Tensor:
+        if not self.squared:
+            root = (self._pair_sums(self.h, self.h) + self.smoothing).sqrt()
+            self.v = self._per_entry(torch.where(self.weight > 0, 2 / root, 0.0))
+        return (self.v * self.h) @ self.c + 2 * self.gamma * (self.c - self.eye)
+
+    def metric(self, p: Tensor) -> Tensor:
+        return p @ self.g
+
+    def line(self, d: Tensor, dg: Tensor, moved: Tensor) -> Line:
+        half = dg @ self.c.mT
+        self.d, self.e, self.f = d, half + half.mT, dg @ d.mT
+        quartics = torch.stack(
+            [
+                self._pair_sums(self.h, self.h),
+                2 * self._pair_sums(self.h, self.e),
+                self._pair_sums(self.e, self.e) + 2 * self._pair_sums(self.h, self.f),
+                2 * self._pair_sums(self.e, self.f),
+                self._pair_sums(self.f, self.f),
+            ],
+            -1,
+        )
+        quadratic = torch.stack([moved, 2 * _inner(dg, self.c - self.eye), _inner(dg, d)], -1)
+        if self.squared:
+            quartics = (self.weight[..., None] * quartics).sum(1, keepdim=True)
+            return Line(quartics, None, quadratic, self.gamma)
+        quartics = quartics * (self.weight > 0)[..., None]
+        return Line(quartics, self.smoothing, quadratic, self.gamma)
+
+    def advance(self, eta: Tensor) -> None:
+        s = eta.to(self.g.dtype)[:, None, None]
+        self.c = self.c + s * self.d
+        self.h = self.h + s * self.e + s * s * self.f
+
+
+def in_factor_form(
+    x: Tensor, ranks: tuple[int, ...], gamma: float, steps: int, tol: float
+) -> tuple[Tensor, Tensor]:
+    """Descend on Xhat itself, squared penalty: O(R d^2) a step instead of O(R^3).
+
+    x [R, d] -> Xhat [R, d], and the columns of `STATS` [5] in float64.
+    """
+    unit = x.square().sum(dtype=torch.float64) / len(x)
+    unit = unit.where(unit > 0, 1.0)
+    form = _FactorForm(x / unit.sqrt().to(x.dtype), ranks, gamma)
+    if not form.interfere:
+        return x, x.new_zeros(len(STATS), dtype=torch.float64)
+    cross, total = form.cross(), form.x.square().sum(dtype=torch.float64)
+    taken, before, after, moved = _descend(form, steps, tol)
+    left, change = _ratio(form.cross(), cross), _ratio(moved, total).sqrt()
+    stats = torch.cat([taken, before * unit, after * unit, left, change])
+    xhat = form.c.view_as(form.x)[form.real] * unit.sqrt().to(x.dtype)
+    return xhat, stats
+
+
+class _FactorForm:
+    """One problem, its blocks padded with zero rows to [T, r, d].
+
+    With Y_i = Xhat_i / sqrt(n_i) and S = sum_j Y_j^T Y_j:
+    sum_{i != j} ||Xhat_i Xhat_j^T||^2 / (n_i n_j) = ||S||^2 - sum_i ||Y_i Y_i^T||^2.
+    """
+
+    def __init__(self, x: Tensor, ranks: tuple[int, ...], gamma: float) -> None:
+        sizes = torch.tensor(ranks, device=x.device)
+        self.real = torch.arange(max(ranks), device=x.device) < sizes[:, None]  # [T, r]
+        self.x = x.new_zeros(*self.real.shape, x.shape[1])
+        self.x[self.real] = x
+        norms = self.x.square().sum((1, 2), dtype=torch.float64).sqrt()
+        root = torch.where(norms > 0, norms.rsqrt(), 0.0).to(x.dtype)
+        self.root, self.gamma = root[:, None, None], gamma
+        self.interfere = int((norms > 0).sum()) > 1
+        self.c = self.x.reshape(1, -1, x.shape[1])
+        self.d = torch.zeros_like(self.c)
+
+    def _blocks(self, c: Tensor) -> Tensor:
+        return self.root * c.view_as(self.x)
+
+    def _sums(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """sum_i Y_i^T Z_i [d, d] and every Y_i Z_i^T [T, r, r]."""
+        return y.flatten(0, 1).T @ z.flatten(0, 1), y @ z.mT
+
+    def _cross(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+        """Half of <S, S'> - sum_i <K_i, K'_i>, [1] in float64."""
+        whole, own = ((a * b).sum(dtype=torch.float64) for a, b in zip(first, second))
+        return ((whole - own) / 2)[None]
+
+    def cross(self) -> Tensor:
+        """Half the cross-adapter energy of H [1]."""
+        x = self.c.view_as(self.x)
+        sums = self._sums(x, x)
+        return self._cross(sums, sums)
+
+    def gradient(self) -> Tensor:
+        y = self._blocks(self.c)
+        s, own = self._sums(y, y)
+        pull = (y.flatten(0, 1) @ s).view_as(y) - own @ y
+        return (4 * self.root * pull).view_as(self.c) + 2 * self.gamma * self._shift()
+
+    def _shift(self) -> Tensor:
+        return self.c - self.x.view_as(self.c)
+
+    def metric(self, p: Tensor) -> Tensor:
+        return p
+
+    def line(self, d: Tensor, dg: Tensor, moved: Tensor) -> Line:
+        self.d = d
+        y, z = self._blocks(self.c), self._blocks(d)
+        h, mixed, f = self._sums(y, y), self._sums(y, z), self._sums(z, z)
+        e = tuple(part + part.mT for part in mixed)
+        quartic = [
+            self._cross(h, h),
+            2 * self._cross(h, e),
+            self._cross(e, e) + 2 * self._cross(h, f),
+            2 * self._cross(e, f),
+            self._cross(f, f),
+        ]
+        quadratic = torch.stack([moved, 2 * _inner(d, self._shift()), _inner(d, d)], -1)
+        return Line(torch.stack(quartic, -1)[:, None], None, quadratic, self.gamma)
+
+    def advance(self, eta: Tensor) -> None:
+        self.c = self.c + eta.to(self.c.dtype) * self.d
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / whole.where(whole > 0, 1.0), 0.0)

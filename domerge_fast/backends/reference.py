@@ -1,0 +1,334 @@
+"""The oracle: DO-Merging written from the paper's formulas, dense, in float64.
+
+Nothing here knows that Xhat = C X, and nothing is shared with the fast backends. `do_merging` is
+the whole method on one module, with every ΔW_i [m, n] formed; the functions below it are the
+single ops, with the signatures that every backend has.
+
+Source: arXiv 2505.15875 for the loss, the order and the column magnitudes; the penalty's
+normalisation, the step rule and the constants are stated in docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+
+EPSILON = 1e-3
+ZERO_COLUMN = 1e-6
+
+
+def do_merging(
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    omega: Sequence[float],
+    *,
+    penalty: str = "squared",
+    gamma: float = 1.0,
+    sides: str = "both",
+    steps: int = 50,
+    tol: float = 1e-6,
+    orthogonalize: bool = True,
+    decouple: bool = True,
+    renormalize: bool = False,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """The merged ΔW [m, n] of A_i [r_i, n] and (already scaled) B_i [m, r_i]."""
+    a, b = [x.to(dtype) for x in a], [x.to(dtype) for x in b]
+    if orthogonalize and sides in ("both", "A"):
+        a, _ = descend(a, penalty, gamma, steps, tol)
+    if orthogonalize and sides in ("both", "B"):
+        b = [x.T for x in descend([x.T for x in b], penalty, gamma, steps, tol)[0]]
+    deltas = [bi @ ai for ai, bi in zip(a, b)]
+    if not decouple:
+        return scale * sum(w * delta for w, delta in zip(omega, deltas))
+    magnitude = torch.zeros_like(deltas[0][0])
+    direction = torch.zeros_like(deltas[0])
+    size = torch.zeros_like(magnitude)
+    for w, delta, ai, bi in zip(omega, deltas, a, b):
+        column_norms = delta.norm(dim=0)
+        column_norms[column_norms <= ZERO_COLUMN * bi.norm() * ai.norm(dim=0)] = 0
+        magnitude += abs(w) * column_norms
+        present = column_norms > 0
+        direction[:, present] += w * delta[:, present] / column_norms[present]
+        size += abs(w) * present
+    if renormalize:
+        lengths = direction.norm(dim=0)
+        direction = torch.where(lengths > ZERO_COLUMN * size, direction / lengths, 0.0)
+    return scale * direction * magnitude
+
+
+def loss(
+    x_hat: Sequence[Tensor], x: Sequence[Tensor], penalty: str = "squared", gamma: float = 1.0
+) -> Tensor:
+    """sum_{i != j} phi(||Xhat_i Xhat_j^T||_F) + gamma sum_i ||Xhat_i - X_i||_F^2."""
+    total = x[0].new_zeros(())
+    for i, xi in enumerate(x_hat):
+        for j, xj in enumerate(x_hat):
+            size = float(x[i].norm() * x[j].norm())
+            if i == j or size == 0:
+                continue
+            squared = (xi @ xj.T).square().sum()
+            if penalty == "squared":
+                total = total + squared / size
+            else:
+                total = total + (squared + (EPSILON * size) ** 2).sqrt()
+    for xi, yi in zip(x_hat, x):
+        total = total + gamma * (xi - yi).square().sum()
+    return total
+
+
+def gradient(
+    x_hat: Sequence[Tensor], x: Sequence[Tensor], penalty: str = "squared", gamma: float = 1.0
+) -> list[Tensor]:
+    """∂loss/∂Xhat_i [r_i, d] of every adapter."""
+    result = [2 * gamma * (xi - yi) for xi, yi in zip(x_hat, x)]
+    for i, xi in enumerate(x_hat):
+        for j, xj in enumerate(x_hat):
+            size = float(x[i].norm() * x[j].norm())
+            if i == j or size == 0:
+                continue
+            cross = xi @ xj.T
+            if penalty == "squared":
+                result[i] += 4 / size * cross @ xj
+            else:
+                result[i] += 2 / (cross.square().sum() + (EPSILON * size) ** 2).sqrt() * cross @ xj
+    return result
+
+
+def descend(
+    x: Sequence[Tensor],
+    penalty: str = "squared",
+    gamma: float = 1.0,
+    steps: int = 50,
+    tol: float = 1e-6,
+) -> tuple[list[Tensor], list[float]]:
+    """Xhat_i [r_i, d] after the descent on the factors themselves.
+
+    Polak-Ribiere+ conjugate gradients with an exact line search, on X divided by its root mean
+    square row norm. Returns Xhat and [steps, f before, f after, cross energy left, change].
+    """
+    rows = sum(len(xi) for xi in x)
+    unit = math.sqrt(sum(float(xi.square().sum()) for xi in x) / rows) or 1.0
+    x = [xi / unit for xi in x]
+    x_hat, taken = [xi.clone() for xi in x], 0
+    f_start = f = float(loss(x_hat, x, penalty, gamma))
+    previous = direction = None
+    for _ in range(steps):
+        p = gradient(x_hat, x, penalty, gamma)
+        if _dot(p, p) == 0:
+            break
+        if previous is None:
+            direction = [-g for g in p]
+        else:
+            beta = max(0.0, (_dot(p, p) - _dot(p, previous)) / _dot(previous, previous))
+            direction = [beta * d - g for d, g in zip(direction, p)]
+            if _dot(p, direction) >= 0:
+                direction = [-g for g in p]
+        previous = p
+        eta = _exact_step(x_hat, x, direction, penalty, gamma)
+        trial = [xi + eta * d for xi, d in zip(x_hat, direction)]
+        f_new = float(loss(trial, x, penalty, gamma))
+        if eta == 0 or f_new > f:
+            break
+        x_hat, taken, decrease, f = trial, taken + 1, f - f_new, f_new
+        if decrease <= tol * (f + decrease):
+            break
+    before, after = _cross_energy(x), _cross_energy(x_hat)
+    size = sum(float(xi.square().sum()) for xi in x)
+    moved = sum(float((xi - yi).square().sum()) for xi, yi in zip(x_hat, x))
+    stats = [
+        taken,
+        f_start * unit**2,
+        f * unit**2,
+        after / before if before else 0.0,
+        math.sqrt(moved / size) if size else 0.0,
+    ]
+    return [xi * unit for xi in x_hat], [float(s) for s in stats]
+
+
+def _dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:
+    return sum(float((xi * yi).sum()) for xi, yi in zip(x, y))
+
+
+def _cross_energy(x: Sequence[Tensor]) -> float:
+    return sum(
+        float((xi @ xj.T).square().sum())
+        for i, xi in enumerate(x)
+        for j, xj in enumerate(x)
+        if i != j
+    )
+
+
+def _exact_step(
+    x_hat: Sequence[Tensor],
+    x: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    penalty: str,
+    gamma: float,
+) -> float:
+    """The first minimum of the loss along the direction: its slope's first change of sign."""
+    crosses = []
+    for i in range(len(x)):
+        for j in range(i):
+            size = float(x[i].norm() * x[j].norm())
+            if size == 0:
+                continue
+            h = x_hat[i] @ x_hat[j].T
+            e = direction[i] @ x_hat[j].T + x_hat[i] @ direction[j].T
+            f = direction[i] @ direction[j].T
+            inner = [float((u * v).sum()) for u, v in ((h, h), (h, e), (e, e), (h, f), (e, f))]
+            crosses.append((size, *inner, float(f.square().sum())))
+    pull = 2 * gamma * _dot(direction, [xi - yi for xi, yi in zip(x_hat, x)])
+    bend = 2 * gamma * _dot(direction, direction)
+
+    def slope(eta: float) -> float:
+        total = pull + bend * eta
+        for size, hh, he, ee, hf, ef, ff in crosses:
+            value = hh + eta * (2 * he + eta * (ee + 2 * hf + eta * (2 * ef + eta * ff)))
+            rise = 2 * he + eta * (2 * (ee + 2 * hf) + eta * (6 * ef + eta * 4 * ff))
+            if penalty == "squared":
+                total += 2 * rise / size
+            else:
+                total += rise / math.sqrt(max(value, 0.0) + (EPSILON * size) ** 2)
+        return total
+
+    low, high = 0.0, 1 / 64
+    while slope(high) < 0 and high < 2.0**54:
+        low, high = high, 2 * high
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    return (low + high) / 2
+
+
+def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """X X^T [R, R], entry by entry products in float64."""
+    return [(x @ x.T).to(dtype) for x in map(_stack, problems)]
+
+
+def block_gram(problems: Sequence[Problem]) -> list[Tensor]:
+    """Each adapter's own X_i X_i^T, packed [sum r_i^2]."""
+    return [torch.cat([(x @ x.T).flatten() for x in _blocks(p)]) for p in problems]
+
+
+def _blocks(problem: Problem) -> list[Tensor]:
+    return [s * b.double() for b, s in zip(problem.blocks, problem.scales)]
+
+
+def _stack(problem: Problem) -> Tensor:
+    return torch.cat(_blocks(problem))
+
+
+def orthogonalize(
+    grams: Sequence[Tensor],
+    ranks: Sequence[tuple[int, ...]],
+    penalty: str = "squared",
+    gamma: float = 1.0,
+    steps: int = 50,
+    tol: float = 1e-6,
+) -> tuple[list[Tensor], Tensor]:
+    """C [R, R] from a descent on a stand-in X = sqrt(G) [R, R], which has the same Gram."""
+    results, stats = [], []
+    for g, r in zip(grams, ranks):
+        values, vectors = torch.linalg.eigh(g.double())
+        x = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        x_hat, s = descend(x.split(list(r)), penalty, gamma, steps, tol)
+        shift = torch.cat(x_hat) - x
+        results.append(torch.eye(len(g)).double() + shift @ torch.linalg.pinv(x, hermitian=True))
+        stats.append(s)
+    return results, torch.tensor(stats, dtype=torch.float64).view(-1, 5)
+
+
+def orthogonalize_factors(
+    problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-6
+) -> tuple[list[Tensor], Tensor]:
+    """Xhat [R, d] for the squared penalty, and the descent's statistics."""
+    results = [descend(_blocks(p), "squared", gamma, steps, tol) for p in problems]
+    stats = torch.tensor([s for _, s in results], dtype=torch.float64).view(-1, 5)
+    return [torch.cat(x) for x, _ in results], stats
+
+
+def apply(
+    coefficients: Sequence[Tensor | None], problems: Sequence[Problem], out_dtype: torch.dtype
+) -> list[Tensor]:
+    """C X [K, d]."""
+    products = []
+    for c, p in zip(coefficients, problems):
+        product = _stack(p) if c is None else c.double() @ _stack(p)
+        product = product.to(out_dtype)
+        products.append(product.T.contiguous().T if p.in_columns else product)
+    return products
+
+
+def apply_decouple(
+    coefficients: Sequence[Tensor | None],
+    problems: Sequence[Problem],
+    blocks: Sequence[Tensor],
+    omegas: Sequence[Sequence[float]],
+    scale: float,
+    out_dtype: torch.dtype,
+    full: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A' [R, n] such that B A' is the merge of the decoupled B_i A_i, and every ||B_i A_i||_F.
+
+    A square root of each Gram stands in for B_i: the same column norms.
+    """
+    results, norms = [], []
+    for k, (c, p) in enumerate(zip(coefficients, problems)):
+        stacked = _stack(p) if c is None else c.double() @ _stack(p)
+        parts = stacked.split(list(p.ranks))
+        squares = blocks[k].double().split([r * r for r in p.ranks])
+        roots = [_symmetric_root(g.view(r, r)) for g, r in zip(squares, p.ranks)]
+        merged = torch.zeros_like(stacked[0])
+        size, directions, sizes = torch.zeros_like(merged), [], []
+        for s, x, w in zip(roots, parts, omegas[k]):
+            norm = (s @ x).norm(dim=0)
+            norm[norm <= ZERO_COLUMN * s.norm() * x.norm(dim=0)] = 0
+            merged += abs(w) * norm
+            size += abs(w) * (norm > 0)
+            directions.append(torch.where(norm > 0, w * x / norm, 0.0))
+            sizes.append(norm.norm())
+        direction = torch.cat(directions)
+        if full is not None:
+            lengths = (_symmetric_root(full[k].double()) @ direction).norm(dim=0)
+            direction = torch.where(lengths > ZERO_COLUMN * size, direction / lengths, 0.0)
+        results.append((scale * direction * merged).to(out_dtype))
+        norms.append(torch.stack(sizes))
+    return results, norms
+
+
+def _symmetric_root(gram: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T
+
+
+def truncate(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    rank: int | None,
+    energy: float | None,
+    out_dtype: torch.dtype,
+) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+    """The dense SVD of B A, cut."""
+    results, kept = [], []
+    for a, b in pairs:
+        u, s, vh = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
+        total = float(s.square().sum())
+        k = len(s)
+        if energy is not None and total > 0:
+            shares = [float(s[:i].square().sum()) / total for i in range(1, len(s) + 1)]
+            k = next(i for i, share in enumerate(shares, 1) if share >= energy * (1 - 1e-12))
+        elif energy is not None:
+            k = 1
+        k = min(k, rank or k, min(a.shape[0], len(s)))
+        half = s[:k].sqrt()
+        results.append(
+            ((half[:, None] * vh[:k]).to(out_dtype), (u[:, :k] * half).to(out_dtype))
+        )
+        kept.append(float(s[:k].square().sum()) / total if total > 0 else 1.0)
+    return results, kept

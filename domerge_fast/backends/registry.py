@@ -1,0 +1,110 @@
+"""Which backends there are, which can run here, and why not.
+
+A backend is a module with one function an op (`OPS`), all with the same signatures. One asked
+for by name that cannot run is an error; only "auto" chooses.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType, ModuleType
+
+from .. import options
+from ..errors import OptionError
+
+OPS = (
+    "gram",
+    "block_gram",
+    "orthogonalize",
+    "orthogonalize_factors",
+    "apply",
+    "apply_decouple",
+    "truncate",
+)
+ENVIRONMENT = "DOMERGE_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A row of the table: `devices` are torch device types, empty for any."""
+
+    module: str
+    summary: str
+    devices: tuple[str, ...]
+    why_not: Callable[[], str | None]
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run on this machine, and if not, why and what to do."""
+
+    name: str
+    summary: str
+    devices: tuple[str, ...]
+    why_not: str | None
+
+    @property
+    def available(self) -> bool:
+        return self.why_not is None
+
+
+def _always() -> None:
+    return None
+
+
+def _extension_missing() -> str | None:
+    try:
+        importlib.import_module("domerge_fast._C")
+    except ImportError as error:
+        return f"the C++ extension does not import ({error}); reinstall with `pip install .`"
+    return None
+
+
+TABLE = MappingProxyType(
+    {
+        "cpu": Backend("cpu", "C++ kernels, vectorised and threaded", ("cpu",), _extension_missing),
+        "torch": Backend("torch", "factor space in plain PyTorch", (), _always),
+        "reference": Backend("reference", "literal and dense in float64: the oracle", (), _always),
+    }
+)
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend by name, with the reason where it cannot run here."""
+    return {
+        name: BackendStatus(name, row.summary, row.devices, row.why_not())
+        for name, row in TABLE.items()
+    }
+
+
+def choose(name: str, device_type: str) -> str:
+    """The name of the backend to use on a device; "auto" takes the fastest that can run.
+
+    Raises OptionError for an unknown name, or for one that cannot run here.
+    """
+    name = name if name != "auto" else os.environ.get(ENVIRONMENT, "auto")
+    if name == "auto":
+        return next(n for n, row in TABLE.items() if _runs_on(row, device_type) and not row.why_not())
+    options.choose("backend", name, ["auto", *TABLE])
+    row = TABLE[name]
+    if not _runs_on(row, device_type):
+        where = " or ".join(row.devices)
+        raise OptionError(
+            "backend", f"{name!r} runs on {where}, not on {device_type}", "use 'torch' there"
+        )
+    reason = row.why_not()
+    if reason:
+        raise OptionError("backend", f"{name!r} cannot run", reason)
+    return name
+
+
+def _runs_on(row: Backend, device_type: str) -> bool:
+    return not row.devices or device_type in row.devices
+
+
+def load(name: str) -> ModuleType:
+    """The module that implements a backend named by `choose`."""
+    return importlib.import_module(f".{TABLE[name].module}", __package__)

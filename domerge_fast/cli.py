@@ -1,0 +1,193 @@
+"""domerge-fast: arguments in, the API called, one line out when something is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import signal
+import sys
+import traceback
+import typing
+from collections.abc import Callable, Sequence
+
+from . import __version__
+from .errors import DomergeError
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 after one line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser(arguments)
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        return args.run(args)
+    except DomergeError as error:
+        if args.verbose:
+            traceback.print_exc()
+        print(f"domerge-fast: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print("domerge-fast: interrupted; nothing was written", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    """A polite kill cleans up as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser; a command's own flags are built only when it is called, for the start-up time."""
+    parser = argparse.ArgumentParser(
+        prog="domerge-fast",
+        description="Merge LoRA adapters by DO-Merging and related methods, exactly and fast.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    called = next((word for word in arguments if not word.startswith("-")), None)
+    for name, (help, fill, run) in COMMANDS.items():
+        command = commands.add_parser(name, help=help, description=help)
+        command.add_argument("-v", "--verbose", action="store_true", help="show tracebacks")
+        command.set_defaults(run=run)
+        if name == called:
+            fill(command)
+    return parser
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT adapter folder")
+    parser.add_argument("--base-model", help="the base model, where the configs disagree")
+    parser.add_argument("--backend", default="auto", help="auto, cpu, torch or reference")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
+
+
+def _fill_merge(parser: argparse.ArgumentParser) -> None:
+    from .methods import TABLE
+
+    _add_sources(parser)
+    add = parser.add_argument
+    add("-o", "--output", required=True, metavar="OUT", help="folder to write")
+    add("--overwrite", action="store_true", help="replace an existing output")
+    add("--method", default="do", help=f"{', '.join(TABLE)} (default: do)")
+    add("--weights", nargs="+", type=float, metavar="W", help="one an adapter (default: 1 each)")
+    add("--scale", type=float, default=1.0, help="factor on the merged update (default: 1)")
+    add("--rank", type=int, help="truncate every module to this rank (default: exact)")
+    add("--energy", type=float, help="truncate to the least rank that keeps this share")
+    add("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
+    seen: set[str] = set()
+    for method in TABLE.values():
+        fields = [f for f in dataclasses.fields(method.options) if f.name not in seen]
+        if fields:
+            group = parser.add_argument_group(f"options of {method.name}")
+            for field in fields:
+                seen.add(field.name)
+                _add_option(group, field, typing.get_type_hints(method.options)[field.name])
+
+
+def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: type) -> None:
+    flag = f"--{field.name.replace('_', '-')}"
+    help = f"{field.metadata['help']} (default: {field.default})"
+    if kind is bool:
+        action = argparse.BooleanOptionalAction
+        group.add_argument(flag, action=action, default=argparse.SUPPRESS, help=help)
+        return
+    words = field.metadata["choices"]
+    metavar = "|".join(words) if words else kind.__name__.upper()
+    group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=help)
+
+
+_SOURCES = ("adapters", "base_model", "backend", "device")
+_OWN = ("run", "verbose", "quiet", "output", "json")
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from . import api
+
+    given = {k: v for k, v in vars(args).items() if k not in _OWN}
+    merged = api.merge(given.pop("adapters"), output=args.output, progress=_bar(args), **given)
+    if not args.quiet:
+        _print_table(merged.report.summary())
+        print(f"written to {args.output}")
+    return 0
+
+
+def _bar(args: argparse.Namespace) -> bool:
+    return not args.quiet and sys.stderr.isatty()
+
+
+def _fill_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_sources(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from . import api
+
+    given = {name: getattr(args, name) for name in _SOURCES}
+    found = api.inspect(given.pop("adapters"), progress=_bar(args), **given)
+    if args.json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return 0
+    numbers = [str(i) for i in range(1, len(found.adapters) + 1)]
+    head = ("", "adapter", "norm of ΔW", "least of a module", "median", "largest")
+    rows = [
+        (k, name, *(f"{v:.4g}" for v in (norm, *spread)))
+        for k, name, norm, spread in zip(numbers, found.adapters, found.norms, found.spread)
+    ]
+    _print_table([head, *rows])
+    for title, table in (
+        ("overlap of row spaces (A): 0 orthogonal, 1 the same", found.rows),
+        ("overlap of column spaces (B): 0 orthogonal, 1 the same", found.columns),
+        ("cosine between the updates", found.cosine),
+    ):
+        print(f"\n{title}")
+        lines = [(k, *(f"{v:.3f}" for v in row)) for k, row in zip(numbers, table)]
+        _print_table([("", *numbers), *lines])
+    return 0
+
+
+def _fill_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from .doctor import examine
+
+    found = examine()
+    if args.json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_table(list(found.items()))
+    return 0
+
+
+def _print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+Command = tuple[
+    str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]
+]
+COMMANDS: dict[str, Command] = {
+    "merge": ("merge adapters into one", _fill_merge, _merge),
+    "inspect": ("show how much adapters interfere", _fill_inspect, _inspect),
+    "doctor": ("show versions and backends, and why one is off", _fill_doctor, _doctor),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

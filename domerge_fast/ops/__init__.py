@@ -1,0 +1,17 @@
+"""The ops that methods are written in: one file each, one call for all modules of a group."""
+
+from .apply import apply
+from .apply_decouple import apply_decouple
+from .gram import block_gram, gram
+from .orthogonalize import orthogonalize, orthogonalize_factors
+from .truncate import truncate
+
+__all__ = [
+    "apply",
+    "apply_decouple",
+    "block_gram",
+    "gram",
+    "orthogonalize",
+    "orthogonalize_factors",
+    "truncate",
+]

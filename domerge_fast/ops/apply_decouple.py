@@ -1,0 +1,81 @@
+"""A' with B A' = the merge of the adapters' directions and magnitudes, in one pass over A.
+
+Per column c, with a_i the rows of adapter i in C A and K_i = B_i^T B_i:
+
+    mag_i = sqrt(a_i^T K_i a_i)              = ||column c of B_i A_i||
+    mag   = sum_i |omega_i| mag_i
+    A'_i  = scale omega_i a_i mag / mag_i    (0 where mag_i = 0)
+
+With H = B^T B given, the merged direction D = sum_i omega_i B_i a_i / mag_i is first brought to
+unit length ("renormalize"). Source: arXiv 2505.15875, steps 2 and 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem, check_problems
+from . import _library
+
+
+def apply_decouple(
+    coefficients: Sequence[Tensor | None],
+    problems: Sequence[Problem],
+    blocks: Sequence[Tensor],
+    omegas: Sequence[Sequence[float]],
+    scale: float,
+    out_dtype: torch.dtype,
+    *,
+    full: Sequence[Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A' [R, n] of every problem, and ||B_i A_i||_F of its adapters [T] in float64.
+
+    coefficients: C [R, R] or None. blocks: the K_i of the B side, packed [sum r_i^2] in float64
+    (`block_gram`). omegas: one weight an adapter. full: B^T B [R, R] in float64 of every problem
+    to renormalize the merged direction, or None.
+    """
+    check_problems(problems)
+    for p, k, w in zip(problems, blocks, omegas, strict=True):
+        if k.numel() != sum(r * r for r in p.ranks) or len(w) != len(p.ranks):
+            raise ValueError(f"blocks or omegas do not fit the ranks {p.ranks}")
+    results = _apply_decouple(
+        list(coefficients),
+        *_library.flatten(problems),
+        list(blocks),
+        [w for problem in omegas for w in problem],
+        scale,
+        out_dtype,
+        list(full or []),
+        backend,
+    )
+    return results[: len(problems)], results[len(problems) :]
+
+
+def _run(coefficients, x, counts, scales, blocks, omegas, scale, out_dtype, full, backend):
+    problems = _library.unflatten(x, counts, scales)
+    weights = iter(omegas)
+    grouped = [[next(weights) for _ in range(count)] for count in counts]
+    module = _library.implementation(backend, x)
+    a, norms = module.apply_decouple(
+        coefficients, problems, blocks, grouped, scale, out_dtype, full or None
+    )
+    return [*a, *norms]
+
+
+def _fake(coefficients, x, counts, scales, blocks, omegas, scale, out_dtype, full, backend):
+    problems = _library.unflatten(x, counts, scales)
+    a = [p.blocks[0].new_empty(p.rank, p.d, dtype=out_dtype) for p in problems]
+    return [*a, *(p.blocks[0].new_empty(len(p.ranks), dtype=torch.float64) for p in problems)]
+
+
+_apply_decouple = _library.define(
+    "apply_decouple",
+    f"(Tensor?[] coefficients, {_library.PROBLEMS}, Tensor[] grams, float[] omegas, float scale, "
+    "ScalarType out_dtype, Tensor[] full, str backend) -> Tensor[]",
+    _run,
+    _fake,
+)

@@ -1,0 +1,83 @@
+"""Options as typed dataclasses: one source of names, defaults, help texts and checks.
+
+A method declares its options with `option(...)` fields; the API takes them as keyword arguments
+and the CLI makes flags of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from .errors import OptionError
+
+T = TypeVar("T")
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] = (), low: float = -math.inf) -> Any:
+    """A dataclass field with its help text, its allowed words, or its least value."""
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "low": low}
+    )
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """What to do about an unknown word: "did you mean ..." and the words there are."""
+    known = list(known)
+    near = difflib.get_close_matches(str(word), known, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}use one of: {', '.join(known)}"
+
+
+def choose(name: str, value: Any, known: Iterable[str]) -> str:
+    """`value`, if it is one of the known words; otherwise an OptionError that suggests one."""
+    known = list(known)
+    if value not in known:
+        raise OptionError(name, f"{value!r} is not known", suggest(value, known))
+    return value
+
+
+def build(cls: type[T], given: Mapping[str, Any], owner: str) -> T:
+    """An options dataclass from keyword arguments, every name and value checked.
+
+    Raises OptionError for a name that `owner` does not have, a wrong type or a wrong value.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    types = typing.get_type_hints(cls)
+    for name in given:
+        if name not in fields:
+            remedy = suggest(name, fields) if fields else "leave it out"
+            raise OptionError(name, f"{owner} has no such option", remedy)
+    values = {
+        name: check(name, value, types[name], **fields[name].metadata)
+        for name, value in given.items()
+    }
+    return cls(**values)
+
+
+def check(
+    name: str,
+    value: Any,
+    kind: type,
+    help: str = "",
+    choices: tuple[str, ...] = (),
+    low: float = -math.inf,
+) -> Any:
+    """`value` as the type `kind`, or an OptionError."""
+    if choices:
+        return choose(name, value, choices)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is bool and not isinstance(value, bool):
+        raise OptionError(name, f"{value!r} is not True or False", "use one of them")
+    if kind in (int, float):
+        if not number or not math.isfinite(value) or kind(value) != value:
+            word = "a whole number" if kind is int else "a finite number"
+            raise OptionError(name, f"{value!r} is not {word}", "give one")
+        if value < low:
+            raise OptionError(name, f"{value!r} is too small", f"use at least {low:g}")
+        return kind(value)
+    return value

@@ -1,0 +1,156 @@
+"""A PEFT adapter folder: adapter_config.json, adapter_model.safetensors, README.md."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from ..adapters.peft import CONFIG, WEIGHTS
+from ..merged import Layout, Target
+from ..plan import Plan
+from ..report import Report
+from .card import model_card
+from .folder import whole_folder
+from .stream import SafetensorsWriter
+
+CARD = "README.md"
+FILES = (CONFIG, WEIGHTS, CARD)
+PREFIX = "base_model.model."
+
+_WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def target(plan: Plan, dtype: torch.dtype, base_model: str | None) -> Target:
+    """What the merge of a plan is written as."""
+    layouts = {}
+    for name in plan.names:
+        module = plan.module(name)
+        shape = module.a_shape[1:]
+        layouts[name] = Layout(name, module.kind, module.m, shape, plan.rank(name))
+    merging = [a for a, w in zip(plan.adapters, plan.weights) if w != 0]
+    config = _config(merging, plan.names, base_model)
+    return Target(config, layouts, plan.adapters[0].carried, dtype)
+
+
+def _config(
+    adapters: Sequence[Adapter], names: Sequence[str], base_model: str | None
+) -> dict[str, object]:
+    """The fields that do not depend on ranks.
+
+    Where the adapters name their modules alike and adapt the same ones, their own selection is
+    kept; otherwise every module is named in full, which PEFT matches exactly.
+    """
+    configs = [a.config for a in adapters]
+    first = configs[0]
+    alike = all(
+        getattr(c, field) == getattr(first, field) for c in configs[1:] for field in _WHERE
+    )
+    if alike and first.target_modules and all(set(a.modules) == set(names) for a in adapters):
+        where = {field: getattr(first, field) for field in _WHERE}
+    else:
+        where = dict.fromkeys(_WHERE) | {"target_modules": sorted(names)}
+
+    def stated(field: str) -> object:
+        return next((v for c in configs if (v := getattr(c, field))), None)
+
+    return {
+        "peft_type": "LORA",
+        "task_type": stated("task_type"),
+        "auto_mapping": stated("auto_mapping"),
+        "base_model_name_or_path": base_model or stated("base_model_name_or_path"),
+        "revision": stated("revision"),
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": first.fan_in_fan_out,
+        "init_lora_weights": True,
+        "layer_replication": first.layer_replication,
+        "lora_dropout": 0.0,
+        "modules_to_save": first.modules_to_save,
+        "use_dora": False,
+        "use_rslora": False,
+        **where,
+    }
+
+
+def keys(layout: Layout) -> tuple[str, str]:
+    """The names of A and B in the file."""
+    stem = f"{PREFIX}{layout.name}.lora_"
+    if layout.kind == "embedding":
+        return f"{stem}embedding_A", f"{stem}embedding_B"
+    return f"{stem}A.weight", f"{stem}B.weight"
+
+
+def rank_fields(ranks: Mapping[str, int]) -> dict[str, object]:
+    """r, lora_alpha and the patterns for modules of these ranks: every scaling is 1.
+
+    PEFT matches a pattern against the end of a module's name, so where ranks differ every module
+    is named, the longest first.
+    """
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    pattern: dict[str, int] = {}
+    if len(set(ranks.values())) > 1:
+        pattern = {n: ranks[n] for n in sorted(ranks, key=lambda n: (-len(n), n))}
+    return {"r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": pattern}
+
+
+class PeftFolder:
+    """Writes a merged adapter module by module; the folder appears when `finish` was called and
+    the block ends without an error."""
+
+    def __init__(self, path: Path, target: Target, overwrite: bool) -> None:
+        self._target = target
+        self._ranks: dict[str, int] = {}
+        self._context = whole_folder(path, overwrite, FILES)
+        self._shapes = dict(_largest(target))
+
+    def __enter__(self) -> PeftFolder:
+        self._folder = self._context.__enter__()
+        self._writer = SafetensorsWriter(self._folder / WEIGHTS, self._shapes)
+        return self
+
+    def add(self, name: str, a: Tensor, b: Tensor) -> None:
+        """A [k, n] and B [m, k] of a module, with ΔW = B A."""
+        layout = self._target.layouts[name]
+        for key, tensor in zip(keys(layout), layout.stored(a, b)):
+            self._writer.add(key, tensor.to(self._target.dtype))
+        self._ranks[name] = a.shape[0]
+
+    def finish(self, report: Report) -> None:
+        """Everything but the merged factors: carried tensors, config and card."""
+        for key, tensor in self._target.carried.items():
+            self._writer.add(key, tensor.read())
+        config = dict(self._target.config) | rank_fields(self._ranks)
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        (self._folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        base = self._target.config["base_model_name_or_path"]
+        card = model_card(report, None if base is None else str(base))
+        (self._folder / CARD).write_text(card, encoding="utf-8")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        try:
+            self._writer.__exit__(kind, error, trace)
+        except OSError as failed:
+            kind, error, trace = type(failed), failed, failed.__traceback__
+        return self._context.__exit__(kind, error, trace)
+
+
+def _largest(target: Target) -> Iterable[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    for layout in target.layouts.values():
+        key_a, key_b = keys(layout)
+        rank, ones = layout.largest_rank, (1,) * (len(layout.inputs) - 1)
+        yield key_a, (target.dtype, (rank, *layout.inputs))
+        yield key_b, (target.dtype, (layout.m, rank, *ones))
+    for key, tensor in target.carried.items():
+        yield key, (tensor.dtype, tensor.shape)

@@ -1,0 +1,97 @@
+"""Writes a safetensors file tensor by tensor, so that none of them has to be kept.
+
+The header stands before the data but names shapes that may not be known before the last tensor
+is computed, so room for the longest possible header is left at the start and filled with spaces
+(which the format allows). Format: https://github.com/huggingface/safetensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_METADATA = {"format": "pt"}
+
+
+class SafetensorsWriter:
+    """`largest` maps every key to the dtype and the largest shape its tensor may have.
+
+    Use as a context manager; the file is complete when the block ends without an error.
+    """
+
+    def __init__(
+        self, path: Path, largest: Mapping[str, tuple[torch.dtype, Sequence[int]]]
+    ) -> None:
+        end = sum(dtype.itemsize * _count(shape) for dtype, shape in largest.values())
+        entries = {k: _entry(dtype, shape, end, end) for k, (dtype, shape) in largest.items()}
+        room = len(_header(entries))
+        self._room = room + (-room % 8)
+        self._entries: dict[str, dict] = {}
+        self._end = 0
+        self._file = open(path, "wb", buffering=0)
+        self._file.seek(8 + self._room)
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Append a tensor; it is written before this returns."""
+        tensor = tensor.detach().cpu().contiguous()
+        self._entries[key] = _entry(
+            tensor.dtype, tensor.shape, self._end, self._end + tensor.nbytes
+        )
+        self._end += tensor.nbytes
+        if tensor.nbytes:
+            buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+            self._write(memoryview(buffer))
+
+    def _write(self, data: memoryview | bytes) -> None:
+        view = memoryview(data).cast("B")
+        while view:
+            view = view[self._file.write(view) :]
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._file:
+            if kind is None:
+                self._file.seek(0)
+                self._write(self._room.to_bytes(8, "little"))
+                self._write(_header(self._entries).ljust(self._room))
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _entry(dtype: torch.dtype, shape: Sequence[int], start: int, end: int) -> dict:
+    return {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+
+
+def _header(entries: Mapping[str, dict]) -> bytes:
+    table = {"__metadata__": _METADATA, **entries}
+    return json.dumps(table, separators=(",", ":")).encode()

@@ -1,0 +1,71 @@
+"""One side of one module: the stacked factors that the ops work on.
+
+Notation (the same in code, docs and tests): T adapters; adapter i owns the block X_i [r_i, d];
+the stacked X is [R, d] with R = sum(r_i). On the A side X_i = A_i and d = n; on the B side
+X_i = B_i.T, a view of the stored [m, r_i] matrix, and d = m.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Blocks X_i [r_i, d] and the scale that is multiplied into each on reading.
+
+    The memory of a block is row-major [r_i, d] ("rows") or the transpose of a row-major
+    [d, r_i] matrix ("columns").
+    """
+
+    blocks: tuple[Tensor, ...]
+    scales: tuple[float, ...]
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(block.shape[0] for block in self.blocks)
+
+    @cached_property
+    def rank(self) -> int:
+        return sum(self.ranks)
+
+    @property
+    def d(self) -> int:
+        return self.blocks[0].shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.blocks[0].device
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether the first block is the transpose of a row-major [d, r] matrix."""
+        block = self.blocks[0]
+        return block.stride(1) != 1 and block.stride(0) == 1
+
+    def stack(self, dtype: torch.dtype) -> Tensor:
+        """X [R, d] with the scales multiplied in, in the memory layout of the first block."""
+        if self.in_columns:
+            return torch.cat([s * b.T.to(dtype) for b, s in zip(self.blocks, self.scales)], 1).T
+        return torch.cat([s * b.to(dtype) for b, s in zip(self.blocks, self.scales)], 0)
+
+
+def check_problems(problems: Sequence[Problem]) -> None:
+    """Raise ValueError unless every problem can be handed to a kernel."""
+    for p in problems:
+        if not p.blocks or len(p.blocks) != len(p.scales):
+            raise ValueError(f"a problem needs one scale a block, got {len(p.blocks)} blocks")
+        for block in p.blocks:
+            if block.ndim != 2 or block.shape[1] != p.d:
+                raise ValueError(f"blocks must be [r_i, {p.d}], got {tuple(block.shape)}")
+            if block.dtype not in FACTOR_DTYPES and block.dtype != torch.float64:
+                raise ValueError(f"blocks must be floating point, got {block.dtype}")
+            if block.device != p.device:
+                raise ValueError(f"blocks on {p.device} and {block.device} in one problem")

@@ -1,0 +1,20 @@
+"""Shows how far a merge is: modules done and time left."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def shown(
+    progress: bool | Callable[[int, int], None], total: int
+) -> Iterator[Callable[[int, int], None]]:
+    """A function of (modules done, modules in all): a bar on stderr, the caller's, or nothing."""
+    if callable(progress):
+        yield progress
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit=" modules", disable=not progress, leave=False) as bar:
+        yield lambda done, _: bar.update(done - bar.n)

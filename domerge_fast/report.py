@@ -1,0 +1,133 @@
+"""What a merge did, module by module, and in all."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SideReport:
+    """The descent on one side (A or B) of a module.
+
+    cross_left is the share of the cross-adapter Gram energy sum_{i != j} ||X_i X_j^T||_F^2 that
+    is left; change is ||Xhat - X||_F / ||X||_F.
+    """
+
+    steps: int
+    objective_before: float
+    objective_after: float
+    cross_left: float
+    change: float
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One merged module: a and b are None where that side was not orthogonalized.
+
+    magnitudes: ||ΔW_i||_F of every adapter that has the module, by adapter name, as it entered
+    the merge (after orthogonalization). energy_kept: share of ||ΔW||_F^2 left by the truncation,
+    out of `energy`, the squared norm before it.
+    """
+
+    name: str
+    rank: int
+    a: SideReport | None
+    b: SideReport | None
+    magnitudes: Mapping[str, float]
+    energy_kept: float
+    energy: float
+
+
+@dataclass(frozen=True)
+class Interference:
+    """How much the adapters collide, from Gram matrices alone; tables are T x T.
+
+    rows: mean over shared modules of <A_i^T A_i, A_j^T A_j> / (norms): 0 for orthogonal row
+    spaces, 1 for the same A up to scale and rotation. columns: the same of B. cosine: of all
+    ΔW_i against all ΔW_j. norms: ||ΔW_i||_F over all modules. spread: per adapter the smallest,
+    median and largest ||ΔW_i||_F of a module.
+    """
+
+    adapters: tuple[str, ...]
+    rows: tuple[tuple[float, ...], ...]
+    columns: tuple[tuple[float, ...], ...]
+    cosine: tuple[tuple[float, ...], ...]
+    norms: tuple[float, ...]
+    spread: tuple[tuple[float, float, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The recipe and its outcome; `modules` by module name, in order."""
+
+    method: str
+    adapters: tuple[str, ...]
+    weights: tuple[float, ...]
+    scale: float
+    options: Mapping[str, Any]
+    backend: str
+    device: str
+    dtype: str
+    versions: Mapping[str, str]
+    modules: Mapping[str, ModuleReport]
+    interference: Interference | None
+    seconds: float
+
+    def __getitem__(self, name: str) -> ModuleReport:
+        return self.modules[name]
+
+    @property
+    def energy_kept(self) -> float:
+        """Share of the squared norm kept over all modules."""
+        total = sum(m.energy for m in self.modules.values())
+        kept = sum(m.energy * m.energy_kept for m in self.modules.values())
+        return kept / total if total > 0 else 1.0
+
+    def summary(self) -> list[tuple[str, str]]:
+        """Headline figures as (label, text), for the CLI and the model card."""
+        modules = list(self.modules.values())
+        ranks = sorted({m.rank for m in modules})
+        span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        lines = [
+            ("method", self.method),
+            ("adapters", str(len(self.adapters))),
+            ("modules", str(len(modules))),
+            ("rank", span),
+        ]
+        for label, sides in (
+            ("A sides", [m.a for m in modules if m.a]),
+            ("B sides", [m.b for m in modules if m.b]),
+        ):
+            if sides:
+                lines.append((f"orthogonalized {label}", _describe(sides)))
+        if any(m.energy_kept < 1 for m in modules):
+            lines.append(("energy kept", f"{100 * self.energy_kept:.2f} %"))
+        return [*lines, ("seconds", f"{self.seconds:.2f}")]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings, lists and dicts."""
+        modules = {name: dataclasses.asdict(m) for name, m in self.modules.items()}
+        plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            **plain,
+            "modules": modules,
+            "interference": self.interference and self.interference.to_dict(),
+            "energy_kept": self.energy_kept,
+        }
+
+
+def _describe(sides: Sequence[SideReport]) -> str:
+    left = statistics.fmean(s.cross_left for s in sides)
+    change = statistics.fmean(s.change for s in sides)
+    steps = statistics.median(s.steps for s in sides)
+    return (
+        f"{100 * left:.1f} % of the cross-adapter energy left, "
+        f"factors moved by {100 * change:.1f} %, {steps:g} steps (median)"
+    )
