@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import platform
 import time
@@ -17,13 +16,12 @@ import torch
 from . import __version__, engine, options
 from .adapters import Adapter, check_compatible, load
 from .backends import registry
-from .errors import OptionError, OutputError
+from .errors import OptionError
 from .interference import InterferenceSums
 from .merged import Merged
 from .methods import TABLE
 from .methods.base import Method, Settings
 from .outputs import peft
-from .outputs.folder import check_target
 from .plan import Plan
 from .progress import shown
 from .report import Interference, Report
@@ -102,7 +100,7 @@ def merge(
         )
 
     def run(sink: engine.Sink) -> Report:
-        with shown(progress, len(plan.names)) as show, torch.inference_mode():
+        with shown(progress, len(plan.names)) as show, torch.no_grad():
             resolved = _resolve(cut, row, plan)
             return finished(
                 engine.run(plan, row, chosen, settings, resolved, where, sums, sink, show)
@@ -112,7 +110,7 @@ def merge(
         pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         report = run(lambda name, a, b: pairs.__setitem__(name, (a, b.contiguous())))
         return Merged(report, target, pairs)
-    path = _output(output, overwrite, loaded)
+    path = Path(output).absolute()
     with peft.PeftFolder(path, target, overwrite) as folder:
         report = run(folder.add)
         folder.finish(report)
@@ -136,7 +134,7 @@ def inspect(
     plan = Plan.make(loaded, [1.0] * len(loaded))
     where = _device(device, loaded)
     sums = InterferenceSums([a.name for a in loaded])
-    with shown(progress, len(plan.names)) as show, torch.inference_mode():
+    with shown(progress, len(plan.names)) as show, torch.no_grad():
         engine.survey(plan, where, registry.choose(backend, where.type), sums, show)
     return sums.result()
 
@@ -222,17 +220,9 @@ def _device(device: str, adapters: Sequence[Adapter]) -> torch.device:
         return homes.pop() if len(homes) == 1 else torch.device("cpu")
     try:
         found = torch.device(device)
-    except RuntimeError as error:
-        raise OptionError("device", f"{device!r} is not a device", "use 'cpu' or 'cuda:0'") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError("device", f"{device!r}: torch sees no CUDA device", "use 'cpu'")
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:
+        remedy = "use 'cpu', or 'cuda:0' where torch sees a GPU"
+        raise OptionError("device", f"torch cannot use {device!r} here", remedy) from error
     return found
 
-
-def _output(output: str | os.PathLike[str], overwrite: bool, adapters: Sequence[Adapter]) -> Path:
-    path = Path(output).absolute()
-    for adapter in adapters:
-        if adapter.file is not None and adapter.file.path.parent.resolve() == path.resolve():
-            raise OutputError(str(output), "is one of the adapters to merge", "give another folder")
-    check_target(path, overwrite, peft.FILES)
-    return path

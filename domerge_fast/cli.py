@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
+import re
 import signal
 import sys
 import traceback
@@ -21,16 +23,14 @@ INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 after one line on stderr."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser(arguments)
     try:
-        args = parser.parse_args(arguments)
+        args = _parse(arguments)
+        signal.signal(signal.SIGTERM, _interrupt)
+        return args.run(args)
     except SystemExit as leaving:
         return int(leaving.code or 0)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        return args.run(args)
     except DomergeError as error:
-        if args.verbose:
+        if {"-v", "--verbose"} & set(arguments):
             traceback.print_exc()
         print(f"domerge-fast: error: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -47,9 +47,26 @@ def _interrupt(signum: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments are told in one line, as every other error is."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise DomergeError(f"{message}; see '{self.prog} --help'")
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    args, unknown = _parser(arguments).parse_known_args(arguments)
+    if unknown:
+        flags = re.findall(r"--[a-z][a-z-]*", args.parser.format_help())
+        near = difflib.get_close_matches(unknown[0], flags, 1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        args.parser.error(f"{unknown[0]!r} is not understood{hint}")
+    return args
+
+
+def _parser(arguments: Sequence[str]) -> _Parser:
     """The parser; a command's own flags are built only when it is called, for the start-up time."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="domerge-fast",
         description="Merge LoRA adapters by DO-Merging and related methods, exactly and fast.",
     )
@@ -59,7 +76,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, (help, fill, run) in COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help)
         command.add_argument("-v", "--verbose", action="store_true", help="show tracebacks")
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, parser=command)
         if name == called:
             fill(command)
     return parser
@@ -109,7 +126,7 @@ def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: 
 
 
 _SOURCES = ("adapters", "base_model", "backend", "device")
-_OWN = ("run", "verbose", "quiet", "output", "json")
+_OWN = ("run", "parser", "verbose", "quiet", "output", "json")
 
 
 def _merge(args: argparse.Namespace) -> int:

@@ -35,12 +35,14 @@ class Layout:
 @dataclass(frozen=True)
 class Target:
     """What the merged adapter is written as: PEFT config fields that do not depend on ranks,
-    the layout of every module, and the tensors that are carried along unchanged."""
+    the layout of every module, and the tensors that are carried along unchanged. `inputs` are the
+    folders of the adapters, which are never written to."""
 
     config: Mapping[str, object]
     layouts: Mapping[str, Layout]
     carried: Mapping[str, LazyTensor]
     dtype: torch.dtype
+    inputs: frozenset[Path]
 
 
 @dataclass(frozen=True, eq=False)

@@ -108,7 +108,8 @@ def delta(adapter: Adapter, name: str, like: torch.Tensor) -> torch.Tensor:
     module = adapter.modules[name]
     a, b = (factor.double() for factor in adapter.factors(name))
     assert (a.shape, b.shape) == ((module.rank, module.n), (module.m, module.rank))
-    assert a.is_contiguous() and b.is_contiguous()
+    assert a.is_contiguous()
+    assert b.is_contiguous()
     product = module.scaling * b @ a
     if module.kind == "embedding" or adapter.config.fan_in_fan_out:
         product = product.T
@@ -188,7 +189,8 @@ def test_what_peft_saves_whole_is_carried(tmp_path):
     assert torch.equal(stored.read(), live)
     peft_model("toy-modules-to-save").save_pretrained(tmp_path / "buffers")
     counter = load(tmp_path / "buffers").carried["base_model.model.head.1.num_batches_tracked"]
-    assert counter.shape == () and counter.read() == 0
+    assert counter.shape == ()
+    assert counter.read() == 0
 
 
 def test_embeddings_saved_for_a_resized_vocabulary_are_carried(tmp_path):
@@ -290,8 +292,10 @@ def test_plain_tensors_make_an_adapter():
     assert adapter.config.base_model_name_or_path == "b"
     assert [tuple(factor.shape) for factor in adapter.factors("conv")] == [(3, 40), (7, 3)]
     a, b = adapter.factors("emb")
-    assert b.is_contiguous() and torch.equal(b, factors["emb"][1])
-    assert not a.requires_grad and a.data_ptr() == factors["emb"][0].data_ptr()
+    assert b.is_contiguous()
+    assert torch.equal(b, factors["emb"][1])
+    assert not a.requires_grad
+    assert a.data_ptr() == factors["emb"][0].data_ptr()
     assert {m.scaling for m in from_tensors(factors, 0.5).modules.values()} == {0.5}
 
 

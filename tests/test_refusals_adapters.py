@@ -34,7 +34,8 @@ def check_line(error: Exception, adapter: str, module: str | None, *fragments: s
     assert message.startswith(f"{where}: ")
     assert len(message.splitlines()) == 1
     problem, _, remedy = message.removeprefix(f"{where}: ").partition("; ")
-    assert problem and remedy
+    assert problem
+    assert remedy
     for fragment in fragments:
         assert fragment in message
 
@@ -63,7 +64,11 @@ CONFIGS = {
     "corda": ({"init_lora_weights": "corda"}, None, ["path_initial_model_for_weight_conversion"]),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, None, ["changes the base weights"]),
     "loftq": ({"init_lora_weights": "loftq"}, None, ["quantized", "set init_lora_weights to true"]),
-    "unknown init": ({"init_lora_weights": "magic"}, None, ["'magic' is unknown", "set it to true"]),
+    "unknown init": (
+        {"init_lora_weights": "magic"},
+        None,
+        ["'magic' is unknown", "set it to true"],
+    ),
     "unknown field": ({"use_magic": 1}, None, ["'use_magic'", "null"]),
     "unknown list": ({"enable_lora": [True]}, None, ["'enable_lora'", "null"]),
     "rank": ({"r": 8}, Q, ["rank 4", "says 8", "rank_pattern"]),
@@ -359,7 +364,7 @@ def test_adapters_that_do_not_fit(case, tmp_path):
 
 
 def test_no_adapters():
-    with pytest.raises(DomergeError, match="^no adapters given; give at least one$"):
+    with pytest.raises(DomergeError, match=r"^no adapters given; give at least one$"):
         check_compatible([])
 
 

@@ -28,7 +28,7 @@ inline float* padded_copy(const float* in, int64_t rows, int64_t columns, int64_
 inline void multiply(const float* left, int64_t ld_left, const float* right, int64_t ld_right,
                      int64_t rows, int64_t depth, int64_t n, float* out, int64_t ld_out) {
     const auto all = [n](int64_t) { return n; };
-    for_tiles<float>(pad_rows(rows), n, all, [&](auto tile, int64_t i, int64_t j) {
+    for_tiles<float>(pad_rows(rows), n, depth, all, [&](auto tile, int64_t i, int64_t j) {
         tile.clear();
         tile.template add_product<false>(left + i * ld_left, ld_left, right + j, ld_right, depth);
         tile.store_to(out + i * ld_out + j, ld_out);

@@ -50,7 +50,7 @@ inline void root_norms(const Root& root, int64_t rank, const float* a, int64_t l
                        float* squares) {
     for (int64_t c = 0; c < round_up(n, kWidth); ++c) squares[c] = 0.0f;
     const auto all = [n](int64_t) { return n; };
-    for_tiles<float>(root.rows, n, all, [&](auto tile, int64_t i, int64_t j) {
+    for_tiles<float>(root.rows, n, rank, all, [&](auto tile, int64_t i, int64_t j) {
         constexpr int vectors = sizeof(tile.sum[0]) / sizeof(FloatVec);
         tile.clear();
         tile.template add_product<false>(root.data + i * root.stride, root.stride, a + j, ld, rank);

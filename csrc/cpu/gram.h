@@ -43,14 +43,15 @@ inline void widen(const Problem& problem, const float* packed, int64_t n, int64_
     }
 }
 
+// Each call's sums start at zero: many short sums lose less to rounding than one long one.
 template <class T>
 inline void add_products(const T* packed, int64_t ld, int64_t rank, int64_t depth, T* gram,
                          int64_t ld_gram) {
     const auto lower = [&](int64_t i) { return i + kTileRows < rank ? i + kTileRows : rank; };
-    for_tiles<T>(pad_rows(rank), rank, lower, [&](auto tile, int64_t i, int64_t j) {
-        tile.load_from(gram + i * ld_gram + j, ld_gram);
+    for_tiles<T>(pad_rows(rank), rank, depth, lower, [&](auto tile, int64_t i, int64_t j) {
+        tile.clear();
         tile.template add_product<true>(packed + i, ld, packed + j, ld, depth);
-        tile.store_to(gram + i * ld_gram + j, ld_gram);
+        tile.add_to(gram + i * ld_gram + j, ld_gram);
     });
 }
 

@@ -166,7 +166,7 @@ DOMERGE_INLINE FloatVec change_at(const Matrices& m, int64_t i, int64_t j) {
 inline void find_gradient(const Matrices& m, double gamma) {
     const float pull = static_cast<float>(2 * gamma);
     const auto all = [&](int64_t) { return m.columns; };
-    for_tiles<float>(m.rows, m.columns, all, [&](auto tile, int64_t i, int64_t j) {
+    for_tiles<float>(m.rows, m.columns, m.rank, all, [&](auto tile, int64_t i, int64_t j) {
         constexpr int vectors = sizeof(tile.sum[0]) / sizeof(FloatVec);
         tile.clear();
         tile.template add_product<false>(m.ct + i * m.ld, m.ld, m.m + j, m.ld, m.rank);
@@ -183,7 +183,7 @@ inline void find_gradient(const Matrices& m, double gamma) {
 inline void find_gradient_products(const Matrices& m, Products& products) {
     double sum[4] = {};
     const auto all = [&](int64_t) { return m.columns; };
-    for_tiles<float>(m.rows, m.columns, all, [&](auto tile, int64_t i, int64_t j) {
+    for_tiles<float>(m.rows, m.columns, m.rank, all, [&](auto tile, int64_t i, int64_t j) {
         constexpr int vectors = sizeof(tile.sum[0]) / sizeof(FloatVec);
         tile.clear();
         tile.template add_product<true>(m.gram + i, m.ld, m.pt + j, m.ld, m.rank);
@@ -226,7 +226,7 @@ inline void turn(const Matrices& m, Products& products, double pp_old) {
 // E = D G C^T + C G D^T and F = D G D^T.
 inline void find_changes(const Matrices& m, const Segments& s) {
     const auto lower = [&](int64_t i) { return earlier(s, m.rank, i + kTileRows - 1); };
-    for_tiles<float>(m.rows, m.columns, lower, [&](auto tile, int64_t i, int64_t j) {
+    for_tiles<float>(m.rows, m.columns, m.rank, lower, [&](auto tile, int64_t i, int64_t j) {
         tile.clear();
         tile.template add_product<true>(m.qt + i, m.ld, m.ct + j, m.ld, m.rank);
         tile.template add_product<true>(m.ct + i, m.ld, m.qt + j, m.ld, m.rank);

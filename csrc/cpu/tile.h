@@ -16,6 +16,8 @@ constexpr int kTileRows = 4, kTileVectors = 3;
 constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
+constexpr int64_t kLeftBytes = 1 << 20;
+
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
@@ -66,29 +68,37 @@ struct Tile {
             for (int j = 0; j < NV; ++j) store(c + i * ldc + j * kLanes<T>, sum[i][j]);
     }
 
-    DOMERGE_INLINE void load_from(const T* c, int64_t ldc) {
+    DOMERGE_INLINE void add_to(T* c, int64_t ldc) const {
 #pragma GCC unroll 8
         for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 8
-            for (int j = 0; j < NV; ++j) sum[i][j] = load<Vec<T>>(c + i * ldc + j * kLanes<T>);
+            for (int j = 0; j < NV; ++j) {
+                T* at = c + i * ldc + j * kLanes<T>;
+                store(at, load<Vec<T>>(at) + sum[i][j]);
+            }
     }
 };
 
 // Calls body(Tile<T, NV>{}, i, j) for the tiles at row i, column j that cover, for each strip of
-// kTileRows rows, the first limit(i) columns. Panels of columns are outermost: the right operand's
-// panel stays in L1 while the left one streams.
+// kTileRows rows, the first limit(i) columns; depth is that of the product. The right operand's
+// panel of columns stays in L1 while the left operand streams from L2, in parts that fit there.
 template <class T, class Limit, class Body>
-DOMERGE_INLINE void for_tiles(int64_t rows, int64_t columns, Limit limit, Body body) {
+DOMERGE_INLINE void for_tiles(int64_t rows, int64_t columns, int64_t depth, Limit limit,
+                              Body body) {
     constexpr int64_t lanes = kLanes<T>;
-    for (int64_t j = 0; j < columns; j += kTileVectors * lanes) {
-        for (int64_t i = 0; i < rows; i += kTileRows) {
-            const int64_t vectors = (limit(i) - j + lanes - 1) / lanes;
-            if (vectors >= kTileVectors)
-                body(Tile<T, kTileVectors>{}, i, j);
-            else if (vectors == 2)
-                body(Tile<T, 2>{}, i, j);
-            else if (vectors == 1)
-                body(Tile<T, 1>{}, i, j);
+    const int64_t part = pad_rows(kLeftBytes / static_cast<int64_t>(sizeof(T)) / depth + 1);
+    for (int64_t begin = 0; begin < rows; begin += part) {
+        const int64_t end = begin + part < rows ? begin + part : rows;
+        for (int64_t j = 0; j < columns; j += kTileVectors * lanes) {
+            for (int64_t i = begin; i < end; i += kTileRows) {
+                const int64_t vectors = (limit(i) - j + lanes - 1) / lanes;
+                if (vectors >= kTileVectors)
+                    body(Tile<T, kTileVectors>{}, i, j);
+                else if (vectors == 2)
+                    body(Tile<T, 2>{}, i, j);
+                else if (vectors == 1)
+                    body(Tile<T, 1>{}, i, j);
+            }
         }
     }
 }

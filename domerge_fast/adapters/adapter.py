@@ -20,9 +20,9 @@ class Module:
     """One adapted layer of an adapter: delta = scaling * B @ A, an [m, n] matrix.
 
     ``a_shape`` and ``b_shape`` are the stored shapes: [r, n] and [m, r]; for convolutions
-    [r, in, k...] and [m, r, 1...], where n = in * k...; for embeddings n is the vocabulary and m the
-    dimension (PEFT adds the transpose of delta to the [vocabulary, dimension] weight, and likewise
-    for ``fan_in_fan_out`` layers). ``dtype`` holds both stored factors without loss.
+    [r, in, k...] and [m, r, 1...], where n = in * k...; for embeddings n is the vocabulary and m
+    the dimension (PEFT adds the transpose of delta to the [vocabulary, dimension] weight, and
+    likewise for ``fan_in_fan_out`` layers). ``dtype`` holds both stored factors without loss.
     """
 
     name: str

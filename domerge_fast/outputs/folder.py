@@ -22,6 +22,7 @@ def whole_folder(target: Path, overwrite: bool, ours: Collection[str]) -> Iterat
     was; after a kill only the new folder, with a hidden name, is left over. Raises OutputError.
     """
     check_target(target, overwrite, ours)
+    target = target.resolve()  # a link stays, what it points to is replaced
     made = _make_parents(target)
     try:
         fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter
+from ..adapters import Adapter, AdapterConfig
 from ..adapters.peft import CONFIG, WEIGHTS
+from ..errors import OutputError
 from ..merged import Layout, Target
 from ..plan import Plan
 from ..report import Report
@@ -36,7 +38,8 @@ def target(plan: Plan, dtype: torch.dtype, base_model: str | None) -> Target:
         layouts[name] = Layout(name, module.kind, module.m, shape, plan.rank(name))
     merging = [a for a, w in zip(plan.adapters, plan.weights) if w != 0]
     config = _config(merging, plan.names, base_model)
-    return Target(config, layouts, plan.adapters[0].carried, dtype)
+    inputs = frozenset(a.file.path.parent.resolve() for a in plan.adapters if a.file)
+    return Target(config, layouts, plan.adapters[0].carried, dtype, inputs)
 
 
 def _config(
@@ -49,13 +52,11 @@ def _config(
     """
     configs = [a.config for a in adapters]
     first = configs[0]
-    alike = all(
-        getattr(c, field) == getattr(first, field) for c in configs[1:] for field in _WHERE
-    )
-    if alike and first.target_modules and all(set(a.modules) == set(names) for a in adapters):
-        where = {field: getattr(first, field) for field in _WHERE}
-    else:
-        where = dict.fromkeys(_WHERE) | {"target_modules": sorted(names)}
+    where = _selection(first)
+    alike = all(_selection(c) == where for c in configs[1:])
+    same = all(set(a.modules) == set(names) for a in adapters)
+    if not (alike and same and first.target_modules):
+        where = dict.fromkeys(_WHERE) | {"target_modules": _exactly(names)}
 
     def stated(field: str) -> object:
         return next((v for c in configs if (v := getattr(c, field))), None)
@@ -79,6 +80,23 @@ def _config(
     }
 
 
+def _selection(config: AdapterConfig) -> dict[str, object]:
+    """Which modules a config adapts; PEFT writes its sets as lists in any order."""
+    values = {field: getattr(config, field) for field in _WHERE}
+    return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _exactly(names: Sequence[str]) -> list[str] | str:
+    """`target_modules` for these modules and no others.
+
+    PEFT takes a name in a list also for the end of a longer dotted name, so a model's outermost
+    modules have to be named by a regular expression, which it matches whole.
+    """
+    if all("." in name for name in names):
+        return sorted(names)
+    return "|".join(re.escape(name) for name in sorted(names))
+
+
 def keys(layout: Layout) -> tuple[str, str]:
     """The names of A and B in the file."""
     stem = f"{PREFIX}{layout.name}.lora_"
@@ -90,13 +108,14 @@ def keys(layout: Layout) -> tuple[str, str]:
 def rank_fields(ranks: Mapping[str, int]) -> dict[str, object]:
     """r, lora_alpha and the patterns for modules of these ranks: every scaling is 1.
 
-    PEFT matches a pattern against the end of a module's name, so where ranks differ every module
-    is named, the longest first.
+    PEFT tries every pattern on every module and matches it against the end of the name, so there
+    is one anchored pattern for each rank that is not the common one.
     """
     common = Counter(ranks.values()).most_common(1)[0][0]
-    pattern: dict[str, int] = {}
-    if len(set(ranks.values())) > 1:
-        pattern = {n: ranks[n] for n in sorted(ranks, key=lambda n: (-len(n), n))}
+    members: dict[int, list[str]] = {}
+    for name, rank in ranks.items():
+        members.setdefault(rank, []).append(re.escape(name))
+    pattern = {f"^(?:{'|'.join(n)})": r for r, n in sorted(members.items()) if r != common}
     return {"r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": pattern}
 
 
@@ -105,6 +124,8 @@ class PeftFolder:
     the block ends without an error."""
 
     def __init__(self, path: Path, target: Target, overwrite: bool) -> None:
+        if path.resolve() in target.inputs:
+            raise OutputError(str(path), "is one of the adapters to merge", "give another folder")
         self._target = target
         self._ranks: dict[str, int] = {}
         self._context = whole_folder(path, overwrite, FILES)
@@ -112,7 +133,11 @@ class PeftFolder:
 
     def __enter__(self) -> PeftFolder:
         self._folder = self._context.__enter__()
-        self._writer = SafetensorsWriter(self._folder / WEIGHTS, self._shapes)
+        try:
+            self._writer = SafetensorsWriter(self._folder / WEIGHTS, self._shapes)
+        except BaseException as error:
+            self._context.__exit__(type(error), error, error.__traceback__)
+            raise
         return self
 
     def add(self, name: str, a: Tensor, b: Tensor) -> None:
@@ -127,7 +152,7 @@ class PeftFolder:
         for key, tensor in self._target.carried.items():
             self._writer.add(key, tensor.read())
         config = dict(self._target.config) | rank_fields(self._ranks)
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        text = json.dumps(config, indent=2, ensure_ascii=False)
         (self._folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         base = self._target.config["base_model_name_or_path"]
         card = model_card(report, None if base is None else str(base))

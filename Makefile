@@ -1,0 +1,38 @@
+# make demo and make test work on a fresh machine with Python 3.10+ and a C++ compiler.
+
+VENV  ?= .venv
+TORCH ?= torch==2.13.0
+PY    := $(VENV)/bin/python
+BUILD := pyproject.toml setup.py $(shell find csrc -type f)
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(VENV)/ready
+demo: $(VENV)/ready
+	$(PY) examples/demo.py demo
+test: $(VENV)/ready
+	$(PY) -m pytest
+bench: $(VENV)/ready
+	$(PY) benchmarks/run.py --publish
+lint: $(VENV)/ready-to-lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(find csrc -type f)
+format: $(VENV)/ready-to-lint
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $$(find csrc -type f)
+clean:
+	rm -rf $(VENV) build demo benchmarks/data *.egg-info domerge_fast/_C*.so
+
+# torch goes first, so that no dependency pulls in another build of it.
+$(VENV)/ready: $(BUILD)
+	test -x $(PY) || python3 -m venv $(VENV)
+	$(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q -e '.[test]'
+	touch $@
+
+$(VENV)/ready-to-lint: $(VENV)/ready
+	$(PY) -m pip install -q -e '.[dev]'
+	touch $@

@@ -1,0 +1,90 @@
+"""The C++ extension. Addresses are `tensor.data_ptr()`; dtypes are the codes of backends/cpu.py.
+
+Nothing is checked here: callers pass contiguous CPU memory of the sizes that the names imply and
+keep it alive. `DOMERGE_CPU_ISA` chooses the instruction set, by default the best one; RuntimeError
+where this machine cannot run it. The GIL is released while the kernels run.
+"""
+
+from collections.abc import Sequence
+
+class Problems:
+    """Blocks of all problems one after the other, `counts` of them a problem.
+
+    data, ranks, dtypes, scales: one a block. dims (d) and columns (a block's memory is row-major
+    [d, r_i] instead of [r_i, d]): one a problem.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[int],
+        ranks: Sequence[int],
+        dtypes: Sequence[int],
+        scales: Sequence[float],
+        counts: Sequence[int],
+        dims: Sequence[int],
+        columns: Sequence[bool],
+    ) -> None: ...
+
+def isa() -> str:
+    """The instruction set in use: avx512, avx2 or baseline."""
+
+def isas() -> list[str]:
+    """Those that this machine can run, best first."""
+
+def cuda_info() -> dict[str, int | str] | None:
+    """None when built without CUDA, else devices, driver, runtime, archs and error.
+
+    Versions are 1000 * major + 10 * minor, 0 when unknown; error is "" when a device is there.
+    """
+
+def gram(problems: Problems, out: Sequence[int], wide: bool, threads: int, /) -> None:
+    """out: float32 [R, R] a problem, or float64 when wide."""
+
+def block_gram(problems: Problems, out: Sequence[int], threads: int, /) -> None:
+    """out: float64 [sum r_i^2] a problem."""
+
+def orthogonalize(
+    grams: Sequence[int],
+    ranks: Sequence[int],
+    counts: Sequence[int],
+    out: Sequence[int],
+    stats: int,
+    frobenius: bool,
+    gamma: float,
+    steps: int,
+    tol: float,
+    threads: int,
+    /,
+) -> None:
+    """grams, out: float32 [R, R] a problem; stats: float64 [P, 5]."""
+
+def apply(
+    problems: Problems,
+    coefficients: Sequence[int],
+    rows: Sequence[int],
+    out: Sequence[int],
+    out_dtype: int,
+    threads: int,
+    /,
+) -> None:
+    """coefficients: float32 [K, R] a problem, or 0 for the identity; rows: the K's."""
+
+def apply_decouple(
+    problems: Problems,
+    coefficients: Sequence[int],
+    blocks: Sequence[int],
+    omegas: Sequence[float],
+    scale: float,
+    full: Sequence[int],
+    out: Sequence[int],
+    out_dtype: int,
+    norms: Sequence[int],
+    threads: int,
+    /,
+) -> None:
+    """blocks: float64 [sum r_i^2] a problem; full: float64 [R, R] a problem, or none at all."""
+
+def all_finite(
+    data: Sequence[int], counts: Sequence[int], dtypes: Sequence[int], threads: int, /
+) -> list[bool]:
+    """Whether each array of `counts` numbers holds neither NaN nor Inf."""

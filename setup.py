@@ -1,0 +1,194 @@
+"""Builds `domerge_fast._C`: C++ for every instruction set, CUDA where nvcc is found.
+
+Environment:
+    DOMERGE_CUDA        1: CUDA or fail; 0: no CUDA; unset: CUDA where nvcc is on PATH.
+    DOMERGE_CUDA_ARCHS  e.g. "80;90;100"; PTX is made for the newest.
+
+Neither torch nor a GPU is needed or asked about.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CPP_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
+DEFAULT_ARCHS = ("80", "90", "100")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+ISA_FLAGS = {
+    "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "avx2": AVX2,
+    "baseline": [],
+}
+
+
+class BuildError(Exception):
+    """The build cannot do what was asked; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA compiler: its path, the toolkit's root and the architectures to compile for."""
+
+    nvcc: str
+    root: Path
+    archs: tuple[str, ...]
+
+    def gencode(self) -> list[str]:
+        flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
+        newest = max(self.archs, key=arch_number)
+        return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+    def library_dir(self) -> Path:
+        for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+            if (self.root / name / "libcudart_static.a").exists():
+                return self.root / name
+        raise BuildError(
+            f"libcudart_static.a is not under {self.root}: install the CUDA runtime's development "
+            "package, or set DOMERGE_CUDA=0 to build without CUDA"
+        )
+
+
+def arch_number(arch: str) -> int:
+    return int(arch.rstrip("af"))
+
+
+def run(command: list[str]) -> str:
+    """Standard output and error of a command that must succeed."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode != 0:
+        raise BuildError(f"{shlex.join(command)} failed:\n{done.stdout}")
+    return done.stdout
+
+
+def toolkit_root(nvcc: str) -> Path:
+    """The toolkit's folder as nvcc itself sees it: the nvcc on PATH may be a wrapper script."""
+    for line in run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]).splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.removeprefix("#$ TOP=").strip()).resolve()
+    raise BuildError(f"{nvcc} --dryrun does not name its toolkit (TOP=)")
+
+
+def choose_archs(nvcc: str, wanted: str | None) -> tuple[str, ...]:
+    """The architectures asked for, or the default ones that this nvcc knows."""
+    known = {line.removeprefix("compute_") for line in run([nvcc, "--list-gpu-arch"]).split()}
+    if wanted:
+        archs = tuple(a.strip() for a in wanted.replace(",", ";").split(";") if a.strip())
+        for arch in archs:
+            if arch.rstrip("af") not in known:
+                raise BuildError(
+                    f"DOMERGE_CUDA_ARCHS names {arch!r}, which {nvcc} does not know; "
+                    f"it knows {', '.join(sorted(known, key=arch_number))}"
+                )
+        if archs:
+            return archs
+    archs = tuple(a for a in DEFAULT_ARCHS if a in known)
+    if not archs:
+        raise BuildError(f"{nvcc} knows none of {DEFAULT_ARCHS}: set DOMERGE_CUDA_ARCHS")
+    return archs
+
+
+def find_cuda(env: dict[str, str]) -> Cuda | None:
+    """The CUDA compiler to use, or None to build without one."""
+    wish = env.get("DOMERGE_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise BuildError(f"DOMERGE_CUDA={wish}: use 1 (CUDA or fail), 0 (no CUDA) or leave it unset")
+    if wish == "0":
+        return None
+    nvcc = shutil.which("nvcc", path=env.get("PATH"))
+    if nvcc is None:
+        if wish == "1":
+            raise BuildError(
+                "DOMERGE_CUDA=1 but no nvcc is on PATH: install the CUDA toolkit and put its bin "
+                "folder on PATH, or unset DOMERGE_CUDA to build without CUDA"
+            )
+        return None
+    return Cuda(nvcc, toolkit_root(nvcc), choose_archs(nvcc, env.get("DOMERGE_CUDA_ARCHS")))
+
+
+def isas(machine: str) -> list[str]:
+    """The instruction sets compiled on this kind of machine."""
+    return list(ISA_FLAGS) if machine in ("x86_64", "AMD64") else ["baseline"]
+
+
+def cpp_sources(machine: str) -> dict[str, list[str]]:
+    """C++ source -> its own compiler flags."""
+    plain = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(
+        "csrc/cpu/*.cpp") if not p.name.startswith("kernels_"))]
+    sources: dict[str, list[str]] = {name: [] for name in plain}
+    for isa in isas(machine):
+        sources[f"csrc/cpu/kernels_{isa}.cpp"] = ISA_FLAGS[isa]
+    return sources
+
+
+def cuda_sources() -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+
+
+def compile_cuda(cuda: Cuda, source: str, folder: Path) -> str:
+    """Compiles one .cu and returns its object."""
+    target = folder / (Path(source).stem + ".cuda.o")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    archs = ";".join(cuda.archs)
+    run([
+        cuda.nvcc, *NVCC_FLAGS, *cuda.gencode(), f'-DDOMERGE_CUDA_ARCHS="{archs}"',
+        "-c", str(ROOT / source), "-o", str(target),
+    ])
+    return str(target)
+
+
+class BuildExtension(build_ext):
+    """Compiles in parallel, each source with its own flags."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if self.compiler.compiler_type == "msvc":
+            raise BuildError("the kernels need GCC or Clang (vector extensions), not MSVC")
+        import pybind11
+
+        machine = platform.machine()
+        cuda = find_cuda(dict(os.environ))
+        macros = [("DOMERGE_X86", "1")] if len(isas(machine)) > 1 else []
+        macros += [("DOMERGE_CUDA", "1")] if cuda else []
+        folder = Path(self.build_temp)
+
+        def compile_cpp(source: str, flags: list[str]) -> list[str]:
+            return self.compiler.compile(
+                [source], output_dir=str(folder), macros=macros, depends=ext.depends,
+                include_dirs=[*self.compiler.include_dirs, pybind11.get_include()],
+                extra_postargs=[*CPP_FLAGS, *flags],
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = [pool.submit(compile_cpp, *item) for item in cpp_sources(machine).items()]
+            cuda_jobs = [pool.submit(compile_cuda, cuda, s, folder) for s in cuda_sources()
+                         if cuda]
+        objects = [o for job in jobs for o in job.result()] + [job.result() for job in cuda_jobs]
+        self.link(ext, objects, cuda)
+
+    def link(self, ext: Extension, objects: list[str], cuda: Cuda | None) -> None:
+        libraries = ["cudart_static", "dl", "rt"] if cuda else []
+        threads = [] if platform.system() == "Darwin" else ["-pthread"]
+        self.compiler.link_shared_object(
+            objects, self.get_ext_fullpath(ext.name),
+            libraries=[*self.get_libraries(ext), *libraries],
+            library_dirs=[*ext.library_dirs, *([str(cuda.library_dir())] if cuda else [])],
+            extra_postargs=threads, build_temp=self.build_temp, target_lang="c++",
+        )
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("domerge_fast._C", sources=list(cpp_sources(platform.machine())))],
+        cmdclass={"build_ext": BuildExtension},
+    )
