@@ -20,9 +20,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
 
 ROOT = Path(__file__).parent
-CPP_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+CPP_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+CPP_FLAGS += ["-ffp-contract=fast", "-fno-math-errno"]  # products fuse, square roots vectorise
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
 DEFAULT_ARCHS = ("80", "90", "100")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -33,7 +35,7 @@ ISA_FLAGS = {
 }
 
 
-class BuildError(Exception):
+class BuildError(SetupError):
     """The build cannot do what was asked; the message says what to change."""
 
 
@@ -74,7 +76,8 @@ def run(command: list[str]) -> str:
 
 def toolkit_root(nvcc: str) -> Path:
     """The toolkit's folder as nvcc itself sees it: the nvcc on PATH may be a wrapper script."""
-    for line in run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]).splitlines():
+    dry_run = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
+    for line in run(dry_run).splitlines():
         if line.startswith("#$ TOP="):
             return Path(line.removeprefix("#$ TOP=").strip()).resolve()
     raise BuildError(f"{nvcc} --dryrun does not name its toolkit (TOP=)")
@@ -103,7 +106,7 @@ def find_cuda(env: dict[str, str]) -> Cuda | None:
     """The CUDA compiler to use, or None to build without one."""
     wish = env.get("DOMERGE_CUDA", "")
     if wish not in ("", "0", "1"):
-        raise BuildError(f"DOMERGE_CUDA={wish}: use 1 (CUDA or fail), 0 (no CUDA) or leave it unset")
+        raise BuildError(f"DOMERGE_CUDA={wish}: use 1 (CUDA or fail), 0 (none) or leave it unset")
     if wish == "0":
         return None
     nvcc = shutil.which("nvcc", path=env.get("PATH"))
@@ -122,29 +125,34 @@ def isas(machine: str) -> list[str]:
     return list(ISA_FLAGS) if machine in ("x86_64", "AMD64") else ["baseline"]
 
 
+def relative(pattern: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
+
+
 def cpp_sources(machine: str) -> dict[str, list[str]]:
     """C++ source -> its own compiler flags."""
-    plain = ["csrc/bindings.cpp", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(
-        "csrc/cpu/*.cpp") if not p.name.startswith("kernels_"))]
-    sources: dict[str, list[str]] = {name: [] for name in plain}
+    names = ["csrc/bindings.cpp", *relative("csrc/cpu/*.cpp")]
+    sources: dict[str, list[str]] = {n: [] for n in names if "/kernels_" not in n}
     for isa in isas(machine):
         sources[f"csrc/cpu/kernels_{isa}.cpp"] = ISA_FLAGS[isa]
     return sources
 
 
 def cuda_sources() -> list[str]:
-    return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
+    return relative("csrc/cuda/*.cu")
+
+
+def nvcc_command(cuda: Cuda, source: str, target: Path) -> list[str]:
+    archs = ";".join(cuda.archs)
+    flags = [*NVCC_FLAGS, *cuda.gencode(), f'-DDOMERGE_CUDA_ARCHS="{archs}"']
+    return [cuda.nvcc, *flags, "-c", str(ROOT / source), "-o", str(target)]
 
 
 def compile_cuda(cuda: Cuda, source: str, folder: Path) -> str:
     """Compiles one .cu and returns its object."""
     target = folder / (Path(source).stem + ".cuda.o")
     target.parent.mkdir(parents=True, exist_ok=True)
-    archs = ";".join(cuda.archs)
-    run([
-        cuda.nvcc, *NVCC_FLAGS, *cuda.gencode(), f'-DDOMERGE_CUDA_ARCHS="{archs}"',
-        "-c", str(ROOT / source), "-o", str(target),
-    ])
+    run(nvcc_command(cuda, source, target))
     return str(target)
 
 
@@ -164,15 +172,17 @@ class BuildExtension(build_ext):
 
         def compile_cpp(source: str, flags: list[str]) -> list[str]:
             return self.compiler.compile(
-                [source], output_dir=str(folder), macros=macros, depends=ext.depends,
+                [source],
+                output_dir=str(folder),
+                macros=macros,
+                depends=ext.depends,
                 include_dirs=[*self.compiler.include_dirs, pybind11.get_include()],
                 extra_postargs=[*CPP_FLAGS, *flags],
             )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             jobs = [pool.submit(compile_cpp, *item) for item in cpp_sources(machine).items()]
-            cuda_jobs = [pool.submit(compile_cuda, cuda, s, folder) for s in cuda_sources()
-                         if cuda]
+            cuda_jobs = [pool.submit(compile_cuda, cuda, s, folder) for s in cuda_sources() if cuda]
         objects = [o for job in jobs for o in job.result()] + [job.result() for job in cuda_jobs]
         self.link(ext, objects, cuda)
 
@@ -180,10 +190,13 @@ class BuildExtension(build_ext):
         libraries = ["cudart_static", "dl", "rt"] if cuda else []
         threads = [] if platform.system() == "Darwin" else ["-pthread"]
         self.compiler.link_shared_object(
-            objects, self.get_ext_fullpath(ext.name),
+            objects,
+            self.get_ext_fullpath(ext.name),
             libraries=[*self.get_libraries(ext), *libraries],
             library_dirs=[*ext.library_dirs, *([str(cuda.library_dir())] if cuda else [])],
-            extra_postargs=threads, build_temp=self.build_temp, target_lang="c++",
+            extra_postargs=threads,
+            build_temp=self.build_temp,
+            target_lang="c++",
         )
 
 

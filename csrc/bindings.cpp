@@ -39,11 +39,11 @@ static py::object cuda_info() {
 PYBIND11_MODULE(_C, m) {
     using Numbers = std::vector<int64_t>;
     py::class_<domerge::Problems>(m, "Problems")
-        .def(py::init<const domerge::Addresses&, const Numbers&, const std::vector<int>&,
-                      const std::vector<double>&, const Numbers&, const Numbers&,
-                      const std::vector<bool>&>(),
-             py::arg("data"), py::arg("ranks"), py::arg("dtypes"), py::arg("scales"),
-             py::arg("counts"), py::arg("dims"), py::arg("columns"));
+        .def(py::init<const domerge::Addresses&, const Numbers&, const Numbers&,
+                      const std::vector<int>&, const std::vector<double>&, const Numbers&,
+                      const Numbers&, const std::vector<bool>&>(),
+             py::arg("data"), py::arg("ranks"), py::arg("pitches"), py::arg("dtypes"),
+             py::arg("scales"), py::arg("counts"), py::arg("dims"), py::arg("columns"));
     m.def("isa", [] { return std::string(domerge::choose_kernels().name); });
     m.def("isas", domerge::supported_isas);
     m.def("cuda_info", cuda_info);

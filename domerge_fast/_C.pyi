@@ -10,7 +10,8 @@ from collections.abc import Sequence
 class Problems:
     """Blocks of all problems one after the other, `counts` of them a problem.
 
-    data, ranks, dtypes, scales: one a block. dims (d) and columns (a block's memory is row-major
+    data, ranks, pitches, dtypes, scales: one a block (a pitch is the distance in elements between
+    two rows of its memory). dims (d) and columns (a block's memory is row-major
     [d, r_i] instead of [r_i, d]): one a problem.
     """
 
@@ -18,6 +19,7 @@ class Problems:
         self,
         data: Sequence[int],
         ranks: Sequence[int],
+        pitches: Sequence[int],
         dtypes: Sequence[int],
         scales: Sequence[float],
         counts: Sequence[int],

@@ -64,10 +64,10 @@ def run(
             energy = [0.0] * len(stacks)
             if cut:
                 merged, kept, energy = _truncate(merged, cut, settings)
-            _check_results(stacks, merged)
+            _check_results(stacks, merged, settings.backend)
+            norms = sums.add(stacks, grams_a, grams_b) if compare else [None] * len(stacks)
             for k, (s, f) in enumerate(zip(stacks, merged)):
-                norms = sums.add(s, grams_a[k], grams_b[k]) if compare else f.norms
-                reports[s.name] = _report(plan, s, f, norms, kept[k], energy[k])
+                reports[s.name] = _report(plan, s, f, norms[k], kept[k], energy[k])
             if written:
                 written.result()
             written = writer.submit(_give, sink, stacks, merged)
@@ -84,8 +84,7 @@ def survey(
     done = 0
     for stacks in _stacks(plan, device):
         grams_a, grams_b = grams(plan, stacks, [True] * len(stacks), backend)
-        for s, a, b in zip(stacks, grams_a, grams_b):
-            sums.add(s, a, b)
+        sums.add(stacks, grams_a, grams_b)
         done += len(stacks)
         progress(done, len(plan.names))
 
@@ -107,7 +106,7 @@ def grams(
     pairs = [(next(a), next(b)) if want else (None, None) for want in wanted]
     for s, (gram_a, gram_b) in zip(stacks, pairs):
         if gram_a is None or gram_b is None:
-            finite = all(_finite(x) for p in (s.a, s.b) for x in p.blocks)
+            finite = all(ops.all_finite([*s.a.blocks, *s.b.blocks], backend=backend))
         else:
             finite = _finite(gram_a.diagonal()) and _finite(gram_b.diagonal())
         if not finite:
@@ -156,14 +155,15 @@ def _energy(a: Tensor, b: Tensor) -> float:
     return float(((a @ a.T) * (b.T @ b)).sum(dtype=torch.float64))
 
 
-def _check_results(stacks: Sequence[Stack], merged: Sequence[Factors]) -> None:
-    for s, f in zip(stacks, merged):
-        for side, x in (("A", f.a), ("B", f.b)):
-            if not _finite(x.sum()) and not _finite(x):
-                raise DomergeError(
-                    f"module {s.name!r}: merged lora_{side} does not fit in {x.dtype}; "
-                    "write it with dtype='float32'"
-                )
+def _check_results(stacks: Sequence[Stack], merged: Sequence[Factors], backend: str) -> None:
+    results = [x for f in merged for x in (f.a, f.b)]
+    for k, finite in enumerate(ops.all_finite(results, backend=backend)):
+        if not finite:
+            side, dtype = "AB"[k % 2], str(results[k].dtype).removeprefix("torch.")
+            raise DomergeError(
+                f"module {stacks[k // 2].name!r}: merged lora_{side} does not fit in {dtype}; "
+                "write it with dtype='float32'"
+            )
 
 
 def _report(

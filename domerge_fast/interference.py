@@ -13,7 +13,7 @@ from .report import Interference
 
 
 def block_sums(x: Tensor, ranks: Sequence[int]) -> Tensor:
-    """The sums of the blocks of x [R, R] between every two adapters, [T, T] in float64."""
+    """The sums of the blocks of x [P, R, R] between every two adapters, [P, T, T] in float64."""
     owner = torch.repeat_interleave(torch.tensor(ranks, device=x.device))
     member = torch.nn.functional.one_hot(owner, len(ranks)).to(x.dtype)
     return (member.T @ x @ member).double().cpu()
@@ -30,19 +30,30 @@ class InterferenceSums:
         )
         self.norms: list[list[float]] = [[] for _ in names]
 
-    def add(self, stack: Stack, gram_a: Tensor, gram_b: Tensor) -> list[float]:
-        """Count one module in; returns ||ΔW_i||_F of its adapters."""
-        ranks = stack.a.ranks
-        at = torch.tensor(stack.adapters)
-        grid = (at[:, None], at[None, :])
-        inner = block_sums(gram_a * gram_b, ranks)
-        self.inner[grid] += inner
-        self.shared[grid] += 1
-        self.rows[grid] += _alignment(gram_a, ranks)
-        self.columns[grid] += _alignment(gram_b, ranks)
-        norms = inner.diagonal().clamp_min(0).sqrt().tolist()
-        for i, norm in zip(stack.adapters, norms):
-            self.norms[i].append(norm)
+    def add(
+        self, stacks: Sequence[Stack], grams_a: Sequence[Tensor], grams_b: Sequence[Tensor]
+    ) -> list[list[float]]:
+        """Count modules in; returns ||ΔW_i||_F of the adapters of each."""
+        alike: dict[tuple, list[int]] = {}
+        for k, stack in enumerate(stacks):
+            alike.setdefault((stack.adapters, stack.a.ranks), []).append(k)
+        norms: list[list[float]] = [[] for _ in stacks]
+        for (adapters, ranks), members in alike.items():
+            a = torch.stack([grams_a[k] for k in members])
+            b = torch.stack([grams_b[k] for k in members])
+            inner = block_sums(a * b, ranks)
+            at = torch.tensor(adapters)
+            grid = (at[:, None], at[None, :])
+            self.inner[grid] += inner.sum(0)
+            self.shared[grid] += len(members)
+            self.rows[grid] += _alignment(a, ranks).sum(0)
+            self.columns[grid] += _alignment(b, ranks).sum(0)
+            found = inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().tolist()
+            for k, values in zip(members, found):
+                norms[k] = values
+        for stack, values in zip(stacks, norms):
+            for i, norm in zip(stack.adapters, values):
+                self.norms[i].append(norm)
         return norms
 
     def result(self) -> Interference:
@@ -61,11 +72,11 @@ class InterferenceSums:
 
 
 def _alignment(gram: Tensor, ranks: Sequence[int]) -> Tensor:
-    """||G_ij||^2 / (||G_ii|| ||G_jj||), 0 where an adapter's factor is zero; [T, T]."""
-    unit = gram.diagonal().abs().max().clamp_min(torch.finfo(gram.dtype).tiny)
-    energy = block_sums((gram / unit).square(), ranks)
-    own = energy.diagonal().sqrt()
-    product = own[:, None] * own[None, :]
+    """||G_ij||^2 / (||G_ii|| ||G_jj||), 0 where an adapter's factor is zero; [P, T, T]."""
+    unit = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(gram.dtype).tiny)
+    energy = block_sums((gram / unit[:, None, None]).square(), ranks)
+    own = energy.diagonal(dim1=1, dim2=2).sqrt()
+    product = own[:, :, None] * own[:, None, :]
     return torch.where(product > 0, energy / product.where(product > 0, 1.0), 0.0)
 
 

@@ -1,8 +1,10 @@
-"""With the real PEFT and transformers: what is merged, saved and loaded again computes base + ΔW."""
+"""With the real PEFT and transformers: what is merged, saved and loaded computes base + ΔW."""
 
 from __future__ import annotations
 
 import copy
+import functools
+import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -132,8 +134,13 @@ def adapter_model(model: nn.Module, settings: dict, seed: int) -> peft.PeftModel
         return peft.get_peft_model(model, config).eval()
 
 
-def saved(case: str, folder: Path) -> list[Path]:
-    """The case's adapters as PEFT saves them."""
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Callable[[str], list[Path]]:
+    """A case's adapters as PEFT saves them."""
+    return functools.cache(lambda case: save(case, tmp_path_factory.mktemp("adapters")))
+
+
+def save(case: str, folder: Path) -> list[Path]:
     folders = []
     for i, settings in enumerate(CASES[case][1]):
         folders.append(folder / f"adapter{i}")
@@ -200,8 +207,8 @@ def check_deltas(found: Callable[[str], Tensor], expected: dict[str, Tensor], sh
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("case", CASES)
-def test_the_reloaded_model_computes_base_plus_delta(case, method, tmp_path):
-    folders = saved(case, tmp_path)
+def test_the_reloaded_model_computes_base_plus_delta(case, method, saved, tmp_path):
+    folders = saved(case)
     weights = [1.0, -0.5, 0.7][: len(folders)]
     merged = dm.merge(folders, weights=weights, output=tmp_path / "out", **METHODS[method])
     deltas = {name: merged.delta(name) for name in merged.names}
@@ -216,13 +223,13 @@ def test_the_reloaded_model_computes_base_plus_delta(case, method, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_linear_is_the_weighted_sum_of_the_deltas_peft_computes(case, tmp_path):
+def test_linear_is_the_weighted_sum_of_the_deltas_peft_computes(case, saved):
     parts = [
         peft_deltas(adapter_model(base(case), settings, seed=i))
         for i, settings in enumerate(CASES[case][1])
     ]
     weights = [0.5, -2.0, 1.0][: len(parts)]
-    merged = dm.merge(saved(case, tmp_path), method="linear", weights=weights)
+    merged = dm.merge(saved(case), method="linear", weights=weights)
     expected = weighted_sum(parts, weights)
     assert set(merged.names) == set(expected)
     check_deltas(merged.delta, expected, 1e-6)
@@ -230,16 +237,16 @@ def test_linear_is_the_weighted_sum_of_the_deltas_peft_computes(case, tmp_path):
 
 @pytest.mark.parametrize("method", ["do", "linear"])
 @pytest.mark.parametrize("case", CASES)
-def test_one_adapter_comes_out_as_it_went_in(case, method, tmp_path):
-    folder = saved(case, tmp_path)[0]
+def test_one_adapter_comes_out_as_it_went_in(case, method, saved, tmp_path):
+    folder = saved(case)[0]
     dm.merge([folder], method=method, output=tmp_path / "out")
     expected = logits(peft.PeftModel.from_pretrained(base(case), folder).eval())
     found = logits(loaded(base(case), tmp_path / "out"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_linear_is_what_peft_calls_cat(tmp_path):
-    folders, weights = saved("llama", tmp_path), [0.5, 2.0, 1.25]
+def test_linear_is_what_peft_calls_cat(saved):
+    folders, weights = saved("llama"), [0.5, 2.0, 1.25]
     names = [folder.name for folder in folders]
     model = peft.PeftModel.from_pretrained(base("llama"), folders[0], adapter_name=names[0])
     for name, folder in zip(names[1:], folders[1:]):
@@ -253,13 +260,13 @@ def test_linear_is_what_peft_calls_cat(tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_live_models_merge_as_their_folders_do(case, tmp_path):
+def test_live_models_merge_as_their_folders_do(case, saved, tmp_path):
     live = [
         dm.from_model(adapter_model(base(case), settings, seed=i), name=f"live{i}")
         for i, settings in enumerate(CASES[case][1])
     ]
     merged = dm.merge(live, output=tmp_path / "live")
-    expected = dm.merge(saved(case, tmp_path), output=tmp_path / "folders")
+    expected = dm.merge(saved(case), output=tmp_path / "folders")
     assert merged.names == expected.names
     assert merged.report.adapters == tuple(f"live{i}" for i in range(len(live)))
     for name in merged.names:
@@ -389,8 +396,8 @@ def test_every_module_gets_its_own_rank_and_no_other_module_is_adapted(names, tm
     }
 
 
-def test_the_files_are_what_peft_and_safetensors_read(tmp_path):
-    folders = saved("llama", tmp_path)
+def test_the_files_are_what_peft_and_safetensors_read(saved, tmp_path):
+    folders = saved("llama")
     merged = dm.merge(folders, output=tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -399,7 +406,7 @@ def test_the_files_are_what_peft_and_safetensors_read(tmp_path):
     assert not config.rank_pattern
     assert not config.alpha_pattern
     assert config.inference_mode
-    assert {"q_proj", "down_proj"} < config.target_modules
+    assert config.target_modules == set(merged.names)
     file = tmp_path / "out/adapter_model.safetensors"
     stored = load_file(file)
     assert len(stored) == 2 * len(merged.names)
@@ -412,8 +419,21 @@ def test_the_files_are_what_peft_and_safetensors_read(tmp_path):
         assert torch.equal(stored[f"{PREFIX}{name}.lora_B.weight"], b)
 
 
-def test_a_merged_adapter_is_an_adapter_to_peft_and_to_us(tmp_path):
-    folders = saved("llama", tmp_path)
+def test_adapters_that_name_the_same_modules_keep_their_way_of_naming_them(tmp_path):
+    folders = save("gpt2", tmp_path)
+    path = folders[1] / "adapter_config.json"
+    config = json.loads(path.read_text())
+    reordered = {"target_modules": sorted(config["target_modules"], reverse=True)}
+    path.write_text(json.dumps(config | reordered))
+    dm.merge(folders, output=tmp_path / "out")
+    written = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert written["target_modules"] == ["c_attn", "c_fc", "c_proj"]
+    assert written["fan_in_fan_out"]
+    assert set(adapted(loaded(base("gpt2"), tmp_path / "out"))) == set(dm.load(folders[0]).modules)
+
+
+def test_a_merged_adapter_is_an_adapter_to_peft_and_to_us(saved, tmp_path):
+    folders = saved("llama")
     dm.merge(folders[:2], method="linear", output=tmp_path / "first")
     second = dm.merge([tmp_path / "first", folders[2]], method="linear")
     at_once = dm.merge(folders, method="linear")
@@ -424,8 +444,8 @@ def test_a_merged_adapter_is_an_adapter_to_peft_and_to_us(tmp_path):
     assert all(layer.lora_B["default"].weight.grad.any() for layer in adapted(model).values())
 
 
-def test_merged_factors_can_be_trained_on(tmp_path):
-    merged = dm.merge(saved("llama", tmp_path))
+def test_merged_factors_can_be_trained_on(saved):
+    merged = dm.merge(saved("llama"))
     a, b = (nn.Parameter(factor) for factor in merged.factors(merged.names[0]))
     (b @ a).square().sum().backward()
     assert a.grad.any()

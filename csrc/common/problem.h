@@ -7,10 +7,12 @@ namespace domerge {
 
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
 
-// One adapter's X_i [rank, d]; `scale` multiplies it on reading.
+// One adapter's X_i [rank, d]; `scale` multiplies it on reading. `pitch` is the distance in
+// elements from one row of its memory to the next.
 struct Block {
     const void* data;
     int64_t rank;
+    int64_t pitch;
     double scale;
     DType dtype;
 };

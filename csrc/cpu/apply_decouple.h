@@ -8,8 +8,12 @@ namespace DOMERGE_ISA {
 
 constexpr float kZeroColumn = 1e-6f;
 
-inline int64_t root_rows(int64_t rank) { return pad_rows(rank); }
-inline int64_t root_stride(int64_t rank) { return row_stride<float>(rank); }
+inline int64_t root_rows(int64_t rank) {
+    return pad_rows(rank);
+}
+inline int64_t root_stride(int64_t rank) {
+    return row_stride<float>(rank);
+}
 
 // Cholesky with diagonal pivoting, in double; stops where what is left is rounding. Semidefinite
 // matrices, zero and duplicated columns included, need no special case.
@@ -90,8 +94,7 @@ inline void find_magnitudes(const DecoupleItem& item, const DecoupleTile& t, int
             }
             const FloatVec relative = square_root(load<FloatVec>(t.squares + c));
             const IndexVec live = relative > square_root(own) * kZeroColumn;
-            const FloatVec magnitude =
-                where(live, relative * item.roots[b].norm, FloatVec{});
+            const FloatVec magnitude = where(live, relative * item.roots[b].norm, FloatVec{});
             energy += magnitude * magnitude;
             store(t.magnitudes + b * t.ld + c, magnitude);
             store(t.merged + c, load<FloatVec>(t.merged + c) + magnitude * weight);
@@ -111,10 +114,9 @@ inline void rescale(const DecoupleItem& item, const DecoupleTile& t, int64_t n, 
             static_cast<float>(directions ? item.omegas[b] : item.omegas[b] * item.scale);
         for (int64_t c = 0; c < n; c += kWidth) {
             const FloatVec magnitude = load<FloatVec>(t.magnitudes + b * t.ld + c);
-            const FloatVec target =
-                directions ? FloatVec{} + 1.0f : load<FloatVec>(t.merged + c);
-            const FloatVec factor = where(magnitude > FloatVec{}, target / magnitude * weight,
-                                          FloatVec{});
+            const FloatVec target = directions ? FloatVec{} + 1.0f : load<FloatVec>(t.merged + c);
+            const FloatVec factor =
+                where(magnitude > FloatVec{}, target / magnitude * weight, FloatVec{});
             for (int64_t i = 0; i < problem.blocks[b].rank; ++i)
                 store(a + i * t.ld + c, load<FloatVec>(a + i * t.ld + c) * factor);
         }
@@ -143,8 +145,12 @@ inline void apply_decouple_item(const DecoupleItem& item, Arena& arena) {
     const int64_t ld = row_stride<float>(kApplyColumns);
     float* x = take_matrix(arena, rank, ld);
     float* c = nullptr;
-    DecoupleTile t{x, take_matrix(arena, problem.count, ld), take_matrix(arena, 1, ld),
-                   take_matrix(arena, 1, ld), take_matrix(arena, 1, ld), ld};
+    DecoupleTile t{x,
+                   take_matrix(arena, problem.count, ld),
+                   take_matrix(arena, 1, ld),
+                   take_matrix(arena, 1, ld),
+                   take_matrix(arena, 1, ld),
+                   ld};
     if (apply.coefficients) {
         c = padded_copy(apply.coefficients, rank, rank, ldc, arena);
         t.values = take_matrix(arena, pad_rows(rank), ld);

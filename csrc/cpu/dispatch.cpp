@@ -39,8 +39,8 @@ std::vector<Chunk> chunks_of(const std::vector<Problem>& problems, int64_t width
     std::vector<Chunk> chunks;
     for (size_t p = 0; p < problems.size(); ++p)
         for (int64_t begin = 0; begin < problems[p].d; begin += width)
-            chunks.push_back(Chunk{static_cast<int64_t>(p), begin,
-                                   std::min(begin + width, problems[p].d)});
+            chunks.push_back(
+                Chunk{static_cast<int64_t>(p), begin, std::min(begin + width, problems[p].d)});
     return chunks;
 }
 
@@ -136,18 +136,18 @@ struct Roots {
         });
     }
 
-   private:
+ private:
     int64_t total = 0;
 };
 
 }  // namespace
 
 Problems::Problems(const std::vector<uint64_t>& data, const std::vector<int64_t>& ranks,
-                   const std::vector<int>& dtypes, const std::vector<double>& scales,
-                   const std::vector<int64_t>& counts, const std::vector<int64_t>& dims,
-                   const std::vector<bool>& columns) {
+                   const std::vector<int64_t>& pitches, const std::vector<int>& dtypes,
+                   const std::vector<double>& scales, const std::vector<int64_t>& counts,
+                   const std::vector<int64_t>& dims, const std::vector<bool>& columns) {
     for (size_t b = 0; b < data.size(); ++b)
-        blocks_.push_back(Block{at<const void>(data[b]), ranks[b], scales[b],
+        blocks_.push_back(Block{at<const void>(data[b]), ranks[b], pitches[b], scales[b],
                                 static_cast<DType>(dtypes[b])});
     const Block* next = blocks_.data();
     for (size_t p = 0; p < counts.size(); ++p) {
@@ -212,18 +212,21 @@ void apply(const Kernels& kernels, const Problems& problems, const Addresses& co
     const std::vector<Chunk> chunks = chunks_of(problems.list(), kApplyChunk);
     parallel_for(chunks.size(), threads, [&](int64_t item, Arena& arena) {
         const Chunk& c = chunks[item];
-        const ApplyItem work{&problems[c.problem], at<const float>(coefficients[c.problem]),
-                             rows[c.problem],      c.begin,
-                             c.end,                at<void>(out[c.problem]),
+        const ApplyItem work{&problems[c.problem],
+                             at<const float>(coefficients[c.problem]),
+                             rows[c.problem],
+                             c.begin,
+                             c.end,
+                             at<void>(out[c.problem]),
                              static_cast<DType>(out_dtype)};
         kernels.apply(work, arena);
     });
 }
 
-void apply_decouple(const Kernels& kernels, const Problems& problems,
-                    const Addresses& coefficients, const Addresses& blocks,
-                    const std::vector<double>& omegas, double scale, const Addresses& full,
-                    const Addresses& out, int out_dtype, const Addresses& norms, int threads) {
+void apply_decouple(const Kernels& kernels, const Problems& problems, const Addresses& coefficients,
+                    const Addresses& blocks, const std::vector<double>& omegas, double scale,
+                    const Addresses& full, const Addresses& out, int out_dtype,
+                    const Addresses& norms, int threads) {
     Roots roots, full_roots;
     std::vector<int64_t> first_block;
     for (int64_t p = 0; p < problems.size(); ++p) {
@@ -245,15 +248,18 @@ void apply_decouple(const Kernels& kernels, const Problems& problems,
         const Chunk& c = chunks[item];
         const Problem& problem = problems[c.problem];
         energies[item].resize(problem.count);
-        const ApplyItem work{&problem, at<const float>(coefficients[c.problem]), problem.rank,
-                             c.begin,  c.end, at<void>(out[c.problem]),
+        const ApplyItem work{&problem,
+                             at<const float>(coefficients[c.problem]),
+                             problem.rank,
+                             c.begin,
+                             c.end,
+                             at<void>(out[c.problem]),
                              static_cast<DType>(out_dtype)};
-        kernels.apply_decouple(
-            DecoupleItem{work, &roots.roots[first_block[c.problem]],
-                         &omegas[first_block[c.problem]], scale,
-                         full.empty() ? nullptr : &full_roots.roots[c.problem],
-                         energies[item].data()},
-            arena);
+        kernels.apply_decouple(DecoupleItem{work, &roots.roots[first_block[c.problem]],
+                                            &omegas[first_block[c.problem]], scale,
+                                            full.empty() ? nullptr : &full_roots.roots[c.problem],
+                                            energies[item].data()},
+                               arena);
     });
     for (size_t c = 0; c < chunks.size(); ++c) {
         double* sum = at<double>(norms[chunks[c].problem]);
@@ -271,8 +277,8 @@ std::vector<bool> all_finite(const Kernels& kernels, const Addresses& data,
     std::vector<Chunk> chunks;
     for (size_t t = 0; t < data.size(); ++t)
         for (int64_t begin = 0; begin < counts[t]; begin += kFiniteChunk)
-            chunks.push_back(Chunk{static_cast<int64_t>(t), begin,
-                                   std::min(begin + kFiniteChunk, counts[t])});
+            chunks.push_back(
+                Chunk{static_cast<int64_t>(t), begin, std::min(begin + kFiniteChunk, counts[t])});
     std::vector<char> finite(chunks.size());
     parallel_for(chunks.size(), threads, [&](int64_t item, Arena&) {
         const Chunk& c = chunks[item];

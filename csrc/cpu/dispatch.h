@@ -11,11 +11,11 @@ namespace domerge {
 
 // Owns the descriptors; the data stays with the caller. Addresses are integers, as Python has them.
 class Problems {
-   public:
+ public:
     Problems(const std::vector<uint64_t>& data, const std::vector<int64_t>& ranks,
-             const std::vector<int>& dtypes, const std::vector<double>& scales,
-             const std::vector<int64_t>& counts, const std::vector<int64_t>& dims,
-             const std::vector<bool>& columns);
+             const std::vector<int64_t>& pitches, const std::vector<int>& dtypes,
+             const std::vector<double>& scales, const std::vector<int64_t>& counts,
+             const std::vector<int64_t>& dims, const std::vector<bool>& columns);
     const Problem& operator[](int64_t i) const { return problems_[i]; }
     int64_t size() const { return static_cast<int64_t>(problems_.size()); }
     int64_t block_count() const { return static_cast<int64_t>(blocks_.size()); }
@@ -23,7 +23,7 @@ class Problems {
     std::vector<Problem> split() const;
     const std::vector<Problem>& list() const { return problems_; }
 
-   private:
+ private:
     std::vector<Block> blocks_;
     std::vector<Problem> problems_;
 };

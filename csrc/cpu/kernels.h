@@ -12,7 +12,7 @@ namespace domerge {
 
 // Scratch memory of one thread. `take` hands out 64-byte aligned pieces until `reset`.
 class Arena {
-   public:
+ public:
     Arena();
     ~Arena();
     Arena(const Arena&) = delete;
@@ -20,7 +20,7 @@ class Arena {
     void reset();
     void* take(size_t bytes);
 
-   private:
+ private:
     struct State;
     State* state_;
 };

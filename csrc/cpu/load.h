@@ -15,7 +15,7 @@ inline void load_rows(const Problem& problem, int64_t begin, int64_t n, float* t
         with_dtype(block.dtype, [&](auto format) {
             using Format = decltype(format);
             const auto* data = static_cast<const typename Format::Storage*>(block.data) + begin;
-            for (int64_t i = 0; i < block.rank; ++i, data += problem.d, tile += ld)
+            for (int64_t i = 0; i < block.rank; ++i, data += block.pitch, tile += ld)
                 for (int64_t c = 0; c < n; c += kWidth)
                     store(tile + c, load_some<Format>(data + c, n - c) * scale);
         });
@@ -33,9 +33,9 @@ inline void load_columns(const Problem& problem, int64_t begin, int64_t n, float
         with_dtype(block.dtype, [&](auto format) {
             using Format = decltype(format);
             const auto* data = static_cast<const typename Format::Storage*>(block.data);
-            const int64_t end = problem.d * block.rank;
+            const int64_t end = (problem.d - 1) * block.pitch + block.rank;
             for (int64_t c = 0; c < n; ++c) {
-                const int64_t row = (begin + c) * block.rank;
+                const int64_t row = (begin + c) * block.pitch;
                 for (int64_t i = 0; i < block.rank; i += kWidth)
                     store(tile + c * ld + i,
                           load_some<Format>(data + row + i, end - row - i) * scale);

@@ -51,8 +51,7 @@ inline Matrices make_matrices(int64_t rank, int64_t count, Arena& arena) {
     m.columns = round_up(rank, kWidth);
     m.ld = row_stride<float>(rank);
     const int64_t size = round_up(rank, 16) * m.ld;
-    float** all[] = {&m.gram, &m.h,  &m.ct,  &m.pt, &m.pt_old,
-                     &m.dt,   &m.qt, &m.qpt, &m.e,  &m.f};
+    float** all[] = {&m.gram, &m.h, &m.ct, &m.pt, &m.pt_old, &m.dt, &m.qt, &m.qpt, &m.e, &m.f};
     for (float** matrix : all) {
         *matrix = static_cast<float*>(arena.take(size * sizeof(float)));
         for (int64_t i = 0; i < size; ++i) (*matrix)[i] = 0.0f;
@@ -117,8 +116,7 @@ inline void find_quartics(const Matrices& m, const Segments& s, const Pairs& pai
                 for (int k = 0; k < 5; ++k) sum[k] += sum_lanes(part[k], s.start[i + 1] - c);
             }
         }
-        for (int k = 0; k < 5; ++k)
-            pairs.quartic[k][p] = k == 1 || k == 3 ? 2 * sum[k] : sum[k];
+        for (int k = 0; k < 5; ++k) pairs.quartic[k][p] = k == 1 || k == 3 ? 2 * sum[k] : sum[k];
     });
 }
 

@@ -156,8 +156,8 @@ struct Float16 {
         // Shifted into a float's fields, the number is 2^-112 times itself, subnormals included.
         const FloatVec scaled = bits<FloatVec>((h & 0x7fffu) << 13) * 0x1p112f;
         const IndexVec special = (h & 0x7c00u) == 0x7c00u;
-        const BitsVec magnitude = where(special, bits<BitsVec>(scaled) | 0x7f800000u,
-                                        bits<BitsVec>(scaled));
+        const BitsVec magnitude =
+            where(special, bits<BitsVec>(scaled) | 0x7f800000u, bits<BitsVec>(scaled));
         return bits<FloatVec>(magnitude | ((h & 0x8000u) << 16));
     }
     static DOMERGE_INLINE void store(uint16_t* p, FloatVec v) {
@@ -231,7 +231,9 @@ DOMERGE_INLINE void transpose_stage(FloatVec (&rows)[kWidth]) {
 }
 
 // Transposes a kWidth x kWidth square in registers.
-DOMERGE_INLINE void transpose_square(FloatVec (&rows)[kWidth]) { transpose_stage<1>(rows); }
+DOMERGE_INLINE void transpose_square(FloatVec (&rows)[kWidth]) {
+    transpose_stage<1>(rows);
+}
 
 }  // namespace DOMERGE_ISA
 }  // namespace domerge

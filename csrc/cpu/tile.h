@@ -22,7 +22,9 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
-constexpr int64_t pad_rows(int64_t n) { return round_up(n, kTileRows); }
+constexpr int64_t pad_rows(int64_t n) {
+    return round_up(n, kTileRows);
+}
 
 // Row stride of a scratch matrix of n columns: an odd number of cache lines, so that a column does
 // not fall into a few cache sets, and at least one spare line, so that a vector written at any

@@ -30,7 +30,7 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 MAX_DESCENT_RANK = 1024
-"""Above it the descent's matrices leave the L2 cache and the library's blocked GEMM is faster."""
+"""Above it the library's blocked GEMM wins: measured equal at about 1024 on 2 MiB of L2 a core."""
 
 
 def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -163,9 +163,11 @@ def _describe(
 ) -> tuple[_C.Problems, list[Tensor]]:
     """The kernels' table of problems, and the tensors to keep alive while it is used.
 
-    A block whose memory is not laid out like its problem's first one is copied.
+    A block whose memory is not laid out like its problem's first one is copied; one that is a
+    slice of a larger matrix is not.
     """
     alive: list[Tensor] = []
+    pitches: list[int] = []
     dtypes: list[int] = []
     columns: list[bool] = []
     for p in problems:
@@ -175,16 +177,19 @@ def _describe(
             code = DTYPES.get(block.dtype)
             if code is None:
                 block, code = block.float(), 0
+            step, pitch = block.stride()[::-1]
             if in_columns:
-                if block.stride() != (1, block.shape[0]):
-                    block = block.T.contiguous().T
-            elif not block.is_contiguous():
-                block = block.contiguous()
+                step, pitch = pitch, step
+            if step != 1 or pitch < block.shape[not in_columns]:
+                block = block.T.contiguous().T if in_columns else block.contiguous()
+                pitch = block.shape[not in_columns]
             alive.append(block)
+            pitches.append(pitch)
             dtypes.append(code)
     table = _C.Problems(
         [block.data_ptr() for block in alive],
         [r for p in problems for r in p.ranks],
+        pitches,
         dtypes,
         [scale for p in problems for scale in p.scales],
         [len(p.blocks) for p in problems],

@@ -332,3 +332,8 @@ def truncate(
         )
         kept.append(float(s[:k].square().sum()) / total if total > 0 else 1.0)
     return results, kept
+
+
+def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether each tensor holds neither NaN nor Inf."""
+    return [not bool((x - x).count_nonzero()) for x in tensors]

@@ -23,6 +23,7 @@ OPS = (
     "apply",
     "apply_decouple",
     "truncate",
+    "all_finite",
 )
 ENVIRONMENT = "DOMERGE_BACKEND"
 

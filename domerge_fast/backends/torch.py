@@ -215,3 +215,8 @@ class _Orthonormal:
         if self.q is not None:
             return self.q @ y
         return self.x @ (self.back @ y).float()
+
+
+def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether each tensor holds neither NaN nor Inf."""
+    return [bool(torch.isfinite(x).all()) for x in tensors]

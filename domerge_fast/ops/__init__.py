@@ -1,5 +1,6 @@
 """The ops that methods are written in: one file each, one call for all modules of a group."""
 
+from .all_finite import all_finite
 from .apply import apply
 from .apply_decouple import apply_decouple
 from .gram import block_gram, gram
@@ -7,6 +8,7 @@ from .orthogonalize import orthogonalize, orthogonalize_factors
 from .truncate import truncate
 
 __all__ = [
+    "all_finite",
     "apply",
     "apply_decouple",
     "block_gram",

@@ -22,13 +22,14 @@ def whole_folder(target: Path, overwrite: bool, ours: Collection[str]) -> Iterat
     was; after a kill only the new folder, with a hidden name, is left over. Raises OutputError.
     """
     check_target(target, overwrite, ours)
-    target = target.resolve()  # a link stays, what it points to is replaced
+    target = Path(os.path.realpath(target))  # a link stays, what it points to is replaced
     made = _make_parents(target)
     try:
-        fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        name = tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
     except OSError as error:
         _remove_empty(made)
         raise cannot_write(target, error) from error
+    fresh = Path(name)
     try:
         fresh.chmod(0o777 & ~_umask())
         yield fresh
@@ -43,11 +44,14 @@ def whole_folder(target: Path, overwrite: bool, ours: Collection[str]) -> Iterat
 
 def check_target(target: Path, overwrite: bool, ours: Collection[str]) -> None:
     """Raise OutputError unless `target` may be written."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise OutputError(str(target), "is a file", "give a folder that does not exist yet")
-    inside = sorted(entry.name for entry in target.iterdir())
+    try:
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise OutputError(str(target), "is a file", "give a folder that does not exist yet")
+        inside = sorted(entry.name for entry in target.iterdir())
+    except OSError as error:
+        raise cannot_write(target, error) from error
     foreign = [name for name in inside if name not in ours]
     if foreign:
         problem = f"holds other files ({', '.join(foreign[:3])}{', …' if foreign[3:] else ''})"

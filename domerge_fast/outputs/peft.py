@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -124,7 +125,7 @@ class PeftFolder:
     the block ends without an error."""
 
     def __init__(self, path: Path, target: Target, overwrite: bool) -> None:
-        if path.resolve() in target.inputs:
+        if Path(os.path.realpath(path)) in target.inputs:
             raise OutputError(str(path), "is one of the adapters to merge", "give another folder")
         self._target = target
         self._ranks: dict[str, int] = {}

@@ -1,0 +1,366 @@
+"""The C++ kernels, on every instruction set of this machine, against float64 computations.
+
+Fresh memory is NaN in all of these tests: what a kernel leaves unwritten shows.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shapes import CASES, SIDES, exact, random_case
+from torch import Tensor
+
+from domerge_fast import _C
+from domerge_fast.backends import cpu, reference
+from domerge_fast.backends import torch as library
+from domerge_fast.problem import Problem
+
+HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+DTYPES = list(HALF_UNIT)
+PENALTIES = ("squared", "frobenius")
+
+
+@pytest.fixture(autouse=True)
+def nan_poison():
+    """torch.empty fills with NaN under deterministic algorithms."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def isa(request, monkeypatch):
+    if request.param not in _C.isas():
+        pytest.skip(f"this machine has no {request.param}")
+    monkeypatch.setenv("DOMERGE_CPU_ISA", request.param)
+    assert _C.isa() == request.param
+    return request.param
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def problems(side: str, dtype: torch.dtype) -> dict[str, Problem]:
+    """Every case whose numbers the dtype can hold."""
+    found = {name: SIDES[side](case, dtype) for name, case in CASES.items()}
+    return {n: p for n, p in found.items() if all(b.isfinite().all() for b in p.blocks)}
+
+
+def stacked(problem: Problem) -> Tensor:
+    return torch.cat(exact(problem))
+
+
+def coefficients(k: int, r: int, seed: int = 0) -> Tensor:
+    return torch.randn(k, r, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_within(result: Tensor, expected: Tensor, allowed: Tensor, name: str) -> None:
+    """|result - expected| <= allowed, entry by entry; equal where not finite."""
+    difference = (result.double() - expected.double()).abs()
+    same = result.double() == expected.double()
+    good = same | (difference <= allowed)
+    assert good.all(), f"{name}: {difference[~good].max():.3g}, {allowed[~good].min():.3g} allowed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", SIDES)
+def test_gram(isa, side, dtype):
+    chosen = problems(side, dtype)
+    single = cpu.gram(list(chosen.values()))
+    double = cpu.gram(list(chosen.values()), torch.float64)
+    for (name, p), g32, g64 in zip(chosen.items(), single, double, strict=True):
+        x = stacked(p)
+        sizes = x.norm(dim=1)
+        scale = sizes[:, None] * sizes
+        assert g32.dtype == torch.float32
+        assert torch.equal(g32, g32.T), name
+        assert_within(g32, x @ x.T, 1e-6 * scale, name)
+        assert_within(g64, x @ x.T, 1e-14 * scale, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", SIDES)
+def test_block_gram(isa, side, dtype):
+    chosen = problems(side, dtype)
+    results = cpu.block_gram(list(chosen.values()))
+    for (name, p), packed in zip(chosen.items(), results, strict=True):
+        expected = reference.block_gram([p])[0]
+        assert_within(packed, expected, 1e-13 * expected.abs().max().expand_as(packed), name)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", SIDES)
+def test_apply(isa, side, dtype, out_dtype):
+    chosen = problems(side, dtype)
+    for shape in ("identity", "square", "truncating", "widening"):
+        cs = []
+        for p in chosen.values():
+            k = {"square": p.rank, "truncating": (p.rank + 1) // 2, "widening": p.rank + 3}
+            cs.append(None if shape == "identity" else coefficients(k[shape], p.rank))
+        results = cpu.apply(cs, list(chosen.values()), out_dtype)
+        for (name, p), c, y in zip(chosen.items(), cs, results, strict=True):
+            x = stacked(p)
+            full = torch.eye(p.rank).double() if c is None else c.double()
+            expected = full @ x
+            rounding = HALF_UNIT[out_dtype] * expected.abs() + 2.0**-25
+            if out_dtype is not torch.float16:
+                rounding = HALF_UNIT[out_dtype] * expected.abs()
+            arithmetic = 1e-6 * (full.abs() @ x.abs())
+            assert y.dtype == out_dtype
+            assert (y.T if p.in_columns else y).is_contiguous(), name
+            inside = expected.to(out_dtype).isfinite()
+            allowed = torch.where(inside, 1.01 * rounding + arithmetic, 0.0)
+            assert_within(y, expected.to(out_dtype).where(~inside, expected), allowed, name)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_conversions_are_exact(isa, half):
+    every = torch.arange(65536).to(torch.int32).to(torch.int16).view(half)[None]
+    up = cpu.apply([None], [Problem((every,), (1.0,))], torch.float32)[0]
+    torch.testing.assert_close(up, every.float(), rtol=0, atol=0, equal_nan=True)
+    generator = torch.Generator().manual_seed(0)
+    low, high = -(2**31), 2**31 - 1
+    bits = torch.randint(low, high, (100_003,), generator=generator, dtype=torch.int64)
+    middles = torch.arange(65536) * 65536 + 32768 - 2**31
+    near = (every.float().view(torch.int32).long() + torch.tensor([[4096], [-1], [1]])).flatten()
+    floats = torch.cat([bits, middles, near]).to(torch.int32).view(torch.float32)[None]
+    down = cpu.apply([None], [Problem((floats,), (1.0,))], half)[0]
+    torch.testing.assert_close(down, floats.to(half), rtol=0, atol=0, equal_nan=True)
+
+
+def literal(problem: Problem, c: Tensor, penalty: str, gamma: float) -> tuple[float, float, float]:
+    """Loss, share of the cross energy left and relative change of C X, from X itself."""
+    x = exact(problem)
+    moved = c.double() @ torch.cat(x)
+    x_hat = list(moved.split(list(problem.ranks)))
+    energy = reference._cross_energy(x)
+    left = reference._cross_energy(x_hat) / energy if energy > 0 else 0.0
+    size = float(torch.cat(x).norm())
+    change = float((moved - torch.cat(x)).norm()) / size if size > 0 else 0.0
+    return float(reference.loss(x_hat, x, penalty, gamma)), left, change
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("gamma", [1.0, 0.01])
+def test_the_descent_reports_the_truth_and_never_rises(isa, penalty, gamma):
+    for side in SIDES:
+        chosen = problems(side, torch.float32)
+        grams = cpu.gram(list(chosen.values()))
+        ranks = [p.ranks for p in chosen.values()]
+        cs, stats = cpu.orthogonalize(grams, ranks, penalty, gamma, 20, 1e-6)
+        for (name, p), c, row in zip(chosen.items(), cs, stats.tolist(), strict=True):
+            steps, before, after, left, change = row
+            loss, true_left, true_change = literal(p, c, penalty, gamma)
+            start = literal(p, torch.eye(p.rank), penalty, gamma)[0]
+            assert before == pytest.approx(start, rel=1e-4), name
+            assert after == pytest.approx(loss, rel=1e-3, abs=1e-5 * start), name
+            assert after <= before, name
+            assert left == pytest.approx(true_left, rel=1e-2, abs=1e-5), name
+            assert change == pytest.approx(true_change, rel=1e-3, abs=1e-5), name
+            assert 0 <= steps <= 20
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_first_steps_are_those_of_the_reference(isa, penalty):
+    for name, p in problems("rows", torch.float32).items():
+        c, stats = cpu.orthogonalize(cpu.gram([p]), [p.ranks], penalty, 1.0, 3, 0.0)
+        x_hat, expected = reference.descend(exact(p), penalty, 1.0, 3, 0.0)
+        size = float(stacked(p).norm())
+        error = float((c[0].double() @ stacked(p) - torch.cat(x_hat)).norm())
+        assert error <= 2e-4 * size, f"{name}: {error / size}"
+        assert stats[0, 2] == pytest.approx(expected[2], rel=1e-4), name
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_descent_reaches_the_optimum(isa, penalty):
+    for name in ("usual", "odd d", "rank 1 before 64", "64 adapters", "zero factors"):
+        p = CASES[name].columns()
+        row = cpu.orthogonalize(cpu.gram([p]), [p.ranks], penalty, 1.0, 60, 1e-7)[1][0]
+        x_hat, _ = reference.descend(exact(p), penalty, 1.0, 60, 1e-9)
+        best = float(reference.loss(x_hat, exact(p), penalty, 1.0))
+        assert row[2] <= best * (1 + 2e-3), name
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_nothing_to_descend_on(isa, penalty):
+    lone = torch.randn(5, 9)
+    apart = torch.block_diag(torch.eye(3), 2 * torch.eye(4))
+    grams = [lone @ lone.T, apart, torch.zeros(6, 6), torch.ones(1, 1)]
+    cs, stats = cpu.orthogonalize(grams, [(5,), (3, 4), (2, 4), (1,)], penalty)
+    for c in cs:
+        assert torch.equal(c, torch.eye(len(c)))
+    assert stats[:, [0, 3, 4]].eq(0).all()
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_descent_does_not_see_the_scale(isa, penalty):
+    g = cpu.gram([CASES["usual"].rows()])[0]
+    ranks = [CASES["usual"].ranks] * 3
+    cs, stats = cpu.orthogonalize([g, g * 2.0**-40, g * 2.0**40], ranks, penalty)
+    assert torch.equal(cs[0], cs[1])
+    assert torch.equal(cs[0], cs[2])
+    assert stats[0, 1] * 2.0**40 == stats[2, 1]
+
+
+def columns_of(case, c: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """C A of every adapter and its B, in float64."""
+    a = (c.double() @ torch.cat(exact(case.rows()))).split(list(case.ranks))
+    return list(a), case.exact_b()
+
+
+def literal_decouple(case, c: Tensor, scale: float, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """Merged ΔW [m, n] and the adapters' norms, from the dense deltas."""
+    deltas = [b @ a for a, b in zip(*columns_of(case, c), strict=True)]
+    norms = torch.stack([d.norm(dim=0) for d in deltas])
+    omega = torch.tensor(case.omegas).double()
+    merged = (omega.abs()[:, None] * norms).sum(0)
+    unit = [torch.where(n > 0, d / n, 0.0) for d, n in zip(deltas, norms, strict=True)]
+    direction = sum(w * u for w, u in zip(omega, unit, strict=True))
+    if renormalize:
+        length = direction.norm(dim=0)
+        direction = torch.where(length > 1e-6, direction / length, 0.0)
+    return scale * direction * merged, norms.square().sum(1).sqrt()
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_apply_decouple(isa, given, renormalize):
+    for name, case in CASES.items():
+        b = case.columns()
+        rank = sum(case.ranks)
+        c = torch.eye(rank) + 0.05 * coefficients(rank, rank)
+        full = reference.gram([b]) if renormalize else None
+        (a,), (norms,) = cpu.apply_decouple(
+            [c if given else None],
+            [case.rows()],
+            reference.block_gram([b]),
+            [case.omegas],
+            1.7,
+            torch.float32,
+            full,
+        )
+        c = c if given else torch.eye(rank)
+        expected, expected_norms = literal_decouple(case, c, 1.7, renormalize)
+        merged = torch.cat(exact(b)).T @ a.double()
+        size = expected.norm(dim=0) + 1e-12 * expected.norm()
+        # Where B_i has fewer rows than columns, or parts cancel, rounding in a is magnified.
+        off = ((merged - expected).norm(dim=0) / size.clamp_min(1e-300)).median()
+        assert off <= 1e-5, f"{name}: {off}"
+        torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=0, msg=name)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_apply_decouple_dtypes(isa, dtype, out_dtype):
+    case = CASES["odd d"]
+    c = coefficients(10, 10)
+    packed = reference.block_gram([case.columns()])
+    arguments = ([c], [case.rows(dtype)], packed, [case.omegas], 1.0)
+    (a,), (norms,) = cpu.apply_decouple(*arguments, out_dtype)
+    (expected,), (expected_norms,) = reference.apply_decouple(*arguments, torch.float64)
+    rounding = HALF_UNIT[out_dtype] * expected.abs() + 1e-5 * expected.norm(dim=0)
+    assert_within(a, expected, rounding, f"{dtype} -> {out_dtype}")
+    torch.testing.assert_close(norms, expected_norms, rtol=1e-5, atol=0)
+
+
+def test_a_zero_column_of_one_adapter_has_no_direction(isa):
+    case = CASES["zero columns"]
+    packed = reference.block_gram([case.columns()])
+    (a,), _ = cpu.apply_decouple(
+        [None], [case.rows()], packed, [case.omegas], 1.0, torch.float32
+    )
+    assert a[:, 0].eq(0).all()
+    assert a[3:, 5].eq(0).all()
+    assert a[:3, 5].ne(0).all()
+
+
+def every_result(case, dtype: torch.dtype) -> list[Tensor]:
+    """All that the ops say about two copies of a long case and a few short ones."""
+    sides = [case.rows(dtype), case.columns(dtype), CASES["odd d"].rows(), CASES["usual"].columns()]
+    grams = cpu.gram(sides)
+    ranks = [p.ranks for p in sides]
+    cs, stats = cpu.orthogonalize(grams, ranks, "frobenius", 1.0, 8, 1e-6)
+    packed = cpu.block_gram([case.columns(dtype)])
+    full = cpu.gram([case.columns(dtype)], torch.float64)
+    a, norms = cpu.apply_decouple(
+        cs[:1], sides[:1], packed, [case.omegas], 1.0, torch.bfloat16, full
+    )
+    return [*grams, *cs, stats, *packed, *full, *cpu.apply(cs, sides, dtype), *a, *norms]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_repeatable_for_any_number_of_threads(isa, dtype, threads):
+    case = random_case((9, 1, 16, 4), 9001, 8200)
+    threads(1)
+    expected = every_result(case, dtype)
+    for count in (1, 2, 3, 7):
+        threads(count)
+        for one, other in zip(every_result(case, dtype), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_blocks_of_any_stride(isa, side):
+    x = torch.randn(40, 60)
+    strange = (x[::2, ::3], x[1:4, 5:25], x[5:25, 1:4].T, x[:1, :20], x[:20, :1].T)
+    first = strange[1].contiguous() if side == "rows" else strange[2].T.contiguous().T
+    p = Problem((first, *strange), (1.0, 0.5, 2.0, -1.0, 3.0, 1.0))
+    assert p.in_columns == (side == "columns")
+    dense = stacked(p)
+    torch.testing.assert_close(cpu.gram([p], torch.float64)[0], dense @ dense.T)
+    torch.testing.assert_close(cpu.apply([None], [p], torch.float32)[0], dense.float())
+
+
+def test_mixed_dtypes_in_one_problem(isa):
+    x = [torch.randn(3, 50), torch.randn(2, 50).bfloat16(), torch.randn(4, 50).half()]
+    p = Problem((*x, torch.randn(2, 50).double()), (1.0, 2.0, 0.5, 1.0))
+    c = coefficients(5, 11)
+    expected = c.double() @ stacked(p)
+    torch.testing.assert_close(cpu.apply([c], [p], torch.float32)[0].double(), expected)
+
+
+def test_large_ranks_go_to_the_library(monkeypatch):
+    monkeypatch.setattr(cpu, "MAX_DESCENT_RANK", 16)
+    small, large = CASES["odd d"].rows(), CASES["usual"].rows()
+    grams, ranks = cpu.gram([large, small]), [large.ranks, small.ranks]
+    cs, stats = cpu.orthogonalize(grams, ranks)
+    big, big_stats = library.orthogonalize(grams[:1], ranks[:1])
+    own, own_stats = cpu.orthogonalize(grams[1:], ranks[1:])
+    assert torch.equal(cs[0], big[0])
+    assert torch.equal(cs[1], own[0])
+    assert torch.equal(stats, torch.cat([big_stats, own_stats]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_all_finite(isa, dtype, bad):
+    largest = torch.finfo(dtype).max
+    tensors = [torch.full((37,), largest, dtype=dtype) for _ in range(38)]
+    for i, x in enumerate(tensors[:37]):
+        x[i] = bad
+    assert cpu.all_finite(tensors) == [False] * 37 + [True]
+    long = torch.zeros(3, 1 << 19, dtype=dtype).T
+    assert cpu.all_finite([long, long[::2]]) == [True, True]
+    long[-2, 1] = bad
+    assert cpu.all_finite([long, long[::2], long[1::2]]) == [False, False, True]
+
+
+def test_an_instruction_set_that_cannot_run_is_an_error(monkeypatch):
+    monkeypatch.setenv("DOMERGE_CPU_ISA", "avx1024")
+    with pytest.raises(RuntimeError, match=r"DOMERGE_CPU_ISA=avx1024 cannot run.*baseline"):
+        cpu.gram([CASES["usual"].rows()])
+
+
+def test_no_problems():
+    assert cpu.gram([]) == []
+    assert cpu.block_gram([]) == []
+    assert cpu.apply([], [], torch.float32) == []
+    assert cpu.apply_decouple([], [], [], [], 1.0, torch.float32) == ([], [])
+    assert cpu.orthogonalize([], [])[0] == []
+    assert cpu.all_finite([]) == []

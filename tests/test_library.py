@@ -1,0 +1,111 @@
+"""The ops as torch.library entries: schemas, fakes, and functions compiled around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from shapes import CASES, SIDES
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from domerge_fast.backends import registry
+from domerge_fast.ops import _library
+
+NAMES = ("odd d", "rank 1 before 64", "one adapter")
+FAST = [n for n, s in registry.backends().items() if s.available and n != "reference"]
+OPS = ("gram", "block_gram", "orthogonalize", "orthogonalize_factors", "apply", "apply_decouple")
+
+every_op = pytest.mark.parametrize("op", OPS)
+every_backend = pytest.mark.parametrize("backend", FAST)
+every_layout = pytest.mark.parametrize("layout", SIDES)
+
+
+def entry(op: str):
+    return getattr(torch.ops.domerge_fast, op).default
+
+
+def arguments(op: str, layout: str, backend: str) -> tuple:
+    """Three modules as the flat lists that an op is registered with."""
+    problems = [SIDES[layout](CASES[name]) for name in NAMES]
+    flat = _library.flatten(problems)
+    ranks = [rank for p in problems for rank in p.ranks]
+    c = [None, torch.ones(3, problems[1].rank), torch.eye(4)]
+    packed = [torch.eye(sum(r * r for r in p.ranks)).double()[0] for p in problems]
+    return {
+        "gram": (*flat, torch.float64, backend),
+        "block_gram": (*flat, backend),
+        "orthogonalize": (
+            [torch.eye(p.rank) + 0.1 for p in problems],
+            *(ranks, flat[1], "frobenius", 1.0, 2, 0.0, backend),
+        ),
+        "orthogonalize_factors": (*flat, 1.0, 2, 0.0, backend),
+        "apply": (c, *flat, torch.bfloat16, backend),
+        "apply_decouple": (
+            [None, torch.eye(65), None],
+            *(*flat, packed, [0.5] * len(ranks), 1.0, torch.float16),
+            [torch.eye(p.rank).double() for p in problems],
+            backend,
+        ),
+    }[op]
+
+
+def describe(tensors: list[Tensor]) -> list[tuple]:
+    return [(x.shape, x.stride(), x.dtype, x.device) for x in tensors]
+
+
+def test_every_op_is_registered():
+    """All but those whose results depend on values in more than numbers."""
+    assert {name for name in OPS if hasattr(torch.ops.domerge_fast, name)} == set(OPS)
+    assert set(registry.OPS) - set(OPS) == {"truncate", "all_finite"}
+
+
+@every_backend
+@every_layout
+@every_op
+def test_opcheck(op, layout, backend):
+    results = torch.library.opcheck(entry(op), arguments(op, layout, backend))
+    assert set(results.values()) == {"SUCCESS"}
+    assert len(results) == 4
+
+
+@every_backend
+@every_layout
+@every_op
+def test_fake_results_have_the_shapes_strides_and_dtypes_of_real_ones(op, layout, backend):
+    args = arguments(op, layout, backend)
+    real = describe(entry(op)(*args))
+    with FakeTensorMode() as mode:
+        fake_args = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
+        fake = describe(entry(op)(*fake_args))
+    assert fake == real
+
+
+@every_backend
+@every_op
+def test_inputs_are_neither_changed_nor_returned(op, backend):
+    args = arguments(op, "rows", backend)
+    inputs = torch.utils._pytree.tree_leaves(args)
+    inputs = [x for x in inputs if isinstance(x, Tensor)]
+    before = [x.clone() for x in inputs]
+    results = entry(op)(*args)
+    assert all(map(torch.equal, inputs, before))
+    memory = {x.untyped_storage().data_ptr() for x in inputs}
+    owned = [x.untyped_storage().data_ptr() for x in results]
+    assert memory.isdisjoint(owned)
+    assert len(set(owned)) == len(owned)
+
+
+@every_backend
+def test_a_function_of_ops_compiles_whole(backend):
+    blocks, counts, scales, *_ = arguments("gram", "columns", backend)
+
+    def merge(blocks: list[Tensor]) -> list[Tensor]:
+        grams = entry("gram")(blocks, counts, scales, torch.float32, backend)
+        ranks = [3, 5, 2, 1, 64, 4]
+        *c, _ = entry("orthogonalize")(grams, ranks, counts, "squared", 1.0, 3, 0.0, backend)
+        moved = entry("apply")(list(c), blocks, counts, scales, torch.float32, backend)
+        return [2 * x for x in moved]
+
+    compiled = torch.compile(merge, backend="aot_eager", fullgraph=True)
+    for one, other in zip(compiled(blocks), merge(blocks), strict=True):
+        torch.testing.assert_close(one, other)

@@ -1,0 +1,649 @@
+"""Every op on every backend against the oracle in float64, over the shapes that hurt.
+
+Compared are products that are well defined: C is not where G is singular, but C X is.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from shapes import CASES, SIDES, Case, exact, random_case
+from torch import Tensor
+
+from domerge_fast import ops
+from domerge_fast.backends import reference, registry
+from domerge_fast.errors import OptionError
+from domerge_fast.ops.orthogonalize import PENALTIES
+from domerge_fast.problem import Problem
+
+AVAILABLE = [name for name, status in registry.backends().items() if status.available]
+FAST = [name for name in AVAILABLE if name != "reference"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EXTREME = ("tiny", "huge", "tiny beside huge", "mixed sizes")  # beyond the range of float16
+SINGLE = [name for name, case in CASES.items() if len(case.ranks) == 1]
+COLLIDING = [name for name in CASES if name not in (*SINGLE, "all zero")]
+CONVERGED = [n for n in COLLIDING if n not in ("64 adapters", "R above 128", "tiny beside huge")]
+
+every_case = pytest.mark.parametrize("name", CASES)
+every_backend = pytest.mark.parametrize("backend", FAST)
+every_layout = pytest.mark.parametrize("layout", SIDES)
+every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Fresh tensors hold NaN, so that what an op forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_within(result: Tensor, expected: Tensor, size: Tensor | float, tolerance: float = 1e-5):
+    """|result - expected| <= tolerance * size, besides one rounding of the result's dtype."""
+    assert result.shape == expected.shape
+    info = torch.finfo(result.dtype)
+    allowed = tolerance * size + info.eps / 2 * expected.abs() + info.smallest_normal * info.eps
+    error = (result.double() - expected).abs()
+    worst = float((error / allowed).nan_to_num(math.inf).max())
+    assert worst <= 1, f"{worst:.3g} times the error allowed"
+
+
+def storable(dtype: torch.dtype, name: str) -> torch.dtype:
+    return torch.bfloat16 if dtype == torch.float16 and name in EXTREME else dtype
+
+
+def coefficients(rows: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    return torch.eye(rows, rank) + 0.3 * torch.randn(rows, rank, generator=generator)
+
+
+# Backends
+
+
+def test_the_cpu_backend_is_available():
+    assert registry.backends()["cpu"].why_not is None
+
+
+def test_auto_takes_the_fastest_backend_and_the_environment_overrides_it(monkeypatch):
+    monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
+    assert registry.choose("auto", "cpu") == "cpu"
+    assert registry.choose("auto", "cuda") == "torch"
+    monkeypatch.setenv(registry.ENVIRONMENT, "reference")
+    assert registry.choose("auto", "cpu") == "reference"
+    assert registry.choose("torch", "cpu") == "torch"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "words"),
+    [
+        ("tirch", "cpu", "did you mean 'torch'"),
+        ("cpu", "cuda", "'cpu' runs on cpu, not on cuda"),
+    ],
+)
+def test_a_backend_asked_for_by_name_that_cannot_run_is_an_error(name, device, words):
+    with pytest.raises(OptionError, match=words):
+        registry.choose(name, device)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_every_backend_has_every_op(backend):
+    module = registry.load(backend)
+    assert [op for op in registry.OPS if not callable(getattr(module, op, None))] == []
+
+
+# gram, block_gram
+
+
+@every_backend
+@every_layout
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_case
+def test_gram(name, dtype, layout, backend):
+    problem = SIDES[layout](CASES[name], dtype)
+    expected = reference.gram([problem])[0]
+    norms = expected.diagonal().sqrt()
+    size = norms[:, None] * norms
+    (single,) = ops.gram([problem], backend=backend)
+    assert single.dtype == torch.float32
+    assert_within(single, expected, size)
+    assert torch.equal(single, single.T)
+    (double,) = ops.gram([problem], dtype=torch.float64, backend=backend)
+    assert_within(double, expected, size, 1e-13)
+
+
+@every_backend
+@every_layout
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_case
+def test_block_gram(name, dtype, layout, backend):
+    problem = SIDES[layout](CASES[name], dtype)
+    norms = [x.norm(dim=1) for x in exact(problem)]
+    size = torch.cat([(n[:, None] * n).flatten() for n in norms])
+    (packed,) = ops.block_gram([problem], backend=backend)
+    assert packed.dtype == torch.float64
+    assert_within(packed, reference.block_gram([problem])[0], size, 1e-13)
+
+
+# apply
+
+
+@every_backend
+@every_layout
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ["None", "one", "half", "all"])
+@every_case
+def test_apply(name, rows, dtype, layout, backend):
+    problem = SIDES[layout](CASES[name])
+    rank = problem.rank
+    c = (
+        None
+        if rows == "None"
+        else coefficients({"one": 1, "half": -(-rank // 2)}.get(rows, rank), rank)
+    )
+    x = torch.cat(exact(problem))
+    expected = x if c is None else c.double() @ x
+    size = x.abs() if c is None else c.double().abs() @ x.abs()
+    dtype = storable(dtype, name)
+    (result,) = ops.apply([c], [problem], dtype, backend=backend)
+    assert result.dtype == dtype
+    assert_within(result, expected, size)
+    assert (result.T if problem.in_columns else result).is_contiguous()
+
+
+@every_backend
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_apply_to_low_precision_factors_computes_in_float32(dtype, layout, backend):
+    problem = SIDES[layout](CASES["usual"], dtype)
+    c, x = coefficients(20, problem.rank), torch.cat(exact(problem))
+    (result,) = ops.apply([c], [problem], torch.float32, backend=backend)
+    assert_within(result, c.double() @ x, c.double().abs() @ x.abs(), 1e-6)
+
+
+@every_backend
+def test_blocks_of_one_problem_may_differ_in_dtype_and_memory_layout(backend):
+    case = CASES["d below R"]
+    strided = case.a[2].repeat(1, 2)[:, ::2]
+    blocks = (case.a[0].half(), case.a[1].T.contiguous().T, strided)
+    for order in itertools.permutations(blocks):
+        problem = Problem(order, (2.0, -0.5, 1.0))
+        x = torch.cat(exact(problem))
+        norms = x.norm(dim=1)
+        assert_within(ops.gram([problem], backend=backend)[0], x @ x.T, norms[:, None] * norms)
+        (copy,) = ops.apply([None], [problem], torch.float32, backend=backend)
+        assert_within(copy, x, 0.0)
+
+
+# orthogonalize
+
+
+@functools.cache
+def oracle(name: str, penalty: str, steps: int, tol: float) -> tuple[list[Tensor], list[float]]:
+    return reference.descend(exact(CASES[name].rows()), penalty, 1.0, steps, tol)
+
+
+def descend(
+    x: list[Tensor], backend: str, penalty: str = "squared", **rule
+) -> tuple[list[Tensor], list[float], Tensor]:
+    """Xhat, the statistics and C from the Gram of blocks in float64."""
+    stacked, ranks = torch.cat(x), [len(b) for b in x]
+    gram = (stacked @ stacked.T).float()
+    (c,), stats = ops.orthogonalize([gram], [ranks], penalty=penalty, backend=backend, **rule)
+    assert (c.dtype, c.shape, stats.shape) == (torch.float32, gram.shape, (1, 5))
+    return list((c.double() @ stacked).split(ranks)), stats[0].tolist(), c
+
+
+def assert_blocks_within(x_hat, expected, x, tolerance: float):
+    """Every adapter's error is below a share of its own norm (and of 1e-6 of the whole)."""
+    whole = float(torch.cat(x).norm())
+    for result, value, block in zip(x_hat, expected, x, strict=True):
+        error, size = float((result - value).norm()), float(block.norm()) + 1e-6 * whole
+        assert error <= tolerance * size
+
+
+@every_backend
+@every_penalty
+@every_case
+def test_some_steps_of_the_descent(name, penalty, backend):
+    """The Frobenius norm has a kink where a step ends, which costs digits."""
+    steps = 1 if penalty == "frobenius" or name == "64 adapters" else 3
+    expected, stats = oracle(name, penalty, steps, 0.0)
+    x = exact(CASES[name].rows())
+    x_hat, found, _ = descend(x, backend, penalty, steps=steps, tol=0.0)
+    assert found[0] == stats[0] == (steps if name in COLLIDING else 0)
+    assert_blocks_within(x_hat, expected, x, 1e-5 if penalty == "squared" else 1e-4)
+    assert found[1:] == pytest.approx(stats[1:], rel=1e-3, abs=1e-6 * found[1])
+    assert found[1] == pytest.approx(stats[1], rel=1e-6)
+
+
+@every_backend
+@every_penalty
+@pytest.mark.parametrize("name", CONVERGED)
+def test_the_descent_arrives_where_the_oracle_does(name, penalty, backend):
+    expected, stats = oracle(name, penalty, 50, 1e-6)
+    x = exact(CASES[name].rows())
+    x_hat, found, _ = descend(x, backend, penalty)
+    assert found[2] == pytest.approx(stats[2], rel=1e-5)
+    assert_blocks_within(x_hat, expected, x, 1e-4)
+
+
+@every_backend
+@every_penalty
+@pytest.mark.parametrize("name", COLLIDING)
+def test_the_statistics_are_those_of_the_result(name, penalty, backend):
+    x = exact(CASES[name].rows())
+    x_hat, (_, before, after, left, change), _ = descend(x, backend, penalty, steps=6)
+    assert before == pytest.approx(float(reference.loss(x, x, penalty)), rel=1e-5)
+    assert after == pytest.approx(float(reference.loss(x_hat, x, penalty)), rel=1e-5)
+    shift = torch.cat(x_hat) - torch.cat(x)
+    size = float(torch.cat(x).norm())
+    assert change == pytest.approx(float(shift.norm()) / size, rel=1e-3, abs=1e-6)
+    energies = [cross_energy(blocks) for blocks in (x, x_hat)]
+    assert left == pytest.approx(energies[1] / energies[0], rel=1e-3, abs=1e-6)
+
+
+def cross_energy(x: list[Tensor]) -> float:
+    stacked = torch.cat(x)
+    own = torch.block_diag(*(b @ b.T for b in x))
+    return float((stacked @ stacked.T - own).square().sum())
+
+
+@every_backend
+@every_penalty
+@pytest.mark.parametrize("name", ["usual", "duplicated", "mixed sizes", "d is 1"])
+def test_the_objective_never_rises(name, penalty, backend):
+    x = exact(CASES[name].rows())
+    losses = []
+    for steps in range(7):
+        x_hat, stats, _ = descend(x, backend, penalty, steps=steps, tol=0.0)
+        assert stats[0] <= steps
+        losses.append(float(reference.loss(x_hat, x, penalty)))
+    assert all(new <= old * (1 + 1e-6) for old, new in itertools.pairwise(losses))
+    assert losses[1] < 0.999 * losses[0]
+
+
+@every_backend
+@every_penalty
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_scale_of_the_factors_has_no_influence(scale, penalty, backend):
+    x = exact(CASES["odd d"].rows())
+    x_hat, stats, _ = descend(x, backend, penalty)
+    scaled, found, _ = descend([scale * b for b in x], backend, penalty)
+    assert found[0] == stats[0]
+    assert found[1] / scale**2 == pytest.approx(stats[1], rel=1e-5)
+    assert found[2] / scale**2 == pytest.approx(stats[2], rel=1e-5)
+    assert_blocks_within([b / scale for b in scaled], x_hat, x, 1e-5)
+
+
+@every_backend
+@every_penalty
+def test_no_steps_is_the_identity(penalty, backend):
+    _, stats, c = descend(exact(CASES["usual"].rows()), backend, penalty, steps=0)
+    assert torch.equal(c, torch.eye(64))
+    assert stats[0] == 0
+    assert stats[1] == stats[2] > 0
+    assert stats[3:] == [1.0, 0.0]
+
+
+@every_backend
+@every_penalty
+@pytest.mark.parametrize("name", [*SINGLE, "all zero", "apart"])
+def test_nothing_moves_where_nothing_collides(name, penalty, backend):
+    apart = list(torch.eye(7).double().split([2, 4, 1]))
+    x = apart if name == "apart" else exact(CASES[name].rows())
+    _, stats, c = descend(x, backend, penalty)
+    assert torch.equal(c, torch.eye(len(c)))
+    assert stats[0] == stats[3] == stats[4] == 0
+
+
+@every_backend
+@every_penalty
+def test_without_gamma_the_overlap_goes_and_with_a_large_one_nothing_moves(penalty, backend):
+    x = exact(CASES["odd d"].rows())
+    _, free, _ = descend(x, backend, penalty, gamma=0.0, steps=100, tol=0.0)
+    assert free[3] < 1e-3
+    assert free[2] < 1e-2 * free[1]
+    _, held, c = descend(x, backend, penalty, gamma=1e6)
+    assert 0 < held[4] < 1e-5
+    assert held[2] < held[1]
+    assert float((c - torch.eye(len(c))).abs().max()) < 1e-4
+
+
+@every_backend
+@every_penalty
+def test_it_stops_when_a_step_gains_less_than_tol(penalty, backend):
+    x = exact(CASES["odd d"].rows())
+    runs = {tol: descend(x, backend, penalty, steps=200, tol=tol)[1] for tol in (1e-1, 1e-2, 1e-5)}
+    steps = [run[0] for run in runs.values()]
+    assert 1 <= steps[0] < steps[1] < steps[2] < 200
+    for tol, run in runs.items():
+        before_last = [
+            descend(x, backend, penalty, steps=int(run[0]) - k, tol=0.0)[1][2] for k in (1, 2)
+        ]
+        assert before_last[0] - run[2] <= tol * before_last[0] * (1 + 1e-3)
+        if run[0] > 1:
+            assert before_last[1] - before_last[0] > tol * before_last[1] * (1 - 1e-3)
+
+
+def narrow(name: str, layout: str) -> Problem:
+    """A side of a module cut to 5 columns, so that R > d."""
+    problem = SIDES[layout](CASES[name])
+    if problem.in_columns:
+        return Problem(tuple(x.T[:5].T for x in problem.blocks), problem.scales)
+    return Problem(tuple(x[:, :5].contiguous() for x in problem.blocks), problem.scales)
+
+
+@every_backend
+@every_layout
+@pytest.mark.parametrize("name", ["d below R", "R above 256", "duplicated", "zero factors"])
+def test_the_descent_on_the_factors_is_the_descent_on_the_gram(name, layout, backend):
+    problem = narrow(name, layout)
+    x = exact(problem)
+    rule = {"gamma": 2.0, "steps": 4, "tol": 0.0}
+    (result,), stats = ops.orthogonalize_factors([problem], backend=backend, **rule)
+    on_gram, found, _ = descend(x, backend, **rule)
+    assert_blocks_within(result.double().split([len(b) for b in x]), on_gram, x, 1e-5)
+    assert stats[0].tolist() == pytest.approx(found, rel=1e-3)
+
+
+@every_backend
+@every_case
+def test_some_steps_of_the_descent_on_the_factors(name, backend):
+    steps = 1 if name == "64 adapters" else 3
+    problem = CASES[name].rows()
+    x = exact(problem)
+    expected, found = oracle(name, "squared", steps, 0.0)
+    (result,), stats = ops.orthogonalize_factors([problem], steps=steps, tol=0.0, backend=backend)
+    assert result.dtype == torch.float32
+    assert_blocks_within(result.double().split([len(b) for b in x]), expected, x, 1e-5)
+    assert stats[0].tolist() == pytest.approx(found, rel=1e-3, abs=1e-6)
+
+
+# apply_decouple
+
+
+# Where one B is 1e12 times another, a Gram in float64 does not hold the small one.
+DECOUPLED = [
+    (name, renormalize)
+    for name in CASES
+    for renormalize in (False, True)
+    if not (renormalize and name == "tiny beside huge")
+]
+
+
+def decouple(
+    case: Case, c: Tensor | None, backend: str, renormalize: bool = False, dtype=torch.float32
+) -> tuple[Tensor, Tensor]:
+    b = case.columns()
+    results, norms = ops.apply_decouple(
+        [c],
+        [case.rows()],
+        ops.block_gram([b], backend=backend),
+        [case.omegas],
+        1.5,
+        dtype,
+        full=ops.gram([b], dtype=torch.float64, backend=backend) if renormalize else None,
+        backend=backend,
+    )
+    return results[0], norms[0]
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize(("name", "renormalize"), DECOUPLED)
+def test_apply_decouple(name, renormalize, moved, dtype, backend):
+    """B A' against the literal merge; an error counts against its column's magnitude."""
+    case = CASES[name]
+    dtype = storable(dtype, name)
+    c = coefficients(sum(case.ranks), sum(case.ranks)) if moved else None
+    a = torch.cat(exact(case.rows()))
+    a = (a if c is None else c.double() @ a).split(list(case.ranks))
+    deltas = [bi @ ai for ai, bi in zip(a, case.exact_b(), strict=True)]
+    expected = reference.do_merging(
+        a, case.exact_b(), case.omegas, orthogonalize=False, renormalize=renormalize, scale=1.5
+    )
+    result, norms = decouple(case, c, backend, renormalize, dtype)
+    assert result.dtype == dtype
+    assert result.is_contiguous()
+    magnitude = sum(abs(w) * d.norm(dim=0) for w, d in zip(case.omegas, deltas, strict=True))
+    b = torch.cat(case.exact_b(), 1)
+    rounding = torch.finfo(dtype).eps / 2 * (b.abs() @ result.double().abs())
+    assert_within(b @ result.double(), expected, 1.5e-5 * magnitude + rounding, 1.0)
+    assert norms.dtype == torch.float64
+    expected_norms = torch.stack([d.norm() for d in deltas])
+    assert_within(norms, expected_norms, expected_norms)
+
+
+@every_backend
+def test_columns_that_cancel_are_zero_when_renormalized(backend):
+    """The same update twice with opposite weights has no direction to renormalize."""
+    case = random_case((3, 3), 20, 15)
+    case = Case([case.a[0]] * 2, [case.b[0]] * 2, [1.0, 1.0])
+    b = case.columns()
+    (result,), _ = ops.apply_decouple(
+        [None],
+        [case.rows()],
+        ops.block_gram([b], backend=backend),
+        [[0.5, -0.5]],
+        1.0,
+        torch.float32,
+        full=ops.gram([b], dtype=torch.float64, backend=backend),
+        backend=backend,
+    )
+    assert torch.equal(result, torch.zeros(6, 20))
+
+
+# truncate
+
+
+def cut(case: Case, backend: str, dtype=torch.float32, **limits):
+    """Factors, the share kept, and ΔW [m, n] in float64 with its singular values."""
+    a = torch.cat(case.a)
+    b = torch.cat([s * x for x, s in zip(case.b, case.scalings, strict=True)], 1)
+    delta = b.double() @ a.double()
+    ((a_k, b_k),), (kept,) = ops.truncate([(a, b)], out_dtype=dtype, backend=backend, **limits)
+    return a_k, b_k, kept, delta, torch.linalg.svdvals(delta)
+
+
+def assert_best_approximation(a: Tensor, b: Tensor, delta: Tensor, values: Tensor, tolerance):
+    """The error of rank k is the norm of the other singular values (Eckart and Young)."""
+    error = float((b.double() @ a.double() - delta).norm())
+    tail = float(values[len(a) :].norm())
+    assert error <= tail + tolerance * float(values.norm())
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("rank", [1, 3, 10**6])
+@every_case
+def test_truncate_to_a_rank(name, rank, backend):
+    a, b, kept, delta, values = cut(CASES[name], backend, rank=rank)
+    k = min(rank, sum(CASES[name].ranks), *delta.shape)
+    assert (a.shape, b.shape) == ((k, delta.shape[1]), (delta.shape[0], k))
+    assert_best_approximation(a, b, delta, values, 1e-5)
+    total = float(values.square().sum())
+    share = float(values[:k].square().sum()) / total if total else 1.0
+    assert kept == pytest.approx(share, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("energy", [0.3, 0.9, 0.999])
+@every_case
+def test_truncate_to_an_energy_takes_the_smallest_rank(name, energy, backend):
+    a, b, kept, delta, values = cut(CASES[name], backend, energy=energy)
+    shares = values.square().cumsum(0)
+    k = 1 + int((shares < energy * shares[-1]).sum()) if shares[-1] > 0 else 1
+    assert len(a) == k
+    assert kept >= energy
+    assert_best_approximation(a, b, delta, values, 1e-5)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_of_rank_and_energy_the_smaller_wins(backend):
+    by_energy = len(cut(CASES["usual"], backend, energy=0.5)[0])
+    assert len(cut(CASES["usual"], backend, energy=0.5, rank=by_energy + 1)[0]) == by_energy
+    assert len(cut(CASES["usual"], backend, energy=0.5, rank=by_energy - 1)[0]) == by_energy - 1
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_truncated_factors_are_balanced(backend):
+    a, b, _, _, values = cut(CASES["odd d"], backend, rank=4)
+    expected = torch.diag(values[:4])
+    for gram in (a.double() @ a.double().T, b.double().T @ b.double()):
+        assert_within(gram, expected, float(values[0]))
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_truncate_rounds_its_result_once(dtype, backend):
+    a, b, _, delta, values = cut(CASES["usual"], backend, dtype, rank=8)
+    assert a.dtype == b.dtype == dtype
+    exact_a, exact_b, *_ = cut(CASES["usual"], backend, rank=8)
+    rounded = exact_b.to(dtype).double() @ exact_a.to(dtype).double()
+    best = exact_b.double() @ exact_a.double()
+    error = float((b.double() @ a.double() - best).norm())
+    assert error <= 2 * float((rounded - best).norm())
+    assert_best_approximation(a, b, delta, values, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_truncate_keeps_what_is_left_after_cancellation(backend):
+    """ΔW = B A - (B + E) A with a small E: a float32 Gram would lose it."""
+    case = CASES["odd d"]
+    small = 1e-3 * torch.randn(33, 5, generator=torch.Generator().manual_seed(1))
+    pair = (torch.cat([case.a[1], case.a[1]]), torch.cat([case.b[1], -(case.b[1] + small)], 1))
+    delta = pair[1].double() @ pair[0].double()
+    ((a, b),), (kept,) = ops.truncate([pair], rank=5, backend=backend)
+    assert kept == pytest.approx(1.0, abs=1e-9)
+    scale = float(pair[0].norm() * pair[1].norm())
+    assert float((b.double() @ a.double() - delta).norm()) <= 1e-6 * scale
+
+
+# all_finite
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_all_finite_finds_a_single_bad_value(bad, dtype, backend):
+    largest = torch.full((3, 37), torch.finfo(dtype).max, dtype=dtype)
+    for index in range(0, largest.numel(), 11):
+        spoiled = largest.clone()
+        spoiled.view(-1)[index] = bad
+        tensors = [largest, spoiled, -largest.T, spoiled.T, spoiled[:, ::2], largest[:, ::2]]
+        found = ops.all_finite(tensors, backend=backend)
+        in_slice = index % 37 % 2 == 0
+        assert found == [True, False, True, False, not in_slice, True]
+
+
+# All ops
+
+
+def run(op: str, backend: str, names=tuple(CASES)) -> list[Tensor]:
+    """An op on several modules in one call, everything it returns in one list."""
+    cases = [CASES[name] for name in names]
+    a, b = [case.rows() for case in cases], [case.columns() for case in cases]
+    c = [coefficients(p.rank, p.rank) for p in a]
+    if op in ("gram", "block_gram"):
+        return getattr(ops, op)([*a, *b], backend=backend)
+    if op == "apply":
+        return ops.apply([*c, *c], [*a, *b], torch.float32, backend=backend)
+    if op.startswith("orthogonalize on"):
+        penalty = op.split()[-1]
+        grams = [g.float() for g in reference.gram(a)]
+        ranks = [p.ranks for p in a]
+        found, stats = ops.orthogonalize(grams, ranks, penalty=penalty, steps=2, backend=backend)
+        return [*found, *stats]
+    if op == "orthogonalize_factors":
+        found, stats = ops.orthogonalize_factors(b, steps=2, backend=backend)
+        return [*found, *stats]
+    if op == "truncate":
+        pairs = [(torch.cat(case.a), torch.cat(case.b, 1)) for case in cases]
+        found, kept = ops.truncate(pairs, rank=5, backend=backend)
+        return [*itertools.chain(*found), torch.tensor(kept)]
+    omegas, blocks = [case.omegas for case in cases], reference.block_gram(b)
+    full = reference.gram(b)
+    found, norms = ops.apply_decouple(
+        c, a, blocks, omegas, 2.0, torch.float32, full=full, backend=backend
+    )
+    return [*found, *norms]
+
+
+OPS = [
+    "gram",
+    "block_gram",
+    "apply",
+    "orthogonalize on squared",
+    "orthogonalize on frobenius",
+    "apply_decouple",
+]
+
+
+@every_backend
+@pytest.mark.parametrize("op", [*OPS, "orthogonalize_factors", "truncate"])
+def test_the_same_call_twice_is_bitwise_equal(op, backend):
+    first, second = run(op, backend), run(op, backend)
+    assert len(first) >= len(CASES)
+    assert all(map(torch.equal, first, second))
+
+
+@every_backend
+@pytest.mark.parametrize("op", [*OPS, "orthogonalize_factors"])
+def test_one_call_for_all_modules_gives_what_single_calls_give(op, backend):
+    names = ("tiny", "usual", "huge", "one adapter", "mixed sizes", "odd d")
+    together = run(op, backend, names)
+    alone = [run(op, backend, (name,)) for name in names]
+    sides = len(alone[0])
+    for k, x in enumerate(together):
+        y = alone[k % len(names)][k // len(names)]
+        assert_within(x, y.double(), float(y.abs().max()))
+    assert len(together) == sides * len(names)
+
+
+@every_backend
+def test_no_problems_give_no_results(backend):
+    assert ops.gram([], backend=backend) == []
+    assert ops.block_gram([], backend=backend) == []
+    assert ops.apply([], [], torch.float32, backend=backend) == []
+    c, stats = ops.orthogonalize([], [], backend=backend)
+    assert c == []
+    assert stats.shape == (0, 5)
+    assert ops.apply_decouple([], [], [], [], 1.0, torch.float32, backend=backend) == ([], [])
+    assert ops.truncate([], rank=1, backend=backend) == ([], [])
+
+
+# Input that does not fit
+
+P = CASES["odd d"].rows()
+REFUSED = {
+    "a Gram of (9, 9) does not fit": lambda: ops.orthogonalize([torch.eye(9)], [(3, 5, 2)]),
+    "C must be [K, 10]": lambda: ops.apply([torch.eye(9)], [P], torch.float32),
+    "C must be [K, 10], got (10,)": lambda: ops.apply([torch.ones(10)], [P], torch.float32),
+    "do not fit the ranks": lambda: ops.apply_decouple(
+        [None], [P], [torch.zeros(37)], [[1.0] * 3], 1.0, torch.float32
+    ),
+    "omegas do not fit": lambda: ops.apply_decouple(
+        [None], [P], [torch.zeros(38)], [[1.0] * 2], 1.0, torch.float32
+    ),
+    "do not multiply": lambda: ops.truncate([(torch.ones(3, 4), torch.ones(5, 2))], rank=1),
+    "one scale a block": lambda: ops.gram([Problem(P.blocks, (1.0,))]),
+    "a problem needs": lambda: ops.gram([Problem((), ())]),
+    "blocks must be [r_i, 61]": lambda: ops.gram(
+        [Problem((P.blocks[0], torch.ones(2, 60)), (1, 1))]
+    ),
+    "floating point": lambda: ops.gram([Problem((torch.ones(2, 3, dtype=torch.int8),), (1.0,))]),
+    "in one problem": lambda: ops.gram(
+        [Problem((torch.ones(2, 3), torch.ones(2, 3, device="meta")), (1.0, 1.0))]
+    ),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_does_not_fit_is_refused(words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        REFUSED[words]()
