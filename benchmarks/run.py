@@ -38,9 +38,9 @@ HERE = Path(__file__).parent
 TOLERANCE = 2**-7  # of bfloat16 factors: two roundings of 2^-9 each, on both
 
 
-def seconds(call: Callable[[], object]) -> float:
+def seconds(call: Callable[..., object], *arguments: object) -> float:
     start = time.perf_counter()
-    call()
+    call(*arguments)
     return time.perf_counter() - start
 
 
@@ -48,7 +48,7 @@ def copy_floor(paths: list[Path], output: Path) -> None:
     """Read all factors, stack them, and write the stack, with the safetensors library."""
     files = [safe_open(path / "adapter_model.safetensors", framework="pt") for path in paths]
     stacked = {}
-    for key in files[0].keys():
+    for key in sorted(files[0].keys()):
         parts = [file.get_tensor(key) for file in files]
         stacked[key] = torch.cat(parts, dim=0 if "lora_A" in key else 1)
     output.mkdir()
@@ -69,7 +69,7 @@ def side_by_side(paths: list[Path], rounds: int, scratch: Path) -> dict[str, lis
     for turn in range(rounds + 1):
         for name, call in rivals.items():
             output = scratch / "out"
-            elapsed = seconds(lambda: call(output))
+            elapsed = seconds(call, output)
             shutil.rmtree(output)
             if turn:
                 times[name].append(elapsed)
@@ -171,12 +171,12 @@ def machine() -> dict[str, object]:
     }
 
 
-def measure(workload: Workload, rounds: int, rivals: bool, data: Path) -> dict:
+def measure(workload: Workload, rounds: int, rivals: bool, data: Path, output: Path) -> dict:
     paths = workload.write(data)
     adapters = [dm.load(path) for path in paths]
     shapes = one_of_each_shape(workload)
     error = gate(adapters, shapes)
-    with tempfile.TemporaryDirectory(dir=data) as folder:
+    with tempfile.TemporaryDirectory(dir=output) as folder:
         scratch = Path(folder)
         result = {
             "workload": workload.name,
@@ -187,13 +187,14 @@ def measure(workload: Workload, rounds: int, rivals: bool, data: Path) -> dict:
             "error": error,
             "machine": machine(),
             "group_bytes": GROUP_BYTES,
+            "output": str(output),
             "seconds": side_by_side(paths, rounds, scratch),
             "peak_bytes": peak_memory(paths, scratch),
         }
     if rivals:
         result["extrapolated"] = {
             "literal": sum(
-                k * seconds(lambda: literal(adapters, name, torch.float32)) for name, k in shapes
+                k * seconds(literal, adapters, name, torch.float32) for name, k in shapes
             ),
             "PEFT svd": sum(k * peft_svd(adapters, name, workload.rank) for name, k in shapes),
         }
@@ -226,7 +227,8 @@ def table(result: dict) -> str:
         f"{rounds} rounds; {m['cpu']}, {m['threads']} threads, torch {m['torch']}, "
         f"Python {m['python']}. Largest relative error of ΔW against the float64 reference: "
         f"{result['error']:.1e} (bfloat16 factors). Peak memory of the streamed merge: "
-        f"{over:.0f} MiB above an idle process, in groups of {result['group_bytes'] >> 20} MiB.",
+        f"{over:.0f} MiB above an idle process, in groups of {result['group_bytes'] >> 20} MiB. "
+        f"Inputs in the page cache, outputs to {result['output']}.",
     ]
     return "\n".join(lines)
 
@@ -250,9 +252,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-rivals", action="store_true", help="only the floor and the backends")
     parser.add_argument("--publish", action="store_true", help="write results/ and README.md")
-    parser.add_argument("--data", type=Path, default=HERE / "data")
+    parser.add_argument("--data", type=Path, default=HERE / "data", help="where adapters are made")
+    shared = Path("/dev/shm")
+    home = shared if shared.is_dir() else Path(tempfile.gettempdir())
+    parser.add_argument("--output", type=Path, default=home, help="where the merges are written")
     args = parser.parse_args()
-    result = measure(WORKLOADS[args.workload], args.rounds, not args.no_rivals, args.data)
+    result = measure(
+        WORKLOADS[args.workload], args.rounds, not args.no_rivals, args.data, args.output
+    )
     print(table(result))
     if args.publish:
         publish(result)

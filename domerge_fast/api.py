@@ -72,7 +72,7 @@ def merge(
     """
     started = time.perf_counter()
     row = TABLE[options.choose("method", method, TABLE)]
-    chosen = options.build(row.options, method_options, f"method {method!r}")
+    chosen: Any = options.build(row.options, method_options, f"method {method!r}")
     scale = options.check("scale", scale, float)
     cut = _cut(row, rank, energy)
     loaded = _load(adapters, base_model)
@@ -225,4 +225,3 @@ def _device(device: str, adapters: Sequence[Adapter]) -> torch.device:
         remedy = "use 'cpu', or 'cuda:0' where torch sees a GPU"
         raise OptionError("device", f"torch cannot use {device!r} here", remedy) from error
     return found
-

@@ -65,7 +65,9 @@ def run(
             if cut:
                 merged, kept, energy = _truncate(merged, cut, settings)
             _check_results(stacks, merged, settings.backend)
-            norms = sums.add(stacks, grams_a, grams_b) if compare else [None] * len(stacks)
+            norms: Sequence[Sequence[float] | None] = [None] * len(stacks)
+            if compare:
+                norms = sums.add(stacks, _present(grams_a), _present(grams_b))
             for k, (s, f) in enumerate(zip(stacks, merged)):
                 reports[s.name] = _report(plan, s, f, norms[k], kept[k], energy[k])
             if written:
@@ -84,7 +86,7 @@ def survey(
     done = 0
     for stacks in _stacks(plan, device):
         grams_a, grams_b = grams(plan, stacks, [True] * len(stacks), backend)
-        sums.add(stacks, grams_a, grams_b)
+        sums.add(stacks, _present(grams_a), _present(grams_b))
         done += len(stacks)
         progress(done, len(plan.names))
 
@@ -112,6 +114,10 @@ def grams(
         if not finite:
             raise _not_finite(plan, s)
     return [x for x, _ in pairs], [x for _, x in pairs]
+
+
+def _present(grams: Sequence[Tensor | None]) -> list[Tensor]:
+    return [g for g in grams if g is not None]
 
 
 def _finite(x: Tensor) -> bool:
@@ -144,9 +150,7 @@ def _truncate(
         backend=settings.backend,
     )
     energy = [_energy(a, b) for a, b in pairs]
-    results = [
-        Factors(a, b, f.a_side, f.b_side, f.norms) for (a, b), f in zip(smaller, merged)
-    ]
+    results = [Factors(a, b, f.a_side, f.b_side, f.norms) for (a, b), f in zip(smaller, merged)]
     return results, kept, energy
 
 
@@ -177,9 +181,7 @@ def _report(
     names = [plan.adapters[i].name for i in stack.adapters]
     magnitudes = dict(zip(names, factors.norms or norms or ()))
     rank = factors.a.shape[0]
-    return ModuleReport(
-        stack.name, rank, factors.a_side, factors.b_side, magnitudes, kept, energy
-    )
+    return ModuleReport(stack.name, rank, factors.a_side, factors.b_side, magnitudes, kept, energy)
 
 
 def _give(sink: Sink, stacks: Sequence[Stack], merged: Sequence[Factors]) -> None:

@@ -66,7 +66,8 @@ class Merged:
         Read from the written file where the merge was streamed. OptionError for an unknown name.
         """
         if name not in self.report.modules:
-            raise OptionError("name", f"no merged module is called {name!r}", suggest(name, self.names))
+            problem = f"no merged module is called {name!r}"
+            raise OptionError("name", problem, suggest(name, self.names))
         if self.path is None:
             return self.pairs[name]
         from .adapters import load

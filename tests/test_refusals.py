@@ -48,16 +48,12 @@ def factors(name: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return random_factors(SHAPES, 3, seed=SPOILT[name])
 
 
-Spoil = Callable[[], None]
+Spoil = Callable[[], object]
 
 
 def configured(**config: Any) -> Spoil:
     """Adapter "two" with these fields in its config."""
     return lambda: make("two", **config)
-
-
-def both(**config: Any) -> Spoil:
-    return lambda: [make(name, **config) for name in SPOILT] and None
 
 
 def valued(module: str, value: float, side: int = 0) -> Spoil:
@@ -71,7 +67,7 @@ def valued(module: str, value: float, side: int = 0) -> Spoil:
     return spoil
 
 
-def stored(change: Callable[[dict[str, torch.Tensor]], None], **config: Any) -> Spoil:
+def stored(change: Callable[[dict[str, torch.Tensor]], object], **config: Any) -> Spoil:
     """Adapter "two" with changed tensors in its file."""
 
     def spoil() -> None:
@@ -145,7 +141,7 @@ CASES = {
         lambda: Path("two/adapter_config.json").unlink(), "no adapter_config.json", "saved by PEFT"
     ),
     "broken config": adapter(
-        lambda: Path("two/adapter_config.json").write_text('{"r": 3,') and None,
+        lambda: Path("two/adapter_config.json").write_text('{"r": 3,'),
         "adapter_config.json is not valid JSON",
         "download",
     ),
@@ -186,7 +182,7 @@ CASES = {
         configured(r=4), "have rank 3, the config says 4", "r or rank_pattern", module=Q
     ),
     "another layer": adapter(
-        lambda: write_adapter(Path("two"), random_factors({Q: (6, 9)}, 3)) and None,
+        lambda: write_adapter(Path("two"), random_factors({Q: (6, 9)}, 3)),
         "linear of 6 outputs and 9 inputs, adapter 'one' a linear of 6 outputs and 8 inputs",
         "merge adapters of one base model",
         module=Q,
@@ -197,7 +193,7 @@ CASES = {
         "base_model=...",
     ),
     "another revision": Case(
-        lambda: (make("one", revision="v1"), make("two", revision="v2")) and None,
+        lambda: (make("one", revision="v1"), make("two", revision="v2")),
         AdapterError,
         ("adapter 'two': its base model revision is 'v2'", "'v1'"),
     ),
@@ -215,15 +211,13 @@ CASES = {
     ),
     "unknown field": adapter(configured(use_warp=9), "unknown field 'use_warp' (9)", "to null"),
     "A without B": adapter(
-        stored(lambda tensors: tensors.pop(f"{PREFIX}{V}.lora_B.weight") and None),
+        stored(lambda tensors: tensors.pop(f"{PREFIX}{V}.lora_B.weight")),
         "factor A but no B",
         module=V,
     ),
     "no modules": adapter(
         stored(
-            lambda tensors: (
-                (tensors.clear(), tensors.update({"lm_head.weight": torch.ones(2, 8)})) and None
-            )
+            lambda tensors: (tensors.clear(), tensors.update({"lm_head.weight": torch.ones(2, 8)}))
         ),
         "has no LoRA factors",
         "leave it out",
@@ -244,7 +238,6 @@ CASES = {
                 )
                 for i, name in enumerate(SPOILT)
             ]
-            and None
         ),
         AdapterError,
         ("adapter 'two': 'base_model.model.score.weight' differs", "train these modules as LoRA"),
@@ -252,13 +245,13 @@ CASES = {
     "float16 overflow": Case(
         lambda: valued(V, 5e4, 1)(),
         DomergeError,
-        (f"module '{V}': merged lora_B does not fit in torch.float16", "dtype='float32'"),
+        (f"module '{V}': merged lora_B does not fit in float16", "dtype='float32'"),
         {"method": "linear", "dtype": "float16", "weights": [1.0, 3.0]},
     ),
     "float16 overflow when truncated": Case(
         lambda: valued(V, 1e14, 1)(),
         DomergeError,
-        (f"module '{V}': merged lora_", "does not fit in torch.float16", "dtype='float32'"),
+        (f"module '{V}': merged lora_", "does not fit in float16", "dtype='float32'"),
         {"method": "svd", "dtype": "float16"},
     ),
     "method": option({"method": "linaer"}, "'linaer' is not known; did you mean 'linear'?"),
@@ -282,7 +275,7 @@ CASES = {
     "backend": option({"backend": "torhc"}, "'torhc' is not known; did you mean 'torch'?"),
     "device": option({"device": "gpu"}, "torch cannot use 'gpu' here; use 'cpu', or 'cuda:0'"),
     "device without values": option({"device": "meta"}, "torch cannot use 'meta' here"),
-    "dtype": option({"dtype": "float8"}, "'float8' is not known; did you mean 'float16'?"),
+    "dtype": option({"dtype": "bfloat"}, "'bfloat' is not known; did you mean 'bfloat16'?"),
     "existing output": output(existing, {}, "exists already; give another folder, or say over"),
     "other files": output(foreign, {"overwrite": True}, "other files (optimizer.pt); give another"),
     "output is an input": output(
@@ -292,7 +285,9 @@ CASES = {
         nothing, {"output": "one/adapter_config.json"}, "is a file; give a folder"
     ),
     "output below a file": output(
-        nothing, {"output": "one/adapter_config.json/out"}, "(Not a directory); nothing was kept"
+        nothing,
+        {"output": "one/adapter_config.json/out"},
+        "cannot be written (File exists); nothing was kept",
     ),
 }
 
@@ -349,7 +344,7 @@ def test_a_mistyped_option_is_refused(tmp_path, capsys):
         assert str(caught.value).startswith(
             "option 'gama': method 'do' has no such option; did you mean 'gamma'? use one of: "
         )
-        assert cli.main("merge one two -o out --gama 2".split()) == 2
+        assert cli.main(["merge", "one", "two", "-o", "out", "--gama", "2"]) == 2
         assert "'--gama' is not understood, did you mean '--gamma'?" in capsys.readouterr().err
 
 
@@ -430,7 +425,7 @@ def test_options_of_the_wrong_type_are_refused(case, tmp_path):
 
 def test_nothing_to_merge_is_refused():
     for function in (dm.merge, dm.inspect):
-        with pytest.raises(DomergeError, match="^no adapters given; give at least one$"):
+        with pytest.raises(DomergeError, match=r"^no adapters given; give at least one$"):
             function([])
 
 
@@ -438,4 +433,4 @@ def test_stating_the_base_model_allows_what_was_refused():
     make("two", base_model_name_or_path="/models/base")
     merged = dm.merge(["one", "two"], base_model="base", output="out")
     assert merged.target.config["base_model_name_or_path"] == "base"
-    assert cli.main("merge one two -o again -q --base-model base".split()) == 0
+    assert cli.main(["merge", "one", "two", "-o", "again", "-q", "--base-model", "base"]) == 0

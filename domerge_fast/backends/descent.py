@@ -118,7 +118,7 @@ def _descend(form: _Form, steps: int, tol: float) -> tuple[Tensor, Tensor, Tenso
     nowhere = torch.zeros_like(form.c)
     before = after = form.line(nowhere, nowhere, moved).value(still)
     running = torch.ones_like(moved, dtype=torch.bool)
-    p_old = pg_old = d = dg = nowhere
+    pg_old = d = dg = nowhere
     norm_old = still
     for _ in range(steps):
         p = form.gradient()
@@ -129,7 +129,7 @@ def _descend(form: _Form, steps: int, tol: float) -> tuple[Tensor, Tensor, Tenso
         d, dg = beta * d - p, beta * dg - pg
         uphill = (_inner(p, dg) >= 0)[:, None, None]
         d, dg = torch.where(uphill, -p, d), torch.where(uphill, -pg, dg)
-        p_old, pg_old, norm_old = p, pg, norm
+        pg_old, norm_old = pg, norm
         line = form.line(d, dg, moved)
         eta = line.minimum().where(running & (norm > 0), 0.0)
         running = eta > 0
@@ -302,7 +302,7 @@ class _FactorForm:
         self.d = d
         y, z = self._blocks(self.c), self._blocks(d)
         h, mixed, f = self._sums(y, y), self._sums(y, z), self._sums(z, z)
-        e = tuple(part + part.mT for part in mixed)
+        e = (mixed[0] + mixed[0].mT, mixed[1] + mixed[1].mT)
         quartic = [
             self._cross(h, h),
             2 * self._cross(h, e),

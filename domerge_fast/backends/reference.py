@@ -46,7 +46,7 @@ def do_merging(
         b = [x.T for x in descend([x.T for x in b], penalty, gamma, steps, tol)[0]]
     deltas = [bi @ ai for ai, bi in zip(a, b)]
     if not decouple:
-        return scale * sum(w * delta for w, delta in zip(omega, deltas))
+        return scale * torch.stack([w * delta for w, delta in zip(omega, deltas)]).sum(0)
     magnitude = torch.zeros_like(deltas[0][0])
     direction = torch.zeros_like(deltas[0])
     size = torch.zeros_like(magnitude)
@@ -118,12 +118,13 @@ def descend(
     x = [xi / unit for xi in x]
     x_hat, taken = [xi.clone() for xi in x], 0
     f_start = f = float(loss(x_hat, x, penalty, gamma))
-    previous = direction = None
+    previous: list[Tensor] = []
+    direction: list[Tensor] = []
     for _ in range(steps):
         p = gradient(x_hat, x, penalty, gamma)
         if _dot(p, p) == 0:
             break
-        if previous is None:
+        if not previous:
             direction = [-g for g in p]
         else:
             beta = max(0.0, (_dot(p, p) - _dot(p, previous)) / _dot(previous, previous))
@@ -327,9 +328,7 @@ def truncate(
             k = 1
         k = min(k, rank or k, min(a.shape[0], len(s)))
         half = s[:k].sqrt()
-        results.append(
-            ((half[:, None] * vh[:k]).to(out_dtype), (u[:, :k] * half).to(out_dtype))
-        )
+        results.append(((half[:, None] * vh[:k]).to(out_dtype), (u[:, :k] * half).to(out_dtype)))
         kept.append(float(s[:k].square().sum()) / total if total > 0 else 1.0)
     return results, kept
 

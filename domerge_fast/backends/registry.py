@@ -88,7 +88,8 @@ def choose(name: str, device_type: str) -> str:
     """
     name = name if name != "auto" else os.environ.get(ENVIRONMENT, "auto")
     if name == "auto":
-        return next(n for n, row in TABLE.items() if _runs_on(row, device_type) and not row.why_not())
+        usable = (n for n, row in TABLE.items() if _runs_on(row, device_type))
+        return next(n for n in usable if not TABLE[n].why_not())
     options.choose("backend", name, ["auto", *TABLE])
     row = TABLE[name]
     if not _runs_on(row, device_type):

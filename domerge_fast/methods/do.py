@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,12 +79,12 @@ def _orthogonalize(
     sides = [_Side(p, None, None) for p in problems]
     if not options.orthogonalize or options.sides not in ("both", side):
         return sides
-    rule = {"gamma": options.gamma, "steps": options.steps, "tol": options.tol}
+    rule: dict[str, Any] = {"gamma": options.gamma, "steps": options.steps, "tol": options.tol}
     wide = [i for i, p in enumerate(problems) if _is_wide(p, options)]
     square = [i for i, p in enumerate(problems) if not _is_wide(p, options)]
     if square:
         c, stats = ops.orthogonalize(
-            [grams[i] for i in square],
+            [g for i in square if (g := grams[i]) is not None],
             [problems[i].ranks for i in square],
             penalty=options.penalty,
             backend=backend,
@@ -134,7 +135,8 @@ def _decouple(
 
 def _weigh(stacks: Sequence[Stack], a: Sequence[_Side], settings: Settings) -> list[Tensor]:
     """λ ω_i Ahat_i: task arithmetic on the orthogonalized factors."""
-    coefficients, problems = [], []
+    coefficients: list[Tensor | None] = []
+    problems = []
     for s, x in zip(stacks, a):
         gains = [settings.scale * w for w in s.omegas]
         if x.c is None:
@@ -153,6 +155,7 @@ METHOD = Method(
     "DO-Merging: orthogonalize, then merge directions and magnitudes apart",
     DoOptions,
     merge,
-    lambda stack, options: options.orthogonalize
-    and not (_is_wide(stack.a, options) and _is_wide(stack.b, options)),
+    lambda stack, options: (
+        options.orthogonalize and not (_is_wide(stack.a, options) and _is_wide(stack.b, options))
+    ),
 )

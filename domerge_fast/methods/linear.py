@@ -34,9 +34,7 @@ def merge(
         for s in stacks
     ]
     problems = [*(s.a for s in stacks), *weighted]
-    stacked = ops.apply(
-        [None] * len(problems), problems, settings.dtype, backend=settings.backend
-    )
+    stacked = ops.apply([None] * len(problems), problems, settings.dtype, backend=settings.backend)
     return [Factors(a, bt.T) for a, bt in zip(stacked, stacked[len(stacks) :])]
 
 

@@ -7,8 +7,9 @@ torch.compile and FakeTensor.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,19 +32,21 @@ def flatten(problems: Sequence[Problem]) -> Flat:
     )
 
 
-def unflatten(blocks: Sequence[Tensor], counts: Sequence[int], scales: Sequence[float]):
+def unflatten(
+    blocks: Sequence[Tensor], counts: Sequence[int], scales: Sequence[float]
+) -> list[Problem]:
     pairs = iter(zip(blocks, scales, strict=True))
     parts = [tuple(zip(*islice(pairs, count))) for count in counts]
     return [Problem(*part) for part in parts]
 
 
-def implementation(backend: str, tensors: Sequence[Tensor]):
+def implementation(backend: str, tensors: Sequence[Tensor]) -> ModuleType:
     """The module that runs an op on these tensors."""
     device = tensors[0].device.type if tensors else "cpu"
     return registry.load(registry.choose(backend, device))
 
 
-def define(name: str, schema: str, run, fake):
+def define(name: str, schema: str, run: Callable, fake: Callable) -> Callable:
     """Register domerge_fast::<name> for every device and return the callable op."""
     _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -52,8 +52,14 @@ def _fake_block_gram(blocks, counts, scales, backend):
 
 
 _gram = _library.define(
-    "gram", f"({_library.PROBLEMS}, ScalarType dtype, str backend) -> Tensor[]", _run_gram, _fake_gram
+    "gram",
+    f"({_library.PROBLEMS}, ScalarType dtype, str backend) -> Tensor[]",
+    _run_gram,
+    _fake_gram,
 )
 _block_gram = _library.define(
-    "block_gram", f"({_library.PROBLEMS}, str backend) -> Tensor[]", _run_block_gram, _fake_block_gram
+    "block_gram",
+    f"({_library.PROBLEMS}, str backend) -> Tensor[]",
+    _run_block_gram,
+    _fake_block_gram,
 )

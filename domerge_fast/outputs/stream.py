@@ -46,7 +46,7 @@ class SafetensorsWriter:
         self._room = room + (-room % 8)
         self._entries: dict[str, dict] = {}
         self._end = 0
-        self._file = open(path, "wb", buffering=0)
+        self._file = path.open("wb", buffering=0)
         self._file.seek(8 + self._room)
 
     def add(self, key: str, tensor: Tensor) -> None:
