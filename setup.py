@@ -17,10 +17,11 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import SetupError
+from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).parent
 CPP_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
@@ -28,8 +29,10 @@ CPP_FLAGS += ["-ffp-contract=fast", "-fno-math-errno"]  # products fuse, square 
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
 DEFAULT_ARCHS = ("80", "90", "100")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
-    "avx512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
+    "avx512": AVX512,
     "avx2": AVX2,
     "baseline": [],
 }
@@ -125,6 +128,18 @@ def isas(machine: str) -> list[str]:
     return list(ISA_FLAGS) if machine in ("x86_64", "AMD64") else ["baseline"]
 
 
+def accepts(compiler: Any, flags: list[str], folder: Path) -> bool:
+    """Whether the compiler knows these flags (for AMX: GCC 11 and Clang 12 on)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / "probe.cpp"
+    probe.write_text("int main() {}\n")
+    try:
+        compiler.compile([str(probe)], output_dir=str(folder), extra_postargs=flags)
+    except CompileError:
+        return False
+    return True
+
+
 def relative(pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in ROOT.glob(pattern))
 
@@ -166,9 +181,15 @@ class BuildExtension(build_ext):
 
         machine = platform.machine()
         cuda = find_cuda(dict(os.environ))
+        sources = cpp_sources(machine)
         macros = [("DOMERGE_X86", "1")] if len(isas(machine)) > 1 else []
         macros += [("DOMERGE_CUDA", "1")] if cuda else []
         folder = Path(self.build_temp)
+        if "amx" in isas(machine):
+            if accepts(self.compiler, ISA_FLAGS["amx"], folder):
+                macros.append(("DOMERGE_AMX", "1"))
+            else:
+                del sources["csrc/cpu/kernels_amx.cpp"]
 
         def compile_cpp(source: str, flags: list[str]) -> list[str]:
             return self.compiler.compile(
@@ -181,7 +202,7 @@ class BuildExtension(build_ext):
             )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [pool.submit(compile_cpp, *item) for item in cpp_sources(machine).items()]
+            jobs = [pool.submit(compile_cpp, *item) for item in sources.items()]
             cuda_jobs = [pool.submit(compile_cuda, cuda, s, folder) for s in cuda_sources() if cuda]
         objects = [o for job in jobs for o in job.result()] + [job.result() for job in cuda_jobs]
         self.link(ext, objects, cuda)

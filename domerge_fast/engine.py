@@ -92,10 +92,23 @@ def survey(
 
 
 def _stacks(plan: Plan, device: torch.device) -> Iterator[list[Stack]]:
-    for names in plan.groups():
-        yield [plan.stack(name, device) for name in names]
-        for adapter in plan.adapters:
-            adapter.release()
+    """The plan's groups, each read while the one before it is worked on."""
+    with ThreadPoolExecutor(1, "domerge-read") as reader:
+        ahead: Future[list[Stack]] | None = None
+        for names in plan.groups():
+            following = reader.submit(_read, plan, names, device)
+            if ahead:
+                yield ahead.result()
+            ahead = following
+        if ahead:
+            yield ahead.result()
+
+
+def _read(plan: Plan, names: Sequence[str], device: torch.device) -> list[Stack]:
+    stacks = [plan.stack(name, device) for name in names]
+    for adapter in plan.adapters:
+        adapter.release()
+    return stacks
 
 
 def grams(

@@ -11,7 +11,7 @@ from shapes import CASES, SIDES, exact, random_case
 from torch import Tensor
 
 from domerge_fast import _C
-from domerge_fast.backends import cpu, reference
+from domerge_fast.backends import cpu, descent, reference
 from domerge_fast.backends import torch as library
 from domerge_fast.problem import Problem
 
@@ -29,7 +29,7 @@ def nan_poison():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+@pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
 def isa(request, monkeypatch):
     if request.param not in _C.isas():
         pytest.skip(f"this machine has no {request.param}")
@@ -178,12 +178,12 @@ def test_the_first_steps_are_those_of_the_reference(isa, penalty):
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_the_descent_reaches_the_optimum(isa, penalty):
+def test_thirty_steps_get_as_far_as_in_float64(isa, penalty):
     for name in ("usual", "odd d", "rank 1 before 64", "64 adapters", "zero factors"):
         p = CASES[name].columns()
-        row = cpu.orthogonalize(cpu.gram([p]), [p.ranks], penalty, 1.0, 60, 1e-7)[1][0]
-        x_hat, _ = reference.descend(exact(p), penalty, 1.0, 60, 1e-9)
-        best = float(reference.loss(x_hat, exact(p), penalty, 1.0))
+        row = cpu.orthogonalize(cpu.gram([p]), [p.ranks], penalty, 1.0, 30, 0.0)[1][0]
+        x = stacked(p)
+        best = descent.in_gram_form((x @ x.T)[None], p.ranks, penalty, 1.0, 30, 0.0)[1][0, 2]
         assert row[2] <= best * (1 + 2e-3), name
 
 
@@ -272,9 +272,7 @@ def test_apply_decouple_dtypes(isa, dtype, out_dtype):
 def test_a_zero_column_of_one_adapter_has_no_direction(isa):
     case = CASES["zero columns"]
     packed = reference.block_gram([case.columns()])
-    (a,), _ = cpu.apply_decouple(
-        [None], [case.rows()], packed, [case.omegas], 1.0, torch.float32
-    )
+    (a,), _ = cpu.apply_decouple([None], [case.rows()], packed, [case.omegas], 1.0, torch.float32)
     assert a[:, 0].eq(0).all()
     assert a[3:, 5].eq(0).all()
     assert a[:3, 5].ne(0).all()
@@ -322,7 +320,8 @@ def test_mixed_dtypes_in_one_problem(isa):
     p = Problem((*x, torch.randn(2, 50).double()), (1.0, 2.0, 0.5, 1.0))
     c = coefficients(5, 11)
     expected = c.double() @ stacked(p)
-    torch.testing.assert_close(cpu.apply([c], [p], torch.float32)[0].double(), expected)
+    y = cpu.apply([c], [p], torch.float32)[0]
+    assert_within(y, expected, 1e-6 * (c.double().abs() @ stacked(p).abs()), "mixed")
 
 
 def test_large_ranks_go_to_the_library(monkeypatch):

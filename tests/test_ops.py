@@ -27,7 +27,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXTREME = ("tiny", "huge", "tiny beside huge", "mixed sizes")  # beyond the range of float16
 SINGLE = [name for name, case in CASES.items() if len(case.ranks) == 1]
 COLLIDING = [name for name in CASES if name not in (*SINGLE, "all zero")]
-CONVERGED = [n for n in COLLIDING if n not in ("64 adapters", "R above 128", "tiny beside huge")]
+LONG = ["usual", "d below R", "duplicated", "mixed sizes"]
 
 every_case = pytest.mark.parametrize("name", CASES)
 every_backend = pytest.mark.parametrize("backend", FAST)
@@ -135,24 +135,19 @@ def test_block_gram(name, dtype, layout, backend):
 @every_backend
 @every_layout
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", ["None", "one", "half", "all"])
 @every_case
-def test_apply(name, rows, dtype, layout, backend):
+def test_apply(name, dtype, layout, backend):
+    """X itself, and C X with as many rows as X, half as many, and one."""
     problem = SIDES[layout](CASES[name])
-    rank = problem.rank
-    c = (
-        None
-        if rows == "None"
-        else coefficients({"one": 1, "half": -(-rank // 2)}.get(rows, rank), rank)
-    )
-    x = torch.cat(exact(problem))
-    expected = x if c is None else c.double() @ x
-    size = x.abs() if c is None else c.double().abs() @ x.abs()
-    dtype = storable(dtype, name)
-    (result,) = ops.apply([c], [problem], dtype, backend=backend)
-    assert result.dtype == dtype
-    assert_within(result, expected, size)
-    assert (result.T if problem.in_columns else result).is_contiguous()
+    dtype, rank, x = storable(dtype, name), problem.rank, torch.cat(exact(problem))
+    for rows in (None, rank, -(-rank // 2), 1):
+        c = None if rows is None else coefficients(rows, rank)
+        expected = x if c is None else c.double() @ x
+        size = x.abs() if c is None else c.double().abs() @ x.abs()
+        (result,) = ops.apply([c], [problem], dtype, backend=backend)
+        assert result.dtype == dtype
+        assert_within(result, expected, size)
+        assert (result.T if problem.in_columns else result).is_contiguous()
 
 
 @every_backend
@@ -223,7 +218,7 @@ def test_some_steps_of_the_descent(name, penalty, backend):
 
 @every_backend
 @every_penalty
-@pytest.mark.parametrize("name", CONVERGED)
+@pytest.mark.parametrize("name", LONG)
 def test_the_descent_arrives_where_the_oracle_does(name, penalty, backend):
     expected, stats = oracle(name, penalty, 50, 1e-6)
     x = exact(CASES[name].rows())
@@ -237,7 +232,7 @@ def test_the_descent_arrives_where_the_oracle_does(name, penalty, backend):
 @pytest.mark.parametrize("name", COLLIDING)
 def test_the_statistics_are_those_of_the_result(name, penalty, backend):
     x = exact(CASES[name].rows())
-    x_hat, (_, before, after, left, change), _ = descend(x, backend, penalty, steps=6)
+    x_hat, (_, before, after, left, change), _ = descend(x, backend, penalty, steps=3)
     assert before == pytest.approx(float(reference.loss(x, x, penalty)), rel=1e-5)
     assert after == pytest.approx(float(reference.loss(x_hat, x, penalty)), rel=1e-5)
     shift = torch.cat(x_hat) - torch.cat(x)
@@ -255,11 +250,11 @@ def cross_energy(x: list[Tensor]) -> float:
 
 @every_backend
 @every_penalty
-@pytest.mark.parametrize("name", ["usual", "duplicated", "mixed sizes", "d is 1"])
+@pytest.mark.parametrize("name", ["usual", "mixed sizes", "d is 1"])
 def test_the_objective_never_rises(name, penalty, backend):
     x = exact(CASES[name].rows())
     losses = []
-    for steps in range(7):
+    for steps in range(6):
         x_hat, stats, _ = descend(x, backend, penalty, steps=steps, tol=0.0)
         assert stats[0] <= steps
         losses.append(float(reference.loss(x_hat, x, penalty)))
@@ -272,8 +267,8 @@ def test_the_objective_never_rises(name, penalty, backend):
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_the_scale_of_the_factors_has_no_influence(scale, penalty, backend):
     x = exact(CASES["odd d"].rows())
-    x_hat, stats, _ = descend(x, backend, penalty)
-    scaled, found, _ = descend([scale * b for b in x], backend, penalty)
+    x_hat, stats, _ = descend(x, backend, penalty, steps=6)
+    scaled, found, _ = descend([scale * b for b in x], backend, penalty, steps=6)
     assert found[0] == stats[0]
     assert found[1] / scale**2 == pytest.approx(stats[1], rel=1e-5)
     assert found[2] / scale**2 == pytest.approx(stats[2], rel=1e-5)
@@ -305,7 +300,7 @@ def test_nothing_moves_where_nothing_collides(name, penalty, backend):
 @every_penalty
 def test_without_gamma_the_overlap_goes_and_with_a_large_one_nothing_moves(penalty, backend):
     x = exact(CASES["odd d"].rows())
-    _, free, _ = descend(x, backend, penalty, gamma=0.0, steps=100, tol=0.0)
+    _, free, _ = descend(x, backend, penalty, gamma=0.0, steps=30, tol=0.0)
     assert free[3] < 1e-3
     assert free[2] < 1e-2 * free[1]
     _, held, c = descend(x, backend, penalty, gamma=1e6)
@@ -318,7 +313,7 @@ def test_without_gamma_the_overlap_goes_and_with_a_large_one_nothing_moves(penal
 @every_penalty
 def test_it_stops_when_a_step_gains_less_than_tol(penalty, backend):
     x = exact(CASES["odd d"].rows())
-    runs = {tol: descend(x, backend, penalty, steps=200, tol=tol)[1] for tol in (1e-1, 1e-2, 1e-5)}
+    runs = {tol: descend(x, backend, penalty, steps=200, tol=tol)[1] for tol in (1e-1, 1e-2, 1e-4)}
     steps = [run[0] for run in runs.values()]
     assert 1 <= steps[0] < steps[1] < steps[2] < 200
     for tol, run in runs.items():
@@ -367,15 +362,6 @@ def test_some_steps_of_the_descent_on_the_factors(name, backend):
 # apply_decouple
 
 
-# Where one B is 1e12 times another, a Gram in float64 does not hold the small one.
-DECOUPLED = [
-    (name, renormalize)
-    for name in CASES
-    for renormalize in (False, True)
-    if not (renormalize and name == "tiny beside huge")
-]
-
-
 def decouple(
     case: Case, c: Tensor | None, backend: str, renormalize: bool = False, dtype=torch.float32
 ) -> tuple[Tensor, Tensor]:
@@ -394,30 +380,30 @@ def decouple(
 
 
 @every_backend
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("moved", [False, True])
-@pytest.mark.parametrize(("name", "renormalize"), DECOUPLED)
-def test_apply_decouple(name, renormalize, moved, dtype, backend):
+@pytest.mark.parametrize("renormalize", [False, True])
+@every_case
+def test_apply_decouple(name, renormalize, moved, backend):
     """B A' against the literal merge; an error counts against its column's magnitude."""
     case = CASES[name]
-    dtype = storable(dtype, name)
     c = coefficients(sum(case.ranks), sum(case.ranks)) if moved else None
     a = torch.cat(exact(case.rows()))
     a = (a if c is None else c.double() @ a).split(list(case.ranks))
+    b = torch.cat(case.exact_b(), 1)
     deltas = [bi @ ai for ai, bi in zip(a, case.exact_b(), strict=True)]
+    magnitude = sum(abs(w) * d.norm(dim=0) for w, d in zip(case.omegas, deltas, strict=True))
     expected = reference.do_merging(
         a, case.exact_b(), case.omegas, orthogonalize=False, renormalize=renormalize, scale=1.5
     )
-    result, norms = decouple(case, c, backend, renormalize, dtype)
-    assert result.dtype == dtype
-    assert result.is_contiguous()
-    magnitude = sum(abs(w) * d.norm(dim=0) for w, d in zip(case.omegas, deltas, strict=True))
-    b = torch.cat(case.exact_b(), 1)
-    rounding = torch.finfo(dtype).eps / 2 * (b.abs() @ result.double().abs())
-    assert_within(b @ result.double(), expected, 1.5e-5 * magnitude + rounding, 1.0)
-    assert norms.dtype == torch.float64
     expected_norms = torch.stack([d.norm() for d in deltas])
-    assert_within(norms, expected_norms, expected_norms)
+    for dtype in {storable(dtype, name) for dtype in DTYPES}:
+        result, norms = decouple(case, c, backend, renormalize, dtype)
+        assert result.dtype == dtype
+        assert result.is_contiguous()
+        rounding = torch.finfo(dtype).eps / 2 * (b.abs() @ result.double().abs())
+        assert_within(b @ result.double(), expected, 1.5e-5 * magnitude + rounding, 1.0)
+        assert norms.dtype == torch.float64
+        assert_within(norms, expected_norms, expected_norms)
 
 
 @every_backend
@@ -557,10 +543,10 @@ def run(op: str, backend: str, names=tuple(CASES)) -> list[Tensor]:
         penalty = op.split()[-1]
         grams = [g.float() for g in reference.gram(a)]
         ranks = [p.ranks for p in a]
-        found, stats = ops.orthogonalize(grams, ranks, penalty=penalty, steps=2, backend=backend)
+        found, stats = ops.orthogonalize(grams, ranks, penalty=penalty, steps=1, backend=backend)
         return [*found, *stats]
     if op == "orthogonalize_factors":
-        found, stats = ops.orthogonalize_factors(b, steps=2, backend=backend)
+        found, stats = ops.orthogonalize_factors(b, steps=1, backend=backend)
         return [*found, *stats]
     if op == "truncate":
         pairs = [(torch.cat(case.a), torch.cat(case.b, 1)) for case in cases]

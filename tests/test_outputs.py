@@ -473,6 +473,7 @@ def merge_until_told(
 ) -> None:
     """Merge with overwrite, and report and wait at a moment; exits as the command line does."""
     Plan.groups.__defaults__ = (1,)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 
     def wait(*_: object, **__: object) -> None:
         pipe.send(sizes_of_partial(out))

@@ -353,14 +353,14 @@ class Maze(nn.Module):
 
 
 RANKS = {
-    "fc": 2,
+    "fc": 1,
     "fc1": 3,
     "block.fc": 4,
-    "block_fc": 1,
+    "block_fc": 3,
     "layers.1.fc": 5,
     "layers.11.fc": 2,
     "layers.11.a-b+c": 4,
-    "layers.0.a-b+c": 1,
+    "layers.0.a-b+c": 3,
 }
 
 

@@ -212,7 +212,7 @@ def test_orthogonalize_on_the_gram_is_the_descent_on_the_factors(name, penalty):
 
 
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("name", [name for name in SMALL if name != "tiny beside huge"])
+@pytest.mark.parametrize("name", SMALL)
 def test_apply_decouple_times_b_is_the_literal_merge(name, renormalize):
     case: Case = CASES[name]
     a, b = case.rows(), case.columns()

@@ -7,7 +7,7 @@
 namespace domerge {
 namespace DOMERGE_ISA {
 
-constexpr int64_t kApplyColumns = 192;  // in rows: the X tile [R, 192]; a multiple of every panel
+constexpr int64_t kApplyColumns = 384;  // in rows: the X tile [R, 384]; a multiple of every panel
 constexpr int64_t kApplyRows = 64;      // in columns: the X tile [64, R]
 
 DOMERGE_INLINE float* take_matrix(Arena& arena, int64_t rows, int64_t ld) {

@@ -105,7 +105,8 @@ inline void find_magnitudes(const DecoupleItem& item, const DecoupleTile& t, int
     }
 }
 
-// values_i *= weight_i / magnitude_i, times the merged magnitude unless `directions`.
+// values_i *= omega_i / magnitude_i, times scale and the merged magnitude; or times the norm of B_i
+// for `directions`, so that adapters of very different sizes fit into one float32 product.
 inline void rescale(const DecoupleItem& item, const DecoupleTile& t, int64_t n, bool directions) {
     const Problem& problem = *item.apply.problem;
     float* a = t.values;
@@ -114,7 +115,8 @@ inline void rescale(const DecoupleItem& item, const DecoupleTile& t, int64_t n, 
             static_cast<float>(directions ? item.omegas[b] : item.omegas[b] * item.scale);
         for (int64_t c = 0; c < n; c += kWidth) {
             const FloatVec magnitude = load<FloatVec>(t.magnitudes + b * t.ld + c);
-            const FloatVec target = directions ? FloatVec{} + 1.0f : load<FloatVec>(t.merged + c);
+            const FloatVec target =
+                directions ? FloatVec{} + item.roots[b].norm : load<FloatVec>(t.merged + c);
             const FloatVec factor =
                 where(magnitude > FloatVec{}, target / magnitude * weight, FloatVec{});
             for (int64_t i = 0; i < problem.blocks[b].rank; ++i)
@@ -123,18 +125,24 @@ inline void rescale(const DecoupleItem& item, const DecoupleTile& t, int64_t n, 
     }
 }
 
-// values *= scale * merged / norm of the merged direction
+// values_i *= scale / norm of B_i * merged / norm of the merged direction
 inline void renormalize(const DecoupleItem& item, const DecoupleTile& t, int64_t n) {
-    const int64_t rank = item.apply.problem->rank;
-    const float scale = static_cast<float>(item.scale);
-    root_norms(*item.full, rank, t.values, t.ld, n, t.squares);
+    const Problem& problem = *item.apply.problem;
+    root_norms(*item.full, problem.rank, t.values, t.ld, n, t.squares);
     for (int64_t c = 0; c < n; c += kWidth) {
         const FloatVec norm = square_root(load<FloatVec>(t.squares + c)) * item.full->norm;
         const IndexVec live = norm > load<FloatVec>(t.counted + c) * kZeroColumn;
-        const FloatVec factor =
-            where(live, load<FloatVec>(t.merged + c) / norm * scale, FloatVec{});
-        for (int64_t i = 0; i < rank; ++i)
-            store(t.values + i * t.ld + c, load<FloatVec>(t.values + i * t.ld + c) * factor);
+        store(t.merged + c, where(live, load<FloatVec>(t.merged + c) / norm, FloatVec{}));
+    }
+    float* a = t.values;
+    for (int64_t b = 0; b < problem.count; a += problem.blocks[b].rank * t.ld, ++b) {
+        const float size = item.roots[b].norm;
+        const float gain = size > 0 ? static_cast<float>(item.scale / size) : 0.0f;
+        for (int64_t c = 0; c < n; c += kWidth) {
+            const FloatVec factor = load<FloatVec>(t.merged + c) * gain;
+            for (int64_t i = 0; i < problem.blocks[b].rank; ++i)
+                store(a + i * t.ld + c, load<FloatVec>(a + i * t.ld + c) * factor);
+        }
     }
 }
 

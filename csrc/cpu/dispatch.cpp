@@ -140,6 +140,18 @@ struct Roots {
     int64_t total = 0;
 };
 
+// H_ij / (norm_i norm_j), 0 for zero factors: every adapter of the same size.
+std::vector<double> balance(const double* matrix, const Problem& problem, const Root* roots) {
+    std::vector<double> inverse, result(problem.rank * problem.rank);
+    for (int64_t b = 0; b < problem.count; ++b)
+        inverse.insert(inverse.end(), problem.blocks[b].rank,
+                       roots[b].norm > 0 ? 1.0 / roots[b].norm : 0.0);
+    for (int64_t i = 0; i < problem.rank; ++i)
+        for (int64_t j = 0; j < problem.rank; ++j)
+            result[i * problem.rank + j] = matrix[i * problem.rank + j] * (inverse[i] * inverse[j]);
+    return result;
+}
+
 }  // namespace
 
 Problems::Problems(const std::vector<uint64_t>& data, const std::vector<int64_t>& ranks,
@@ -237,9 +249,13 @@ void apply_decouple(const Kernels& kernels, const Problems& problems, const Addr
             roots.add(kernels, matrix, rank);
             matrix += rank * rank;
         }
-        if (!full.empty()) full_roots.add(kernels, at<const double>(full[p]), problems[p].rank);
     }
     roots.find(kernels, threads);
+    std::vector<std::vector<double>> balanced(full.size());
+    for (size_t p = 0; p < full.size(); ++p) {
+        balanced[p] = balance(at<const double>(full[p]), problems[p], &roots.roots[first_block[p]]);
+        full_roots.add(kernels, balanced[p].data(), problems[p].rank);
+    }
     full_roots.find(kernels, threads);
 
     const std::vector<Chunk> chunks = chunks_of(problems.list(), kApplyChunk);

@@ -3,8 +3,18 @@
 
 #include "dispatch.h"
 
+#if defined(DOMERGE_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace domerge {
 
+#ifdef DOMERGE_AMX
+namespace amx {
+const Kernels& kernels();
+}
+#endif
 #ifdef DOMERGE_X86
 namespace avx512 {
 extern const Kernels kernels;
@@ -19,14 +29,29 @@ extern const Kernels kernels;
 
 namespace {
 
+#if defined(DOMERGE_AMX) && defined(__linux__)
+// AMX, and Linux' leave for this process to use its registers.
+bool may_use_amx() {
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE
+    static const bool granted = __builtin_cpu_supports("amx-tile") &&
+                                __builtin_cpu_supports("amx-bf16") &&
+                                syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+    return granted;
+}
+#endif
+
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> list;
 #ifdef DOMERGE_X86
     __builtin_cpu_init();
     const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+#if defined(DOMERGE_AMX) && defined(__linux__)
+        if (may_use_amx()) list.push_back(&amx::kernels());
+#endif
         list.push_back(&avx512::kernels);
+    }
     if (fma) list.push_back(&avx2::kernels);
 #endif
     list.push_back(&baseline::kernels);

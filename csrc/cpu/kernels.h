@@ -64,7 +64,7 @@ struct DecoupleItem {
     const Root* roots;  // one an adapter
     const double* omegas;
     double scale;
-    const Root* full;  // of all adapters together, or null: no renormalization
+    const Root* full;  // of H_ij / (norm_i norm_j) for all i, j; or null: no renormalization
     double* energies;  // [count]: sum of the squared magnitudes of these columns
 };
 

@@ -86,7 +86,7 @@ def choose(name: str, device_type: str) -> str:
 
     Raises OptionError for an unknown name, or for one that cannot run here.
     """
-    name = name if name != "auto" else os.environ.get(ENVIRONMENT, "auto")
+    name = name if name != "auto" else os.environ.get(ENVIRONMENT) or "auto"
     if name == "auto":
         usable = (n for n, row in TABLE.items() if _runs_on(row, device_type))
         return next(n for n in usable if not TABLE[n].why_not())

@@ -1,0 +1,190 @@
+"""What is built, with what, and what the build says when it cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NVCC = shutil.which("nvcc")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
+
+
+@pytest.fixture(scope="module")
+def build():
+    """setup.py as a module; importing it builds nothing."""
+    spec = importlib.util.spec_from_file_location("domerge_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fake_nvcc(tmp_path):
+    """A function that writes an nvcc script which knows some architectures; returns its env."""
+
+    def make(known: list[str], top: Path | None = None) -> dict[str, str]:
+        listing = "\\n".join(f"compute_{arch}" for arch in known)
+        script = tmp_path / "nvcc"
+        script.write_text(
+            "#!/bin/sh\n"
+            f'[ "$1" = --list-gpu-arch ] && printf "{listing}\\n" && exit 0\n'
+            f'[ "$1" = --dryrun ] && echo "#$ TOP={top or tmp_path}" >&2 && exit 0\n'
+            'echo "nvcc: what is $1?" >&2; exit 3\n'
+        )
+        script.chmod(0o755)
+        return {"PATH": f"{tmp_path}{os.pathsep}/usr/bin{os.pathsep}/bin"}
+
+    return make
+
+
+def test_without_nvcc_there_is_no_cuda(build, tmp_path):
+    assert build.find_cuda({"PATH": str(tmp_path)}) is None
+
+
+def test_cuda_asked_for_without_nvcc_fails(build, tmp_path):
+    with pytest.raises(build.BuildError, match=r"DOMERGE_CUDA=1 but no nvcc is on PATH: install"):
+        build.find_cuda({"PATH": str(tmp_path), "DOMERGE_CUDA": "1"})
+
+
+def test_cuda_turned_off(build, fake_nvcc):
+    assert build.find_cuda({**fake_nvcc(["80"]), "DOMERGE_CUDA": "0"}) is None
+
+
+def test_other_values_are_refused(build):
+    with pytest.raises(build.BuildError, match="DOMERGE_CUDA=yes: use 1"):
+        build.find_cuda({"DOMERGE_CUDA": "yes"})
+
+
+def test_the_toolkit_is_where_nvcc_says(build, fake_nvcc, tmp_path):
+    """The nvcc on PATH may be a wrapper far from the toolkit."""
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "lib64").mkdir()
+    cuda = build.find_cuda(fake_nvcc(["80", "90"], toolkit / "bin" / ".."))
+    assert cuda.root == toolkit.resolve()
+    with pytest.raises(build.BuildError, match=r"libcudart_static.a is not under"):
+        cuda.library_dir()
+    (toolkit / "lib64" / "libcudart_static.a").touch()
+    assert cuda.library_dir() == toolkit.resolve() / "lib64"
+
+
+def test_default_architectures_are_those_nvcc_knows(build, fake_nvcc):
+    assert build.find_cuda(fake_nvcc(["75", "80", "90"])).archs == ("80", "90")
+    assert build.find_cuda(fake_nvcc(["80", "90", "100", "120"])).archs == ("80", "90", "100")
+    with pytest.raises(build.BuildError, match="set DOMERGE_CUDA_ARCHS"):
+        build.find_cuda(fake_nvcc(["50", "60"]))
+
+
+def test_architectures_asked_for(build, fake_nvcc):
+    env = fake_nvcc(["75", "80", "90"])
+    cuda = build.find_cuda({**env, "DOMERGE_CUDA_ARCHS": "75; 90a"})
+    assert cuda.archs == ("75", "90a")
+    assert cuda.gencode() == [
+        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90a,code=compute_90a",
+    ]
+    with pytest.raises(build.BuildError, match=r"'100', which .* does not know; it knows 75, 80"):
+        build.find_cuda({**env, "DOMERGE_CUDA_ARCHS": "80;100"})
+
+
+def test_a_failing_nvcc_is_quoted(build, fake_nvcc):
+    cuda = build.find_cuda(fake_nvcc(["80"]))
+    with pytest.raises(build.BuildError, match="nvcc: what is"):
+        build.compile_cuda(cuda, build.cuda_sources()[0], Path(cuda.nvcc).parent)
+
+
+def test_one_source_is_compiled_for_every_instruction_set(build):
+    sources = build.cpp_sources("x86_64")
+    assert "-mavx512f" in sources["csrc/cpu/kernels_avx512.cpp"]
+    assert not {"-mavx512f"} & set(sources["csrc/cpu/kernels_avx2.cpp"])
+    others = [flags for name, flags in sources.items() if "kernels_a" not in name]
+    assert len(others) > 2
+    assert not any(others)
+    assert [n for n in build.cpp_sources("aarch64") if "kernels_" in n] == [
+        "csrc/cpu/kernels_baseline.cpp"
+    ]
+    assert all((ROOT / name).exists() for name in [*sources, *build.cuda_sources()])
+
+
+def build_into(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+    environment = {**os.environ, **env}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_the_build_fails_with_one_clear_line(tmp_path):
+    done = build_into(tmp_path, DOMERGE_CUDA="1", PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("error: DOMERGE_CUDA=1 but no nvcc")
+
+
+@needs_nvcc
+def test_cuda_objects_hold_code_for_the_architectures(build, tmp_path):
+    cuda = build.find_cuda({**os.environ, "DOMERGE_CUDA": "1", "DOMERGE_CUDA_ARCHS": ""})
+    source = tmp_path / "probe.cu"
+    source.write_text("__global__ void probe(float* x) { x[threadIdx.x] *= 2; }\n")
+    content = Path(build.compile_cuda(cuda, str(source), tmp_path)).read_bytes()
+    for arch in cuda.archs:
+        assert f"-arch sm_{arch} ".encode() in content
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with a whole build in it: with CUDA where there is an nvcc."""
+    folder = tmp_path_factory.mktemp("build")
+    done = build_into(folder, DOMERGE_CUDA="1" if NVCC else "0", DOMERGE_CUDA_ARCHS="80")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def ask_extension(folder: Path) -> tuple[list[str], dict | None]:
+    """isas() and cuda_info() of the extension built there, in a process of its own."""
+    code = "import json, _C; print(json.dumps([_C.isas(), _C.cuda_info()]))"
+    where = str(folder / "lib" / "domerge_fast")
+    done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return tuple(json.loads(done.stdout))
+
+
+@pytest.mark.slow
+def test_the_extension_runs_without_torch_and_without_a_driver(built):
+    isas, cuda = ask_extension(built)
+    assert isas[-1] == "baseline"
+    if NVCC is None:
+        assert cuda is None
+        return
+    assert cuda["archs"] == "80"
+    assert cuda["runtime"] >= 12000
+    assert (cuda["devices"] > 0) == (cuda["error"] == "")
+    if cuda["driver"] == 0:
+        assert cuda["error"] == "CUDA driver is missing"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm on PATH")
+def test_no_symbol_of_one_instruction_set_can_be_linked_into_another(built):
+    """A shared inline function could run AVX-512 code on a machine that has none."""
+    objects = list((built / "temp").rglob("kernels_*.o"))
+    assert objects
+    for path in objects:
+        isa = path.stem.removeprefix("kernels_")
+        listing = subprocess.run(
+            ["nm", "-C", "--defined-only", "--extern-only", str(path)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        names = [line.split(maxsplit=2)[2] for line in listing.stdout.splitlines()]
+        assert f"domerge::{isa}::kernels" in names
+        assert [name for name in names if f"domerge::{isa}::" not in name] == []

@@ -1,0 +1,464 @@
+"""Whole merges of small adapters against dense formulas in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Sequence
+
+import pytest
+import torch
+from shapes import CASES, Case, random_case
+from torch import Tensor
+
+import domerge_fast as dm
+from domerge_fast.adapters import Adapter, from_tensors
+from domerge_fast.backends import reference, registry
+from domerge_fast.methods import TABLE, do
+
+AVAILABLE = [name for name, status in registry.backends().items() if status.available]
+FAST = [name for name in AVAILABLE if name != "reference"]
+GROUP = ("odd d", "d below R", "duplicated", "mixed sizes")  # of three adapters each
+WEIGHTS = [1.0, -0.5, 2.0]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+every_backend = pytest.mark.parametrize("backend", AVAILABLE)
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def adapters(cases: dict[str, Case], dtype: torch.dtype = torch.float32) -> list[Adapter]:
+    """One adapter for each block of the cases, which are its modules."""
+    count = len(next(iter(cases.values())).ranks)
+    return [
+        from_tensors(
+            {name: (c.a[i].to(dtype), c.b[i].to(dtype)) for name, c in cases.items()},
+            {name: c.scalings[i] for name, c in cases.items()},
+            name=f"adapter-{i}",
+        )
+        for i in range(count)
+    ]
+
+
+def few_steps(method: str) -> dict[str, float]:
+    """So few that rounding has no say in where the descent of "do" stops."""
+    return {"steps": 3, "tol": 0.0} if method == "do" else {}
+
+
+def dense(merged: dm.Merged, name: str) -> Tensor:
+    """ΔW [m, n] in float64, from the factors."""
+    a, b = merged.factors(name)
+    return b.double() @ a.double()
+
+
+def distance(result: Tensor, expected: Tensor, size: float | None = None) -> float:
+    """||result - expected||_F relative to a size, by default ||expected||_F; 0 for two zeros."""
+    error = float((result.double() - expected).norm())
+    size = float(expected.norm()) if size is None else size
+    return error / size if error else 0.0
+
+
+def weighted_sum(updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return sum(w * update for w, update in zip(weights, updates, strict=True))
+
+
+# do
+
+DESCENTS = [
+    {"orthogonalize": False},
+    {"penalty": "squared", "sides": "both", "gamma": 0.1, "steps": 3, "tol": 0.0},
+    {"penalty": "squared", "sides": "A", "gamma": 1.0, "steps": 2, "tol": 0.0},
+    {"penalty": "frobenius", "sides": "both", "gamma": 2.0, "steps": 1, "tol": 0.0},
+    {"penalty": "frobenius", "sides": "B", "gamma": 1.0, "steps": 1, "tol": 0.0},
+]
+RECOMBINATIONS = [
+    {"decouple": False},
+    {"decouple": True, "scale": -1.5},
+    {"decouple": True, "renormalize": True},
+]
+
+
+@every_backend
+@pytest.mark.parametrize("recombination", RECOMBINATIONS, ids=str)
+@pytest.mark.parametrize("descent", DESCENTS, ids=str)
+def test_do_is_the_literal_method(descent, recombination, backend):
+    cases = {name: CASES[name] for name in GROUP}
+    options = {**descent, **recombination}
+    merged = dm.merge(adapters(cases), weights=WEIGHTS, backend=backend, **options)
+    assert merged.names == tuple(sorted(cases))
+    for name, case in cases.items():
+        expected = reference.do_merging(case.a, case.exact_b(), case.omegas, **options)
+        assert distance(dense(merged, name), expected) < 1e-5, name
+
+
+@every_backend
+def test_do_by_default(backend):
+    """The number of steps may differ by rounding, and the result with it, but little."""
+    cases = {name: CASES[name] for name in GROUP}
+    merged = dm.merge(adapters(cases), backend=backend)
+    for name, case in cases.items():
+        expected = reference.do_merging(case.a, case.exact_b(), [1 / 3] * 3)
+        assert distance(dense(merged, name), expected) < 1e-4, name
+
+
+@every_backend
+@pytest.mark.parametrize("name", [n for n in CASES if n not in (*GROUP, "64 adapters")])
+def test_do_over_the_other_shapes(name, backend):
+    case = CASES[name]
+    rule = {"steps": 3, "tol": 0.0}
+    merged = dm.merge(adapters({"x": case}), weights=case.weights, backend=backend, **rule)
+    expected = reference.do_merging(case.a, case.exact_b(), case.omegas, **rule)
+    assert distance(dense(merged, "x"), expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("penalty", do.PENALTIES)
+def test_both_formulations_of_the_descent_merge_alike(penalty, backend, monkeypatch):
+    """R > d on both sides: with the squared penalty the factors move, not their Gram's C."""
+    cases = {"x": random_case((2, 1) * 100, 11, 9)}
+    rule = {"penalty": penalty, "steps": 2, "tol": 0.0, "backend": backend}
+    usual = dm.merge(adapters(cases), **rule)
+    monkeypatch.setattr(do, "_is_wide", lambda problem, options: False)
+    on_gram = dm.merge(adapters(cases), **rule)
+    assert distance(dense(usual, "x"), dense(on_gram, "x")) < 1e-5
+    for side in (usual.report["x"].a, usual.report["x"].b):
+        assert side.steps == 2
+        assert side.objective_after < 0.5 * side.objective_before
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_hundreds_of_adapters(backend):
+    case = random_case((1,) * 200, 13, 12)
+    case.scalings[:] = [1.0] * 200
+    merged = dm.merge(adapters({"x": case}), orthogonalize=False, backend=backend)
+    expected = reference.do_merging(case.a, case.exact_b(), [1 / 200] * 200, orthogonalize=False)
+    assert distance(dense(merged, "x"), expected) < 1e-5
+    assert len(merged.report["x"].magnitudes) == 200
+    assert merged.report.interference is None
+    whole = dm.merge(adapters({"x": case}), backend=backend)
+    assert len(whole.report["x"].magnitudes) == 200
+    for side in (whole.report["x"].a, whole.report["x"].b):
+        assert 0 < side.cross_left < 0.5
+
+
+# linear and svd
+
+
+@every_backend
+@every_case
+def test_linear_is_the_weighted_sum(name, backend):
+    case = CASES[name]
+    merged = dm.merge(
+        adapters({"x": case}), "linear", weights=case.weights, scale=-0.3, backend=backend
+    )
+    expected = -0.3 * weighted_sum(case.deltas(), case.weights)
+    size = sum(float(a.double().norm() * b.norm()) for a, b in zip(case.a, case.exact_b()))
+    assert distance(dense(merged, "x"), expected, size) < 1e-6
+    assert merged.report["x"].rank == sum(case.ranks)
+
+
+@every_backend
+@every_case
+def test_svd_is_the_best_approximation_of_the_weighted_sum(name, backend):
+    """Of the rank of the largest adapter, unless told otherwise; its energy is reported."""
+    case = CASES[name]
+    full = weighted_sum(case.deltas(), case.weights)
+    values = torch.linalg.svdvals(full)
+    total = float(values.square().sum())
+    for options, k in (({}, max(case.ranks)), ({"rank": 2}, 2)):
+        merged = dm.merge(
+            adapters({"x": case}), "svd", weights=case.weights, backend=backend, **options
+        )
+        k = min(k, len(values), sum(case.ranks))
+        tail = float(values[k:].norm())
+        size = sum(float(a.double().norm() * b.norm()) for a, b in zip(case.a, case.exact_b()))
+        error = float((dense(merged, "x") - full).norm())
+        assert error <= tail + 1e-6 * size
+        report = merged.report["x"]
+        assert report.rank == k
+        share = 1 - tail**2 / total if total else 1.0
+        assert report.energy_kept == pytest.approx(share, abs=1e-6)
+        assert report.energy == pytest.approx(total, rel=1e-4)
+
+
+@every_backend
+@pytest.mark.parametrize("method", TABLE)
+def test_any_method_can_be_cut_to_an_energy(method, backend):
+    energy = 0.9
+    cases = {name: CASES[name] for name in ("odd d", "shared A")}
+    options = {"backend": backend, **few_steps(method)}
+    exact = dm.merge(adapters(cases), method, rank=10**6, **options)
+    cut = dm.merge(adapters(cases), method, energy=energy, **options)
+    kept = total = 0.0
+    for name in cases:
+        full = dense(exact, name)
+        squares = torch.linalg.svdvals(full).square()
+        k = 1 + int((squares.cumsum(0) < energy * squares.sum()).sum())
+        report = cut.report[name]
+        assert report.rank == k == len(cut.factors(name)[0])
+        error = float((dense(cut, name) - full).square().sum())
+        assert error == pytest.approx(float(squares[k:].sum()), rel=1e-3)
+        assert report.energy_kept == pytest.approx(float(squares[:k].sum() / squares.sum()))
+        kept, total = kept + float(squares[:k].sum()), total + float(squares.sum())
+    assert cut.report.energy_kept == pytest.approx(kept / total)
+    assert energy <= cut.report.energy_kept < 1
+
+
+@pytest.mark.parametrize("method", TABLE)
+def test_with_rank_and_energy_the_smaller_wins(method):
+    cases = {"x": CASES["odd d"]}
+    by_energy = dm.merge(adapters(cases), method, energy=0.9).report["x"].rank
+    for rank in (by_energy - 1, by_energy + 1):
+        report = dm.merge(adapters(cases), method, energy=0.9, rank=rank).report["x"]
+        assert report.rank == min(rank, by_energy)
+
+
+# One adapter
+
+KINDS = {
+    "linear": ((5, 9), (7, 5)),
+    "embedding": ((5, 30), (7, 5)),
+    "conv1d": ((5, 3, 4), (7, 5, 1)),
+    "conv2d": ((5, 3, 2, 4), (7, 5, 1, 1)),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_adapter_comes_back_as_it_is(kind, method, dtype, backend):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(s, generator=generator).to(dtype) for s in KINDS[kind])
+    embeddings = ["x"] if kind == "embedding" else []
+    adapter = from_tensors({"x": (a, b)}, 0.3, embeddings=embeddings)
+    merged = dm.merge([adapter], method, backend=backend)
+    expected = 0.3 * b.double().flatten(1) @ a.double().flatten(1)
+    tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    assert distance(dense(merged, "x"), expected) < tolerance
+    assert {x.dtype for x in merged.factors("x")} == {dtype}
+    assert merged.report["x"].rank == 5
+    size = float(expected.norm())
+    assert merged.report["x"].magnitudes == pytest.approx({"tensors": size}, rel=tolerance)
+
+
+@every_backend
+def test_the_weight_of_one_adapter(backend):
+    case = CASES["one adapter"]
+    for method, factor in (("do", -1.0), ("linear", -3.0), ("svd", -3.0)):
+        merged = dm.merge(adapters({"x": case}), method, weights=[-3], backend=backend)
+        assert distance(dense(merged, "x"), factor * case.deltas()[0]) < 1e-6
+
+
+# Weights, missing modules, order
+
+
+@every_backend
+@pytest.mark.parametrize("method", TABLE)
+def test_an_adapter_of_weight_zero_is_absent(method, backend):
+    loaded = adapters({"x": CASES["odd d"], "y": CASES["d below R"]})
+    extra = from_tensors({"z": (torch.ones(1, 3), torch.ones(2, 1)), "x": loaded[1].factors("x")})
+    options = {"backend": backend, **few_steps(method)}
+    with_zero = dm.merge([loaded[0], extra, *loaded[1:]], method, weights=[1, 0, 2, -1], **options)
+    without = dm.merge(loaded, method, weights=[1, 2, -1], **options)
+    assert with_zero.names == without.names == ("x", "y")
+    for name in with_zero.names:
+        assert all(map(torch.equal, with_zero.factors(name), without.factors(name)))
+        assert with_zero.report[name] == without.report[name]
+    assert with_zero.report.weights == (1.0, 0.0, 2.0, -1.0)
+
+
+@every_backend
+@pytest.mark.parametrize("method", TABLE)
+def test_a_missing_module_counts_as_a_zero_update(method, backend):
+    case = CASES["odd d"]
+    loaded = adapters({"x": case, "y": CASES["d below R"]})
+    partial = from_tensors({"y": loaded[1].factors("y")}, CASES["d below R"].scalings[1])
+    zeros = from_tensors(
+        {"x": (torch.zeros(5, 61), torch.zeros(33, 5)), "y": loaded[1].factors("y")},
+        CASES["d below R"].scalings[1],
+    )
+    options = {"backend": backend, **few_steps(method)}
+    missing, zero = (
+        dm.merge([loaded[0], x, loaded[2]], method, weights=WEIGHTS, rank=7, **options)
+        for x in (partial, zeros)
+    )
+    for name in ("x", "y"):
+        assert distance(dense(missing, name), dense(zero, name)) < 1e-5
+    assert list(missing.report["x"].magnitudes) == ["adapter-0", "adapter-2"]
+    assert list(missing.report["y"].magnitudes) == ["adapter-0", "tensors", "adapter-2"]
+
+
+@every_backend
+def test_the_same_adapter_twice(backend):
+    """Directions and magnitudes average to themselves, and each is named in the report."""
+    (adapter,) = adapters({"x": CASES["one adapter"]})
+    delta = CASES["one adapter"].deltas()[0]
+    twice = dm.merge([adapter, adapter], orthogonalize=False, backend=backend)
+    assert distance(dense(twice, "x"), delta) < 1e-6
+    size = float(delta.norm())
+    assert twice.report["x"].magnitudes == pytest.approx({"adapter-0": size, "adapter-0 (2)": size})
+    half = dm.merge([adapter, adapter], "linear", weights=[0.5, 0.5], backend=backend)
+    assert distance(dense(half, "x"), delta) < 1e-6
+    opposite = dm.merge([adapter, adapter], "linear", weights=[1, -1], backend=backend)
+    assert distance(dense(opposite, "x"), 0 * delta, size) < 1e-6
+
+
+def test_adapters_of_the_same_name_are_told_apart():
+    (adapter,) = adapters({"x": CASES["one adapter"]})
+    names = ("adapter-0", "adapter-0", "adapter-0 (2)")
+    report = dm.merge([dataclasses.replace(adapter, name=name) for name in names]).report
+    assert len(set(report.adapters)) == 3
+    assert tuple(report["x"].magnitudes) == report.adapters
+
+
+@every_backend
+@pytest.mark.parametrize("method", TABLE)
+def test_the_order_of_the_adapters_does_not_matter(method, backend):
+    names = ("odd d", "d below R", "mixed sizes")
+    loaded = adapters({name: CASES[name] for name in names})
+    results = [
+        dm.merge(
+            [loaded[i] for i in order],
+            method,
+            weights=[WEIGHTS[i] for i in order],
+            backend=backend,
+            **few_steps(method),
+        )
+        for order in ((0, 1, 2), (2, 0, 1))
+    ]
+    for name in names:
+        first, second = (dense(merged, name) for merged in results)
+        assert distance(second, first) < 1e-5
+
+
+# dtypes
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_factors_are_merged_in_float32_and_rounded_once(dtype, method, backend):
+    cases = {"x": CASES["odd d"]}
+    loaded = adapters(cases, dtype)
+    single = dm.merge(loaded, method, backend=backend, dtype="float32")
+    low = dm.merge(loaded, method, backend=backend)
+    assert {x.dtype for x in single.factors("x")} == {torch.float32}
+    assert {x.dtype for x in low.factors("x")} == {dtype}
+    exact = dense(single, "x")
+    a, b = single.factors("x")
+    rounding = distance(b.to(dtype).double() @ a.to(dtype).double(), exact)
+    assert 0 < distance(dense(low, "x"), exact) <= 2 * rounding
+
+
+def test_a_result_that_does_not_fit_its_dtype_is_an_error():
+    """Small directions with large magnitudes: beyond the range of float16."""
+    loaded = adapters({"x": CASES["mixed sizes"]}, torch.float16)
+    for backend in AVAILABLE:
+        with pytest.raises(
+            dm.DomergeError,
+            match="'x': merged lora_A does not fit in float16; write it with dtype='float32'",
+        ):
+            dm.merge(loaded, orthogonalize=False, backend=backend)
+        merged = dm.merge(loaded, orthogonalize=False, backend=backend, dtype="float32")
+        assert dense(merged, "x").isfinite().all()
+
+
+def test_factors_of_different_dtypes_are_merged_to_float32():
+    case = CASES["odd d"]
+    mixed = [adapters({"x": case}, dtype)[i] for i, dtype in enumerate(DTYPES)]
+    for backend in AVAILABLE:
+        merged = dm.merge(mixed, "linear", backend=backend)
+        rounded = [
+            s * b.to(t).double() @ a.to(t).double()
+            for a, b, s, t in zip(case.a, case.b, case.scalings, DTYPES, strict=True)
+        ]
+        assert {x.dtype for x in merged.factors("x")} == {torch.float32}
+        assert distance(dense(merged, "x"), sum(rounded)) < 1e-6
+
+
+# The report
+
+
+@every_backend
+@pytest.mark.parametrize("decouple", [True, False])
+@pytest.mark.parametrize("sides", ["both", "A"])
+def test_the_report_of_do_tells_what_the_descent_did(sides, decouple, backend):
+    cases = {name: CASES[name] for name in ("odd d", "d below R", "duplicated")}
+    rule = {"steps": 3, "tol": 0.0}
+    merged = dm.merge(adapters(cases), sides=sides, decouple=decouple, backend=backend, **rule)
+    for name, case in cases.items():
+        report = merged.report[name]
+        a, stats = reference.descend([x.double() for x in case.a], **rule)
+        assert list(vars(report.a).values()) == pytest.approx(stats, rel=1e-3, abs=1e-6)
+        b = case.exact_b()
+        if sides == "both":
+            bt, stats = reference.descend([x.T for x in b], **rule)
+            b = [x.T for x in bt]
+            assert list(vars(report.b).values()) == pytest.approx(stats, rel=1e-3, abs=1e-6)
+        else:
+            assert report.b is None
+        sizes = [float((y @ x).norm()) for x, y in zip(a, b, strict=True)]
+        assert list(report.magnitudes.values()) == pytest.approx(sizes, rel=1e-4)
+        assert report.rank == sum(case.ranks)
+        assert report.energy_kept == 1.0
+
+
+@every_backend
+def test_the_report_of_linear(backend):
+    case = CASES["zero factors"]
+    merged = dm.merge(adapters({"x": case}), "linear", weights=[3, 1, 1, -1], backend=backend)
+    report = merged.report["x"]
+    sizes = {f"adapter-{i}": float(delta.norm()) for i, delta in enumerate(case.deltas())}
+    assert report.magnitudes == pytest.approx(sizes, rel=1e-5)
+    assert report.a is None
+    assert report.b is None
+    assert (report.rank, report.energy_kept) == (sum(case.ranks), 1.0)
+
+
+def test_the_report_tells_the_recipe():
+    merged = dm.merge(
+        adapters({"x": CASES["odd d"]}),
+        weights=WEIGHTS,
+        scale=0.7,
+        rank=3,
+        gamma=2,
+        backend="torch",
+        dtype="float16",
+    )
+    report = merged.report
+    assert (report.method, report.backend, report.device) == ("do", "torch", "cpu")
+    assert (report.scale, report.weights, report.dtype) == (0.7, (1.0, -0.5, 2.0), "float16")
+    assert report.adapters == ("adapter-0", "adapter-1", "adapter-2")
+    assert report.options == {
+        "orthogonalize": True,
+        "decouple": True,
+        "penalty": "squared",
+        "gamma": 2.0,
+        "sides": "both",
+        "steps": 50,
+        "tol": 1e-6,
+        "renormalize": False,
+        "rank": 3,
+        "energy": None,
+    }
+    assert json.loads(json.dumps(report.to_dict()))["modules"]["x"]["rank"] == 3
+    summary = dict(report.summary())
+    assert summary["rank"] == "3"
+    assert summary["energy kept"] == f"{100 * report.energy_kept:.2f} %"
+
+
+def test_progress_counts_every_module_up_to_all():
+    seen = []
+    cases = {f"{k}": CASES["one adapter"] for k in range(5)}
+    dm.merge(adapters(cases), progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (5, 5)
+    assert all(new[0] > old[0] for old, new in itertools.pairwise(seen))
+
+
+def test_delta_is_the_product_of_the_factors_and_unknown_modules_are_suggested():
+    merged = dm.merge(adapters({"q_proj": CASES["odd d"], "v_proj": CASES["shared A"]}))
+    a, b = merged.factors("q_proj")
+    torch.testing.assert_close(merged.delta("q_proj"), b @ a)
+    with pytest.raises(dm.OptionError, match="'q_prj'; did you mean 'q_proj'"):
+        merged.delta("q_prj")

@@ -1,0 +1,178 @@
+"""What a user can get wrong in the arguments of a merge, and what they are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+import pytest
+from shapes import CASES
+
+import domerge_fast as dm
+from domerge_fast import options
+from domerge_fast.adapters import from_tensors
+from domerge_fast.methods import TABLE
+from domerge_fast.methods.do import DoOptions
+
+CASE = CASES["odd d"]
+ADAPTERS = [
+    from_tensors({"x": (a, b)}, name=f"adapter-{i}")
+    for i, (a, b) in enumerate(zip(CASE.a, CASE.b, strict=True))
+]
+
+UNKNOWN = {
+    "gama": "option 'gama': method 'do' has no such option; did you mean 'gamma'? use one of:",
+    "orthogonalise": "did you mean 'orthogonalize'?",
+    "zzz": "option 'zzz': method 'do' has no such option; use one of: orthogonalize, decouple,",
+}
+
+WRONG = {
+    "penalty": [
+        ("square", "option 'penalty': 'square' is not known; did you mean 'squared'?"),
+        (1, "use one of: squared, frobenius"),
+        (None, "use one of: squared, frobenius"),
+    ],
+    "sides": [
+        ("booth", "did you mean 'both'? use one of: both, A, B"),
+        (["A"], "['A'] is not known; use one of: both, A, B"),
+    ],
+    "gamma": [
+        (-1, "option 'gamma': -1 is too small; use at least 0"),
+        ("1", "'1' is not a finite number; give one"),
+        (True, "True is not a finite number; give one"),
+        (math.nan, "nan is not a finite number"),
+        (math.inf, "inf is not a finite number"),
+        (None, "None is not a finite number"),
+    ],
+    "steps": [
+        (-1, "option 'steps': -1 is too small; use at least 0"),
+        (2.5, "2.5 is not a whole number; give one"),
+        (True, "True is not a whole number; give one"),
+        (math.inf, "inf is not a whole number"),
+        ("ten", "'ten' is not a whole number"),
+    ],
+    "tol": [(-1e-9, "option 'tol': -1e-09 is too small"), ("low", "is not a finite number")],
+    "orthogonalize": [
+        (1, "option 'orthogonalize': 1 is not True or False; use one of them"),
+        ("yes", "'yes' is not True or False"),
+    ],
+    "decouple": [(0, "0 is not True or False"), (None, "None is not True or False")],
+    "renormalize": [(1.0, "1.0 is not True or False")],
+    "rank": [
+        (0, "option 'rank': 0 is too small; use at least 1"),
+        (-3, "-3 is too small"),
+        (1.5, "1.5 is not a whole number"),
+        (True, "True is not a whole number"),
+        ("8", "'8' is not a whole number"),
+    ],
+    "energy": [
+        (0, "option 'energy': 0.0 is not a share; give one in (0, 1]"),
+        (1.01, "1.01 is not a share"),
+        (-0.5, "-0.5 is not a share"),
+        (99, "99.0 is not a share"),
+        (True, "True is not a finite number"),
+        ("90%", "'90%' is not a finite number"),
+    ],
+    "scale": [
+        ("big", "option 'scale': 'big' is not a finite number"),
+        (math.nan, "nan is not a finite number"),
+        (False, "False is not a finite number"),
+    ],
+    "weights": [
+        ([1, 2], "option 'weights': 2 weights for 3 adapters; give one number for each adapter"),
+        ([], "0 weights for 3 adapters"),
+        ([0, 0.0, 0], "all are zero; give at least one adapter a weight"),
+        ([1, math.nan, 1], "nan is not a finite number"),
+        ([1, "2", 1], "'2' is not a finite number"),
+        ([True, 1, 1], "True is not a finite number"),
+    ],
+    "method": [
+        ("dare", "option 'method': 'dare' is not known; use one of: do, linear, svd"),
+        ("lineer", "did you mean 'linear'?"),
+        (None, "None is not known"),
+    ],
+    "backend": [
+        ("tirch", "option 'backend': 'tirch' is not known; did you mean 'torch'?"),
+        (None, "use one of: auto,"),
+    ],
+    "device": [("gpu9", "option 'device': torch cannot use 'gpu9' here; use 'cpu'")],
+    "dtype": [
+        ("float64", "option 'dtype': 'float64' is not known; did you mean"),
+        ("fp16", "use one of: float32, bfloat16, float16"),
+    ],
+}
+
+
+def refusal(**arguments) -> str:
+    with pytest.raises(dm.OptionError) as error:
+        dm.merge(ADAPTERS, **arguments)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_option_is_refused_with_a_suggestion(name):
+    assert UNKNOWN[name] in refusal(**{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"), [(name, *pair) for name, pairs in WRONG.items() for pair in pairs]
+)
+def test_a_wrong_value_is_refused_in_one_line(name, value, words):
+    message = refusal(**{name: value})
+    assert words in message
+    assert message.startswith(f"option {name!r}: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("method", ["linear", "svd"])
+def test_a_method_without_options_says_so(method):
+    expected = f"option 'gamma': method {method!r} has no such option; leave it out"
+    assert refusal(method=method, gamma=1.0) == expected
+
+
+@pytest.mark.parametrize("one", ["folder/", ADAPTERS[0]])
+def test_one_adapter_outside_a_list_is_refused(one):
+    for call in (dm.merge, dm.inspect):
+        with pytest.raises(dm.OptionError, match=r"is one adapter, not a list; put it in a list"):
+            call(one)
+
+
+def test_no_adapters_are_refused():
+    for call in (dm.merge, dm.inspect):
+        with pytest.raises(dm.DomergeError, match="no adapters given; give at least one"):
+            call([])
+
+
+def test_numbers_are_taken_as_the_type_of_their_option():
+    found = options.build(DoOptions, {"gamma": 2, "steps": 7.0, "tol": 0}, "method 'do'")
+    assert found == DoOptions(gamma=2.0, steps=7, tol=0.0)
+    assert [type(x) for x in (found.gamma, found.steps, found.tol)] == [float, int, float]
+
+
+def test_every_option_accepts_its_own_default_and_has_a_help_text():
+    for method in TABLE.values():
+        defaults = method.options()
+        assert options.build(method.options, dataclasses.asdict(defaults), "it") == defaults
+        assert all(field.metadata["help"] for field in dataclasses.fields(defaults))
+
+
+def test_the_methods_and_backends_are_listed():
+    assert list(dm.methods()) == ["do", "linear", "svd"]
+    assert all(dm.methods().values())
+    assert {"cpu", "torch", "reference"} <= set(dm.backends())
+    assert dm.backends()["torch"].available
+
+
+def test_suggestions_name_what_there_is():
+    assert options.suggest("lineer", ["do", "linear"]) == (
+        "did you mean 'linear'? use one of: do, linear"
+    )
+    assert options.suggest("xyz", ["do", "linear"]) == "use one of: do, linear"
+
+
+def test_errors_are_value_errors_of_one_line():
+    error = dm.OptionError("x", "has\n  two lines", "join them")
+    assert isinstance(error, dm.DomergeError)
+    assert isinstance(error, ValueError)
+    assert re.fullmatch(r"option 'x': has two lines; join them", str(error))
