@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import platform
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ def merge(
     adapters: PEFT folders, or adapters from `load`, `from_model` or `from_tensors`.
     method: "do", "linear" or "svd" (`methods()`); its own options are keyword arguments.
     weights: one number an adapter, negative to subtract, 0 to leave out; None is 1 for each.
-        "do" uses w_i / sum |w|; "linear" and "svd" use the weights as they are.
+        "do" uses w_i / sum |w| over the adapters that have a module; "linear" and "svd" use the
+        weights as they are.
     scale: λ, a factor on the merged update.
     rank, energy: truncate every module to rank k, or to the smallest rank that keeps this share
         of ||ΔW||_F^2; with both, whichever is smaller. None: exact, rank sum r_i.
@@ -74,6 +75,8 @@ def merge(
     row = TABLE[options.choose("method", method, TABLE)]
     chosen: Any = options.build(row.options, method_options, f"method {method!r}")
     scale = options.check("scale", scale, float)
+    if scale == 0:
+        raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
     cut = _cut(row, rank, energy)
     loaded = _load(adapters, base_model)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
@@ -163,14 +166,13 @@ def _load(sources: Iterable[Source], base_model: str | None) -> list[Adapter]:
         raise OptionError("adapters", "is one adapter, not a list", "put it in a list: [adapter]")
     loaded = [s if isinstance(s, Adapter) else load(s) for s in sources]
     check_compatible(loaded, base_model)
-    seen: Counter[str] = Counter()
-    named = []
+    named: dict[str, Adapter] = {}
     for adapter in loaded:
-        seen[adapter.name] += 1
-        again = seen[adapter.name] > 1
-        name = f"{adapter.name} ({seen[adapter.name]})" if again else adapter.name
-        named.append(dataclasses.replace(adapter, name=name))
-    return named
+        numbered = (f"{adapter.name} ({k})" for k in itertools.count(2))
+        names = itertools.chain([adapter.name], numbered)
+        name = next(n for n in names if n not in named)
+        named[name] = dataclasses.replace(adapter, name=name)
+    return list(named.values())
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:

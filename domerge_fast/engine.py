@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import ops
 from .errors import AdapterError, DomergeError
-from .interference import InterferenceSums
+from .interference import InterferenceSums, own_norms
 from .methods.base import Factors, Method, Settings
 from .plan import Plan, Stack
 from .report import ModuleReport
@@ -65,9 +65,10 @@ def run(
             if cut:
                 merged, kept, energy = _truncate(merged, cut, settings)
             _check_results(stacks, merged, settings.backend)
-            norms: Sequence[Sequence[float] | None] = [None] * len(stacks)
             if compare:
                 norms = sums.add(stacks, _present(grams_a), _present(grams_b))
+            else:
+                norms = own_norms(stacks, settings.backend)
             for k, (s, f) in enumerate(zip(stacks, merged)):
                 reports[s.name] = _report(plan, s, f, norms[k], kept[k], energy[k])
             if written:
@@ -187,12 +188,12 @@ def _report(
     plan: Plan,
     stack: Stack,
     factors: Factors,
-    norms: Sequence[float] | None,
+    norms: Sequence[float],
     kept: float,
     energy: float,
 ) -> ModuleReport:
     names = [plan.adapters[i].name for i in stack.adapters]
-    magnitudes = dict(zip(names, factors.norms or norms or ()))
+    magnitudes = dict(zip(names, factors.norms or norms))
     rank = factors.a.shape[0]
     return ModuleReport(stack.name, rank, factors.a_side, factors.b_side, magnitudes, kept, energy)
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import ops
 from .plan import Stack
 from .report import Interference
 
@@ -69,6 +70,14 @@ class InterferenceSums:
             tuple(norms.tolist()),
             tuple((min(n), statistics.median(n), max(n)) if n else (0.0,) * 3 for n in self.norms),
         )
+
+
+def own_norms(stacks: Sequence[Stack], backend: str) -> list[list[float]]:
+    """||ΔW_i||_F of the adapters of each stack, where there are too many for the tables."""
+    a = ops.block_gram([s.a for s in stacks], backend=backend)
+    b = ops.block_gram([s.b for s in stacks], backend=backend)
+    products = ((x * y).split([r * r for r in s.a.ranks]) for x, y, s in zip(a, b, stacks))
+    return [[float(p.sum().clamp_min(0).sqrt()) for p in parts] for parts in products]
 
 
 def _alignment(gram: Tensor, ranks: Sequence[int]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -70,7 +71,7 @@ def check(
     """`value` as the type `kind`, or an OptionError."""
     if choices:
         return choose(name, value, choices)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if kind is bool and not isinstance(value, bool):
         raise OptionError(name, f"{value!r} is not True or False", "use one of them")
     if kind in (int, float):

@@ -19,8 +19,7 @@ class Stack:
     """One module with its factors from every adapter that has it, as the two problems.
 
     adapters: positions in the plan's list, one a block. a: blocks A_i [r_i, n]. b: blocks B_i^T
-    [r_i, m] with the scaling s_i as their scale. weights: w_i. total: sum of |w| over all
-    adapters of the merge: one that lacks the module counts as a zero update.
+    [r_i, m] with the scaling s_i as their scale. weights: w_i.
     """
 
     name: str
@@ -28,7 +27,6 @@ class Stack:
     a: Problem
     b: Problem
     weights: tuple[float, ...]
-    total: float
 
     @property
     def rank(self) -> int:
@@ -36,7 +34,9 @@ class Stack:
 
     @property
     def omegas(self) -> list[float]:
-        return [w / self.total for w in self.weights]
+        """ω_i = w_i / sum |w| over the adapters that have the module."""
+        total = sum(map(abs, self.weights))
+        return [w / total for w in self.weights]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,5 +99,4 @@ class Plan:
             Problem(tuple(a.to(device) for a, _ in pairs), (1.0,) * len(pairs)),
             Problem(tuple(b.to(device).T for _, b in pairs), scaling),
             tuple(self.weights[i] for i in owners),
-            sum(abs(w) for w in self.weights),
         )

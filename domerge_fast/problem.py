@@ -48,7 +48,7 @@ class Problem:
     def in_columns(self) -> bool:
         """Whether the first block is the transpose of a row-major [d, r] matrix."""
         block = self.blocks[0]
-        return block.stride(1) != 1 and block.stride(0) == 1
+        return block.stride(0) == 1 and block.shape[1] > 1
 
     def stack(self, dtype: torch.dtype) -> Tensor:
         """X [R, d] with the scales multiplied in, in the memory layout of the first block."""

@@ -186,5 +186,5 @@ def test_no_symbol_of_one_instruction_set_can_be_linked_into_another(built):
             check=True,
         )
         names = [line.split(maxsplit=2)[2] for line in listing.stdout.splitlines()]
-        assert f"domerge::{isa}::kernels" in names
+        assert any(name.startswith(f"domerge::{isa}::kernels") for name in names)
         assert [name for name in names if f"domerge::{isa}::" not in name] == []

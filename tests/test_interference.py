@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from shapes import CASES, random_case
+from shapes import random_case
 from torch import Tensor
 
 import domerge_fast as dm
@@ -16,20 +16,25 @@ from domerge_fast.backends import registry
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
 every_backend = pytest.mark.parametrize("backend", AVAILABLE)
 
-MODULES = {"odd d": (0, 1, 2), "d below R": (0, 1), "usual": (1, 2), "mixed sizes": (2, 1, 0)}
-"""Case -> which of its blocks adapters 0, 1, 2 have; the last ones may have none."""
+MODULES = {
+    "first": random_case((3, 5, 2), 61, 33),
+    "alike": random_case((3, 5, 2), 61, 33, seed=1),
+    "narrow": random_case((3, 5, 2), 6, 7, seed=2),
+    "of two": random_case((4, 6), 19, 23, seed=3),
+    "of one": random_case((2,), 9, 8, seed=4),
+}
+"""Modules of three adapters; the last ones lack some."""
 
 Dense = dict[str, tuple[Tensor, Tensor, float]]
 
 
 def owned(i: int) -> Dense:
     """A, B and scaling of adapter i's modules."""
-    found = {}
-    for name, blocks in MODULES.items():
-        if i < len(blocks):
-            case, k = CASES[name], blocks[i]
-            found[name] = (case.a[k], case.b[k], case.scalings[k])
-    return found
+    return {
+        name: (case.a[i], case.b[i], case.scalings[i])
+        for name, case in MODULES.items()
+        if i < len(case.ranks)
+    }
 
 
 def adapter(modules: Dense, name: str) -> Adapter:

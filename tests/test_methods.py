@@ -72,7 +72,7 @@ DESCENTS = [
     {"penalty": "frobenius", "sides": "B", "gamma": 1.0, "steps": 1, "tol": 0.0},
 ]
 RECOMBINATIONS = [
-    {"decouple": False},
+    {"decouple": False, "scale": 2.5},
     {"decouple": True, "scale": -1.5},
     {"decouple": True, "renormalize": True},
 ]
@@ -270,23 +270,18 @@ def test_an_adapter_of_weight_zero_is_absent(method, backend):
 
 @every_backend
 @pytest.mark.parametrize("method", TABLE)
-def test_a_missing_module_counts_as_a_zero_update(method, backend):
+def test_a_missing_module_is_merged_from_the_adapters_that_have_it(method, backend):
     case = CASES["odd d"]
     loaded = adapters({"x": case, "y": CASES["d below R"]})
     partial = from_tensors({"y": loaded[1].factors("y")}, CASES["d below R"].scalings[1])
-    zeros = from_tensors(
-        {"x": (torch.zeros(5, 61), torch.zeros(33, 5)), "y": loaded[1].factors("y")},
-        CASES["d below R"].scalings[1],
-    )
-    options = {"backend": backend, **few_steps(method)}
-    missing, zero = (
-        dm.merge([loaded[0], x, loaded[2]], method, weights=WEIGHTS, rank=7, **options)
-        for x in (partial, zeros)
-    )
-    for name in ("x", "y"):
-        assert distance(dense(missing, name), dense(zero, name)) < 1e-5
-    assert list(missing.report["x"].magnitudes) == ["adapter-0", "adapter-2"]
-    assert list(missing.report["y"].magnitudes) == ["adapter-0", "tensors", "adapter-2"]
+    options = {"rank": 7, "backend": backend, **few_steps(method)}
+    all_three = dm.merge([loaded[0], partial, loaded[2]], method, weights=WEIGHTS, **options)
+    owners = dm.merge([loaded[0], loaded[2]], method, weights=WEIGHTS[::2], **options)
+    complete = dm.merge(loaded, method, weights=WEIGHTS, **options)
+    assert distance(dense(all_three, "x"), dense(owners, "x")) < 1e-5
+    assert distance(dense(all_three, "y"), dense(complete, "y")) < 1e-5
+    assert list(all_three.report["x"].magnitudes) == ["adapter-0", "adapter-2"]
+    assert list(all_three.report["y"].magnitudes) == ["adapter-0", "tensors", "adapter-2"]
 
 
 @every_backend
@@ -398,7 +393,8 @@ def test_the_report_of_do_tells_what_the_descent_did(sides, decouple, backend):
             assert list(vars(report.b).values()) == pytest.approx(stats, rel=1e-3, abs=1e-6)
         else:
             assert report.b is None
-        sizes = [float((y @ x).norm()) for x, y in zip(a, b, strict=True)]
+        moved = [y @ x for x, y in zip(a, b, strict=True)]
+        sizes = [float(x.norm()) for x in (moved if decouple else case.deltas())]
         assert list(report.magnitudes.values()) == pytest.approx(sizes, rel=1e-4)
         assert report.rank == sum(case.ranks)
         assert report.energy_kept == 1.0

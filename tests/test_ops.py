@@ -407,6 +407,19 @@ def test_apply_decouple(name, renormalize, moved, backend):
 
 
 @every_backend
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_a_column_that_b_maps_to_zero_has_no_direction(renormalize, backend):
+    """Column 4 of B_1 A_1 is 0, that of A_1 is not: rounding must not become a direction."""
+    case = random_case((3, 2), 20, 15)
+    case.b[1][:, 1] = case.b[1][:, 0]
+    case.a[1][1, 4] = -case.a[1][0, 4]
+    result, _ = decouple(case, None, backend, renormalize)
+    assert torch.equal(result[3:, 4], torch.zeros(2))
+    assert (result[:3] != 0).all()
+    assert (result[3:, :4] != 0).all()
+
+
+@every_backend
 def test_columns_that_cancel_are_zero_when_renormalized(backend):
     """The same update twice with opposite weights has no direction to renormalize."""
     case = random_case((3, 3), 20, 15)

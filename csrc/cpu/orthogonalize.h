@@ -12,11 +12,14 @@
 namespace domerge {
 namespace DOMERGE_ISA {
 
+// Factors below this share of the largest are left as they are, as zero ones are.
+constexpr double kNegligible = 1e-6;
+
 struct Segments {
     int64_t count;
     int64_t* start;       // [count + 1]
     int64_t* of_row;      // [R]
-    double* factor_norm;  // [count]: n_i
+    double* factor_norm;  // [count]: n_i, 0 if negligible
 };
 
 struct Matrices {
@@ -279,6 +282,11 @@ inline void begin_descent(const float* gram, double scale, const Matrices& m, co
         for (int64_t i = s.start[j]; i < s.start[j + 1]; ++i) trace += m.gram[i * m.ld + i];
         s.factor_norm[j] = trace > 0 ? __builtin_sqrt(trace) : 0.0;
     }
+    double largest = 0;
+    for (int64_t j = 0; j < s.count; ++j)
+        if (s.factor_norm[j] > largest) largest = s.factor_norm[j];
+    for (int64_t j = 0; j < s.count; ++j)
+        if (s.factor_norm[j] <= kNegligible * largest) s.factor_norm[j] = 0.0;
 }
 
 // The descent from C = I; leaves C in m.ct. Objectives are those of G / scale.

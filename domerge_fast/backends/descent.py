@@ -27,7 +27,11 @@ from torch import Tensor
 EPSILON = 1e-3
 FIRST_BRACKET = 1.0 / 64
 MAX_DOUBLINGS = 60
-BISECTIONS = 40
+MAX_BISECTIONS = 200
+PRECISION = 1e-9
+NEGLIGIBLE = 1e-6
+"""Adapters below this share of the largest norm are left as they are: the condition of the problem
+grows with the spread of the norms."""
 STATS = ("steps", "objective_before", "objective_after", "cross_left", "change")
 
 
@@ -73,7 +77,9 @@ class Line:
             if not falling.any():
                 break
             low, high = torch.where(falling, high, low), torch.where(falling, 2 * high, high)
-        for _ in range(BISECTIONS):
+        for _ in range(MAX_BISECTIONS):
+            if not (high - low > PRECISION * high).any():
+                break
             middle = (low + high) / 2
             falling = self.slope(middle) < 0
             low, high = torch.where(falling, middle, low), torch.where(falling, high, middle)
@@ -170,7 +176,7 @@ class _GramForm:
         self.member = torch.nn.functional.one_hot(self.owner, adapters).to(g.dtype)  # [R, T]
         self.pairs = torch.triu_indices(adapters, adapters, 1, device=device)
         norms = (g.diagonal(dim1=1, dim2=2) @ self.member).double().clamp_min(0).sqrt()
-        inverse = torch.where(norms > 0, 1 / norms, 0.0)
+        inverse = torch.where(_counts(norms), 1 / norms, 0.0)
         self.weight = inverse[:, self.pairs[0]] * inverse[:, self.pairs[1]]  # [P, pairs]
         self.smoothing = torch.where(self.weight > 0, (EPSILON / self.weight).square(), 0.0)
         self.v = self._per_entry(4 * self.weight)
@@ -262,9 +268,9 @@ class _FactorForm:
         self.x = x.new_zeros(*self.real.shape, x.shape[1])
         self.x[self.real] = x
         norms = self.x.square().sum((1, 2), dtype=torch.float64).sqrt()
-        root = torch.where(norms > 0, norms.rsqrt(), 0.0).to(x.dtype)
+        root = torch.where(_counts(norms), norms.rsqrt(), 0.0).to(x.dtype)
         self.root, self.gamma = root[:, None, None], gamma
-        self.interfere = int((norms > 0).sum()) > 1
+        self.interfere = int(_counts(norms).sum()) > 1
         self.c = self.x.reshape(1, -1, x.shape[1])
         self.d = torch.zeros_like(self.c)
 
@@ -315,6 +321,11 @@ class _FactorForm:
 
     def advance(self, eta: Tensor) -> None:
         self.c = self.c + eta.to(self.c.dtype) * self.d
+
+
+def _counts(norms: Tensor) -> Tensor:
+    """Which adapters take part [..., T], given their norms."""
+    return norms > NEGLIGIBLE * norms.amax(-1, keepdim=True)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

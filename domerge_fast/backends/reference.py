@@ -20,6 +20,7 @@ from ..problem import Problem
 
 EPSILON = 1e-3
 ZERO_COLUMN = 1e-6
+NEGLIGIBLE = 1e-6
 
 
 def do_merging(
@@ -67,10 +68,10 @@ def loss(
     x_hat: Sequence[Tensor], x: Sequence[Tensor], penalty: str = "squared", gamma: float = 1.0
 ) -> Tensor:
     """sum_{i != j} phi(||Xhat_i Xhat_j^T||_F) + gamma sum_i ||Xhat_i - X_i||_F^2."""
-    total = x[0].new_zeros(())
+    total, sizes = x[0].new_zeros(()), _sizes(x)
     for i, xi in enumerate(x_hat):
         for j, xj in enumerate(x_hat):
-            size = float(x[i].norm() * x[j].norm())
+            size = sizes[i] * sizes[j]
             if i == j or size == 0:
                 continue
             squared = (xi @ xj.T).square().sum()
@@ -87,10 +88,10 @@ def gradient(
     x_hat: Sequence[Tensor], x: Sequence[Tensor], penalty: str = "squared", gamma: float = 1.0
 ) -> list[Tensor]:
     """∂loss/∂Xhat_i [r_i, d] of every adapter."""
-    result = [2 * gamma * (xi - yi) for xi, yi in zip(x_hat, x)]
+    result, sizes = [2 * gamma * (xi - yi) for xi, yi in zip(x_hat, x)], _sizes(x)
     for i, xi in enumerate(x_hat):
         for j, xj in enumerate(x_hat):
-            size = float(x[i].norm() * x[j].norm())
+            size = sizes[i] * sizes[j]
             if i == j or size == 0:
                 continue
             cross = xi @ xj.T
@@ -99,6 +100,12 @@ def gradient(
             else:
                 result[i] += 2 / (cross.square().sum() + (EPSILON * size) ** 2).sqrt() * cross @ xj
     return result
+
+
+def _sizes(x: Sequence[Tensor]) -> list[float]:
+    """||X_i||_F, 0 for adapters that are negligible beside the largest: they are left alone."""
+    norms = [float(xi.norm()) for xi in x]
+    return [norm if norm > NEGLIGIBLE * max(norms) else 0.0 for norm in norms]
 
 
 def descend(
@@ -174,10 +181,10 @@ def _exact_step(
     gamma: float,
 ) -> float:
     """The first minimum of the loss along the direction: its slope's first change of sign."""
-    crosses = []
+    crosses, sizes = [], _sizes(x)
     for i in range(len(x)):
         for j in range(i):
-            size = float(x[i].norm() * x[j].norm())
+            size = sizes[i] * sizes[j]
             if size == 0:
                 continue
             h = x_hat[i] @ x_hat[j].T
@@ -237,11 +244,11 @@ def orthogonalize(
     """C [R, R] from a descent on a stand-in X = sqrt(G) [R, R], which has the same Gram."""
     results, stats = [], []
     for g, r in zip(grams, ranks):
-        values, vectors = torch.linalg.eigh(g.double())
-        x = vectors * values.clamp_min(0).sqrt() @ vectors.T
+        x = _square_root(g.double()).T
         x_hat, s = descend(x.split(list(r)), penalty, gamma, steps, tol)
-        shift = torch.cat(x_hat) - x
-        results.append(torch.eye(len(g)).double() + shift @ torch.linalg.pinv(x, hermitian=True))
+        unit = g.double().diagonal().sqrt().reciprocal().nan_to_num(posinf=0.0)
+        inverse = torch.linalg.pinv(unit[:, None] * x, hermitian=True) * unit
+        results.append(torch.eye(len(g)).double() + (torch.cat(x_hat) - x) @ inverse)
         stats.append(s)
     return results, torch.tensor(stats, dtype=torch.float64).view(-1, 5)
 
@@ -285,7 +292,7 @@ def apply_decouple(
         stacked = _stack(p) if c is None else c.double() @ _stack(p)
         parts = stacked.split(list(p.ranks))
         squares = blocks[k].double().split([r * r for r in p.ranks])
-        roots = [_symmetric_root(g.view(r, r)) for g, r in zip(squares, p.ranks)]
+        roots = [_square_root(g.view(r, r)) for g, r in zip(squares, p.ranks)]
         merged = torch.zeros_like(stacked[0])
         size, directions, sizes = torch.zeros_like(merged), [], []
         for s, x, w in zip(roots, parts, omegas[k]):
@@ -297,16 +304,20 @@ def apply_decouple(
             sizes.append(norm.norm())
         direction = torch.cat(directions)
         if full is not None:
-            lengths = (_symmetric_root(full[k].double()) @ direction).norm(dim=0)
+            lengths = (_square_root(full[k].double()) @ direction).norm(dim=0)
             direction = torch.where(lengths > ZERO_COLUMN * size, direction / lengths, 0.0)
         results.append((scale * direction * merged).to(out_dtype))
         norms.append(torch.stack(sizes))
     return results, norms
 
 
-def _symmetric_root(gram: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(gram)
-    return vectors * values.clamp_min(0).sqrt() @ vectors.T
+def _square_root(gram: Tensor) -> Tensor:
+    """S with S^T S = gram: that of the correlations, times the rows' sizes, which keeps the digits
+    of rows that are far smaller than others."""
+    sizes = gram.diagonal().clamp_min(0).sqrt()
+    unit = sizes.reciprocal().nan_to_num(posinf=0.0)
+    values, vectors = torch.linalg.eigh(unit[:, None] * gram * unit)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T * sizes
 
 
 def truncate(

@@ -72,12 +72,15 @@ def _batches(grams: Sequence[Tensor], ranks: Sequence[tuple[int, ...]]) -> list[
 def orthogonalize_factors(
     problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-6
 ) -> tuple[list[Tensor], Tensor]:
-    """Xhat [R, d] in float32 (squared penalty) where R > d, and statistics [P, 5]."""
+    """Xhat [R, d] in float32 (squared penalty) where R > d, and statistics [P, 5].
+
+    In float64: the overlap is a difference of sums that the largest adapter dominates.
+    """
     results = [
-        descent.in_factor_form(p.stack(torch.float32), p.ranks, gamma, steps, tol) for p in problems
+        descent.in_factor_form(p.stack(torch.float64), p.ranks, gamma, steps, tol) for p in problems
     ]
     stats = torch.stack([s.cpu() for _, s in results]) if results else torch.zeros(0, 5).double()
-    return [x for x, _ in results], stats
+    return [x.float().contiguous() for x, _ in results], stats
 
 
 def apply(
@@ -129,13 +132,17 @@ def _decouple(
     inverse = torch.where(present, 1 / magnitudes, 0.0)
     signed = torch.tensor(omega, dtype=a.dtype, device=a.device)[:, None]
     merged = (signed.abs() * magnitudes).sum(0)  # [n]
-    gains = signed * inverse  # omega_i / mag_i
     if full is not None:
-        norms = torch.linalg.vector_norm(root(full).to(a.dtype) @ (gains[owner] * a), dim=0)
+        # In units of ||B_i||, so that adapters of very different sizes fit into one product.
+        sizes = torch.stack([g.trace() for g in grams]).clamp_min(0).sqrt()
+        balance = torch.where(sizes > 0, 1 / sizes, 0.0)[owner]
+        directions = a * (signed * sizes.to(a.dtype)[:, None] * inverse)[owner]
+        square_root = root(balance[:, None] * full * balance).to(a.dtype)
+        norms = torch.linalg.vector_norm(square_root @ directions, dim=0)
         floor = ZERO_COLUMN * (signed.abs() * present).sum(0)
         merged = torch.where(norms > floor, merged / norms, 0.0)
-    result = a * (scale * gains * merged)[owner]
-    return result.to(out_dtype), magnitudes.square().sum(1, dtype=torch.float64).sqrt()
+    result = a * (scale * signed * merged * inverse)[owner]
+    return result.to(out_dtype).contiguous(), magnitudes.square().sum(1, dtype=torch.float64).sqrt()
 
 
 def _norms(square_root: Tensor, a: Tensor) -> Tensor:
