@@ -29,8 +29,9 @@ class ModuleReport:
     """One merged module: a and b are None where that side was not orthogonalized.
 
     magnitudes: ||ΔW_i||_F of every adapter that has the module, by adapter name: those that were
-    merged (after orthogonalization) where the method decouples, those given otherwise. energy_kept: share of ||ΔW||_F^2 left by the truncation,
-    out of `energy`, the squared norm before it (0 where nothing was truncated).
+    merged (after orthogonalization) where the method decouples, those given otherwise.
+    energy_kept: share of ||ΔW||_F^2 left by the truncation, out of `energy`, the squared norm
+    before it (0 where nothing was truncated).
     """
 
     name: str

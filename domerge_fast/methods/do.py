@@ -2,7 +2,7 @@
 
     1. Ahat, Bhat: descend on the overlap between adapters, each side on its own (ops.orthogonalize)
     2. ΔW_i = Bhat_i Ahat_i = D_i diag(mag_i), one magnitude a column (an input feature)
-    3. ΔW = λ (sum_i ω_i D_i) diag(sum_i |ω_i| mag_i),  ω_i = w_i / sum |w| of those that have the module
+    3. ΔW = λ (sum_i ω_i D_i) diag(sum_i |ω_i| mag_i),  ω_i = w_i / sum |w| of the module's adapters
 
 The result is exactly Bhat A' with A' [R, n]: a LoRA adapter of rank R, with no SVD. It follows
 arXiv 2505.15875, for which no code was published; what the paper leaves open is an option here.
