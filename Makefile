@@ -3,6 +3,10 @@
 VENV  ?= .venv
 TORCH ?= torch==2.13.0
 PY    := $(VENV)/bin/python
+# Compiling all of torch and transformers to bytecode takes longer than installing them; Python
+# compiles what is imported, and keeps it.
+PIP   := $(PY) -m pip install -q --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 BUILD := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: setup demo test lint format bench clean
@@ -29,10 +33,10 @@ clean:
 # torch goes first, so that no dependency pulls in another build of it.
 $(VENV)/ready: $(BUILD)
 	test -x $(PY) || python3 -m venv $(VENV)
-	$(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q -e '.[test]'
+	$(PIP) $(TORCH)
+	$(PIP) -e '.[test]'
 	touch $@
 
 $(VENV)/ready-to-lint: $(VENV)/ready
-	$(PY) -m pip install -q -e '.[dev]'
+	$(PIP) -e '.[dev]'
 	touch $@
