@@ -164,7 +164,7 @@ def versions() -> dict[str, str]:
 def _load(sources: Iterable[Source], base_model: str | None) -> list[Adapter]:
     if isinstance(sources, (str, os.PathLike, Adapter)):
         raise OptionError("adapters", "is one adapter, not a list", "put it in a list: [adapter]")
-    loaded = [s if isinstance(s, Adapter) else load(s) for s in sources]
+    loaded = [_one(source) for source in sources]
     check_compatible(loaded, base_model)
     named: dict[str, Adapter] = {}
     for adapter in loaded:
@@ -173,6 +173,15 @@ def _load(sources: Iterable[Source], base_model: str | None) -> list[Adapter]:
         name = next(n for n in names if n not in named)
         named[name] = dataclasses.replace(adapter, name=name)
     return list(named.values())
+
+
+def _one(source: Source) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return load(source)
+    remedy = "give a folder, from_model(model, name) or from_tensors(factors)"
+    raise OptionError("adapters", f"a {type(source).__name__} is not an adapter", remedy)
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -170,7 +170,7 @@ def _truncate(
 
 def _energy(a: Tensor, b: Tensor) -> float:
     """||B A||_F^2 from the two Grams."""
-    return float(((a @ a.T) * (b.T @ b)).sum(dtype=torch.float64))
+    return float(((a @ a.T).double() * (b.T @ b).double()).sum())
 
 
 def _check_results(stacks: Sequence[Stack], merged: Sequence[Factors], backend: str) -> None:

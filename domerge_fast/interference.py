@@ -42,7 +42,7 @@ class InterferenceSums:
         for (adapters, ranks), members in alike.items():
             a = torch.stack([grams_a[k] for k in members])
             b = torch.stack([grams_b[k] for k in members])
-            inner = block_sums(a * b, ranks)
+            inner = block_sums(a.double() * b.double(), ranks)
             at = torch.tensor(adapters)
             grid = (at[:, None], at[None, :])
             self.inner[grid] += inner.sum(0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .adapters import LazyTensor
+from .adapters import Adapter, LazyTensor, load
 from .errors import OptionError
 from .options import suggest
 from .report import Report
@@ -70,9 +71,13 @@ class Merged:
             raise OptionError("name", problem, suggest(name, self.names))
         if self.path is None:
             return self.pairs[name]
-        from .adapters import load
+        return self._written.factors(name)
 
-        return load(self.path).factors(name)
+    @cached_property
+    def _written(self) -> Adapter:
+        if self.path is None:
+            raise AttributeError("this merge is in memory")
+        return load(self.path)
 
     def delta(self, name: str) -> Tensor:
         """ΔW = B A [m, n] in float32, out x in whatever way the base stores its weight."""

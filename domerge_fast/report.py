@@ -103,8 +103,8 @@ class Report:
             ("rank", span),
         ]
         for label, sides in (
-            ("A sides", [m.a for m in modules if m.a]),
-            ("B sides", [m.b for m in modules if m.b]),
+            ("A sides", [m.a for m in modules if m.a and len(m.magnitudes) > 1]),
+            ("B sides", [m.b for m in modules if m.b and len(m.magnitudes) > 1]),
         ):
             if sides:
                 lines.append((f"orthogonalized {label}", _describe(sides)))

@@ -171,6 +171,8 @@ def truncate(
     """
     results, kept = [], []
     for a, b in pairs:
+        balance = _balance(a, b)
+        a, b = a.double() / balance[:, None], b.double() * balance
         left, right = _Orthonormal(b), _Orthonormal(a.T)
         u, s, vh = torch.linalg.svd(left.core @ right.core.T, full_matrices=False)
         k, share = cut(s, rank, energy)
@@ -183,6 +185,14 @@ def truncate(
         )
         kept.append(share)
     return results, kept
+
+
+def _balance(a: Tensor, b: Tensor) -> Tensor:
+    """What brings row k of A and column k of B to one norm, [R]: neither side alone may decide
+    which part of B A is rounding noise."""
+    rows = torch.linalg.vector_norm(a.double(), dim=1)
+    columns = torch.linalg.vector_norm(b.double(), dim=0)
+    return torch.where((rows > 0) & (columns > 0), (rows / columns).sqrt(), 1.0)
 
 
 def cut(singular_values: Tensor, rank: int | None, energy: float | None) -> tuple[int, float]:
@@ -207,7 +217,7 @@ class _Orthonormal:
 
     def __init__(self, x: Tensor) -> None:
         self.q = None
-        self.x = x.float()
+        self.x = x
         if x.shape[1] > x.shape[0]:
             self.q, self.core = torch.linalg.qr(x.double())
             return
@@ -221,7 +231,7 @@ class _Orthonormal:
         """Q y [d, k]."""
         if self.q is not None:
             return self.q @ y
-        return self.x @ (self.back @ y).float()
+        return self.x @ (self.back @ y)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> list[bool]:

@@ -33,6 +33,7 @@ def whole_folder(target: Path, overwrite: bool, ours: Collection[str]) -> Iterat
     try:
         fresh.chmod(0o777 & ~_umask())
         yield fresh
+        check_target(target, overwrite, ours)  # again: much may have happened meanwhile
         _swap(fresh, target)
     except OSError as error:
         _discard(fresh, made)
@@ -109,7 +110,7 @@ def _swap(fresh: Path, target: Path) -> None:
             os.replace(aside, target)
             raise
         fresh = aside
-    shutil.rmtree(fresh)
+    shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
