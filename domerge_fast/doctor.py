@@ -36,7 +36,7 @@ def _extension() -> dict[str, str]:
         found["CUDA kernels"] = "off: built without nvcc; install the CUDA toolkit and reinstall"
     else:
         reason = cuda["error"] or f"{cuda['devices']} device(s)"
-        found["CUDA kernels"] = f"built for {cuda['archs']}; {reason}"
+        found["CUDA kernels"] = f"built for {cuda['archs']}, no op uses them yet; {reason}"
     return found
 
 

@@ -458,3 +458,29 @@ def test_delta_is_the_product_of_the_factors_and_unknown_modules_are_suggested()
     torch.testing.assert_close(merged.delta("q_proj"), b @ a)
     with pytest.raises(dm.OptionError, match="'q_prj'; did you mean 'q_proj'"):
         merged.delta("q_prj")
+
+
+@every_backend
+def test_truncation_keeps_an_adapter_whose_size_sits_in_one_factor(backend):
+    torch.manual_seed(0)
+    factors = [(torch.randn(2, 20) * size, torch.randn(24, 2) / size) for size in (1e-3, 1e4)]
+    loaded = [from_tensors({"x": pair}) for pair in factors]
+    merged = dm.merge(loaded, "linear", energy=1.0, backend=backend)
+    expected = sum(b.double() @ a.double() for a, b in factors)
+    assert distance(dense(merged, "x"), expected) < 1e-5
+    assert merged.report["x"].rank == 4
+
+
+def test_the_summary_describes_shared_modules_only():
+    case = CASES["odd d"]
+    loaded = adapters({"x": case, "y": case})
+    alone = from_tensors({"y": loaded[1].factors("y")})
+    merged = dm.merge([loaded[0], alone], backend="torch")
+    steps = merged.report["y"].a.steps
+    assert merged.report["x"].a.steps == 0 < steps
+    assert f"{steps} steps (median)" in dict(merged.report.summary())["orthogonalized A sides"]
+
+
+def test_what_is_no_adapter_is_refused():
+    with pytest.raises(dm.OptionError, match=r"a Linear is not an adapter; .*from_model"):
+        dm.merge([torch.nn.Linear(2, 2)])

@@ -604,3 +604,16 @@ def test_adapters_that_change_under_a_merge_are_noticed(pair, small_groups, tmp_
     write_adapter(pair[1], random_factors(SHAPES, 3, seed=5))
     with unchanged(tmp_path), pytest.raises(DomergeError, match="changed since it was loaded"):
         dm.merge(adapters, output=tmp_path / "out")
+
+
+def test_files_that_appear_during_the_merge_are_not_replaced(tmp_path):
+    adapter = dm.from_tensors({"x": (torch.randn(2, 5), torch.randn(4, 2))})
+    out = tmp_path / "out"
+
+    def somebody_else_writes(done: int, total: int) -> None:
+        out.mkdir()
+        (out / "precious.txt").write_text("mine")
+
+    with pytest.raises(dm.OutputError, match="holds other files"):
+        dm.merge([adapter], output=out, progress=somebody_else_writes)
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious.txt"]
