@@ -209,7 +209,7 @@ def cut(singular_values: Tensor, rank: int | None, energy: float | None) -> tupl
 
 
 class _Orthonormal:
-    """X [d, R] as Q core with orthonormal columns in Q, in float64; Q is never formed if R <= d.
+    """X [d, R] in float64 as Q core with orthonormal columns in Q; Q is never formed if R <= d.
 
     X = Q sqrt(L) W^T from the eigenvalues of X^T X = W L W^T. In float64 the squaring loses
     singular values below 1e-8 of the largest, less than the float32 factors hold.
@@ -219,9 +219,9 @@ class _Orthonormal:
         self.q = None
         self.x = x
         if x.shape[1] > x.shape[0]:
-            self.q, self.core = torch.linalg.qr(x.double())
+            self.q, self.core = torch.linalg.qr(x)
             return
-        values, vectors = torch.linalg.eigh(x.double().T @ x.double())
+        values, vectors = torch.linalg.eigh(x.T @ x)
         support = values > values[-1].clamp_min(0) * 1e-14
         half = values.where(support, 0.0).sqrt()
         self.core = half[:, None] * vectors.T
