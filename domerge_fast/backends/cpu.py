@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _C
 from ..problem import Problem
 from . import torch as library
+from .layout import DTYPES, addresses, arrange, matrices
 from .torch import orthogonalize_factors, truncate
 
 __all__ = [
@@ -27,8 +28,6 @@ __all__ = [
     "truncate",
 ]
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 MAX_DESCENT_RANK = 1024
 """Above it the library's blocked GEMM takes over: up to here the kernel was measured faster."""
 
@@ -37,7 +36,7 @@ def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float32) -> lis
     """X X^T [R, R] of every problem, products and sums in `dtype` (float32 or float64)."""
     table, _alive = _describe(problems)
     out = [torch.empty(p.rank, p.rank, dtype=dtype) for p in problems]
-    _C.gram(table, _addresses(out), dtype == torch.float64, torch.get_num_threads())
+    _C.gram(table, addresses(out), dtype == torch.float64, torch.get_num_threads())
     return out
 
 
@@ -45,7 +44,7 @@ def block_gram(problems: Sequence[Problem]) -> list[Tensor]:
     """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
     table, _alive = _describe(problems)
     out = [torch.empty(sum(r * r for r in p.ranks), dtype=torch.float64) for p in problems]
-    _C.block_gram(table, _addresses(out), torch.get_num_threads())
+    _C.block_gram(table, addresses(out), torch.get_num_threads())
     return out
 
 
@@ -73,10 +72,10 @@ def orthogonalize(
     outputs = [torch.empty_like(g) for g in inputs]
     rows = torch.zeros(len(small), 5, dtype=torch.float64)
     _C.orthogonalize(
-        _addresses(inputs),
+        addresses(inputs),
         [r for i in small for r in ranks[i]],
         [len(ranks[i]) for i in small],
-        _addresses(outputs),
+        addresses(outputs),
         rows.data_ptr(),
         penalty == "frobenius",
         gamma,
@@ -95,7 +94,7 @@ def apply(
 ) -> list[Tensor]:
     """C X [K, d] of every problem (None: X itself), in the memory layout of its first block."""
     table, _alive = _describe(problems)
-    cs = _matrices(coefficients)
+    cs = matrices(coefficients)
     rows = [p.rank if c is None else c.shape[0] for c, p in zip(cs, problems)]
     out = [
         torch.empty(p.d, k, dtype=out_dtype).T
@@ -104,7 +103,7 @@ def apply(
         for k, p in zip(rows, problems)
     ]
     code, threads = DTYPES[out_dtype], torch.get_num_threads()
-    _C.apply(table, _addresses(cs), rows, _addresses(out), code, threads)
+    _C.apply(table, addresses(cs), rows, addresses(out), code, threads)
     return out
 
 
@@ -119,21 +118,21 @@ def apply_decouple(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A' [R, n] and the adapters' norms ||B_i A_i||_F [T] in float64, of every problem."""
     table, _alive = _describe(problems, rows_only=True)
-    cs = _matrices(coefficients)
+    cs = matrices(coefficients)
     packed = [k.contiguous() for k in blocks]
     whole = [h.contiguous() for h in full or ()]
     out = [torch.empty(p.rank, p.d, dtype=out_dtype) for p in problems]
     norms = [torch.empty(len(p.blocks), dtype=torch.float64) for p in problems]
     _C.apply_decouple(
         table,
-        _addresses(cs),
-        _addresses(packed),
+        addresses(cs),
+        addresses(packed),
         [w for omega in omegas for w in omega],
         scale,
-        _addresses(whole),
-        _addresses(out),
+        addresses(whole),
+        addresses(out),
         DTYPES[out_dtype],
-        _addresses(norms),
+        addresses(norms),
         torch.get_num_threads(),
     )
     return out, norms
@@ -147,50 +146,25 @@ def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
     dense = [x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous() for x in tensors]
     codes = [DTYPES[x.dtype] for x in dense]
     counts = [x.numel() for x in dense]
-    return _C.all_finite(_addresses(dense), counts, codes, torch.get_num_threads())
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
-
-
-def _matrices(coefficients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    return [None if c is None else c.float().contiguous() for c in coefficients]
+    return _C.all_finite(addresses(dense), counts, codes, torch.get_num_threads())
 
 
 def _describe(
     problems: Sequence[Problem], rows_only: bool = False
 ) -> tuple[_C.Problems, list[Tensor]]:
-    """The kernels' table of problems, and the tensors to keep alive while it is used.
-
-    A block whose memory is not laid out like its problem's first one is copied; one that is a
-    slice of a larger matrix is not.
-    """
+    """The kernels' table of problems, and the tensors to keep alive while it is used."""
     alive: list[Tensor] = []
     pitches: list[int] = []
-    dtypes: list[int] = []
-    columns: list[bool] = []
-    for p in problems:
-        in_columns = p.in_columns and not rows_only
-        columns.append(in_columns)
-        for block in p.blocks:
-            code = DTYPES.get(block.dtype)
-            if code is None:
-                block, code = block.float(), 0
-            step, pitch = block.stride()[::-1]
-            if in_columns:
-                step, pitch = pitch, step
-            if step != 1 or pitch < block.shape[not in_columns]:
-                block = block.T.contiguous().T if in_columns else block.contiguous()
-                pitch = block.shape[not in_columns]
-            alive.append(block)
-            pitches.append(pitch)
-            dtypes.append(code)
+    columns = [p.in_columns and not rows_only for p in problems]
+    for p, in_columns in zip(problems, columns):
+        arranged, steps = arrange(p, in_columns)
+        alive += arranged
+        pitches += steps
     table = _C.Problems(
-        [block.data_ptr() for block in alive],
+        addresses(alive),
         [r for p in problems for r in p.ranks],
         pitches,
-        dtypes,
+        [DTYPES[block.dtype] for block in alive],
         [scale for p in problems for scale in p.scales],
         [len(p.blocks) for p in problems],
         [p.d for p in problems],

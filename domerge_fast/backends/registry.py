@@ -7,10 +7,13 @@ for by name that cannot run is an error; only "auto" chooses.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
+
+import torch
 
 from .. import options
 from ..errors import OptionError
@@ -30,11 +33,11 @@ ENVIRONMENT = "DOMERGE_BACKEND"
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the table: `devices` are torch device types, empty for any."""
+    """A row of the table: `devices` gives torch device types, empty for any."""
 
     module: str
     summary: str
-    devices: tuple[str, ...]
+    devices: Callable[[], tuple[str, ...]]
     why_not: Callable[[], str | None]
 
 
@@ -56,6 +59,14 @@ def _always() -> None:
     return None
 
 
+def _anywhere() -> tuple[str, ...]:
+    return ()
+
+
+def _cpu() -> tuple[str, ...]:
+    return ("cpu",)
+
+
 def _extension_missing() -> str | None:
     try:
         importlib.import_module("domerge_fast._C")
@@ -64,11 +75,64 @@ def _extension_missing() -> str | None:
     return None
 
 
+def _cuda_extension() -> ModuleType | None:
+    try:
+        return importlib.import_module("domerge_fast._cuda")
+    except ImportError:
+        return None
+
+
+def _cuda_devices() -> tuple[str, ...]:
+    """A GPU; the CPU for kernels that the tests compile with a C++ compiler."""
+    extension = _cuda_extension()
+    return ("cpu",) if extension and extension.ON_HOST else ("cuda",)
+
+
+def _cuda_missing() -> str | None:
+    extension = _cuda_extension()
+    if extension is None:
+        return "built without nvcc; install the CUDA toolkit and reinstall with DOMERGE_CUDA=1"
+    if extension.ON_HOST:
+        return None
+    return extension.info()["error"] or _torch_cuda_missing()
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_devices() -> tuple[str, ...]:
+    return ("cpu",) if _interpreted() else ("cuda",)
+
+
+def _triton_missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton`"
+    return None if _interpreted() else _torch_cuda_missing()
+
+
+def _torch_cuda_missing() -> str | None:
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device or driver"
+    return None
+
+
 TABLE = MappingProxyType(
     {
-        "cpu": Backend("cpu", "C++ kernels, vectorised and threaded", ("cpu",), _extension_missing),
-        "torch": Backend("torch", "factor space in plain PyTorch", (), _always),
-        "reference": Backend("reference", "literal and dense in float64: the oracle", (), _always),
+        "cpu": Backend("cpu", "C++ kernels, vectorised and threaded", _cpu, _extension_missing),
+        "cuda": Backend(
+            "cuda", "CUDA C++ kernels, all modules in one launch", _cuda_devices, _cuda_missing
+        ),
+        "triton": Backend(
+            "triton", "Triton kernels, all modules in one launch", _triton_devices, _triton_missing
+        ),
+        "torch": Backend("torch", "factor space in plain PyTorch", _anywhere, _always),
+        "reference": Backend(
+            "reference", "literal and dense in float64: the oracle", _anywhere, _always
+        ),
     }
 )
 
@@ -76,7 +140,7 @@ TABLE = MappingProxyType(
 def backends() -> dict[str, BackendStatus]:
     """Every backend by name, with the reason where it cannot run here."""
     return {
-        name: BackendStatus(name, row.summary, row.devices, row.why_not())
+        name: BackendStatus(name, row.summary, row.devices(), row.why_not())
         for name, row in TABLE.items()
     }
 
@@ -93,7 +157,7 @@ def choose(name: str, device_type: str) -> str:
     options.choose("backend", name, ["auto", *TABLE])
     row = TABLE[name]
     if not _runs_on(row, device_type):
-        where = " or ".join(row.devices)
+        where = " or ".join(row.devices())
         raise OptionError(
             "backend", f"{name!r} runs on {where}, not on {device_type}", "use 'torch' there"
         )
@@ -104,7 +168,7 @@ def choose(name: str, device_type: str) -> str:
 
 
 def _runs_on(row: Backend, device_type: str) -> bool:
-    return not row.devices or device_type in row.devices
+    return not row.devices() or device_type in row.devices()
 
 
 def load(name: str) -> ModuleType:

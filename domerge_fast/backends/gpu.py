@@ -1,0 +1,391 @@
+"""What the CUDA and the Triton backend share: which numbers a launch reads, and where it writes.
+
+The kernels differ (`Kernels`); the tables, the tiles and the allocations are the same. One launch
+does all problems of an op, whatever their shapes: R is padded to a few sizes, work is cut into
+tiles, the largest first, and sums over d into fixed chunks that are added in order, so that
+results are bitwise the same every time. Launches are on the current stream, nothing waits for
+them, and so a call can be captured in a CUDA graph (after one call outside it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from . import tables
+from . import torch as library
+from .descent import STATS
+from .layout import addresses, matrices
+from .tables import Table
+
+GRAM_CHUNK = 4096
+"""Columns of X that are summed at a stretch."""
+
+MAX_RANK = 256
+"""R up to which one block works on a problem's R x R matrices; beyond it, library GEMMs do."""
+
+
+class Kernels(Protocol):
+    """The launches that a backend supplies.
+
+    All tensors are on the device, all tables int64. `out` holds every problem's result, at the
+    offsets (in elements) that the tables give; what it holds before is arbitrary.
+    """
+
+    def sizes(self, op: str) -> tuple[int, ...]:
+        """The padded sizes, rising, that an op has kernels for. The tiles of "gram" and "apply"
+        have these many rows and any R; "orthogonalize" and "apply_decouple" pad R to them."""
+
+    def columns(self, op: str, size: int) -> int:
+        """Columns of X in a tile of "apply" or "apply_decouple" of this size."""
+
+    def gram(
+        self, table: Table, size: int, tiles: Tensor, sums: Tensor, parts: Tensor, out: Tensor
+    ) -> None:
+        """G = X X^T in float32, scaled, both triangles.
+
+        tiles [N, 7]: problem, row tile i, column tile j <= i, begin, end (columns of X), part,
+        offset of G. Tile (i, j) is rows i size to (i + 1) size times rows j size to (j + 1) size.
+        Part -1: the tile spans d and goes to out; else it goes, unscaled, to parts[part]
+        [size, size]. sums [M, 6]: problem, i, j, first part, number of parts, offset of G: the
+        parts are then added in order, scaled, and written to out.
+        """
+
+    def block_gram(self, table: Table, work: Tensor, out: Tensor) -> None:
+        """K_i = X_i X_i^T in float64, scaled. work [N, 4]: problem, block, its rank, offset."""
+
+    def orthogonalize(
+        self,
+        size: int,
+        work: Tensor,
+        starts: Tensor,
+        out: Tensor,
+        stats: Tensor,
+        frobenius: bool,
+        gamma: float,
+        steps: int,
+        tol: float,
+    ) -> None:
+        """C of every problem, by the rule of descent.py.
+
+        work [P, 6]: address of G (float32 [R, R]), R, T, position in starts of its T + 1 entries
+        (the first row of each adapter, then R), offset of C, row of stats [., 5] in float64.
+        """
+
+    def apply(self, table: Table, size: int, tiles: Tensor, work: Tensor, out: Tensor) -> None:
+        """C X, or X where there is no C, scaled and cast to out's dtype.
+
+        work [P, 3]: address of C (float32 [K, R]) or 0, K, offset. tiles [N, 3]: problem, first
+        row, first column of a tile of `size` rows. Results are [K, d]; [d, K] in columns.
+        """
+
+    def roots(self, work: Tensor, out: Tensor, norms: Tensor) -> None:
+        """S (float32 [r, r]) with norm^2 S^T S = K, norm^2 = trace K, of every block.
+
+        work [N, 3]: address of K (float64 [r, r]), r, offset. norms [N] in float32. By Cholesky
+        with diagonal pivoting in float64, stopped where what is left is below 1e-16 r trace K;
+        the rows from there on are zero. K = 0 gives S = 0 and norm 0.
+        """
+
+    def apply_decouple(
+        self,
+        table: Table,
+        size: int,
+        tiles: Tensor,
+        work: Tensor,
+        offsets: Tensor,
+        roots: Tensor,
+        norms: Tensor,
+        omegas: Tensor,
+        scale: float,
+        out: Tensor,
+        energies: Tensor,
+    ) -> None:
+        """A' [R, d] of ops.apply_decouple without `full`, for problems in rows.
+
+        work [P, 2]: address of C (float32 [R, R]) or 0, offset. tiles [N, 3]: problem, first
+        column, slot. offsets [N]: of every block's S in roots; norms and omegas (float64) [N]: one
+        a block. energies [N, slots] in float64, zero before: the sum of mag_i^2 over a slot's
+        columns. Where ||S_i a_i|| <= ZERO_COLUMN ||a_i||, mag_i is zero.
+        """
+
+    def all_finite(self, dtype: torch.dtype, tiles: Tensor, flags: Tensor) -> None:
+        """Sets flags[i] (int32, 1 before) to 0 where tensor i holds NaN or Inf.
+
+        tiles [N, 3]: tensor, address of a stretch of it, elements.
+        """
+
+
+FINITE_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class Gpu:
+    """The ops of registry.OPS on the kernels that `load` gives."""
+
+    load: Callable[[], Kernels]
+
+    def gram(self, problems: Sequence[Problem], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """X X^T [R, R] of every problem; in float64 by library calls."""
+        if dtype == torch.float64 or not problems:
+            return library.gram(problems, dtype)
+        kernels = self.load()
+        with _region("gram", problems[0].device) as device:
+            host = tables.describe(problems)
+            offsets, total = tables.places(p.rank**2 for p in problems)
+            plans = [
+                (size, *tables.gram_tiles(problems, members, offsets, size, GRAM_CHUNK))
+                for size, members in _by_rank(problems, kernels.sizes("gram")).items()
+            ]
+            table, rest = _upload(host, [x for _, *pair, _ in plans for x in pair])
+            out = torch.empty(total, device=device)
+            for size, _, _, count in plans:
+                parts = torch.empty(count, size, size, device=device)
+                kernels.gram(table, size, next(rest), next(rest), parts, out)
+        return [out[at : at + p.rank**2].view(p.rank, p.rank) for p, at in zip(problems, offsets)]
+
+    def block_gram(self, problems: Sequence[Problem]) -> list[Tensor]:
+        """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
+        if not problems:
+            return []
+        kernels = self.load()
+        with _region("block_gram", problems[0].device) as device:
+            host = tables.describe(problems)
+            sizes = [sum(r * r for r in p.ranks) for p in problems]
+            offsets, total = tables.places(sizes)
+            work: list[tuple[int, int, int, int]] = []
+            for k, (p, at) in enumerate(zip(problems, offsets)):
+                for r in p.ranks:
+                    work.append((k, len(work), r, at))
+                    at += r * r
+            cost = [problems[k].d * r * r for k, _, r, _ in work]
+            table, rest = _upload(host, [tables.largest_first(work, lambda row: cost[row[1]])])
+            out = torch.empty(total, dtype=torch.float64, device=device)
+            kernels.block_gram(table, next(rest), out)
+        return [out[at : at + size] for at, size in zip(offsets, sizes)]
+
+    def orthogonalize(
+        self,
+        grams: Sequence[Tensor],
+        ranks: Sequence[tuple[int, ...]],
+        penalty: str = "squared",
+        gamma: float = 1.0,
+        steps: int = 50,
+        tol: float = 1e-6,
+    ) -> tuple[list[Tensor], Tensor]:
+        """C [R, R] of every problem and the descent's statistics [P, 5] (see descent.STATS).
+
+        Problems with R above MAX_RANK go through batched library calls.
+        """
+        large = [i for i, g in enumerate(grams) if len(g) > MAX_RANK]
+        small = {i: g.float().contiguous() for i, g in enumerate(grams) if len(g) <= MAX_RANK}
+        if not small:
+            return library.orthogonalize(grams, ranks, penalty, gamma, steps, tol)
+        kernels = self.load()
+        results: list[Tensor] = list(grams)
+        with _region("orthogonalize", grams[0].device) as device:
+            stats = torch.empty(len(grams), len(STATS), dtype=torch.float64, device=device)
+            if large:
+                found, stats[large] = library.orthogonalize(
+                    [grams[i] for i in large], [ranks[i] for i in large], penalty, gamma, steps, tol
+                )
+                for i, c in zip(large, found):
+                    results[i] = c
+            offsets, total = tables.places(g.numel() for g in small.values())
+            starts: list[int] = []
+            work: dict[int, tuple[int, ...]] = {}
+            for (i, g), at in zip(small.items(), offsets):
+                work[i] = (g.data_ptr(), len(g), len(ranks[i]), len(starts), at, i)
+                starts += accumulate(ranks[i], initial=0)
+            groups = tables.buckets(
+                {i: len(g) for i, g in small.items()}, kernels.sizes("orthogonalize")
+            )
+            rows = [
+                tables.largest_first([work[i] for i in m], lambda w: w[1]) for m in groups.values()
+            ]
+            begins, *works = tables.upload(device, [torch.tensor(starts), *rows])
+            out = torch.empty(total, device=device)
+            rule = (penalty == "frobenius", gamma, steps, tol)
+            for size, rows_of in zip(groups, works):
+                kernels.orthogonalize(size, rows_of, begins, out, stats, *rule)
+            for (i, g), at in zip(small.items(), offsets):
+                results[i] = out[at : at + g.numel()].view_as(g)
+        return results, stats
+
+    def orthogonalize_factors(
+        self, problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-6
+    ) -> tuple[list[Tensor], Tensor]:
+        """Xhat [R, d] where R > d, and statistics [P, 5]: library calls in float64."""
+        return library.orthogonalize_factors(problems, gamma, steps, tol)
+
+    def apply(
+        self,
+        coefficients: Sequence[Tensor | None],
+        problems: Sequence[Problem],
+        out_dtype: torch.dtype,
+    ) -> list[Tensor]:
+        """C X [K, d] of every problem (None: X itself), in the memory layout of its first block."""
+        if not problems:
+            return []
+        kernels = self.load()
+        with _region("apply", problems[0].device) as device:
+            host = tables.describe(problems)
+            cs = matrices(coefficients)
+            counts = [p.rank if c is None else len(c) for c, p in zip(cs, problems)]
+            offsets, total = tables.places(k * p.d for k, p in zip(counts, problems))
+            work = torch.tensor(list(zip(addresses(cs), counts, offsets)))
+            groups = tables.buckets(dict(enumerate(counts)), kernels.sizes("apply"))
+            tiles = [
+                torch.tensor(
+                    [
+                        (k, row, begin)
+                        for k, begin, _ in tables.column_tiles(
+                            problems, members, kernels.columns("apply", size)
+                        )
+                        for row in range(0, counts[k], size)
+                    ]
+                )
+                for size, members in groups.items()
+            ]
+            table, rest = _upload(host, [work, *tiles])
+            out = torch.empty(total, dtype=out_dtype, device=device)
+            on_device = next(rest)
+            for size in groups:
+                kernels.apply(table, size, next(rest), on_device, out)
+        flat = [out[at : at + k * p.d] for at, k, p in zip(offsets, counts, problems)]
+        return [
+            x.view(p.d, k).T if p.in_columns else x.view(k, p.d)
+            for x, k, p in zip(flat, counts, problems)
+        ]
+
+    def apply_decouple(
+        self,
+        coefficients: Sequence[Tensor | None],
+        problems: Sequence[Problem],
+        blocks: Sequence[Tensor],
+        omegas: Sequence[Sequence[float]],
+        scale: float,
+        out_dtype: torch.dtype,
+        full: Sequence[Tensor] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """A' [R, n] and the adapters' norms ||B_i A_i||_F [T] in float64, of every problem.
+
+        With `full`, or R above MAX_RANK in any problem, by library calls.
+        """
+        if (
+            full is not None
+            or max((p.rank for p in problems), default=0) > MAX_RANK
+            or not problems
+        ):
+            return library.apply_decouple(
+                coefficients, problems, blocks, omegas, scale, out_dtype, full
+            )
+        kernels = self.load()
+        with _region("apply_decouple", problems[0].device) as device:
+            host = tables.describe(problems, rows_only=True)
+            cs = matrices(coefficients)
+            packed = [k.contiguous() for k in blocks]
+            offsets, total = tables.places(p.rank * p.d for p in problems)
+            work = torch.tensor(list(zip(addresses(cs), offsets)))
+            squares = []
+            for p, k in zip(problems, packed):
+                address = k.data_ptr()
+                for r in p.ranks:
+                    squares.append((address, r))
+                    address += 8 * r * r
+            places, root_total = tables.places(r * r for _, r in squares)
+            roots_of = [(address, r, at) for (address, r), at in zip(squares, places)]
+            weights = [tables.float_bits(w) for omega in omegas for w in omega]
+            groups = _by_rank(problems, kernels.sizes("apply_decouple"))
+            tiles = [
+                torch.tensor(
+                    tables.column_tiles(problems, members, kernels.columns("apply_decouple", size))
+                )
+                for size, members in groups.items()
+            ]
+            slots = 1 + max(int(t[:, 2].max()) for t in tiles)
+            numbers = [work, torch.tensor(roots_of), torch.tensor(places), torch.tensor(weights)]
+            table, rest = _upload(host, [*numbers, *tiles])
+            work_of, roots_work, root_at, bits = (next(rest) for _ in numbers)
+            out = torch.empty(total, dtype=out_dtype, device=device)
+            roots = torch.empty(root_total, device=device)
+            norms = torch.empty(len(squares), device=device)
+            energies = torch.zeros(len(squares), slots, dtype=torch.float64, device=device)
+            kernels.roots(roots_work, roots, norms)
+            for size in groups:
+                kernels.apply_decouple(
+                    table,
+                    size,
+                    next(rest),
+                    work_of,
+                    root_at,
+                    roots,
+                    norms,
+                    bits.view(torch.float64),
+                    scale,
+                    out,
+                    energies,
+                )
+            sizes = energies.sum(1).sqrt().split([len(p.blocks) for p in problems])
+        results = [out[at : at + p.rank * p.d] for at, p in zip(offsets, problems)]
+        return [x.view(p.rank, p.d) for x, p in zip(results, problems)], list(sizes)
+
+    def truncate(
+        self,
+        pairs: Sequence[tuple[Tensor, Tensor]],
+        rank: int | None,
+        energy: float | None,
+        out_dtype: torch.dtype,
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+        """The best approximation of every B A of rank k, by batched library calls."""
+        return library.truncate(pairs, rank, energy, out_dtype)
+
+    def all_finite(self, tensors: Sequence[Tensor]) -> list[bool]:
+        """Whether each tensor (float32, bfloat16 or float16) holds neither NaN nor Inf."""
+        if not tensors:
+            return []
+        kernels = self.load()
+        with _region("all_finite", tensors[0].device) as device:
+            dense = [
+                x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous() for x in tensors
+            ]
+            flags = torch.ones(len(dense), dtype=torch.int32, device=device)
+            groups: dict[torch.dtype, list[tuple[int, int, int]]] = {}
+            for i, x in enumerate(dense):
+                for begin in range(0, x.numel(), FINITE_CHUNK):
+                    count = min(FINITE_CHUNK, x.numel() - begin)
+                    address = x.data_ptr() + begin * x.element_size()
+                    groups.setdefault(x.dtype, []).append((i, address, count))
+            rows = tables.upload(device, [torch.tensor(g) for g in groups.values()])
+            for dtype, tiles in zip(groups, rows):
+                kernels.all_finite(dtype, tiles, flags)
+        return [bool(flag) for flag in flags.tolist()]
+
+
+def _by_rank(problems: Sequence[Problem], sizes: Sequence[int]) -> dict[int, list[int]]:
+    return tables.buckets({k: p.rank for k, p in enumerate(problems)}, sizes)
+
+
+def _upload(host: Table, others: list[Tensor]) -> tuple[Table, Iterator[Tensor]]:
+    """The table and others on the device of the table's blocks."""
+    device = host.alive[0].device
+    first, *rest = tables.upload(device, [host.blocks, host.owner, host.problems, *others])
+    owner, problems, *others = rest
+    return host.to(first, owner, problems), iter(others)
+
+
+@contextlib.contextmanager
+def _region(name: str, device: torch.device) -> Iterator[torch.device]:
+    """The device made current, and an NVTX range around the launches of an op."""
+    if device.type != "cuda":
+        yield device
+        return
+    with torch.cuda.device(device), torch.cuda.nvtx.range(f"domerge_fast::{name}"):
+        yield device
