@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from on_device import FAST, move, split
 from shapes import CASES, SIDES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,7 +13,6 @@ from domerge_fast.backends import registry
 from domerge_fast.ops import _library
 
 NAMES = ("odd d", "rank 1 before 64", "one adapter")
-FAST = [n for n, s in registry.backends().items() if s.available and n != "reference"]
 OPS = ("gram", "block_gram", "orthogonalize", "orthogonalize_factors", "apply", "apply_decouple")
 
 every_op = pytest.mark.parametrize("op", OPS)
@@ -25,13 +25,14 @@ def entry(op: str):
 
 
 def arguments(op: str, layout: str, backend: str) -> tuple:
-    """Three modules as the flat lists that an op is registered with."""
+    """Three modules as the flat lists that an op is registered with, on the backend's device."""
+    backend, device = split(backend)
     problems = [SIDES[layout](CASES[name]) for name in NAMES]
     flat = _library.flatten(problems)
     ranks = [rank for p in problems for rank in p.ranks]
     c = [None, torch.ones(3, problems[1].rank), torch.eye(4)]
     packed = [torch.eye(sum(r * r for r in p.ranks)).double()[0] for p in problems]
-    return {
+    found = {
         "gram": (*flat, torch.float64, backend),
         "block_gram": (*flat, backend),
         "orthogonalize": (
@@ -47,6 +48,7 @@ def arguments(op: str, layout: str, backend: str) -> tuple:
             backend,
         ),
     }[op]
+    return move(found, device)
 
 
 def describe(tensors: list[Tensor]) -> list[tuple]:
@@ -95,7 +97,7 @@ def test_inputs_are_neither_changed_nor_returned(op, backend):
 
 @every_backend
 def test_a_function_of_ops_compiles_whole(backend):
-    blocks, counts, scales, *_ = arguments("gram", "columns", backend)
+    blocks, counts, scales, *_, backend = arguments("gram", "columns", backend)
 
     def merge(blocks: list[Tensor]) -> list[Tensor]:
         grams = entry("gram")(blocks, counts, scales, torch.float32, backend)

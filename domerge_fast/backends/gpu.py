@@ -35,8 +35,9 @@ MAX_RANK = 256
 class Kernels(Protocol):
     """The launches that a backend supplies.
 
-    All tensors are on the device, all tables int64. `out` holds every problem's result, at the
-    offsets (in elements) that the tables give; what it holds before is arbitrary.
+    All tensors are on the device, all tables int64. `out` is the first problem's result; offsets of
+    the others are distances from its first element, in elements, positive or negative. What
+    results hold before is arbitrary.
     """
 
     def sizes(self, op: str) -> tuple[int, ...]:
@@ -139,17 +140,16 @@ class Gpu:
         kernels = self.load()
         with _region("gram", problems[0].device) as device:
             host = tables.describe(problems)
-            offsets, total = tables.places(p.rank**2 for p in problems)
+            grams, offsets = _results([(p.rank, p.rank) for p in problems], torch.float32, device)
             plans = [
                 (size, *tables.gram_tiles(problems, members, offsets, size, GRAM_CHUNK))
                 for size, members in _by_rank(problems, kernels.sizes("gram")).items()
             ]
             table, rest = _upload(host, [x for _, *pair, _ in plans for x in pair])
-            out = torch.empty(total, device=device)
             for size, _, _, count in plans:
                 parts = torch.empty(count, size, size, device=device)
-                kernels.gram(table, size, next(rest), next(rest), parts, out)
-        return [out[at : at + p.rank**2].view(p.rank, p.rank) for p, at in zip(problems, offsets)]
+                kernels.gram(table, size, next(rest), next(rest), parts, grams[0])
+        return grams
 
     def block_gram(self, problems: Sequence[Problem]) -> list[Tensor]:
         """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
@@ -158,8 +158,8 @@ class Gpu:
         kernels = self.load()
         with _region("block_gram", problems[0].device) as device:
             host = tables.describe(problems)
-            sizes = [sum(r * r for r in p.ranks) for p in problems]
-            offsets, total = tables.places(sizes)
+            sizes = [(sum(r * r for r in p.ranks),) for p in problems]
+            packed, offsets = _results(sizes, torch.float64, device)
             work: list[tuple[int, int, int, int]] = []
             for k, (p, at) in enumerate(zip(problems, offsets)):
                 for r in p.ranks:
@@ -167,9 +167,8 @@ class Gpu:
                     at += r * r
             cost = [problems[k].d * r * r for k, _, r, _ in work]
             table, rest = _upload(host, [tables.largest_first(work, lambda row: cost[row[1]])])
-            out = torch.empty(total, dtype=torch.float64, device=device)
-            kernels.block_gram(table, next(rest), out)
-        return [out[at : at + size] for at, size in zip(offsets, sizes)]
+            kernels.block_gram(table, next(rest), packed[0])
+        return packed
 
     def orthogonalize(
         self,
@@ -198,7 +197,7 @@ class Gpu:
                 )
                 for i, c in zip(large, found):
                     results[i] = c
-            offsets, total = tables.places(g.numel() for g in small.values())
+            cs, offsets = _results([g.shape for g in small.values()], torch.float32, device)
             starts: list[int] = []
             work: dict[int, tuple[int, ...]] = {}
             for (i, g), at in zip(small.items(), offsets):
@@ -211,12 +210,11 @@ class Gpu:
                 tables.largest_first([work[i] for i in m], lambda w: w[1]) for m in groups.values()
             ]
             begins, *works = tables.upload(device, [torch.tensor(starts), *rows])
-            out = torch.empty(total, device=device)
             rule = (penalty == "frobenius", gamma, steps, tol)
             for size, rows_of in zip(groups, works):
-                kernels.orthogonalize(size, rows_of, begins, out, stats, *rule)
-            for (i, g), at in zip(small.items(), offsets):
-                results[i] = out[at : at + g.numel()].view_as(g)
+                kernels.orthogonalize(size, rows_of, begins, cs[0], stats, *rule)
+            for i, c in zip(small, cs):
+                results[i] = c
         return results, stats
 
     def orthogonalize_factors(
@@ -239,7 +237,8 @@ class Gpu:
             host = tables.describe(problems)
             cs = matrices(coefficients)
             counts = [p.rank if c is None else len(c) for c, p in zip(cs, problems)]
-            offsets, total = tables.places(k * p.d for k, p in zip(counts, problems))
+            shapes = [(p.d, k) if p.in_columns else (k, p.d) for k, p in zip(counts, problems)]
+            results, offsets = _results(shapes, out_dtype, device)
             work = torch.tensor(list(zip(addresses(cs), counts, offsets)))
             groups = tables.buckets(dict(enumerate(counts)), kernels.sizes("apply"))
             tiles = [
@@ -255,15 +254,10 @@ class Gpu:
                 for size, members in groups.items()
             ]
             table, rest = _upload(host, [work, *tiles])
-            out = torch.empty(total, dtype=out_dtype, device=device)
-            on_device = next(rest)
+            work_of = next(rest)
             for size in groups:
-                kernels.apply(table, size, next(rest), on_device, out)
-        flat = [out[at : at + k * p.d] for at, k, p in zip(offsets, counts, problems)]
-        return [
-            x.view(p.d, k).T if p.in_columns else x.view(k, p.d)
-            for x, k, p in zip(flat, counts, problems)
-        ]
+                kernels.apply(table, size, next(rest), work_of, results[0])
+        return [x.T if p.in_columns else x for x, p in zip(results, problems)]
 
     def apply_decouple(
         self,
@@ -292,7 +286,7 @@ class Gpu:
             host = tables.describe(problems, rows_only=True)
             cs = matrices(coefficients)
             packed = [k.contiguous() for k in blocks]
-            offsets, total = tables.places(p.rank * p.d for p in problems)
+            results, offsets = _results([(p.rank, p.d) for p in problems], out_dtype, device)
             work = torch.tensor(list(zip(addresses(cs), offsets)))
             squares = []
             for p, k in zip(problems, packed):
@@ -314,7 +308,6 @@ class Gpu:
             numbers = [work, torch.tensor(roots_of), torch.tensor(places), torch.tensor(weights)]
             table, rest = _upload(host, [*numbers, *tiles])
             work_of, roots_work, root_at, bits = (next(rest) for _ in numbers)
-            out = torch.empty(total, dtype=out_dtype, device=device)
             roots = torch.empty(root_total, device=device)
             norms = torch.empty(len(squares), device=device)
             energies = torch.zeros(len(squares), slots, dtype=torch.float64, device=device)
@@ -330,12 +323,12 @@ class Gpu:
                     norms,
                     bits.view(torch.float64),
                     scale,
-                    out,
+                    results[0],
                     energies,
                 )
-            sizes = energies.sum(1).sqrt().split([len(p.blocks) for p in problems])
-        results = [out[at : at + p.rank * p.d] for at, p in zip(offsets, problems)]
-        return [x.view(p.rank, p.d) for x, p in zip(results, problems)], list(sizes)
+            counts = [len(p.blocks) for p in problems]
+            sizes = torch.ops.aten.split_with_sizes_copy(energies.sum(1).sqrt(), counts)
+        return results, list(sizes)
 
     def truncate(
         self,
@@ -367,6 +360,15 @@ class Gpu:
             for dtype, tiles in zip(groups, rows):
                 kernels.all_finite(dtype, tiles, flags)
         return [bool(flag) for flag in flags.tolist()]
+
+
+def _results(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> tuple[list[Tensor], list[int]]:
+    """Memory of its own for every result, and each one's offset from the first."""
+    results = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    first = results[0].data_ptr()
+    return results, [(x.data_ptr() - first) // dtype.itemsize for x in results]
 
 
 def _by_rank(problems: Sequence[Problem], sizes: Sequence[int]) -> dict[int, list[int]]:

@@ -242,15 +242,17 @@ def orthogonalize(
     tol: float = 1e-6,
 ) -> tuple[list[Tensor], Tensor]:
     """C [R, R] from a descent on a stand-in X = sqrt(G) [R, R], which has the same Gram."""
-    results, stats = [], []
+    results: list[Tensor] = []
+    stats = []
     for g, r in zip(grams, ranks):
         x = _square_root(g.double()).T
         x_hat, s = descend(x.split(list(r)), penalty, gamma, steps, tol)
         unit = g.double().diagonal().sqrt().reciprocal().nan_to_num(posinf=0.0)
         inverse = torch.linalg.pinv(unit[:, None] * x, hermitian=True) * unit
-        results.append(torch.eye(len(g)).double() + (torch.cat(x_hat) - x) @ inverse)
+        eye = torch.eye(len(g), dtype=torch.float64, device=g.device)
+        results.append(eye + (torch.cat(x_hat) - x) @ inverse)
         stats.append(s)
-    return results, torch.tensor(stats, dtype=torch.float64).view(-1, 5)
+    return results, _table(stats, grams[0].device if grams else None)
 
 
 def orthogonalize_factors(
@@ -258,8 +260,12 @@ def orthogonalize_factors(
 ) -> tuple[list[Tensor], Tensor]:
     """Xhat [R, d] for the squared penalty, and the descent's statistics."""
     results = [descend(_blocks(p), "squared", gamma, steps, tol) for p in problems]
-    stats = torch.tensor([s for _, s in results], dtype=torch.float64).view(-1, 5)
+    stats = _table([s for _, s in results], problems[0].device if problems else None)
     return [torch.cat(x) for x, _ in results], stats
+
+
+def _table(stats: list[list[float]], device: torch.device | None) -> Tensor:
+    return torch.tensor(stats, dtype=torch.float64, device=device).view(-1, 5)
 
 
 def apply(

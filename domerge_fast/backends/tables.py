@@ -14,7 +14,7 @@ from ..problem import Problem
 from .layout import arrange
 
 ALIGNMENT = 16
-"""Results start at multiples of this many elements, so that whole vectors can be stored."""
+"""What shares an allocation starts at multiples of this many elements."""
 
 _captured: list[Tensor] = []
 """Host tables that CUDA graphs read again at every replay."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ ZERO_COLUMN = 1e-6
 """A column of B_i A_i below this share of ||B_i|| ||a|| is rounding noise: its direction is 0."""
 
 BATCH_BYTES = 64 << 20
-"""R x R matrices that one batch of the descent may hold in each of its buffers."""
+"""What one batch of problems may hold in each of its buffers."""
 
 
 def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -45,27 +45,28 @@ def orthogonalize(
 ) -> tuple[list[Tensor], Tensor]:
     """C [R, R] of every problem and the descent's statistics [P, 5] (see descent.STATS)."""
     results: list[Tensor] = list(grams)
-    stats = torch.zeros(len(grams), len(descent.STATS), dtype=torch.float64)
-    for batch in _batches(grams, ranks):
+    device = grams[0].device if grams else None
+    stats = torch.zeros(len(grams), len(descent.STATS), dtype=torch.float64, device=device)
+    for batch in _batches([tuple(r) for r in ranks], [g.nbytes for g in grams]):
         stacked = torch.stack([grams[i] for i in batch])
         c, batch_stats = descent.in_gram_form(
             stacked, tuple(ranks[batch[0]]), penalty, gamma, steps, tol
         )
-        stats[batch] = batch_stats.cpu()
+        stats[batch] = batch_stats
         for i, matrix in zip(batch, c):
             results[i] = matrix.clone()
     return results, stats
 
 
-def _batches(grams: Sequence[Tensor], ranks: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Problems that share their ranks, in batches of bounded size."""
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for i, r in enumerate(ranks):
-        alike.setdefault(tuple(r), []).append(i)
+def _batches(kinds: Sequence[Hashable], sizes: Sequence[int]) -> list[list[int]]:
+    """Positions of the same kind, in batches of at most BATCH_BYTES (or one)."""
+    alike: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(i)
     batches = []
     for members in alike.values():
-        size = max(1, BATCH_BYTES // max(1, grams[members[0]].nbytes))
-        batches += [members[k : k + size] for k in range(0, len(members), size)]
+        count = max(1, BATCH_BYTES // max(1, sizes[members[0]]))
+        batches += [members[k : k + count] for k in range(0, len(members), count)]
     return batches
 
 
@@ -79,7 +80,7 @@ def orthogonalize_factors(
     results = [
         descent.in_factor_form(p.stack(torch.float64), p.ranks, gamma, steps, tol) for p in problems
     ]
-    stats = torch.stack([s.cpu() for _, s in results]) if results else torch.zeros(0, 5).double()
+    stats = torch.stack([s for _, s in results]) if results else torch.zeros(0, 5).double()
     return [x.float().contiguous() for x, _ in results], stats
 
 
@@ -169,29 +170,32 @@ def truncate(
     k is the smallest rank that keeps the share `energy` of ||B A||_F^2, at most `rank`. The
     result is balanced: with B A = U S V^T cut to k, B = U sqrt(S) and A = sqrt(S) V^T.
     """
-    results, kept = [], []
-    for a, b in pairs:
+    results: list[tuple[Tensor, Tensor]] = list(pairs)
+    kept = [1.0] * len(pairs)
+    shapes = [(a.shape, b.shape) for a, b in pairs]
+    sizes = [8 * (a.numel() + b.numel()) for a, b in pairs]
+    for batch in _batches(shapes, sizes):
+        a = torch.stack([pairs[i][0] for i in batch]).double()
+        b = torch.stack([pairs[i][1] for i in batch]).double()
         balance = _balance(a, b)
-        a, b = a.double() / balance[:, None], b.double() * balance
-        left, right = _Orthonormal(b), _Orthonormal(a.T)
-        u, s, vh = torch.linalg.svd(left.core @ right.core.T, full_matrices=False)
-        k, share = cut(s, rank, energy)
-        half = s[:k].sqrt()
-        results.append(
-            (
-                right.expand(vh[:k].T * half).T.to(out_dtype).contiguous(),
-                left.expand(u[:, :k] * half).to(out_dtype).contiguous(),
+        left = _Orthonormal(b * balance[:, None])
+        right = _Orthonormal((a / balance[..., None]).mT)
+        u, s, vh = torch.linalg.svd(left.core @ right.core.mT, full_matrices=False)
+        for k, (i, values) in enumerate(zip(batch, s.cpu())):
+            count, kept[i] = cut(values, rank, energy)
+            half = s[k, :count].sqrt()
+            results[i] = (
+                right.expand(k, vh[k, :count].T * half).T.to(out_dtype).contiguous(),
+                left.expand(k, u[k, :, :count] * half).to(out_dtype).contiguous(),
             )
-        )
-        kept.append(share)
     return results, kept
 
 
 def _balance(a: Tensor, b: Tensor) -> Tensor:
-    """What brings row k of A and column k of B to one norm, [R]: neither side alone may decide
+    """What brings row k of A and column k of B to one norm, [P, R]: neither side alone may decide
     which part of B A is rounding noise."""
-    rows = torch.linalg.vector_norm(a.double(), dim=1)
-    columns = torch.linalg.vector_norm(b.double(), dim=0)
+    rows = torch.linalg.vector_norm(a, dim=2)
+    columns = torch.linalg.vector_norm(b, dim=1)
     return torch.where((rows > 0) & (columns > 0), (rows / columns).sqrt(), 1.0)
 
 
@@ -209,7 +213,7 @@ def cut(singular_values: Tensor, rank: int | None, energy: float | None) -> tupl
 
 
 class _Orthonormal:
-    """X [d, R] in float64 as Q core with orthonormal columns in Q; Q is never formed if R <= d.
+    """X [P, d, R] in float64 as Q core, Q with orthonormal columns; Q is not formed if R <= d.
 
     X = Q sqrt(L) W^T from the eigenvalues of X^T X = W L W^T. In float64 the squaring loses
     singular values below 1e-8 of the largest, less than the float32 factors hold.
@@ -218,20 +222,20 @@ class _Orthonormal:
     def __init__(self, x: Tensor) -> None:
         self.q = None
         self.x = x
-        if x.shape[1] > x.shape[0]:
+        if x.shape[2] > x.shape[1]:
             self.q, self.core = torch.linalg.qr(x)
             return
-        values, vectors = torch.linalg.eigh(x.T @ x)
-        support = values > values[-1].clamp_min(0) * 1e-14
+        values, vectors = torch.linalg.eigh(x.mT @ x)
+        support = values > values[:, -1:].clamp_min(0) * 1e-14
         half = values.where(support, 0.0).sqrt()
-        self.core = half[:, None] * vectors.T
-        self.back = vectors * torch.where(support, 1 / half, 0.0)
+        self.core = half[..., None] * vectors.mT
+        self.back = vectors * torch.where(support, 1 / half, 0.0)[:, None]
 
-    def expand(self, y: Tensor) -> Tensor:
-        """Q y [d, k]."""
+    def expand(self, k: int, y: Tensor) -> Tensor:
+        """Q y [d, columns] of the k-th X."""
         if self.q is not None:
-            return self.q @ y
-        return self.x @ (self.back @ y)
+            return self.q[k] @ y
+        return self.x[k] @ (self.back[k] @ y)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> list[bool]:

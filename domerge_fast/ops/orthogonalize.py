@@ -74,7 +74,7 @@ def _run(grams, ranks, counts, penalty, gamma, steps, tol, backend):
 
 
 def _fake(grams, ranks, counts, penalty, gamma, steps, tol, backend):
-    stats = torch.empty(len(grams), len(STATS), dtype=torch.float64)
+    stats = grams[0].new_empty(len(grams), len(STATS), dtype=torch.float64)
     return [*(torch.empty_like(g) for g in grams), stats]
 
 
@@ -87,7 +87,7 @@ def _run_factors(blocks, counts, scales, gamma, steps, tol, backend):
 
 def _fake_factors(blocks, counts, scales, gamma, steps, tol, backend):
     problems = _library.unflatten(blocks, counts, scales)
-    stats = torch.empty(len(problems), len(STATS), dtype=torch.float64)
+    stats = blocks[0].new_empty(len(problems), len(STATS), dtype=torch.float64)
     return [*(p.blocks[0].new_empty(p.rank, p.d, dtype=torch.float32) for p in problems), stats]
 
 
