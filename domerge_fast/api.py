@@ -42,6 +42,7 @@ def merge(
     energy: float | None = None,
     backend: str = "auto",
     device: str = "auto",
+    max_device_memory: int | str | None = None,
     progress: Progress = False,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -60,7 +61,9 @@ def merge(
     rank, energy: truncate every module to rank k, or to the smallest rank that keeps this share
         of ||ΔW||_F^2; with both, whichever is smaller. None: exact, rank sum r_i.
     backend, device: where the ops run; "auto" takes the fastest backend for the device, and the
-        device the factors are on (files: the CPU).
+        device the factors are on (files: the CPU). Factors of a merge in memory stay there.
+    max_device_memory: bytes (or "4GiB") of that device that groups of modules may take at once;
+        None: 80 % of what is free on a GPU.
     progress: True for a bar on stderr, or a function of (modules done, modules in all).
     output: write a PEFT folder while merging, so that no more than a group of modules is in
         memory; an existing one is replaced only with `overwrite`.
@@ -81,8 +84,10 @@ def merge(
     loaded = _load(adapters, base_model)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
     out_dtype = _dtype(dtype, plan)
-    where = _device(device, loaded)
-    settings = Settings(scale, out_dtype, registry.choose(backend, where.type))
+    place = engine.Place(
+        _device(device, loaded), options.size("max_device_memory", max_device_memory)
+    )
+    settings = Settings(scale, out_dtype, registry.choose(backend, place.device.type))
     target = peft.target(plan, out_dtype, base_model)
     sums = InterferenceSums([a.name for a in loaded])
 
@@ -94,7 +99,7 @@ def merge(
             scale=scale,
             options=dataclasses.asdict(chosen) | {"rank": rank, "energy": energy},
             backend=settings.backend,
-            device=str(where),
+            device=str(place.device),
             dtype=str(out_dtype).removeprefix("torch."),
             versions=versions(),
             modules=modules,
@@ -102,20 +107,20 @@ def merge(
             seconds=time.perf_counter() - started,
         )
 
-    def run(sink: engine.Sink) -> Report:
+    def run(sink: engine.Sink, to_host: bool) -> Report:
         with shown(progress, len(plan.names)) as show, torch.no_grad():
             resolved = _resolve(cut, row, plan)
             return finished(
-                engine.run(plan, row, chosen, settings, resolved, where, sums, sink, show)
+                engine.run(plan, row, chosen, settings, resolved, place, sums, sink, to_host, show)
             )
 
     if output is None:
         pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        report = run(lambda name, a, b: pairs.__setitem__(name, (a, b.contiguous())))
+        report = run(lambda name, a, b: pairs.__setitem__(name, (a, b.contiguous())), False)
         return Merged(report, target, pairs)
     path = Path(output).absolute()
     with peft.PeftFolder(path, target, overwrite) as folder:
-        report = run(folder.add)
+        report = run(folder.add, True)
         folder.finish(report)
     return Merged(report, target, {}, path)
 
@@ -138,7 +143,8 @@ def inspect(
     where = _device(device, loaded)
     sums = InterferenceSums([a.name for a in loaded])
     with shown(progress, len(plan.names)) as show, torch.no_grad():
-        engine.survey(plan, where, registry.choose(backend, where.type), sums, show)
+        chosen = registry.choose(backend, where.type)
+        engine.survey(plan, engine.Place(where), chosen, sums, show)
     return sums.result()
 
 
@@ -230,9 +236,9 @@ def _device(device: str, adapters: Sequence[Adapter]) -> torch.device:
         }
         return homes.pop() if len(homes) == 1 else torch.device("cpu")
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found).item()
+        probe = torch.zeros(1, device=device)
+        probe.item()
     except (RuntimeError, AssertionError) as error:
         remedy = "use 'cpu', or 'cuda:0' where torch sees a GPU"
         raise OptionError("device", f"torch cannot use {device!r} here", remedy) from error
-    return found
+    return probe.device

@@ -111,6 +111,7 @@ def _fill_merge(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=float, default=1.0, help="factor on the merged update (default: 1)")
     add("--rank", type=int, help="truncate every module to this rank (default: exact)")
     add("--energy", type=float, help="truncate to the least rank that keeps this share")
+    add("--max-device-memory", metavar="SIZE", help="of the device, e.g. 4GiB")
     add("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
     seen: set[str] = set()
     for method in TABLE.values():

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .errors import AdapterError, DomergeError
+from . import ops, transfer
+from .errors import AdapterError, DomergeError, OptionError
 from .interference import InterferenceSums, own_norms
 from .methods.base import Factors, Method, Settings
-from .plan import Plan, Stack
+from .plan import GPU_GROUP_BYTES, GROUP_BYTES, Plan, Stack
 from .report import ModuleReport
 
 MOST_COMPARED = 64
@@ -35,30 +36,42 @@ class Cut:
         return self.rank is not None or self.energy is not None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a merge runs, and how many bytes of that device's memory its groups may take."""
+
+    device: torch.device
+    most_bytes: int | None = None
+
+
 def run(
     plan: Plan,
     method: Method,
     options: Any,
     settings: Settings,
     cut: Cut,
-    device: torch.device,
+    place: Place,
     sums: InterferenceSums,
     sink: Sink,
+    to_host: bool,
     progress: Progress,
 ) -> dict[str, ModuleReport]:
     """Merge every module of the plan and give it to the sink, which works in another thread.
 
-    Raises AdapterError for a factor with NaN, Inf or values too large, before its module reaches
-    the sink.
+    to_host: whether the sink wants the results in the host's memory. Raises AdapterError for a
+    factor with NaN, Inf or values too large, before its module reaches the sink; OptionError for
+    a module that is too large for the place.
     """
     reports: dict[str, ModuleReport] = {}
     compare = len(plan.adapters) <= MOST_COMPARED
     inner = Settings(settings.scale, torch.float32, settings.backend) if cut else settings
     written: Future[None] | None = None
     with ThreadPoolExecutor(1, "domerge-write") as writer:
-        for stacks in _stacks(plan, device):
+        for stacks in _stacks(plan, place, settings.dtype):
             wanted = [compare or method.needs_grams(s, options) for s in stacks]
-            grams_a, grams_b = grams(plan, stacks, wanted, settings.backend)
+            grams_a, grams_b = grams(stacks, wanted, settings.backend)
+            host_a, host_b = transfer.gather(grams_a), transfer.gather(grams_b)
+            _check_factors(plan, stacks, host_a, host_b, settings.backend)
             merged = method.merge(stacks, grams_a, grams_b, options, inner)
             kept = [1.0] * len(stacks)
             energy = [0.0] * len(stacks)
@@ -66,14 +79,15 @@ def run(
                 merged, kept, energy = _truncate(merged, cut, settings)
             _check_results(stacks, merged, settings.backend)
             if compare:
-                norms = sums.add(stacks, _present(grams_a), _present(grams_b))
+                norms = sums.add(stacks, _present(host_a), _present(host_b))
             else:
                 norms = own_norms(stacks, settings.backend)
             for k, (s, f) in enumerate(zip(stacks, merged)):
                 reports[s.name] = _report(plan, s, f, norms[k], kept[k], energy[k])
             if written:
                 written.result()
-            written = writer.submit(_give, sink, stacks, merged)
+            ready = transfer.ready_event(place.device) if to_host else None
+            written = writer.submit(_give, sink, stacks, merged, ready)
             progress(len(reports), len(plan.names))
         if written:
             written.result()
@@ -81,53 +95,92 @@ def run(
 
 
 def survey(
-    plan: Plan, device: torch.device, backend: str, sums: InterferenceSums, progress: Progress
+    plan: Plan, place: Place, backend: str, sums: InterferenceSums, progress: Progress
 ) -> None:
     """Only the Grams, only counted into `sums`."""
     done = 0
-    for stacks in _stacks(plan, device):
-        grams_a, grams_b = grams(plan, stacks, [True] * len(stacks), backend)
+    for stacks in _stacks(plan, place, plan.dtype()):
+        grams_a, grams_b = (
+            transfer.gather(g) for g in grams(stacks, [True] * len(stacks), backend)
+        )
+        _check_factors(plan, stacks, grams_a, grams_b, backend)
         sums.add(stacks, _present(grams_a), _present(grams_b))
         done += len(stacks)
         progress(done, len(plan.names))
 
 
-def _stacks(plan: Plan, device: torch.device) -> Iterator[list[Stack]]:
-    """The plan's groups, each read while the one before it is worked on."""
+def _stacks(plan: Plan, place: Place, dtype: torch.dtype) -> Iterator[list[Stack]]:
+    """The plan's groups, each read and copied while the one before it is worked on."""
     with ThreadPoolExecutor(1, "domerge-read") as reader:
-        ahead: Future[list[Stack]] | None = None
-        for names in plan.groups():
-            following = reader.submit(_read, plan, names, device)
+        ahead: Future[transfer.Upload] | None = None
+        for names in _groups(plan, place, dtype):
+            following = reader.submit(_read, plan, names, place.device)
             if ahead:
-                yield ahead.result()
+                yield ahead.result().wait()
             ahead = following
         if ahead:
-            yield ahead.result()
+            yield ahead.result().wait()
 
 
-def _read(plan: Plan, names: Sequence[str], device: torch.device) -> list[Stack]:
-    stacks = [plan.stack(name, device) for name in names]
+def _groups(plan: Plan, place: Place, dtype: torch.dtype) -> Iterator[list[str]]:
+    usual = GPU_GROUP_BYTES if place.device.type == "cuda" else GROUP_BYTES
+    most = place.most_bytes
+    if most is None and place.device.type == "cuda":
+        most = int(0.8 * torch.cuda.mem_get_info(place.device)[0])
+
+    def share(name: str) -> float:
+        part = plan.factor_bytes(name) / usual
+        return part if most is None else max(part, plan.device_bytes(name, dtype) / most)
+
+    if most is not None:
+        for name in plan.names:
+            needed = plan.device_bytes(name, dtype)
+            if needed > most:
+                problem = (
+                    f"module {name!r} alone takes {needed >> 20} MiB, {most >> 20} are allowed"
+                )
+                raise OptionError("max_device_memory", problem, "allow more, or merge on the CPU")
+    return plan.groups(share)
+
+
+def _read(plan: Plan, names: Sequence[str], device: torch.device) -> transfer.Upload:
+    found = transfer.upload([plan.stack(name) for name in names], device)
     for adapter in plan.adapters:
         adapter.release()
-    return stacks
+    return found
 
 
 def grams(
-    plan: Plan, stacks: Sequence[Stack], wanted: Sequence[bool], backend: str
+    stacks: Sequence[Stack], wanted: Sequence[bool], backend: str
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Grams of both sides of the wanted stacks (None for the others), all inputs checked."""
+    """Grams of both sides of the wanted stacks, None for the others."""
     chosen = [s for s, want in zip(stacks, wanted) if want]
     found = ops.gram([*(s.a for s in chosen), *(s.b for s in chosen)], backend=backend)
     a, b = iter(found[: len(chosen)]), iter(found[len(chosen) :])
     pairs = [(next(a), next(b)) if want else (None, None) for want in wanted]
-    for s, (gram_a, gram_b) in zip(stacks, pairs):
-        if gram_a is None or gram_b is None:
-            finite = all(ops.all_finite([*s.a.blocks, *s.b.blocks], backend=backend))
+    return [x for x, _ in pairs], [x for _, x in pairs]
+
+
+def _check_factors(
+    plan: Plan,
+    stacks: Sequence[Stack],
+    grams_a: Sequence[Tensor | None],
+    grams_b: Sequence[Tensor | None],
+    backend: str,
+) -> None:
+    """AdapterError unless every factor is finite: a Gram's diagonal tells, where there is one."""
+    pairs = list(zip(grams_a, grams_b))
+    unknown = [s for s, pair in zip(stacks, pairs) if pair[0] is None]
+    checked = iter(
+        ops.all_finite([x for s in unknown for x in (*s.a.blocks, *s.b.blocks)], backend=backend)
+    )
+    for s, (a, b) in zip(stacks, pairs):
+        if a is not None and b is not None:
+            finite = _finite(a.diagonal()) and _finite(b.diagonal())
         else:
-            finite = _finite(gram_a.diagonal()) and _finite(gram_b.diagonal())
+            finite = all(list(islice(checked, len(s.a.blocks) + len(s.b.blocks))))
         if not finite:
             raise _not_finite(plan, s)
-    return [x for x, _ in pairs], [x for _, x in pairs]
 
 
 def _present(grams: Sequence[Tensor | None]) -> list[Tensor]:
@@ -198,6 +251,10 @@ def _report(
     return ModuleReport(stack.name, rank, factors.a_side, factors.b_side, magnitudes, kept, energy)
 
 
-def _give(sink: Sink, stacks: Sequence[Stack], merged: Sequence[Factors]) -> None:
-    for s, f in zip(stacks, merged):
-        sink(s.name, f.a, f.b)
+def _give(
+    sink: Sink, stacks: Sequence[Stack], merged: Sequence[Factors], ready: torch.cuda.Event | None
+) -> None:
+    pairs = [x for f in merged for x in (f.a, f.b)]
+    arrived = iter(transfer.download(pairs, ready) if ready else pairs)
+    for s in stacks:
+        sink(s.name, next(arrived), next(arrived))

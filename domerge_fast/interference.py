@@ -11,6 +11,7 @@ from torch import Tensor
 from . import ops
 from .plan import Stack
 from .report import Interference
+from .transfer import gather
 
 
 def block_sums(x: Tensor, ranks: Sequence[int]) -> Tensor:
@@ -74,8 +75,8 @@ class InterferenceSums:
 
 def own_norms(stacks: Sequence[Stack], backend: str) -> list[list[float]]:
     """||ΔW_i||_F of the adapters of each stack, where there are too many for the tables."""
-    a = ops.block_gram([s.a for s in stacks], backend=backend)
-    b = ops.block_gram([s.b for s in stacks], backend=backend)
+    a = gather(ops.block_gram([s.a for s in stacks], backend=backend))
+    b = gather(ops.block_gram([s.b for s in stacks], backend=backend))
     products = ((x * y).split([r * r for r in s.a.ranks]) for x, y, s in zip(a, b, stacks))
     return [[float(p.sum().clamp_min(0).sqrt()) for p in parts] for parts in products]
 

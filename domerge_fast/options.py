@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -40,6 +41,27 @@ def choose(name: str, value: Any, known: Iterable[str]) -> str:
     if value not in known:
         raise OptionError(name, f"{value!r} is not known", suggest(value, known))
     return value
+
+
+UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+}
+
+
+def size(name: str, value: int | str | None) -> int | None:
+    """Bytes, from a number of them or from words like "4GiB" and "1.5 GB"."""
+    if value is None:
+        return None
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value))
+    if parts is None or parts[2] not in UNITS:
+        raise OptionError(name, f"{value!r} is no size", "give bytes, or words like '4GiB'")
+    return int(float(parts[1]) * UNITS[parts[2]])
 
 
 def build(cls: type[T], given: Mapping[str, Any], owner: str) -> T:

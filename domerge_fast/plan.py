@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,12 @@ from .problem import Problem
 
 GROUP_BYTES = 64 << 20
 """Factor bytes in a group of modules: small enough for the cache, large enough for all cores."""
+
+GPU_GROUP_BYTES = 256 << 20
+"""On a GPU: enough problems for all its multiprocessors, and several groups to overlap."""
+
+SQUARES = 2 * 4 * 12
+"""Bytes for every entry of an R x R matrix: both sides have their Gram, C and the descent's own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,30 +79,42 @@ class Plan:
         dtypes = {m.dtype for name in self.names for m in self.modules(name)}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
-    def groups(self, budget: int = GROUP_BYTES) -> Iterator[list[str]]:
-        """Names in order, as many in a group as fit the budget, at least one."""
+    def factor_bytes(self, name: str) -> int:
+        """Bytes of a module's factors, of all adapters."""
+        module = self.module(name)
+        return self.rank(name) * (module.m + module.n) * module.dtype.itemsize
+
+    def device_bytes(self, name: str, dtype: torch.dtype) -> int:
+        """Device memory that merging a module to factors of this dtype takes: the factors and the
+        results, each twice (one group computes while another is copied), and R x R matrices."""
+        module = self.module(name)
+        rank = self.rank(name)
+        merged = rank * (module.m + module.n) * dtype.itemsize
+        return 2 * self.factor_bytes(name) + 2 * merged + SQUARES * rank * rank
+
+    def groups(self, share: Callable[[str], float]) -> Iterator[list[str]]:
+        """Names in order, until their shares of a group add up to 1; at least one in a group."""
         group: list[str] = []
-        size = 0
+        filled = 0.0
         for name in self.names:
-            module = self.module(name)
-            nbytes = self.rank(name) * (module.m + module.n) * module.dtype.itemsize
-            if group and size + nbytes > budget:
+            part = share(name)
+            if group and filled + part > 1:
                 yield group
-                group, size = [], 0
+                group, filled = [], 0.0
             group.append(name)
-            size += nbytes
+            filled += part
         if group:
             yield group
 
-    def stack(self, name: str, device: torch.device) -> Stack:
-        """Read a module's factors from every adapter that has it."""
+    def stack(self, name: str) -> Stack:
+        """A module's factors from every adapter that has it, where they are."""
         owners = self.owners[name]
         pairs = [self.adapters[i].factors(name) for i in owners]
         scaling = tuple(module.scaling for module in self.modules(name))
         return Stack(
             name,
             owners,
-            Problem(tuple(a.to(device) for a, _ in pairs), (1.0,) * len(pairs)),
-            Problem(tuple(b.to(device).T for _, b in pairs), scaling),
+            Problem(tuple(a for a, _ in pairs), (1.0,) * len(pairs)),
+            Problem(tuple(b.T for _, b in pairs), scaling),
             tuple(self.weights[i] for i in owners),
         )

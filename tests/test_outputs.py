@@ -27,11 +27,10 @@ from make import PREFIX, random_factors, write_adapter
 from safetensors.torch import load_file
 
 import domerge_fast as dm
-from domerge_fast import AdapterError, DomergeError, OutputError, cli
+from domerge_fast import AdapterError, DomergeError, OutputError, cli, engine
 from domerge_fast.outputs import folder as output_folder
 from domerge_fast.outputs.peft import FILES
 from domerge_fast.outputs.stream import SafetensorsWriter
-from domerge_fast.plan import Plan
 
 CONFIG, WEIGHTS, CARD = FILES
 SHAPES = {f"layers.{i}.q_proj": (40, 48) for i in range(4)} | {"layers.0.up_proj": (64, 40)}
@@ -57,7 +56,7 @@ def pair(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every module is a group of its own, as large modules are."""
-    monkeypatch.setattr(Plan.groups, "__defaults__", (1,))
+    monkeypatch.setattr(engine, "GROUP_BYTES", 1)
 
 
 def spoil_last(adapter: Path, value: float = float("nan")) -> None:
@@ -472,7 +471,7 @@ def merge_until_told(
     adapters: list[Path], out: Path, moment: str, through_cli: bool, pipe: Connection
 ) -> None:
     """Merge with overwrite, and report and wait at a moment; exits as the command line does."""
-    Plan.groups.__defaults__ = (1,)
+    engine.GROUP_BYTES = 1
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 
     def wait(*_: object, **__: object) -> None:

@@ -19,9 +19,8 @@ from make import PREFIX, lora_tensors, random_factors, write_adapter, write_fold
 from test_outputs import locked_folder, small_disk, unchanged
 
 import domerge_fast as dm
-from domerge_fast import AdapterError, DomergeError, OptionError, OutputError, cli
+from domerge_fast import AdapterError, DomergeError, OptionError, OutputError, cli, engine
 from domerge_fast.backends import registry
-from domerge_fast.plan import Plan
 
 Q, V = "layers.0.q_proj", "layers.1.v_proj"
 SHAPES = {Q: (6, 8), V: (5, 8)}
@@ -32,7 +31,7 @@ SPOILT = {"one": 0, "two": 1}
 def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Adapters "one" and "two" in the current folder; modules are merged and written one by one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Plan.groups, "__defaults__", (1,))
+    monkeypatch.setattr(engine, "GROUP_BYTES", 1)
     for name in SPOILT:
         make(name)
     before = signal.getsignal(signal.SIGTERM)

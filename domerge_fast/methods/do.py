@@ -24,6 +24,7 @@ from ..options import option
 from ..plan import Stack
 from ..problem import Problem
 from ..report import SideReport
+from ..transfer import gather
 from .base import Factors, Method, Settings
 
 
@@ -130,7 +131,7 @@ def _decouple(
         full=full,
         backend=settings.backend,
     )
-    return a_new, [n.tolist() for n in norms]
+    return a_new, [n.tolist() for n in gather(norms)]
 
 
 def _weigh(stacks: Sequence[Stack], a: Sequence[_Side], settings: Settings) -> list[Tensor]:

@@ -1,0 +1,130 @@
+"""Factors onto a GPU and results off it: many small tensors in one pinned piece of memory.
+
+Both ways the copies run on a stream of their own, beside the kernels of another group of modules.
+On the CPU tensors pass as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .plan import Stack
+from .problem import Problem
+
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
+
+ALIGNMENT = 256
+"""Every tensor starts at a multiple of this many bytes, as one of its own would."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Upload:
+    """Stacks on their device, there once `ready` has happened."""
+
+    stacks: list[Stack]
+    ready: torch.cuda.Event | None = None
+
+    def wait(self) -> list[Stack]:
+        """The stacks, for work that is put on the current stream from now on."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.stacks[0].a.device)
+            stream.wait_event(self.ready)
+            for block in _blocks(self.stacks):
+                block.record_stream(stream)
+        return self.stacks
+
+
+def upload(stacks: list[Stack], device: torch.device) -> Upload:
+    """The stacks with every block on the device; those that are there already stay."""
+    away = [block for block in _blocks(stacks) if block.device != device]
+    if not away:
+        return Upload(stacks)
+    if device.type != "cuda":
+        return Upload(_replaced(stacks, {id(x): x.to(device) for x in away}))
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):
+        dense = [_dense(x.cpu()) for x in away]
+        buffer, offsets = pack(dense, pin=True)
+        arrived = unpack(buffer.to(device, non_blocking=True), offsets, dense)
+        ready = torch.cuda.Event()
+        ready.record(side)
+    return Upload(_replaced(stacks, {id(x): y for x, y in zip(away, arrived)}), ready)
+
+
+def ready_event(device: torch.device) -> torch.cuda.Event | None:
+    """Happens when the work that is on the current stream by now is done."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def download(tensors: Sequence[Tensor], ready: torch.cuda.Event) -> list[Tensor]:
+    """Dense tensors of a GPU in the host's memory, once `ready` has happened."""
+    side = torch.cuda.Stream(tensors[0].device)
+    side.wait_event(ready)
+    with torch.cuda.stream(side):
+        buffer, offsets = _room(tensors, pin=True)
+        found = unpack(buffer, offsets, tensors)
+        for target, source in zip(found, tensors):
+            target.copy_(source, non_blocking=True)
+            source.record_stream(side)
+    side.synchronize()
+    return found
+
+
+def gather(tensors: Sequence[Maybe]) -> list[Maybe]:
+    """Small tensors of one dtype in the host's memory, in one copy that is waited for."""
+    present = [x for x in tensors if x is not None]
+    if not present or present[0].device.type == "cpu":
+        return list(tensors)
+    flat = torch.cat([x.flatten() for x in present]).cpu()
+    pieces = iter(flat.split([x.numel() for x in present]))
+    return [x if x is None else next(pieces).view(x.shape) for x in tensors]
+
+
+def pack(tensors: Sequence[Tensor], pin: bool) -> tuple[Tensor, list[int]]:
+    """All tensors (dense) in one piece of the host's memory, and where each begins, in bytes."""
+    buffer, offsets = _room(tensors, pin)
+    for target, source in zip(unpack(buffer, offsets, tensors), tensors):
+        target.copy_(source)
+    return buffer, offsets
+
+
+def unpack(buffer: Tensor, offsets: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of the buffer with the dtypes, shapes and memory layouts of dense tensors."""
+    found = []
+    for at, x in zip(offsets, like):
+        flat = buffer[at : at + x.nbytes].view(x.dtype)
+        found.append(flat.view(x.shape) if x.is_contiguous() else flat.view(x.T.shape).T)
+    return found
+
+
+def _room(tensors: Sequence[Tensor], pin: bool) -> tuple[Tensor, list[int]]:
+    offsets, end = [], 0
+    for x in tensors:
+        offsets.append(end)
+        end += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
+    return torch.empty(end, dtype=torch.uint8, pin_memory=pin), offsets
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
+
+
+def _blocks(stacks: Sequence[Stack]) -> list[Tensor]:
+    return [block for s in stacks for side in (s.a, s.b) for block in side.blocks]
+
+
+def _replaced(stacks: Sequence[Stack], arrived: dict[int, Tensor]) -> list[Stack]:
+    def moved(side: Problem) -> Problem:
+        blocks = tuple(arrived.get(id(block), block) for block in side.blocks)
+        return Problem(blocks, side.scales)
+
+    return [dataclasses.replace(s, a=moved(s.a), b=moved(s.b)) for s in stacks]

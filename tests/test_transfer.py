@@ -1,0 +1,181 @@
+"""What goes to a device and in which groups; the copies themselves need one (test_gpu.py)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from make import write_adapter
+from shapes import CASES
+
+import domerge_fast as dm
+from domerge_fast import OptionError, engine, transfer
+from domerge_fast.backends import tables
+from domerge_fast.options import size
+from domerge_fast.plan import Plan
+
+CPU = torch.device("cpu")
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def dense() -> list[torch.Tensor]:
+    wide = torch.randn(3, 5, generator=GENERATOR)
+    return [wide, wide.half().T, wide[:1].bfloat16(), torch.randn(0, 4), wide[:, 0].contiguous()]
+
+
+def test_packed_tensors_come_out_as_they_went_in():
+    tensors = dense()
+    buffer, offsets = transfer.pack(tensors, pin=False)
+    assert all(at % transfer.ALIGNMENT == 0 for at in offsets)
+    for found, given in zip(transfer.unpack(buffer, offsets, tensors), tensors, strict=True):
+        assert torch.equal(found, given)
+        assert (found.dtype, found.stride()) == (given.dtype, given.stride())
+        if given.numel():
+            assert found.untyped_storage().data_ptr() == buffer.data_ptr()
+
+
+def test_gathered_tensors_are_themselves_on_the_host():
+    tensors = [None, torch.ones(2)]
+    assert transfer.gather(tensors) == tensors
+
+
+def test_what_is_on_the_device_stays():
+    plan = plan_of(2)
+    stacks = [plan.stack(name) for name in plan.names]
+    found = transfer.upload(stacks, CPU)
+    assert found.ready is None
+    assert found.wait() is stacks
+
+
+def plan_of(modules: int, rank: int = 4, n: int = 64, m: int = 32) -> Plan:
+    factors = {f"layer.{i}": (torch.ones(rank, n), torch.ones(m, rank)) for i in range(modules)}
+    adapters = [dm.from_tensors(factors, name=name) for name in ("one", "two")]
+    return Plan.make(adapters, [1.0, 1.0])
+
+
+def groups(plan: Plan, most: int | None) -> list[int]:
+    found = engine._groups(plan, engine.Place(CPU, most), torch.float32)
+    return [len(group) for group in found]
+
+
+def test_groups_fit_the_memory_they_are_given():
+    plan = plan_of(7)
+    each = plan.device_bytes("layer.0", torch.float32)
+    assert plan.factor_bytes("layer.0") == 2 * 4 * (64 + 32) * 4
+    assert each == 4 * plan.factor_bytes("layer.0") + 96 * 8 * 8
+    assert groups(plan, None) == [7]
+    assert groups(plan, 3 * each) == [3, 3, 1]
+    assert groups(plan, 2 * each - 1) == [1] * 7
+
+
+def test_a_module_that_does_not_fit_is_refused(tmp_path):
+    plan = plan_of(2)
+    with pytest.raises(OptionError, match=r"'layer.0' alone takes .* are allowed; allow more"):
+        groups(plan, plan.device_bytes("layer.0", torch.float32) - 1)
+    with pytest.raises(OptionError, match="max_device_memory"):
+        dm.merge(plan.adapters, max_device_memory="1KiB", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_size_of_groups_does_not_change_the_result(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    paths = []
+    for name in ("one", "two"):
+        factors = {
+            f"layers.{i}.q_proj": (
+                torch.randn(4, 24, generator=generator),
+                torch.randn(16, 4, generator=generator),
+            )
+            for i in range(5)
+        }
+        paths.append(write_adapter(tmp_path / name, factors))
+    whole, small = (dm.merge(paths, max_device_memory=s) for s in (None, "16 KiB"))
+    for name in whole.names:
+        assert all(map(torch.equal, whole.factors(name), small.factors(name)))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, None), (4096, 4096), ("4096", 4096), ("4GiB", 4 << 30), ("1.5 GB", 1_500_000_000)],
+)
+def test_sizes(given, expected):
+    assert size("max_device_memory", given) == expected
+
+
+@pytest.mark.parametrize("given", ["4 gigs", "GiB", -1, "", "1e9"])
+def test_what_is_no_size_is_refused(given):
+    with pytest.raises(OptionError, match=r"is no size; give bytes, or words like '4GiB'"):
+        size("max_device_memory", given)
+
+
+# Tables of the GPU backends
+
+
+def test_a_table_finds_every_element():
+    """Address, pitch and layout of each row, as a kernel reads them."""
+    problems = [CASES["odd d"].rows(), CASES["rank 1 before 64"].columns()]
+    table = tables.describe(problems)
+    assert table.dtype == torch.float32
+    blocks = [block for p in problems for block in p.blocks]
+    for p, (first, rank, d, first_block, count, columns) in zip(
+        problems, table.problems.tolist(), strict=True
+    ):
+        assert (rank, d, count, bool(columns)) == (p.rank, p.d, len(p.blocks), p.in_columns)
+        stacked = torch.cat(p.blocks)
+        for row, owner in enumerate(table.owner[first : first + rank].tolist()):
+            assert first_block <= owner < first_block + count
+            address, pitch, first_row, bits = table.blocks[owner].tolist()
+            local = row - first_row
+            step, stride = (pitch, 1) if columns else (1, pitch)
+            elements = (address - blocks[owner].data_ptr()) // 4 + local * stride
+            memory = blocks[owner].T if columns else blocks[owner]
+            flat = memory.reshape(-1)
+            assert torch.equal(flat[elements + step * torch.arange(d)], stacked[row])
+            scale = p.scales[owner - first_block]
+            assert torch.tensor(bits).view(torch.float64).item() == scale
+
+
+@pytest.mark.parametrize("chunk", [64, 1000])
+@pytest.mark.parametrize("size", [16, 64])
+def test_gram_tiles_cover_every_lower_tile_once(size, chunk):
+    problems = [CASES[name].rows() for name in ("R above 128", "odd d", "one row")]
+    members = [0, 2]
+    tiles, sums, parts = tables.gram_tiles(problems, members, [0, 100, 200], size, chunk)
+    covered = [
+        (k, i, j, column)
+        for k, i, j, begin, end, *_ in tiles.tolist()
+        for column in range(begin, end)
+    ]
+    count = {k: -(-problems[k].rank // size) for k in members}
+    expected = {
+        (k, i, j, column)
+        for k in members
+        for i in range(count[k])
+        for j in range(i + 1)
+        for column in range(problems[k].d)
+    }
+    assert set(covered) == expected
+    assert len(covered) == len(expected)
+    used = sorted(t[5] for t in tiles.tolist() if t[5] >= 0)
+    assert used == list(range(parts))
+    for k, i, j, first, number, offset in sums.tolist():
+        stretches = [
+            t[3:5] for part in range(first, first + number) for t in tiles.tolist() if t[5] == part
+        ]
+        assert [begin for begin, _ in stretches] == sorted(begin for begin, _ in stretches)
+        assert all(t[:3] == [k, i, j] for t in tiles.tolist() if first <= t[5] < first + number)
+        assert offset == [0, 100, 200][k]
+    widths = [end - begin for *_, begin, end, _, _ in tiles.tolist()]
+    assert widths == sorted(widths, reverse=True)
+
+
+def test_problems_are_served_by_the_smallest_size_that_holds_them():
+    assert tables.buckets({0: 16, 1: 17, 2: 300, 3: 1}, (16, 32, 128)) == {
+        16: [0, 3],
+        32: [1],
+        128: [2],
+    }
+
+
+def test_results_share_an_allocation_at_aligned_places():
+    assert tables.places([5, 16, 17]) == ([0, 16, 32], 64)
+    assert tables.places([]) == ([0], 0)
