@@ -9,7 +9,7 @@ PIP   := $(PY) -m pip install -q --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 BUILD := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench gpu-check clean
 
 setup: $(VENV)/ready
 demo: $(VENV)/ready
@@ -18,6 +18,9 @@ test: $(VENV)/ready
 	$(PY) -m pytest
 bench: $(VENV)/ready
 	$(PY) benchmarks/run.py --publish
+# On a machine with a CUDA GPU, with any Python that has torch: make gpu-check PY=python3
+gpu-check:
+	$(PY) benchmarks/gpu_check.py
 lint: $(VENV)/ready-to-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

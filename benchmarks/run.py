@@ -13,140 +13,91 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import math
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import rivals
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from workloads import WORKLOADS, Workload
 
 import domerge_fast as dm
-from domerge_fast.backends import reference
+from domerge_fast.bench import machine, measure
+from domerge_fast.bench.workloads import WORKLOADS, Workload
 from domerge_fast.plan import GROUP_BYTES
 
 HERE = Path(__file__).parent
+FLOOR = "copy floor"
 TOLERANCE = 2**-7  # of bfloat16 factors: two roundings of 2^-9 each, on both
-
-
-def seconds(call: Callable[..., object], *arguments: object) -> float:
-    start = time.perf_counter()
-    call(*arguments)
-    return time.perf_counter() - start
 
 
 def copy_floor(paths: list[Path], output: Path) -> None:
     """Read all factors, stack them, and write the stack, with the safetensors library."""
     files = [safe_open(path / "adapter_model.safetensors", framework="pt") for path in paths]
+    keys = [set(file.keys()) for file in files]
     stacked = {}
-    for key in sorted(files[0].keys()):
-        parts = [file.get_tensor(key) for file in files]
+    for key in sorted(set().union(*keys)):
+        parts = [file.get_tensor(key) for file, has in zip(files, keys) if key in has]
         stacked[key] = torch.cat(parts, dim=0 if "lora_A" in key else 1)
     output.mkdir()
     save_file(stacked, output / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def merge(paths: list[Path], output: Path, backend: str) -> None:
-    dm.merge(paths, method="do", backend=backend, output=output)
+def merge(paths: list[Path], output: Path, backend: str, device: torch.device) -> None:
+    dm.merge(paths, method="do", backend=backend, device=str(device), output=output)
 
 
-def side_by_side(paths: list[Path], rounds: int, scratch: Path) -> dict[str, list[float]]:
+def side_by_side(
+    paths: list[Path], rounds: int, scratch: Path, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds of the floor and of every backend, taking turns, after one round of warm-up."""
-    rivals: dict[str, Callable[[Path], None]] = {"copy floor": lambda out: copy_floor(paths, out)}
-    for name, status in dm.backends().items():
-        if status.available and name != "reference":
-            rivals[name] = lambda out, name=name: merge(paths, out, name)
-    times: dict[str, list[float]] = {name: [] for name in rivals}
+    calls: dict[str, Callable[[Path], None]] = {FLOOR: lambda out: copy_floor(paths, out)}
+    for name in measure.usable(device):
+        calls[name] = lambda out, name=name: merge(paths, out, name, device)
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
-        for name, call in rivals.items():
+        for name, call in calls.items():
             output = scratch / "out"
-            elapsed = seconds(call, output)
+            start = time.perf_counter()
+            call(output)
+            elapsed = time.perf_counter() - start
             shutil.rmtree(output)
             if turn:
                 times[name].append(elapsed)
     return times
 
 
-def one_of_each_shape(workload: Workload) -> list[tuple[str, int]]:
-    """A module of every shape, with the number of modules that share it."""
-    counts = Counter((m, n) for _, m, n in workload.modules)
-    first = {(m, n): name for name, m, n in reversed(workload.modules)}
-    return [(first[shape], count) for shape, count in counts.items()]
-
-
-def literal(adapters: list[dm.Adapter], module: str, dtype: torch.dtype) -> torch.Tensor:
-    """ΔW [m, n] by the method as the paper states it, dense, with the same descent."""
-    pairs = [adapter.factors(module) for adapter in adapters]
-    scaling = [adapter.modules[module].scaling for adapter in adapters]
-    omega = [1 / len(adapters)] * len(adapters)
-    return reference.do_merging(
-        [a for a, _ in pairs],
-        [s * b.to(dtype) for s, (_, b) in zip(scaling, pairs)],
-        omega,
-        dtype=dtype,
-    )
-
-
-def peft_svd(adapters: list[dm.Adapter], module: str, rank: int) -> float:
-    """Seconds of PEFT's add_weighted_adapter(combination_type="svd") on one module."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    spec = adapters[0].modules[module]
-    model: PeftModel | None = None
-    config = LoraConfig(r=spec.rank, lora_alpha=int(spec.scaling * spec.rank), target_modules=["0"])
-    for i, adapter in enumerate(adapters):
-        if model is None:
-            base = torch.nn.Sequential(torch.nn.Linear(spec.n, spec.m, bias=False))
-            model = get_peft_model(base, config, adapter_name="0")
-        else:
-            model.add_adapter(str(i), config)
-        layer = model.base_model.model[0]
-        a, b = adapter.factors(module)
-        layer.lora_A[str(i)].weight.data.copy_(a)
-        layer.lora_B[str(i)].weight.data.copy_(b)
-    names = [str(i) for i in range(len(adapters))]
-    weights = [1 / len(names)] * len(names)
-    return seconds(
-        lambda: model.add_weighted_adapter(
-            names, weights, "merged", combination_type="svd", svd_rank=rank
-        )
-    )
-
-
-def gate(adapters: list[dm.Adapter], shapes: list[tuple[str, int]]) -> float:
+def gate(adapters: list[dm.Adapter], device: torch.device) -> float:
     """The largest relative error of ΔW against the literal method in float64, or an exit."""
-    smallest = min(shapes, key=lambda item: adapters[0].modules[item[0]].m)[0]
-    expected = literal(adapters, smallest, torch.float64)
+    smallest = rivals.one_of_each_shape(adapters)[0][0]
+    expected = rivals.literal(adapters, smallest, torch.float64, torch.device("cpu"))
+    only = [
+        dm.from_tensors({smallest: a.factors(smallest)}, a.modules[smallest].scaling)
+        for a in rivals.owners(adapters, smallest)
+    ]
     worst = 0.0
-    for name, status in dm.backends().items():
-        if status.available and name != "reference":
-            only = [
-                dm.from_tensors({smallest: a.factors(smallest)}, a.modules[smallest].scaling)
-                for a in adapters
-            ]
-            delta = dm.merge(only, backend=name).delta(smallest).double()
-            error = float((delta - expected).norm() / expected.norm())
-            if not error < TOLERANCE:
-                sys.exit(f"{name} disagrees with the reference by {error:.1e}: nothing to report")
-            worst = max(worst, error)
+    for name in measure.usable(device):
+        delta = dm.merge(only, backend=name, device=str(device)).delta(smallest).cpu().double()
+        error = float((delta - expected).norm() / expected.norm())
+        if not error < TOLERANCE:
+            sys.exit(f"{name} disagrees with the reference by {error:.1e}: nothing to report")
+        worst = max(worst, error)
     return worst
 
 
-def peak_memory(paths: list[Path], scratch: Path) -> dict[str, int]:
+def peak_memory(paths: list[Path], scratch: Path, device: torch.device) -> dict[str, int]:
     """Peak resident bytes of a process that only merges, and of one that only imports."""
     # Not getrusage: its maximum is inherited from the process that starts this one.
     report = "import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     arguments = json.dumps([str(p) for p in paths])
-    merging = f"dm.merge({arguments}, output={str(scratch / 'memory')!r})"
+    merging = f"dm.merge({arguments}, device='{device}', output={str(scratch / 'memory')!r})"
     script = "import torch, domerge_fast as dm, domerge_fast.api\n{}\n" + report
     peaks = {}
     for label, body in (("idle", "0"), ("merge", merging)):
@@ -157,60 +108,49 @@ def peak_memory(paths: list[Path], scratch: Path) -> dict[str, int]:
     return peaks
 
 
-def machine() -> dict[str, object]:
-    model = platform.processor()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), model)
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "domerge_fast": dm.__version__,
-    }
-
-
-def measure(workload: Workload, rounds: int, rivals: bool, data: Path, output: Path) -> dict:
+def compare(
+    workload: Workload,
+    rounds: int,
+    with_rivals: bool,
+    data: Path,
+    output: Path,
+    device: torch.device,
+) -> dict:
     paths = workload.write(data)
     adapters = [dm.load(path) for path in paths]
-    shapes = one_of_each_shape(workload)
-    error = gate(adapters, shapes)
+    error = gate(adapters, device)
     with tempfile.TemporaryDirectory(dir=output) as folder:
         scratch = Path(folder)
         result = {
             "workload": workload.name,
             "factor_bytes": workload.factor_bytes,
             "modules": len(workload.modules),
-            "adapters": workload.adapters,
+            "adapters": len(workload.members),
             "rank": workload.rank,
             "error": error,
-            "machine": machine(),
+            "machine": machine.describe(device),
             "group_bytes": GROUP_BYTES,
             "output": str(output),
-            "seconds": side_by_side(paths, rounds, scratch),
-            "peak_bytes": peak_memory(paths, scratch),
+            "seconds": side_by_side(paths, rounds, scratch, device),
+            "peak_bytes": peak_memory(paths, scratch, device),
         }
-    if rivals:
-        result["extrapolated"] = {
-            "literal": sum(
-                k * seconds(literal, adapters, name, torch.float32) for name, k in shapes
-            ),
-            "PEFT svd": sum(k * peft_svd(adapters, name, workload.rank) for name, k in shapes),
-        }
+    if with_rivals:
+        wanted = {"literal": "literal float32", "PEFT svd": "PEFT svd"}
+        found = rivals.run(adapters, workload.rank, device, math.inf, tuple(wanted.values()))
+        result["extrapolated"] = {name: found[key].seconds for name, key in wanted.items()}
     return result
 
 
 def table(result: dict) -> str:
-    """The result as Markdown; the ratios are against the copy floor and the cpu backend."""
+    """The result as Markdown; the ratios are against the copy floor and the first backend."""
     median = {name: statistics.median(t) for name, t in result["seconds"].items()}
     spread = {name: f"{min(t):.2f} to {max(t):.2f}" for name, t in result["seconds"].items()}
     for name, total in result.get("extrapolated", {}).items():
         median[f"{name} (extrapolated)"] = total
-    floor, best = median["copy floor"], median.get("cpu", median["torch"])
+    first = next(name for name in median if name != FLOOR)
+    floor, best = median[FLOOR], median[first]
     lines = [
-        "| | seconds (median) | spread | x copy floor | x cpu backend |",
+        f"| | seconds (median) | spread | x copy floor | x {first} backend |",
         "|---|---|---|---|---|",
     ]
     for name, value in median.items():
@@ -219,13 +159,14 @@ def table(result: dict) -> str:
             f"| {value / best:.2f} |"
         )
     m, peaks = result["machine"], result["peak_bytes"]
+    where = m.get("gpu", f"{m['cpu']}, {m['threads']} threads")
     over = (peaks["merge"] - peaks["idle"]) / 2**20
-    rounds = len(result["seconds"]["copy floor"])
+    rounds = len(result["seconds"][FLOOR])
     lines += [
         "",
         f"`{result['workload']}`: {result['adapters']} adapters of rank {result['rank']}, "
         f"{result['modules']} modules, {result['factor_bytes'] / 1e9:.2f} GB of factors; "
-        f"{rounds} rounds; {m['cpu']}, {m['threads']} threads, torch {m['torch']}, "
+        f"{rounds} rounds; {where}, torch {m['torch']}, "
         f"Python {m['python']}. Largest relative error of ΔW against the float64 reference: "
         f"{result['error']:.1e} (bfloat16 factors). Peak memory of the streamed merge: "
         f"{over:.0f} MiB above an idle process, in groups of {result['group_bytes'] >> 20} MiB. "
@@ -257,11 +198,20 @@ def main() -> None:
     shared = Path("/dev/shm")
     home = shared if shared.is_dir() else Path(tempfile.gettempdir())
     parser.add_argument("--output", type=Path, default=home, help="where the merges are written")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
-    result = measure(
-        WORKLOADS[args.workload], args.rounds, not args.no_rivals, args.data, args.output
+    result = compare(
+        WORKLOADS[args.workload],
+        args.rounds,
+        not args.no_rivals,
+        args.data,
+        args.output,
+        args.device,
     )
     print(table(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
     if args.publish:
         publish(result)
 

@@ -200,6 +200,48 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
+def _fill_bench(parser: argparse.ArgumentParser) -> None:
+    from .bench.command import USUAL
+    from .bench.workloads import WORKLOADS
+
+    add = parser.add_argument
+    add("adapters", nargs="*", metavar="ADAPTER", help="a PEFT adapter folder to measure with")
+    names = ", ".join(WORKLOADS)
+    add("--workload", metavar="NAME", help=f"adapters made in memory: {names} (default: {USUAL})")
+    add("--modules", type=int, metavar="N", help="only the first N (default: all that fit)")
+    again = "a backend to measure, may be given again (default: all but reference)"
+    add("--backend", action="append", default=[], metavar="NAME", dest="backends", help=again)
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+    add("--repeat", type=int, default=5, metavar="N", help="samples of a figure (default: 5)")
+    add("--json", metavar="FILE", dest="to_json", help="write every figure")
+    add("--plot", metavar="FILE", dest="to_plot", help="write a roofline and bars as PNG")
+    add("--profile", metavar="FILE", help="write a Chrome trace of one merge")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench.command import bench
+
+    tell = sys.stderr.isatty()
+    given = {k: v for k, v in vars(args).items() if k not in _OWN}
+    result = bench(**given, say=_say if tell else lambda what: None)
+    if tell:
+        _say("")
+    for line in result.summary():
+        print(line)
+    if result.rows:
+        print()
+        _print_table(result.table())
+    for backend, reason in result.refused.items():
+        message = f"backend {backend!r} disagrees with the reference ({reason}): no figures for it"
+        print(f"domerge-fast: error: {message}", file=sys.stderr)
+    return 1 if result.refused else 0
+
+
+def _say(what: str) -> None:
+    """What is being done, in place of what was said before."""
+    print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
+
+
 def _print_table(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     for row in rows:
@@ -210,6 +252,7 @@ Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argpar
 COMMANDS: dict[str, Command] = {
     "merge": ("merge adapters into one", _fill_merge, _merge),
     "inspect": ("show how much adapters interfere", _fill_inspect, _inspect),
+    "bench": ("measure the ops beside what this machine could reach", _fill_bench, _bench),
     "doctor": ("show versions and backends, and why one is off", _fill_doctor, _doctor),
 }
 

@@ -224,7 +224,7 @@ def test_doctor_says_why_a_backend_is_off_and_what_the_environment_chose(capsys,
 
 WRONG = {
     "": "the following arguments are required: COMMAND; see 'domerge-fast --help'",
-    "merg a b -o out": "invalid choice: 'merg' (choose from 'merge', 'inspect', 'doctor')",
+    "merg a b -o out": "invalid choice: 'merg' (choose from 'merge', 'inspect', 'bench', 'doctor')",
     "merge a b": "-o/--output; see 'domerge-fast merge --help'",
     "merge -o out": "required: ADAPTER; see 'domerge-fast merge --help'",
     "merge a b -o out --gama 2": "'--gama' is not understood, did you mean '--gamma'?",

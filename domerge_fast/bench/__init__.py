@@ -1,0 +1,1 @@
+"""`domerge-fast bench`: how fast the ops run, beside what this machine could reach."""

@@ -1,0 +1,191 @@
+"""What an op must do at least, and what this machine reaches: copied bytes and GEMM flops a second.
+
+Bytes: every input read once, every output written once. Flops: products and sums of the method's
+large terms, a multiply-add as two; a symmetric result is counted once. Left out are terms that do
+not grow with d or with R^3, so a bound is never too high.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..problem import Problem
+from . import timing
+
+PASSES = {
+    "16-bit": {"bfloat16": 1, "tf32": 1, "float32": 1},
+    "mixed": {"bfloat16": 3, "tf32": 3, "float32": 1},
+    "float32": {"tf32": 3, "float32": 1},
+    "float64": {"float64": 1},
+}
+"""An arithmetic -> the GEMM rates it may run at, and how many such products it then takes: a
+float32 factor is the sum of three bfloat16 ones; products of 16-bit factors are exact in all."""
+
+COPY_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
+"""Several times any last-level cache."""
+GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+SAMPLES = 7
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes to move, and flops by arithmetic (the names in PASSES)."""
+
+    bytes: float
+    flops_in: Mapping[str, float]
+
+    @property
+    def flops(self) -> float:
+        return sum(self.flops_in.values())
+
+    def __add__(self, other: Work) -> Work:
+        both = {*self.flops_in, *other.flops_in}
+        flops = {k: self.flops_in.get(k, 0.0) + other.flops_in.get(k, 0.0) for k in both}
+        return Work(self.bytes + other.bytes, flops)
+
+
+NOTHING = Work(0, {})
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second of a copy (read and written), and flops a second of a GEMM by its dtype."""
+
+    copy: float
+    gemm: Mapping[str, float]
+
+    def seconds(self, work: Work) -> tuple[float, str]:
+        """The least time for the work, and which of "bytes" and "flops" takes it."""
+        moving = work.bytes / self.copy
+        computing = sum(n / self._of(arithmetic) for arithmetic, n in work.flops_in.items())
+        return (moving, "bytes") if moving >= computing else (computing, "flops")
+
+    def _of(self, arithmetic: str) -> float:
+        passes = PASSES[arithmetic]
+        return max(self.gemm[k] / count for k, count in passes.items() if k in self.gemm)
+
+
+def gram(problems: Sequence[Problem]) -> Work:
+    """X X^T [R, R] in float32: R (R + 1) / 2 inner products of length d."""
+    total = NOTHING
+    for p in problems:
+        flops = p.rank * (p.rank + 1) * p.d
+        total += Work(_bytes(p.blocks) + 4 * p.rank**2, {_arithmetic(p): flops})
+    return total
+
+
+def block_gram(problems: Sequence[Problem]) -> Work:
+    """X_i X_i^T [r_i, r_i] in float64."""
+    total = NOTHING
+    for p in problems:
+        flops = sum(r * (r + 1) for r in p.ranks) * p.d
+        total += Work(_bytes(p.blocks) + 8 * sum(r * r for r in p.ranks), {"float64": flops})
+    return total
+
+
+def orthogonalize(ranks: Sequence[int], steps: Sequence[float]) -> Work:
+    """7 R^3 a step: (V H) C, P G, (D G) C^T, and (D G) D^T, which is symmetric."""
+    total = NOTHING
+    for rank, count in zip(ranks, steps):
+        total += Work(8 * rank**2, {"float32": 7 * rank**3 * count})
+    return total
+
+
+def orthogonalize_factors(problems: Sequence[Problem], steps: Sequence[float]) -> Work:
+    """R d^2 for S = Y^T Y, then 5 R d^2 a step: Y S, Y^T Z, and Z^T Z, which is symmetric."""
+    total = NOTHING
+    for p, count in zip(problems, steps):
+        flops = p.rank * p.d**2 * (1 + 5 * count)
+        total += Work(_bytes(p.blocks) + 4 * p.rank * p.d, {"float64": flops})
+    return total
+
+
+def apply(
+    coefficients: Sequence[Tensor | None], problems: Sequence[Problem], dtype: torch.dtype
+) -> Work:
+    """C X [K, d]; no flops without a C."""
+    total = NOTHING
+    for c, p in zip(coefficients, problems):
+        rows = p.rank if c is None else len(c)
+        moved = _bytes(p.blocks) + _matrix(c) + rows * p.d * dtype.itemsize
+        total += Work(moved, _product(c, p))
+    return total
+
+
+def apply_decouple(
+    coefficients: Sequence[Tensor | None], problems: Sequence[Problem], dtype: torch.dtype
+) -> Work:
+    """C X, and ||S_i x|| of every column with a triangular S_i [r_i, r_i]."""
+    total = NOTHING
+    for c, p in zip(coefficients, problems):
+        squares = sum(r * r for r in p.ranks)
+        moved = _bytes(p.blocks) + _matrix(c) + 8 * squares + p.rank * p.d * dtype.itemsize
+        norms = Work(moved, {"float32": (squares + p.rank) * p.d})
+        total += norms + Work(0, _product(c, p))
+    return total
+
+
+def truncate(pairs: Sequence[tuple[Tensor, Tensor]], rank: int, dtype: torch.dtype) -> Work:
+    """Both Grams and the two products of the factors with [R, k] matrices, in float64."""
+    total = NOTHING
+    for a, b in pairs:
+        full, length = len(a), a.shape[1] + len(b)
+        k = min(rank, full)
+        flops = (full * (full + 1) + 2 * full * k) * length
+        total += Work(_bytes((a, b)) + k * length * dtype.itemsize, {"float64": flops})
+    return total
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Work:
+    return Work(_bytes(tensors), {})
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _matrix(c: Tensor | None) -> int:
+    return 0 if c is None else 4 * c.numel()
+
+
+def _product(c: Tensor | None, p: Problem) -> dict[str, float]:
+    if c is None:
+        return {}
+    arithmetic = "mixed" if _arithmetic(p) == "16-bit" else "float32"
+    return {arithmetic: 2.0 * c.numel() * p.d}
+
+
+def _arithmetic(p: Problem) -> str:
+    return "16-bit" if all(block.element_size() == 2 for block in p.blocks) else "float32"
+
+
+def measure(device: torch.device) -> Rates:
+    """The best of several copies and of several GEMMs in every dtype that the ops may use."""
+    gemm = {name: _gemm(name, device) for name in ("float32", "bfloat16", "float64")}
+    if device.type == "cuda":
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")
+        gemm["tf32"] = _gemm("float32", device)
+        torch.set_float32_matmul_precision(before)
+    return Rates(_copy(device), gemm)
+
+
+def _copy(device: torch.device) -> float:
+    source = torch.ones(COPY_BYTES[device.type] // 8, dtype=torch.float64, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(_times(lambda: target.copy_(source), device))
+
+
+def _gemm(name: str, device: torch.device) -> float:
+    dtype = getattr(torch, name)
+    size = GEMM_SIZE[device.type] // (2 if name == "float64" else 1)
+    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(_times(lambda: x @ y, device))
+
+
+def _times(call: timing.Call, device: torch.device) -> list[float]:
+    return timing.take_turns({"": call}, device, SAMPLES)[""]

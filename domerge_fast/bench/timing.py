@@ -1,0 +1,55 @@
+"""Seconds of a call on a device: by the clock, by CUDA events, or as the replay of a CUDA graph."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Call = Callable[[], object]
+
+
+def take_turns(calls: Mapping[str, Call], device: torch.device, repeat: int) -> dict[str, list]:
+    """Seconds of every call, `repeat` times, taking turns after one call of warm-up each."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(repeat):
+        for name, call in calls.items():
+            times[name].append(seconds(call, device))
+    return times
+
+
+def seconds(call: Call, device: torch.device) -> float:
+    """One call; on CUDA from the start of its first kernel to the end of its last one, including
+    what the device waits for the host in between."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """The call as a CUDA graph: each replay repeats its kernels and copies, without the host.
+
+    The call must not wait for the device. It runs once outside the graph first, which compiles
+    kernels and fills the allocators' caches.
+    """
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize(device)
+    graph = torch.cuda.CUDAGraph()
+    # Pinned tables are allocated during the capture, which stricter modes may take for an error.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
+        call()
+    return graph.replay
