@@ -31,7 +31,7 @@ format: $(VENV)/ready-to-lint
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(find csrc -type f)
 clean:
-	rm -rf $(VENV) build demo benchmarks/data *.egg-info domerge_fast/_C*.so
+	rm -rf $(VENV) build demo benchmarks/data *.egg-info domerge_fast/_*.so
 
 # torch goes first, so that no dependency pulls in another build of it.
 $(VENV)/ready: $(BUILD)

@@ -1,4 +1,4 @@
-"""Builds `domerge_fast._C`: C++ for every instruction set, CUDA where nvcc is found.
+"""Builds `domerge_fast._C`, C++ for every instruction set, and `._cuda` where nvcc is found.
 
 Environment:
     DOMERGE_CUDA        1: CUDA or fail; 0: no CUDA; unset: CUDA where nvcc is on PATH.
@@ -24,9 +24,13 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, SetupError
 
 ROOT = Path(__file__).parent
+CUDA_MODULE = "domerge_fast._cuda"
 CPP_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
 CPP_FLAGS += ["-ffp-contract=fast", "-fno-math-errno"]  # products fuse, square roots vectorise
-NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+# Host code that a kernel reaches is a mere warning otherwise.
+NVCC_FLAGS += ["--diag-error", "20011,20013,20014"]
+NVCC_FLAGS += ["-Xptxas", "-v"]  # what compile_cuda reports
 DEFAULT_ARCHS = ("80", "90", "100")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -154,6 +158,7 @@ def cpp_sources(machine: str) -> dict[str, list[str]]:
 
 
 def cuda_sources() -> list[str]:
+    """Those for nvcc; csrc/cuda/bindings.cpp is for the C++ compiler."""
     return relative("csrc/cuda/*.cu")
 
 
@@ -164,48 +169,65 @@ def nvcc_command(cuda: Cuda, source: str, target: Path) -> list[str]:
 
 
 def compile_cuda(cuda: Cuda, source: str, folder: Path) -> str:
-    """Compiles one .cu and returns its object."""
+    """Compiles one .cu and returns its object; ptxas's report on its kernels is next to it."""
     target = folder / (Path(source).stem + ".cuda.o")
     target.parent.mkdir(parents=True, exist_ok=True)
-    run(nvcc_command(cuda, source, target))
+    target.with_suffix(".txt").write_text(run(nvcc_command(cuda, source, target)))
     return str(target)
 
 
 class BuildExtension(build_ext):
     """Compiles in parallel, each source with its own flags."""
 
+    def finalize_options(self) -> None:
+        self.cuda = find_cuda(dict(os.environ))
+        if self.cuda is None:
+            modules = self.distribution.ext_modules
+            self.distribution.ext_modules = [m for m in modules if m.name != CUDA_MODULE]
+        super().finalize_options()
+
     def build_extension(self, ext: Extension) -> None:
         if self.compiler.compiler_type == "msvc":
             raise BuildError("the kernels need GCC or Clang (vector extensions), not MSVC")
-        import pybind11
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            if ext.name == CUDA_MODULE and self.cuda:
+                self.link(ext, self.compile_cuda(ext, self.cuda, pool), self.cuda)
+            else:
+                self.link(ext, self.compile_cpu(ext, pool), None)
 
+    def compile_cpu(self, ext: Extension, pool: ThreadPoolExecutor) -> list[str]:
         machine = platform.machine()
-        cuda = find_cuda(dict(os.environ))
         sources = cpp_sources(machine)
         macros = [("DOMERGE_X86", "1")] if len(isas(machine)) > 1 else []
-        macros += [("DOMERGE_CUDA", "1")] if cuda else []
-        folder = Path(self.build_temp)
         if "amx" in isas(machine):
-            if accepts(self.compiler, ISA_FLAGS["amx"], folder):
+            if accepts(self.compiler, ISA_FLAGS["amx"], Path(self.build_temp)):
                 macros.append(("DOMERGE_AMX", "1"))
             else:
                 del sources["csrc/cpu/kernels_amx.cpp"]
+        jobs = [pool.submit(self.compile_cpp, ext, s, macros, f) for s, f in sources.items()]
+        return [job.result() for job in jobs]
 
-        def compile_cpp(source: str, flags: list[str]) -> list[str]:
-            return self.compiler.compile(
-                [source],
-                output_dir=str(folder),
-                macros=macros,
-                depends=ext.depends,
-                include_dirs=[*self.compiler.include_dirs, pybind11.get_include()],
-                extra_postargs=[*CPP_FLAGS, *flags],
-            )
+    def compile_cuda(self, ext: Extension, cuda: Cuda, pool: ThreadPoolExecutor) -> list[str]:
+        folder = Path(self.build_temp)
+        jobs = [pool.submit(compile_cuda, cuda, source, folder) for source in cuda_sources()]
+        jobs += [pool.submit(self.compile_cpp, ext, source, [], []) for source in ext.sources]
+        return [job.result() for job in jobs]
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [pool.submit(compile_cpp, *item) for item in sources.items()]
-            cuda_jobs = [pool.submit(compile_cuda, cuda, s, folder) for s in cuda_sources() if cuda]
-        objects = [o for job in jobs for o in job.result()] + [job.result() for job in cuda_jobs]
-        self.link(ext, objects, cuda)
+    def compile_cpp(
+        self, ext: Extension, source: str, macros: list[tuple[str, str]], flags: list[str]
+    ) -> str:
+        """Compiles one C++ source and returns its object."""
+        import pybind11
+
+        (target,) = self.compiler.compile(
+            [source],
+            output_dir=self.build_temp,
+            macros=macros,
+            depends=ext.depends,
+            include_dirs=[*self.compiler.include_dirs, pybind11.get_include()],
+            extra_postargs=[*CPP_FLAGS, *flags],
+        )
+        return target
 
     def link(self, ext: Extension, objects: list[str], cuda: Cuda | None) -> None:
         libraries = ["cudart_static", "dl", "rt"] if cuda else []
@@ -223,6 +245,9 @@ class BuildExtension(build_ext):
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[Extension("domerge_fast._C", sources=list(cpp_sources(platform.machine())))],
+        ext_modules=[
+            Extension("domerge_fast._C", sources=list(cpp_sources(platform.machine()))),
+            Extension(CUDA_MODULE, sources=["csrc/cuda/bindings.cpp"]),
+        ],
         cmdclass={"build_ext": BuildExtension},
     )

@@ -4,9 +4,6 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
-#ifdef DOMERGE_CUDA
-#include "cuda/device.h"
-#endif
 
 namespace py = pybind11;
 
@@ -21,21 +18,6 @@ auto on_cpu(Result (*f)(const domerge::Kernels&, Args...)) {
     };
 }
 
-static py::object cuda_info() {
-#ifdef DOMERGE_CUDA
-    const domerge::CudaInfo info = domerge::cuda_info();
-    py::dict result;
-    result["devices"] = info.devices;
-    result["driver"] = info.driver;
-    result["runtime"] = info.runtime;
-    result["archs"] = info.archs;
-    result["error"] = info.error;
-    return result;
-#else
-    return py::none();
-#endif
-}
-
 PYBIND11_MODULE(_C, m) {
     using Numbers = std::vector<int64_t>;
     py::class_<domerge::Problems>(m, "Problems")
@@ -46,7 +28,6 @@ PYBIND11_MODULE(_C, m) {
              py::arg("scales"), py::arg("counts"), py::arg("dims"), py::arg("columns"));
     m.def("isa", [] { return std::string(domerge::choose_kernels().name); });
     m.def("isas", domerge::supported_isas);
-    m.def("cuda_info", cuda_info);
     m.def("gram", on_cpu(domerge::gram));
     m.def("block_gram", on_cpu(domerge::block_gram));
     m.def("orthogonalize", on_cpu(domerge::orthogonalize));

@@ -33,12 +33,6 @@ def isa() -> str:
 def isas() -> list[str]:
     """Those that this machine can run, best first."""
 
-def cuda_info() -> dict[str, int | str] | None:
-    """None when built without CUDA, else devices, driver, runtime, archs and error.
-
-    Versions are 1000 * major + 10 * minor, 0 when unknown; error is "" when a device is there.
-    """
-
 def gram(problems: Problems, out: Sequence[int], wide: bool, threads: int, /) -> None:
     """out: float32 [R, R] a problem, or float64 when wide."""
 

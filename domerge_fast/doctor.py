@@ -22,22 +22,26 @@ def examine() -> dict[str, str]:
     forced = os.environ.get(registry.ENVIRONMENT)
     if forced:
         found[f"{registry.ENVIRONMENT} is set"] = forced
-    return found | _extension() | {"torch CUDA": _torch_cuda()}
+    return found | _instruction_set() | {"CUDA kernels": _cuda(), "torch CUDA": _torch_cuda()}
 
 
-def _extension() -> dict[str, str]:
+def _instruction_set() -> dict[str, str]:
     if registry.TABLE["cpu"].why_not():
         return {}
     from . import _C
 
-    found = {"instruction set": _C.isa()}
-    cuda = _C.cuda_info()
-    if cuda is None:
-        found["CUDA kernels"] = "off: built without nvcc; install the CUDA toolkit and reinstall"
-    else:
-        reason = cuda["error"] or f"{cuda['devices']} device(s)"
-        found["CUDA kernels"] = f"built for {cuda['archs']}, no op uses them yet; {reason}"
-    return found
+    return {"instruction set": _C.isa()}
+
+
+def _cuda() -> str:
+    """What the CUDA extension is built for, and what it finds here."""
+    extension = registry.cuda_extension()
+    if isinstance(extension, str):
+        return f"off: {extension}"
+    info = extension.info()
+    if extension.ON_HOST:
+        return str(info["error"])
+    return f"built for {info['archs']}; {info['error'] or str(info['devices']) + ' device(s)'}"
 
 
 def _torch_cuda() -> str:

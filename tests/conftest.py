@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
+
 import torch
 
 # Threads only wait for each other on matrices this small; tests of threading ask for their own.
 torch.set_num_threads(1)
+
+
+# The CUDA kernels compiled for the host, in place of an installed extension.
+if "DOMERGE_TEST_CUDA" in os.environ:
+    spec = importlib.util.spec_from_file_location(
+        "domerge_fast._cuda", os.environ["DOMERGE_TEST_CUDA"]
+    )
+    sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[spec.name])

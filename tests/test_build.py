@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,32 +144,82 @@ def test_cuda_objects_hold_code_for_the_architectures(build, tmp_path):
 def built(tmp_path_factory):
     """A folder with a whole build in it: with CUDA where there is an nvcc."""
     folder = tmp_path_factory.mktemp("build")
-    done = build_into(folder, DOMERGE_CUDA="1" if NVCC else "0", DOMERGE_CUDA_ARCHS="80")
+    done = build_into(folder, DOMERGE_CUDA="1" if NVCC else "0", DOMERGE_CUDA_ARCHS="")
     assert done.returncode == 0, done.stderr
     return folder
 
 
-def ask_extension(folder: Path) -> tuple[list[str], dict | None]:
-    """isas() and cuda_info() of the extension built there, in a process of its own."""
-    code = "import json, _C; print(json.dumps([_C.isas(), _C.cuda_info()]))"
+def ask(folder: Path, module: str, expression: str):
+    """What an extension built there answers, in a process of its own, without the package."""
+    code = f"import json, {module}; print(json.dumps({module}.{expression}))"
     where = str(folder / "lib" / "domerge_fast")
     done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return tuple(json.loads(done.stdout))
+    return json.loads(done.stdout)
 
 
 @pytest.mark.slow
-def test_the_extension_runs_without_torch_and_without_a_driver(built):
-    isas, cuda = ask_extension(built)
-    assert isas[-1] == "baseline"
-    if NVCC is None:
-        assert cuda is None
-        return
-    assert cuda["archs"] == "80"
+def test_the_extension_runs_without_torch(built):
+    assert ask(built, "_C", "isas()")[-1] == "baseline"
+    assert any((built / "lib" / "domerge_fast").glob("_cuda*")) == (NVCC is not None)
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_the_cuda_extension_runs_without_torch_and_without_a_driver(built):
+    cuda = ask(built, "_cuda", "info()")
+    assert cuda["archs"].startswith("80;90")
     assert cuda["runtime"] >= 12000
     assert (cuda["devices"] > 0) == (cuda["error"] == "")
     if cuda["driver"] == 0:
         assert cuda["error"] == "CUDA driver is missing"
+    assert ask(built, "_cuda", "ON_HOST") is False
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_without_a_device_the_cuda_build_merges_on_the_cpu_and_doctor_says_why(built, tmp_path):
+    package = tmp_path / "domerge_fast"
+    shutil.copytree(ROOT / "domerge_fast", package, ignore=shutil.ignore_patterns("*.so"))
+    for library in (built / "lib" / "domerge_fast").glob("*.so"):
+        shutil.copy(library, package)
+    code = (
+        "import torch, domerge_fast as dm, json;"
+        "from domerge_fast import doctor;"
+        "pair = [dm.from_tensors({'x': (torch.ones(2, 5), torch.ones(4, 2))}) for _ in range(2)];"
+        "dm.merge(pair, device='cpu');"
+        "print(json.dumps([dm.__file__, doctor.examine()]))"
+    )
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("DOMERGE_TEST_CUDA", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    where, found = json.loads(done.stdout)
+    assert where.startswith(str(tmp_path))
+    assert re.match(r"off: (CUDA driver is missing|no CUDA)", found["backend cuda"])
+    assert re.match(r"built for 80;90.*; (CUDA driver is missing|no CUDA)", found["CUDA kernels"])
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_no_kernel_spills_registers(build, built):
+    cuda = build.find_cuda({**os.environ, "DOMERGE_CUDA": "1", "DOMERGE_CUDA_ARCHS": ""})
+    reports = {p.name.split(".")[0]: p.read_text() for p in (built / "temp").glob("*.cuda.txt")}
+    assert set(reports) == {Path(source).stem for source in build.cuda_sources()}
+    kernels = {}
+    for report in reports.values():
+        kernels |= dict(
+            re.findall(
+                r"Compiling entry function '(\S+' for 'sm_\d+)'.*?(\d+ bytes spill stores)",
+                report,
+                re.DOTALL,
+            )
+        )
+    for arch in cuda.archs:
+        assert sum(name.endswith(f"sm_{arch}") for name in kernels) > 40
+    assert {name: spill for name, spill in kernels.items() if spill != "0 bytes spill stores"} == {}
 
 
 @pytest.mark.slow

@@ -13,21 +13,33 @@
 #ifdef __CUDACC__
 #include <cuda_runtime_api.h>
 #define DOMERGE_DEVICE __device__ __forceinline__
+#define DOMERGE_UNROLL _Pragma("unroll")
+#define DOMERGE_ROLLED _Pragma("unroll 1")
+#define DOMERGE_ROLLED _Pragma("unroll 1")
 #else
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #include <vector>
 #define DOMERGE_DEVICE inline
+#define DOMERGE_UNROLL
+#define DOMERGE_ROLLED
 #endif
 
 #include <stdexcept>
 #include <string>
 
+#include "types.h"
+
 namespace domerge {
 
-using Stream = uint64_t;  // a cudaStream_t as a number
+// What a kernel may know of the device that is current.
+struct Device {
+    int64_t multiprocessors;
+    int64_t shared_bytes;  // the most that one block may have
+};
 
 #ifdef __CUDACC__
 
@@ -42,6 +54,13 @@ struct Block {
         __syncthreads();
     }
 };
+
+// The number, of unknown origin to the compiler: what a phase derives from it is not kept in
+// registers for the next one.
+DOMERGE_DEVICE int opaque(int number) {
+    asm volatile("" : "+r"(number));
+    return number;
+}
 
 // One T a thread, kept in registers.
 template <class T, int kThreads>
@@ -64,6 +83,14 @@ inline void check(cudaError_t status) {
     throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
 }
 
+inline Device current_device() {
+    int device, multiprocessors, shared_bytes;
+    check(cudaGetDevice(&device));
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    check(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return {multiprocessors, shared_bytes};
+}
+
 template <class Kernel>
 void launch(int64_t blocks, int64_t shared_bytes, const typename Kernel::Params& params,
             Stream stream) {
@@ -78,7 +105,12 @@ void launch(int64_t blocks, int64_t shared_bytes, const typename Kernel::Params&
 
 #else
 
-inline bool backwards = false;  // the order in which threads and blocks run
+inline bool backwards = false;       // the order in which threads and blocks run
+inline Device device{2, 163 << 10};  // what current_device finds; tests change it
+
+inline Device current_device() {
+    return device;
+}
 
 template <class Visit>
 void in_order(int64_t count, Visit visit) {
@@ -96,15 +128,24 @@ struct Block {
     }
 };
 
+inline int opaque(int number) {
+    return number;
+}
+
+// Full of NaN at first, as registers may be of anything.
 template <class T, int kThreads>
 struct PerThread {
+    static_assert(std::is_trivially_copyable_v<T>);
     std::vector<T> values = std::vector<T>(kThreads);
+
+    PerThread() { std::memset(static_cast<void*>(values.data()), 0xff, kThreads * sizeof(T)); }
     T& operator[](int thread) { return values[thread]; }
 };
 
 // Every block finds its shared memory full of NaN, and not one byte longer than asked for.
 template <class Kernel>
 void launch(int64_t blocks, int64_t shared_bytes, const typename Kernel::Params& params, Stream) {
+    if (shared_bytes > device.shared_bytes) throw std::length_error("too much shared memory");
     in_order(blocks, [&](int64_t index) {
         const std::unique_ptr<char, decltype(&std::free)> shared(
             static_cast<char*>(std::malloc(shared_bytes)), &std::free);

@@ -1,8 +1,9 @@
-#include <cuda_runtime_api.h>
-
-#include "device.h"
+#include "block.h"
+#include "launch.h"
 
 namespace domerge {
+
+#ifdef __CUDACC__
 
 CudaInfo cuda_info() {
     CudaInfo info{0, 0, 0, DOMERGE_CUDA_ARCHS, ""};
@@ -20,5 +21,29 @@ CudaInfo cuda_info() {
     cudaGetLastError();  // the runtime keeps the last error: do not leave it to the next caller
     return info;
 }
+
+bool on_host() {
+    return false;
+}
+
+void set_backwards(bool) {
+    throw std::logic_error("the threads of a device have no order");
+}
+
+#else
+
+CudaInfo cuda_info() {
+    return CudaInfo{0, 0, 0, "", "compiled for the host"};
+}
+
+bool on_host() {
+    return true;
+}
+
+void set_backwards(bool value) {
+    backwards = value;
+}
+
+#endif
 
 }  // namespace domerge

@@ -75,23 +75,27 @@ def _extension_missing() -> str | None:
     return None
 
 
-def _cuda_extension() -> ModuleType | None:
+def cuda_extension() -> ModuleType | str:
+    """The extension with the CUDA kernels, or why there is none."""
     try:
         return importlib.import_module("domerge_fast._cuda")
-    except ImportError:
-        return None
+    except ModuleNotFoundError:
+        return "built without nvcc; install the CUDA toolkit and reinstall with DOMERGE_CUDA=1"
+    except ImportError as error:
+        return f"the CUDA extension does not import ({error}); reinstall with `pip install .`"
 
 
 def _cuda_devices() -> tuple[str, ...]:
     """A GPU; the CPU for kernels that the tests compile with a C++ compiler."""
-    extension = _cuda_extension()
-    return ("cpu",) if extension and extension.ON_HOST else ("cuda",)
+    extension = cuda_extension()
+    on_host = not isinstance(extension, str) and extension.ON_HOST
+    return ("cpu",) if on_host else ("cuda",)
 
 
 def _cuda_missing() -> str | None:
-    extension = _cuda_extension()
-    if extension is None:
-        return "built without nvcc; install the CUDA toolkit and reinstall with DOMERGE_CUDA=1"
+    extension = cuda_extension()
+    if isinstance(extension, str):
+        return extension
     if extension.ON_HOST:
         return None
     return extension.info()["error"] or _torch_cuda_missing()

@@ -1,0 +1,50 @@
+// Names to launches. Addresses and streams are integers; the caller has checked shapes, dtypes and
+// devices, keeps the memory alive and has made the device current.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "launch.h"
+#include "orthogonalize.h"
+
+namespace py = pybind11;
+
+static py::dict info() {
+    const domerge::CudaInfo info = domerge::cuda_info();
+    py::dict result;
+    result["devices"] = info.devices;
+    result["driver"] = info.driver;
+    result["runtime"] = info.runtime;
+    result["archs"] = info.archs;
+    result["error"] = info.error;
+    return result;
+}
+
+PYBIND11_MODULE(_cuda, m) {
+    using Unlocked = py::call_guard<py::gil_scoped_release>;
+    m.attr("ON_HOST") = domerge::on_host();
+    m.def("info", info);
+    m.def("set_backwards", domerge::set_backwards);
+    m.def("gram_sizes", domerge::gram_sizes);
+    m.def("orthogonalize_sizes", domerge::orthogonalize_sizes);
+    m.def("apply_sizes", domerge::apply_sizes);
+    m.def("apply_decouple_sizes", domerge::apply_decouple_sizes);
+    m.def("apply_columns", domerge::apply_columns);
+    m.def("apply_decouple_columns", domerge::apply_decouple_columns);
+    m.def("orthogonalize_scratch", domerge::orthogonalize_scratch);
+    py::class_<domerge::Decoupling>(m, "Decoupling")
+        .def(py::init([](domerge::Address work, domerge::Address offsets, domerge::Address roots,
+                         domerge::Address norms, domerge::Address omegas, double scale,
+                         domerge::Address energies, int64_t slots) {
+                 return domerge::Decoupling{work,   offsets, roots,    norms,
+                                            omegas, scale,   energies, slots};
+             }),
+             py::arg("work"), py::arg("offsets"), py::arg("roots"), py::arg("norms"),
+             py::arg("omegas"), py::arg("scale"), py::arg("energies"), py::arg("slots"));
+    m.def("gram", domerge::gram, Unlocked());
+    m.def("block_gram", domerge::block_gram, Unlocked());
+    m.def("orthogonalize", domerge::orthogonalize, Unlocked());
+    m.def("apply", domerge::apply, Unlocked());
+    m.def("roots", domerge::roots, Unlocked());
+    m.def("apply_decouple", domerge::apply_decouple, Unlocked());
+    m.def("all_finite", domerge::all_finite, Unlocked());
+}

@@ -1,0 +1,66 @@
+// The launches, one an op: domerge_fast/backends/gpu.py (`Kernels`) says what each reads and
+// writes. Lists of rows are an address and a count. Nothing waits for a launch.
+#pragma once
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "types.h"
+
+namespace domerge {
+
+// Where a table of problems lies: blocks, owner, problems, and the code of its dtype.
+using TableNumbers = std::tuple<Address, Address, Address, int>;
+
+std::vector<int64_t> gram_sizes();
+void gram(const TableNumbers& table, int64_t size, Address tiles, int64_t tile_count, Address sums,
+          int64_t sum_count, Address parts, Address out, Stream stream);
+
+void block_gram(const TableNumbers& table, Address work, int64_t count, Address out, Stream stream);
+
+std::vector<int64_t> apply_sizes();
+int64_t apply_columns(int64_t size);
+void apply(const TableNumbers& table, int64_t size, Address tiles, int64_t tile_count, Address work,
+           Address out, int out_dtype, Stream stream);
+
+// scratch: float64, as many as there are numbers in out.
+void roots(Address work, int64_t count, Address out, Address norms, Address scratch, Stream stream);
+
+// Where the numbers of an apply_decouple launch lie.
+struct Decoupling {
+    Address work;
+    Address offsets;
+    Address roots;
+    Address norms;
+    Address omegas;
+    double scale;
+    Address energies;
+    int64_t slots;
+};
+
+std::vector<int64_t> apply_decouple_sizes();
+int64_t apply_decouple_columns(int64_t size);
+void apply_decouple(const TableNumbers& table, int64_t size, Address tiles, int64_t tile_count,
+                    const Decoupling& numbers, Address out, int out_dtype, Stream stream);
+
+void all_finite(int dtype, Address tiles, int64_t count, Address flags, Stream stream);
+
+// What the CUDA runtime finds here. `error` says why there are no devices; empty when there are.
+// Versions as CUDA counts them: 1000 * major + 10 * minor; 0 when unknown.
+struct CudaInfo {
+    int devices;
+    int driver;
+    int runtime;
+    std::string archs;
+    std::string error;
+};
+
+CudaInfo cuda_info();
+
+// Whether a C++ compiler compiled the kernels, for the host.
+bool on_host();
+// The order in which the host runs threads and blocks; std::logic_error on a device.
+void set_backwards(bool value);
+
+}  // namespace domerge

@@ -1,0 +1,86 @@
+#include "table.h"
+
+namespace domerge {
+
+namespace {
+
+struct RootsWork {
+    Address matrix;
+    int64_t rank;
+    int64_t offset;
+};
+
+struct RootsParams {
+    const RootsWork* work;
+    float* out;
+    float* norms;
+    double* scratch;  // as large as out: the rows before they are rounded
+};
+
+// Cholesky with diagonal pivoting, a row at a step; a thread has every kThreads-th column.
+struct Roots {
+    using Params = RootsParams;
+    static constexpr int kThreads = 128;
+    static constexpr int kBlocksPerSm = 4;
+    static constexpr int kMaxRank = 256;
+    // What is left of the diagonal, before and after a step: threads still read the one when others
+    // write the other.
+    static constexpr int64_t kSharedBytes = 2 * kMaxRank * sizeof(double);
+
+    static DOMERGE_DEVICE int largest(const double* left, int rank) {
+        int pivot = 0;
+        for (int i = 1; i < rank; ++i)
+            if (left[i] > left[pivot]) pivot = i;
+        return pivot;
+    }
+
+    static DOMERGE_DEVICE void run(const Params& params, Block<kThreads>& block) {
+        const RootsWork& work = params.work[block.index];
+        const int rank = static_cast<int>(work.rank);
+        const auto* matrix = reinterpret_cast<const double*>(work.matrix);
+        double* const rows = params.scratch + work.offset;
+        float* const out = params.out + work.offset;
+        double* const both = reinterpret_cast<double*>(block.shared);
+        block.each([&](int thread) {
+            for (int i = thread; i < rank; i += kThreads) both[i] = matrix[i * rank + i];
+            for (int i = thread; i < rank * rank; i += kThreads) out[i] = 0.0f;
+        });
+        double trace = 0.0;
+        for (int i = 0; i < rank; ++i) trace += both[i];
+        const double norm = trace > 0.0 ? std::sqrt(trace) : 0.0;
+        block.each([&](int thread) {
+            if (thread == 0) params.norms[block.index] = static_cast<float>(norm);
+        });
+        if (!(trace > 0.0)) return;
+        for (int k = 0; k < rank; ++k) {
+            const double* const left = both + k % 2 * kMaxRank;
+            double* const next = both + (k + 1) % 2 * kMaxRank;
+            const int pivot = largest(left, rank);
+            if (!(left[pivot] > 1e-16 * rank * trace)) break;
+            const double inverse = 1.0 / std::sqrt(left[pivot]);
+            block.each([&](int thread) {
+                for (int i = thread; i < rank; i += kThreads) {
+                    double value = matrix[pivot * rank + i];
+                    for (int m = 0; m < k; ++m)
+                        value -= rows[m * rank + pivot] * rows[m * rank + i];
+                    value = left[i] < 0.0 ? 0.0 : value * inverse;
+                    rows[k * rank + i] = value;
+                    out[k * rank + i] = static_cast<float>(value / norm);
+                    // -1: used up, later rows are zero here.
+                    next[i] = i == pivot || left[i] < 0.0 ? -1.0 : left[i] - value * value;
+                }
+            });
+        }
+    }
+};
+
+}  // namespace
+
+void roots(Address work, int64_t count, Address out, Address norms, Address scratch,
+           Stream stream) {
+    const RootsParams params{at<const RootsWork>(work), at<float>(out), at<float>(norms),
+                             at<double>(scratch)};
+    launch<Roots>(count, Roots::kSharedBytes, params, stream);
+}
+
+}  // namespace domerge

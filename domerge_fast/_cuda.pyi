@@ -1,0 +1,100 @@
+"""The CUDA extension: one launch an op. backends/gpu.py (`Kernels`) says what each does.
+
+Addresses are `tensor.data_ptr()`, dtypes the codes of backends/layout.py, a stream is its
+`cuda_stream`. A table is the addresses of its blocks, owner and problems, and its dtype; a list of
+rows is its address and its length. Nothing is checked here: callers keep the memory alive and make
+the device current. The GIL is released; RuntimeError where CUDA refuses a launch.
+"""
+
+_Table = tuple[int, int, int, int]
+
+ON_HOST: bool
+"""Whether a C++ compiler compiled the kernels, to run on the CPU (tests)."""
+
+def info() -> dict[str, int | str]:
+    """devices, driver, runtime, archs and error.
+
+    Versions are 1000 * major + 10 * minor, 0 when unknown; error is "" when a device is there.
+    """
+
+def set_backwards(value: bool, /) -> None:
+    """The order in which threads and blocks run on the host; RuntimeError on a device."""
+
+def gram_sizes() -> list[int]: ...
+def orthogonalize_sizes() -> list[int]: ...
+def apply_sizes() -> list[int]: ...
+def apply_decouple_sizes() -> list[int]: ...
+def apply_columns(size: int, /) -> int: ...
+def apply_decouple_columns(size: int, /) -> int: ...
+def orthogonalize_scratch(size: int, problems: int, /) -> int:
+    """Bytes of scratch memory for a launch on the current device."""
+
+class Decoupling:
+    """Addresses of what apply_decouple reads besides tables, and of the energies [N, slots]."""
+
+    def __init__(
+        self,
+        work: int,
+        offsets: int,
+        roots: int,
+        norms: int,
+        omegas: int,
+        scale: float,
+        energies: int,
+        slots: int,
+    ) -> None: ...
+
+def gram(
+    table: _Table,
+    size: int,
+    tiles: int,
+    tile_count: int,
+    sums: int,
+    sum_count: int,
+    parts: int,
+    out: int,
+    stream: int,
+    /,
+) -> None: ...
+def block_gram(table: _Table, work: int, count: int, out: int, stream: int, /) -> None: ...
+def orthogonalize(
+    size: int,
+    work: int,
+    problems: int,
+    starts: int,
+    out: int,
+    stats: int,
+    scratch: int,
+    frobenius: bool,
+    gamma: float,
+    steps: int,
+    tol: float,
+    stream: int,
+    /,
+) -> None: ...
+def apply(
+    table: _Table,
+    size: int,
+    tiles: int,
+    tile_count: int,
+    work: int,
+    out: int,
+    out_dtype: int,
+    stream: int,
+    /,
+) -> None: ...
+def roots(work: int, count: int, out: int, norms: int, scratch: int, stream: int, /) -> None:
+    """scratch: float64, as many as there are numbers in out."""
+
+def apply_decouple(
+    table: _Table,
+    size: int,
+    tiles: int,
+    tile_count: int,
+    numbers: Decoupling,
+    out: int,
+    out_dtype: int,
+    stream: int,
+    /,
+) -> None: ...
+def all_finite(dtype: int, tiles: int, count: int, flags: int, stream: int, /) -> None: ...

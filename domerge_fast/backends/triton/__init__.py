@@ -1,0 +1,31 @@
+"""The ops as Triton kernels: all problems of an op in one launch, whatever their shapes.
+
+With TRITON_INTERPRET=1 set before the first import of triton they run on the CPU, in Python.
+"""
+
+from __future__ import annotations
+
+from ..gpu import Gpu
+from .kernels import TritonKernels
+
+__all__ = [
+    "all_finite",
+    "apply",
+    "apply_decouple",
+    "block_gram",
+    "gram",
+    "orthogonalize",
+    "orthogonalize_factors",
+    "truncate",
+]
+
+_gpu = Gpu(TritonKernels)
+
+all_finite = _gpu.all_finite
+apply = _gpu.apply
+apply_decouple = _gpu.apply_decouple
+block_gram = _gpu.block_gram
+gram = _gpu.gram
+orthogonalize = _gpu.orthogonalize
+orthogonalize_factors = _gpu.orthogonalize_factors
+truncate = _gpu.truncate

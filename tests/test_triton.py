@@ -1,0 +1,166 @@
+"""The Triton kernels without a GPU: compiled for every architecture, and run by the interpreter.
+
+Run as a script, it compiles what the launches of some ops ask for, and prints a line of JSON for
+each: python tests/test_triton.py ARCHITECTURE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from shapes import random_case
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+"""Bytes that one block may use, by architecture."""
+
+KERNELS = {
+    "all_finite_kernel",
+    "apply_decouple_kernel",
+    "apply_kernel",
+    "block_gram_kernel",
+    "gram_kernel",
+    "orthogonalize_kernel",
+    "roots_kernel",
+    "sum_kernel",
+}
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGEST = {"gram": 128, "apply": 128, "apply_decouple": 256}
+EVERYWHERE = [
+    *((op, rank, dtype) for op, rank in LARGEST.items() for dtype in ("float32", "bfloat16")),
+    ("block_gram", 16, "float32"),
+    ("all_finite", 16, "float32"),
+    ("squared", 128, "float32"),
+    ("frobenius", 128, "float32"),
+]
+MORE = [
+    *((op, rank, "float32") for op in LARGEST for rank in (16, 64)),
+    *((op, 64, dtype) for op in LARGEST for dtype in ("bfloat16", "float16")),
+    *((op, 16, dtype) for op in ("block_gram", "all_finite") for dtype in ("bfloat16", "float16")),
+    ("squared", 16, "float32"),
+    ("squared", 64, "float32"),
+    ("frobenius", 256, "float32"),
+]
+LAUNCHES = {80: EVERYWHERE, 90: [*EVERYWHERE, *MORE], 100: EVERYWHERE}
+"""What is compiled for an architecture: (op or penalty, R, dtype)."""
+
+
+class Target:
+    """Stands in for Triton's driver: an architecture that is not there."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def compile_launches(architecture: int) -> None:
+    """Calls the ops on CPU tensors with every launch replaced by a compilation."""
+    from triton.runtime import JITFunction, driver
+
+    driver.set_active(Target(architecture))
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        line = {"kernel": self.fn.__name__, "shared": compiled.metadata.shared}
+        print(json.dumps(line), flush=True)
+
+    JITFunction.run = compile_only
+    for op, rank, dtype in LAUNCHES[architecture]:
+        launch(op, rank, TYPES[dtype])
+
+
+def launch(op: str, rank: int, dtype: torch.dtype) -> None:
+    from domerge_fast.backends import triton as backend
+
+    half = rank // 2
+    case = random_case((half, half), 4104, 8)
+    rows = case.rows(dtype)
+    if op == "gram":
+        backend.gram([rows])
+    elif op == "apply":
+        backend.apply([None], [rows], dtype)
+    elif op == "block_gram":
+        backend.block_gram([rows])
+    elif op == "all_finite":
+        backend.all_finite(rows.blocks)
+    elif op == "apply_decouple":
+        blocks = torch.zeros(2 * half * half, dtype=torch.float64)
+        backend.apply_decouple([None], [rows], [blocks], [[0.5, 0.5]], 1.0, dtype)
+    else:
+        backend.orthogonalize([torch.eye(rank)], [(half, half)], penalty=op)
+
+
+@pytest.fixture(scope="module")
+def compilers():
+    """One process an architecture, side by side."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    running = {
+        architecture: subprocess.Popen(
+            [sys.executable, __file__, str(architecture)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for architecture in LAUNCHES
+    }
+    yield running
+    for process in running.values():
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", LAUNCHES)
+def test_every_kernel_compiles_within_the_shared_memory(architecture, compilers):
+    output, errors = compilers[architecture].communicate()
+    assert compilers[architecture].returncode == 0, errors
+    kernels = [json.loads(line) for line in output.splitlines()]
+    assert {k["kernel"] for k in kernels} == KERNELS
+    assert max(k["shared"] for k in kernels) <= SHARED_MEMORY[architecture]
+
+
+@pytest.mark.slow
+def test_every_op_in_the_interpreter():
+    """tests/test_ops.py on the Triton backend: the variable must be set before Triton starts.
+
+    Without what is a library's work there, float16, which takes the way of bfloat16, and what
+    takes the interpreter longest.
+    """
+    long = "twice or it_stops or (frobenius and (arrives or never_rises)) or (256 and dtype1)"
+    selected = f"triton and not (truncate or on_the_factors or dtype2 or {long})"
+    files = ["tests/test_ops.py", "tests/test_library.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", selected],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "passed" in done.stdout
+
+
+if __name__ == "__main__":
+    compile_launches(int(sys.argv[1]))
