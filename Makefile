@@ -7,6 +7,9 @@ PY    := $(VENV)/bin/python
 # compiles what is imported, and keeps it.
 PIP   := $(PY) -m pip install -q --no-compile
 unexport PYTHONDONTWRITEBYTECODE
+# The CUDA kernels take minutes to compile and need a GPU to run: gpu-check builds them, and a test
+# does where there is an nvcc.
+export DOMERGE_CUDA ?= 0
 BUILD := pyproject.toml setup.py $(shell find csrc -type f)
 
 .PHONY: setup demo test lint format bench gpu-check clean

@@ -6,15 +6,15 @@
 // E = Y + Y^T,  F = Qt^T Dt. H, E and F are used below the diagonal blocks only; F is made whole,
 // since idle threads would save nothing.
 //
-// A step: 8 R^3 flops in four products, and 34 reads or writes of a matrix (136 R^2 bytes), of
-// which those of the kResident first matrices stay in shared memory. The others are scratch memory
-// of a block that stays and takes one problem after the other, so that it is found in the L2 cache.
+// A step: 8 R^3 flops in four products, and 34 reads or writes of a matrix (136 R^2 bytes). As many
+// matrices as fit stay in shared memory. The others are scratch memory of a block that stays and
+// takes one problem after the other, so that it is found in the L2 cache.
 #include "orthogonalize.h"
 
 #include <algorithm>
 
-#include "block.h"
 #include "line_search.h"
+#include "table.h"
 
 namespace domerge {
 namespace {
@@ -101,19 +101,10 @@ struct Tile {
     }
 };
 
-// [size, size + 4], in shared memory or in scratch.
-template <bool kIsShared>
-struct Matrix {
-    static constexpr bool kDirect = kIsShared;
-    static constexpr bool kTransposed = false;
-    float* at;
-};
-
-// An operand of which kPanel columns are staged as the rows of a panel.
-struct Transposed {
-    static constexpr bool kDirect = false;
-    static constexpr bool kTransposed = true;
+// One side of a product: [size, size + 4], its rows or its columns as the rows of panels.
+struct Operand {
     const float* at;
+    bool transposed;
 };
 
 // Pair p = j (j - 1) / 2 + i of the factors i < j. ||H_ij(eta)||_F^2 is a quartic in eta.
@@ -142,6 +133,7 @@ struct DescentParams {
     char* scratch;
     int64_t problems;
     int64_t blocks;
+    int resident;  // matrices in shared memory
     bool frobenius;
     double gamma;
     int64_t steps;
@@ -149,7 +141,7 @@ struct DescentParams {
 };
 
 // R is padded to kSize. What is beyond R is zero in every matrix, so that it changes no sum.
-template <int kSize, int kResident>
+template <int kSize>
 struct Descent {
     using Params = DescentParams;
     static constexpr Shape kShape = shape(kSize);
@@ -160,8 +152,6 @@ struct Descent {
     static constexpr int64_t kMatrixBytes = int64_t{4} * kSize * kLd;
     static constexpr int64_t kMaxPairs = int64_t{kSize} * (kSize - 1) / 2;
     static constexpr int64_t kPairsBytes = kMaxPairs * (8 * (kSums + 1) + 4);
-    static constexpr int64_t kScratchBytes =
-        ((kMatrices - kResident) * kMatrixBytes + kPairsBytes + 127) / 128 * 128;
     static_assert(kShape.grid_columns * kShape.columns == kSize && kSize % kRegion == 0);
 
     struct Panels {
@@ -180,11 +170,18 @@ struct Descent {
         int owner[kSize];      // the factor of every row, -1 beyond R
         int start[kSize + 1];
     };
-    static constexpr int64_t kSharedBytes = kResident * kMatrixBytes + sizeof(Shared);
-
-    template <int kIndex>
-    using Place = Matrix<(kIndex < kResident)>;
+    static constexpr int64_t kOwnBytes = (sizeof(Shared) + 15) / 16 * 16;  // matrices follow
     using OneTile = Tile<kShape.rows, kShape.columns>;
+
+    static int resident(int64_t shared_bytes) {
+        const int64_t room = (shared_bytes - kOwnBytes) / kMatrixBytes;
+        return static_cast<int>(room < kMatrices ? room : kMatrices);
+    }
+    static int64_t shared_bytes(int resident) { return kOwnBytes + resident * kMatrixBytes; }
+    static DOMERGE_DEVICE int64_t scratch_bytes(int resident) {
+        return ((kMatrices - resident) * kMatrixBytes + kPairsBytes + 127) / 128 * 128;
+    }
+
     template <int kCount>
     struct Totals {
         double at[kCount];
@@ -197,14 +194,14 @@ struct Descent {
     double scale;
     Pairs pairs;
     // The busiest first: they get the shared memory. Three of them are used twice in a step.
-    Place<0> e;  // M, then G Pt, then Y and E
-    Place<1> ct;
-    Place<2> pt;  // Pt, then F
-    Place<3> dt;
-    Place<4> qt;
-    Place<5> h;
-    Place<6> pt_old;
-    Place<7> gram;
+    float* e;  // M, then G Pt, then Y and E
+    float* ct;
+    float* pt;  // Pt, then F
+    float* dt;
+    float* qt;
+    float* h;
+    float* pt_old;
+    float* gram;
 
     static DOMERGE_DEVICE void run(const Params& params, Block<kThreads>& block) {
         for (int64_t i = block.index; i < params.problems; i += params.blocks) {
@@ -219,35 +216,34 @@ struct Descent {
     DOMERGE_DEVICE Descent(const Params& params, Block<kThreads>& block, const int64_t* work)
         : params(params),
           block(block),
-          shared(*reinterpret_cast<Shared*>(block.shared + kResident * kMatrixBytes)),
+          shared(*reinterpret_cast<Shared*>(block.shared)),
           rank(static_cast<int>(work[1])),
           count(static_cast<int>(work[2])),
           scale(1.0),
-          e{place<0>()},
-          ct{place<1>()},
-          pt{place<2>()},
-          dt{place<3>()},
-          qt{place<4>()},
-          h{place<5>()},
-          pt_old{place<6>()},
-          gram{place<7>()} {
+          e(place(0)),
+          ct(place(1)),
+          pt(place(2)),
+          dt(place(3)),
+          qt(place(4)),
+          h(place(5)),
+          pt_old(place(6)),
+          gram(place(7)) {
         pairs.count = static_cast<int64_t>(count) * (count - 1) / 2;
         pairs.quartic =
-            reinterpret_cast<double*>(own_scratch() + (kMatrices - kResident) * kMatrixBytes);
+            reinterpret_cast<double*>(own_scratch() + (kMatrices - params.resident) * kMatrixBytes);
         pairs.floor = pairs.quartic + kSums * kMaxPairs;
         pairs.v = reinterpret_cast<float*>(pairs.floor + kMaxPairs);
     }
 
     DOMERGE_DEVICE char* own_scratch() const {
-        return params.scratch + block.index * kScratchBytes;
+        return params.scratch + block.index * scratch_bytes(params.resident);
     }
 
-    template <int kIndex>
-    DOMERGE_DEVICE float* place() const {
-        if constexpr (kIndex < kResident)
-            return reinterpret_cast<float*>(block.shared + kIndex * kMatrixBytes);
-        else
-            return reinterpret_cast<float*>(own_scratch() + (kIndex - kResident) * kMatrixBytes);
+    DOMERGE_DEVICE float* place(int index) const {
+        char* const at = index < params.resident
+                             ? block.shared + kOwnBytes + index * kMatrixBytes
+                             : own_scratch() + (index - params.resident) * kMatrixBytes;
+        return reinterpret_cast<float*>(at);
     }
 
     // A phase of many: the addresses that it uses should not fill the registers of the others.
@@ -316,27 +312,23 @@ struct Descent {
         static constexpr int kEach = (kQuads + kThreads - 1) / kThreads;
         Vec<4> quads[kEach];
 
-        template <class Operand>
         DOMERGE_DEVICE void fetch(int thread, Operand operand, int k, int column) {
             DOMERGE_UNROLL
             for (int n = 0; n < kEach; ++n) {
                 const int i = thread + n * kThreads;
                 if (kQuads % kThreads != 0 && i >= kQuads) continue;
-                if constexpr (Operand::kTransposed)
-                    quads[n] = load(operand.at + (column + i % kWidth) * kLd + k + i / kWidth * 4);
-                else
-                    quads[n] = load(operand.at + (k + i / (kWidth / 4)) * kLd + column +
-                                    i % (kWidth / 4) * 4);
+                const int along = (k + i / (kWidth / 4)) * kLd + column + i % (kWidth / 4) * 4;
+                const int across = (column + i % kWidth) * kLd + k + i / kWidth * 4;
+                quads[n] = load(operand.at + (operand.transposed ? across : along));
             }
         }
 
-        template <class Operand>
-        DOMERGE_DEVICE void keep(int thread, Operand, float* panel) const {
+        DOMERGE_DEVICE void keep(int thread, Operand operand, float* panel) const {
             DOMERGE_UNROLL
             for (int n = 0; n < kEach; ++n) {
                 const int i = thread + n * kThreads;
                 if (kQuads % kThreads != 0 && i >= kQuads) continue;
-                if constexpr (Operand::kTransposed) {
+                if (operand.transposed) {
                     float* column = panel + i / kWidth * 4 * kWidth + i % kWidth;
                     DOMERGE_UNROLL
                     for (int s = 0; s < 4; ++s) column[s * kWidth] = quads[n].at[s];
@@ -347,40 +339,29 @@ struct Descent {
         }
     };
 
-    // Calls finish(row, column, values) for the vectors of sum_k left[k][row] right[k][column].
-    // Operands in scratch go through panels in shared memory; the next is fetched while one is
-    // used.
-    template <class Left, class Right, class Finish>
-    DOMERGE_DEVICE void multiply(Left left, Right right, Finish finish) {
-        constexpr bool direct = Left::kDirect && Right::kDirect;
+    // out = sum_k left[k][row] right[k][column] + pull (Ct - I). Operands go through panels in
+    // shared memory; the next is fetched while one is used.
+    DOMERGE_DEVICE void multiply(Operand left, Operand right, float* out, float pull) {
         const int depth = (rank + kPanel - 1) / kPanel * kPanel;
-        const int span = direct ? depth : kPanel;
         Panels& panels = shared.panels;
         for (int begin = 0; begin < kSize; begin += kRegion) {
             PerThread<OneTile, kThreads> tiles;
-            const auto stage = [&](int thread, int k, auto use) {
+            const auto stage = [&](int thread, int k, auto meanwhile) {
                 Share<kRegion> from_left;
                 Share<kSize> from_right;
-                if constexpr (!Left::kDirect)
-                    if (k < depth) from_left.fetch(thread, left, k, begin);
-                if constexpr (!Right::kDirect)
-                    if (k < depth) from_right.fetch(thread, right, k, 0);
-                use();
-                if constexpr (!Left::kDirect)
-                    if (k < depth) from_left.keep(thread, left, panels.left[k / kPanel % 2]);
-                if constexpr (!Right::kDirect)
-                    if (k < depth) from_right.keep(thread, right, panels.right[k / kPanel % 2]);
+                if (k < depth) from_left.fetch(thread, left, k, begin);
+                if (k < depth) from_right.fetch(thread, right, k, 0);
+                meanwhile();
+                if (k < depth) from_left.keep(thread, left, panels.left[k / kPanel % 2]);
+                if (k < depth) from_right.keep(thread, right, panels.right[k / kPanel % 2]);
             };
             each([&](int thread) { stage(thread, 0, [&] { tiles[thread] = OneTile{}; }); });
-            for (int k = 0; k < depth; k += span) {
+            for (int k = 0; k < depth; k += kPanel) {
                 each([&](int thread) {
-                    stage(thread, k + span, [&] {
-                        for (int s = k; s < k + span; s += kPanel)
-                            add_panel(tiles[thread], thread, s, begin, left, right);
-                    });
+                    stage(thread, k + kPanel, [&] { add_panel(tiles[thread], thread, k); });
                 });
             }
-            each([&](int thread) { write_out(tiles[thread], thread, begin, finish); });
+            each([&](int thread) { write_out(tiles[thread], thread, begin, out, pull); });
         }
     }
 
@@ -391,30 +372,16 @@ struct Descent {
         return thread / 32 % (kShape.grid_columns / 8) * 8 + thread % 8;
     }
 
-    template <class Left, class Right>
-    DOMERGE_DEVICE void add_panel(OneTile& tile, int thread, int k, int begin, Left left,
-                                  Right right) {
-        constexpr int left_ld = Left::kDirect ? kLd : kRegion;
-        constexpr int right_ld = Right::kDirect ? kLd : kSize;
-        const float* a;
-        const float* b;
-        if constexpr (Left::kDirect)
-            a = left.at + k * kLd + begin;
-        else
-            a = shared.panels.left[k / kPanel % 2];
-        if constexpr (Right::kDirect)
-            b = right.at + k * kLd;
-        else
-            b = shared.panels.right[k / kPanel % 2];
-        tile.add_product(a + grid_row(thread) * OneTile::kRowWidth, left_ld,
-                         kShape.grid_rows * OneTile::kRowWidth,
-                         b + grid_column(thread) * OneTile::kColumnWidth, right_ld,
-                         kShape.grid_columns * OneTile::kColumnWidth);
+    DOMERGE_DEVICE void add_panel(OneTile& tile, int thread, int k) const {
+        const int buffer = k / kPanel % 2;
+        tile.add_product(shared.panels.left[buffer] + grid_row(thread) * OneTile::kRowWidth,
+                         kRegion, kShape.grid_rows * OneTile::kRowWidth,
+                         shared.panels.right[buffer] + grid_column(thread) * OneTile::kColumnWidth,
+                         kSize, kShape.grid_columns * OneTile::kColumnWidth);
     }
 
-    template <class Finish>
-    static DOMERGE_DEVICE void write_out(const OneTile& tile, int thread, int begin,
-                                         Finish finish) {
+    DOMERGE_DEVICE void write_out(const OneTile& tile, int thread, int begin, float* out,
+                                  float pull) const {
         constexpr int height = OneTile::kRowWidth, width = OneTile::kColumnWidth;
         DOMERGE_UNROLL
         for (int i = 0; i < kShape.rows; ++i) {
@@ -422,10 +389,16 @@ struct Descent {
                 begin + (i / height * kShape.grid_rows + grid_row(thread)) * height + i % height;
             DOMERGE_UNROLL
             for (int v = 0; v < kShape.columns / width; ++v) {
+                const int column = (v * kShape.grid_columns + grid_column(thread)) * width;
                 Vec<width> values;
                 DOMERGE_UNROLL
                 for (int j = 0; j < width; ++j) values.at[j] = tile.at[i][v * width + j];
-                finish(row, (v * kShape.grid_columns + grid_column(thread)) * width, values);
+                if (pull != 0.0f) {
+                    const Vec<width> change = change_at<width>(row, column);
+                    DOMERGE_UNROLL
+                    for (int j = 0; j < width; ++j) values.at[j] += change.at[j] * pull;
+                }
+                store(out + row * kLd + column, values);
             }
         }
     }
@@ -448,11 +421,10 @@ struct Descent {
                         inside ? static_cast<float>(g[row * rank + column + c] / scale) : 0.0f;
                     identity.at[c] = inside && row == column + c ? 1.0f : 0.0f;
                 }
-                store(gram.at + at, scaled);
-                store(h.at + at, scaled);
-                store(ct.at + at, identity);
-                for (float* zero : {e.at, pt.at, dt.at, qt.at, pt_old.at})
-                    store(zero + at, Vec<4>{});
+                store(gram + at, scaled);
+                store(h + at, scaled);
+                store(ct + at, identity);
+                for (float* zero : {e, pt, dt, qt, pt_old}) store(zero + at, Vec<4>{});
             });
             for (int i = thread; i < kSize; i += kThreads) {
                 shared.owner[i] = -1;
@@ -471,7 +443,7 @@ struct Descent {
             for (int j = thread; j < count; j += kThreads) {
                 double trace = 0;
                 for (int i = shared.start[j]; i < shared.start[j + 1]; ++i) {
-                    trace += gram.at[i * kLd + i];
+                    trace += gram[i * kLd + i];
                     shared.owner[i] = j;
                 }
                 shared.norm[j] = trace > 0 ? sqrt(trace) : 0.0;
@@ -540,7 +512,7 @@ struct Descent {
                        float sum = 0;
                        DOMERGE_UNROLL
                        for (int r = 0; r < 4; ++r) {
-                           const Vec<4> x = load(h.at + (row + r) * kLd + column);
+                           const Vec<4> x = load(h + (row + r) * kLd + column);
                            DOMERGE_UNROLL
                            for (int c = 0; c < 4; ++c)
                                if (row + r > column + c && crosses(row + r, column + c))
@@ -559,7 +531,7 @@ struct Descent {
                 Vec<4> straight[4], flipped[4];
                 DOMERGE_UNROLL
                 for (int r = 0; r < 4; ++r) {
-                    const Vec<4> x = load(h.at + (row + r) * kLd + column);
+                    const Vec<4> x = load(h + (row + r) * kLd + column);
                     DOMERGE_UNROLL
                     for (int c = 0; c < 4; ++c) {
                         const bool used = row + r > column + c && crosses(row + r, column + c);
@@ -573,8 +545,8 @@ struct Descent {
                         DOMERGE_UNROLL
                         for (int c = 0; c < 4; ++c) straight[r].at[c] += flipped[r].at[c];
                     }
-                    store(e.at + (row + r) * kLd + column, straight[r]);
-                    if (row != column) store(e.at + (column + r) * kLd + row, flipped[r]);
+                    store(e + (row + r) * kLd + column, straight[r]);
+                    if (row != column) store(e + (column + r) * kLd + row, flipped[r]);
                 }
             });
         });
@@ -583,35 +555,45 @@ struct Descent {
     // Ct - I, exactly: the difference is what the change is measured by.
     template <int kWidth>
     DOMERGE_DEVICE Vec<kWidth> change_at(int row, int column) const {
-        Vec<kWidth> c = load<kWidth>(ct.at + row * kLd + column);
+        Vec<kWidth> c = load<kWidth>(ct + row * kLd + column);
         DOMERGE_UNROLL
         for (int k = 0; k < kWidth; ++k)
             if (row == column + k && row < rank) c.at[k] -= 1.0f;
         return c;
     }
 
-    // Pt = Ct M + 2 gamma (Ct - I)
-    DOMERGE_DEVICE void find_gradient() {
-        const float pull = static_cast<float>(2 * params.gamma);
-        multiply(Transposed{ct.at}, e, [&](int row, int column, auto values) {
-            constexpr int width = sizeof(values) / sizeof(float);
-            const Vec<width> change = change_at<width>(row, column);
-            DOMERGE_UNROLL
-            for (int c = 0; c < width; ++c) values.at[c] += change.at[c] * pull;
-            store(pt.at + row * kLd + column, values);
-        });
+    // The products of a step, by one piece of code: its compilation is what takes time.
+    //     0  Pt = Ct M + 2 gamma (Ct - I)
+    //     1  G Pt, after which the direction is turned
+    //     2  Y = D G C^T
+    //     3  F = D G D^T
+    // False where the gradient is zero.
+    DOMERGE_DEVICE bool find_direction(Products& products, double pp_old) {
+        DOMERGE_ROLLED
+        for (int product = 0; product < 4; ++product) {
+            const Operand left{product == 0 ? ct : product == 1 ? gram : qt, product == 0};
+            const Operand right{product == 0   ? e
+                                : product == 1 ? pt
+                                : product == 2 ? ct
+                                               : dt,
+                                false};
+            const float pull = product == 0 ? static_cast<float>(2 * params.gamma) : 0.0f;
+            multiply(left, right, product == 1 || product == 2 ? e : pt, pull);
+            if (product != 1) continue;
+            find_gradient_products(products);
+            if (!(products.pp > 0)) return false;
+            turn(products, pp_old);
+        }
+        return true;
     }
 
-    // G Pt, and the products of P with what is known.
+    // The products of P with what is known, from G Pt.
     DOMERGE_DEVICE void find_gradient_products(Products& products) {
-        multiply(gram, pt, [&](int row, int column, auto values) {
-            store(e.at + row * kLd + column, values);
-        });
         const Totals<4> totals = total<4>([&](int thread, double (&sums)[4]) {
             for_quads(thread, [&](int row, int column) {
                 const int at = row * kLd + column;
-                const Vec<4> q = load(e.at + at), p = load(pt.at + at), old = load(pt_old.at + at),
-                             d = load(dt.at + at), change = change_at<4>(row, column);
+                const Vec<4> q = load(e + at), p = load(pt + at), old = load(pt_old + at),
+                             d = load(dt + at), change = change_at<4>(row, column);
                 float part[4] = {};
                 DOMERGE_UNROLL
                 for (int c = 0; c < 4; ++c) {
@@ -640,27 +622,17 @@ struct Descent {
         each([&](int thread) {
             for_quads(thread, [&](int row, int column) {
                 const int at = row * kLd + column;
-                const Vec<4> p = load(pt.at + at), qp = load(e.at + at);
-                Vec<4> d = load(dt.at + at), q = load(qt.at + at);
+                const Vec<4> p = load(pt + at), qp = load(e + at);
+                Vec<4> d = load(dt + at), q = load(qt + at);
                 DOMERGE_UNROLL
                 for (int c = 0; c < 4; ++c) {
                     d.at[c] = d.at[c] * b - p.at[c];
                     q.at[c] = q.at[c] * b - qp.at[c];
                 }
-                store(dt.at + at, d);
-                store(qt.at + at, q);
-                store(pt_old.at + at, p);
+                store(dt + at, d);
+                store(qt + at, q);
+                store(pt_old + at, p);
             });
-        });
-    }
-
-    // Y = D G C^T and F = D G D^T.
-    DOMERGE_DEVICE void find_changes() {
-        multiply(qt, ct, [&](int row, int column, auto values) {
-            store(e.at + row * kLd + column, values);
-        });
-        multiply(qt, dt, [&](int row, int column, auto values) {
-            store(pt.at + row * kLd + column, values);
         });
     }
 
@@ -671,13 +643,13 @@ struct Descent {
             for_lower(thread, [&](int row, int column) {
                 Vec<4> flipped[4];
                 DOMERGE_UNROLL
-                for (int c = 0; c < 4; ++c) flipped[c] = load(e.at + (column + c) * kLd + row);
+                for (int c = 0; c < 4; ++c) flipped[c] = load(e + (column + c) * kLd + row);
                 float part[kSums] = {};
                 DOMERGE_UNROLL
                 for (int r = 0; r < 4; ++r) {
                     const int at = (row + r) * kLd + column;
-                    const Vec<4> x = load(h.at + at), z = load(pt.at + at);
-                    Vec<4> y = load(e.at + at);
+                    const Vec<4> x = load(h + at), z = load(pt + at);
+                    Vec<4> y = load(e + at);
                     DOMERGE_UNROLL
                     for (int c = 0; c < 4; ++c) {
                         y.at[c] += flipped[c].at[r];
@@ -685,7 +657,7 @@ struct Descent {
                         const float w = shared.inverse[row + r] * shared.inverse[column + c];
                         add_quartic(part, x.at[c], y.at[c], z.at[c], w);
                     }
-                    store(e.at + at, y);
+                    store(e + at, y);
                 }
                 DOMERGE_UNROLL
                 for (int k = 0; k < kSums; ++k) sums[k] += part[k];
@@ -738,7 +710,7 @@ struct Descent {
         const int entries = width * (shared.start[j + 1] - shared.start[j]);
         for (int k = lane; k < entries; k += lanes) {
             const int at = (shared.start[j] + k / width) * kLd + shared.start[i] + k % width;
-            add_quartic(part, h.at[at], e.at[at], pt.at[at], 1.0f);
+            add_quartic(part, h[at], e[at], pt[at], 1.0f);
         }
     }
 
@@ -808,21 +780,21 @@ struct Descent {
         each([&](int thread) {
             for_quads(thread, [&](int row, int column) {
                 const int at = row * kLd + column;
-                const Vec<4> d = load(dt.at + at);
-                Vec<4> c = load(ct.at + at);
+                const Vec<4> d = load(dt + at);
+                Vec<4> c = load(ct + at);
                 DOMERGE_UNROLL
                 for (int k = 0; k < 4; ++k) c.at[k] += d.at[k] * eta;
-                store(ct.at + at, c);
+                store(ct + at, c);
             });
             for_lower(thread, [&](int row, int column) {
                 DOMERGE_UNROLL
                 for (int r = 0; r < 4; ++r) {
                     const int at = (row + r) * kLd + column;
-                    const Vec<4> y = load(e.at + at), z = load(pt.at + at);
-                    Vec<4> x = load(h.at + at);
+                    const Vec<4> y = load(e + at), z = load(pt + at);
+                    Vec<4> x = load(h + at);
                     DOMERGE_UNROLL
                     for (int c = 0; c < 4; ++c) x.at[c] += y.at[c] * eta + z.at[c] * square;
-                    store(h.at + at, x);
+                    store(h + at, x);
                 }
             });
         });
@@ -839,12 +811,8 @@ struct Descent {
         Products products{};
         for (int64_t step = 0; energy_before > 0 && step < params.steps; ++step) {
             weigh();
-            find_gradient();
-            find_gradient_products(products);
-            if (!(products.pp > 0)) break;
-            turn(products, pp_old);
+            if (!find_direction(products, pp_old)) break;
             pp_old = products.pp;
-            find_changes();
             const Line line = find_line(moved, 2 * products.d_change, products.dd);
             const double before = line(0.0).value;
             double after = before;
@@ -866,7 +834,7 @@ struct Descent {
     DOMERGE_DEVICE void finish(float* out, double* row, const Stats& stats) {
         each([&](int thread) {
             for (int i = thread; i < rank * rank; i += kThreads)
-                out[i] = ct.at[i % rank * kLd + i / rank];
+                out[i] = ct[i % rank * kLd + i / rank];
             if (thread != 0) return;
             row[0] = stats.steps;
             row[1] = stats.objective_before * scale;
@@ -877,84 +845,54 @@ struct Descent {
     }
 };
 
-constexpr int64_t kSharedLimits[] = {99 << 10, 163 << 10, 227 << 10};  // sm_86, sm_80, sm_90
+using DescentSizes = Sizes<16, 32, 64, 96, 128, 192, 256>;
 
-template <int kSize>
-constexpr int resident(int64_t limit) {
-    const int64_t left = limit - Descent<kSize, 0>::kSharedBytes;
-    return static_cast<int>(std::min<int64_t>(kMatrices, left / Descent<kSize, 0>::kMatrixBytes));
-}
-
-// Calls visit with the null pointer of the kernel's type that suits the device.
-template <int kSize, class Visit>
-auto visit_resident(int64_t limit, Visit visit) {
-    if (limit >= kSharedLimits[2])
-        return visit(static_cast<Descent<kSize, resident<kSize>(kSharedLimits[2])>*>(nullptr));
-    if (limit >= kSharedLimits[1])
-        return visit(static_cast<Descent<kSize, resident<kSize>(kSharedLimits[1])>*>(nullptr));
-    return visit(static_cast<Descent<kSize, resident<kSize>(kSharedLimits[0])>*>(nullptr));
-}
-
-template <class Visit>
-auto visit_kernel(int64_t size, int64_t limit, Visit visit) {
-    switch (size) {
-        case 16:
-            return visit_resident<16>(limit, visit);
-        case 32:
-            return visit_resident<32>(limit, visit);
-        case 64:
-            return visit_resident<64>(limit, visit);
-        case 96:
-            return visit_resident<96>(limit, visit);
-        case 128:
-            return visit_resident<128>(limit, visit);
-        case 192:
-            return visit_resident<192>(limit, visit);
-        case 256:
-            return visit_resident<256>(limit, visit);
-        default:
-            throw std::invalid_argument("no kernel for R padded to " + std::to_string(size));
-    }
-}
-
+// How a launch is spread over a device.
 template <class Kernel>
-int64_t resident_blocks(const Device& device, int64_t problems) {
-    return std::min(problems, device.multiprocessors * Kernel::kBlocksPerSm);
-}
+struct Spread {
+    int resident;
+    int64_t blocks;
+
+    Spread(const Device& device, int64_t problems)
+        : resident(Kernel::resident(device.shared_bytes)),
+          blocks(std::min(problems, device.multiprocessors * Kernel::kBlocksPerSm)) {}
+};
 
 }  // namespace
 
 std::vector<int64_t> orthogonalize_sizes() {
-    return {16, 32, 64, 96, 128, 192, 256};
+    return DescentSizes::list();
 }
 
 int64_t orthogonalize_scratch(int64_t size, int64_t problems) {
-    const Device device = current_device();
-    return visit_kernel(size, device.shared_bytes, [&](auto* kernel) {
-        using Kernel = std::remove_pointer_t<decltype(kernel)>;
-        return resident_blocks<Kernel>(device, problems) * Kernel::kScratchBytes;
+    int64_t bytes = 0;
+    DescentSizes::with(size, [&](auto chosen) {
+        using Kernel = Descent<decltype(chosen)::value>;
+        const Spread<Kernel> spread(current_device(), problems);
+        bytes = spread.blocks * Kernel::scratch_bytes(spread.resident);
     });
+    return bytes;
 }
 
 void orthogonalize(int64_t size, Address work, int64_t problems, Address starts, Address out,
                    Address stats, Address scratch, bool frobenius, double gamma, int64_t steps,
                    double tol, Stream stream) {
-    const Device device = current_device();
-    visit_kernel(size, device.shared_bytes, [&](auto* kernel) {
-        using Kernel = std::remove_pointer_t<decltype(kernel)>;
-        const int64_t blocks = resident_blocks<Kernel>(device, problems);
-        const DescentParams params{reinterpret_cast<const int64_t*>(work),
-                                   reinterpret_cast<const int64_t*>(starts),
-                                   reinterpret_cast<float*>(out),
-                                   reinterpret_cast<double*>(stats),
-                                   reinterpret_cast<char*>(scratch),
+    DescentSizes::with(size, [&](auto chosen) {
+        using Kernel = Descent<decltype(chosen)::value>;
+        const Spread<Kernel> spread(current_device(), problems);
+        const DescentParams params{at<const int64_t>(work),
+                                   at<const int64_t>(starts),
+                                   at<float>(out),
+                                   at<double>(stats),
+                                   at<char>(scratch),
                                    problems,
-                                   blocks,
+                                   spread.blocks,
+                                   spread.resident,
                                    frobenius,
                                    gamma,
                                    steps,
                                    tol};
-        launch<Kernel>(blocks, Kernel::kSharedBytes, params, stream);
+        launch<Kernel>(spread.blocks, Kernel::shared_bytes(spread.resident), params, stream);
     });
 }
 
