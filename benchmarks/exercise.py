@@ -23,7 +23,7 @@ SHAPES = (
     Shape("long", 40, 4100),
     Shape("vectors", 128, 96),
 )
-RANKS = ((1, 3, 5), (16, 16, 16, 16), (64, 1, 40), (100, 90, 1))
+RANKS = ((1, 3, 5), (8, 8, 8), (16, 16, 16, 16), (64, 1, 40), (100, 90, 1))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

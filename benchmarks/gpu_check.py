@@ -162,21 +162,42 @@ def stages(architecture: str) -> list[Stage]:
     build = [python, "setup.py", "-q", "egg_info", "--egg-base", str(BUILD)]
     build += ["build", "--build-base", str(BUILD / "temp"), "--build-lib", str(library)]
     flags = {"DOMERGE_CUDA": "1", "DOMERGE_CUDA_ARCHS": architecture}
-    test = [python, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    test += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), str(ROOT / "tests")]
+
+    def tests(name: str, limit: float, chosen: str) -> Stage:
+        command = [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "gpu",
+            "-k",
+            chosen,
+            "-p",
+            "no:cacheprovider",
+        ]
+        command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+        files = ("test_gpu.py", "test_ops.py", "test_library.py", "test_bench.py")
+        command += [str(ROOT / "tests" / file) for file in files]
+        return Stage(name, command, limit, environment=installed)
+
     data = ["--data", str(BUILD / "data")]
     all_three = ["cuda", "triton", "torch"]
+    # What says most comes first. Triton compiles a kernel for every size and dtype that is tried,
+    # so that its tests are a few of each and its sanitizing is last.
+    few = "triton and (usual or odd or whole or merges or groups or graph or stream)"
     return [
         Stage("build", build, 200, folder=ROOT, environment=flags),
-        Stage("tests", test, 150, environment=installed),
+        tests("tests", 100, "not triton"),
+        bench("bench llama3-8b-8", "llama3-8b-8", all_three),
+        bench("bench llama3-8b-64", "llama3-8b-64", all_three),
+        bench("bench moe-30b-4 part", "moe-30b-4", all_three, "--modules", "256"),
         sanitize("memcheck", "cuda"),
         sanitize("racecheck", "cuda"),
+        script("files to files", 90, "run.py", "--no-rivals", *data),
+        script("rivals", 90, "rivals.py", "--budget", "12"),
+        tests("tests triton", 150, few),
         sanitize("memcheck", "triton"),
-        bench("bench llama3-8b-8", "llama3-8b-8", all_three),
-        bench("bench moe-30b-4 part", "moe-30b-4", all_three, "--modules", "256"),
-        bench("bench llama3-8b-64", "llama3-8b-64", all_three),
-        script("files to files", 120, "run.py", "--no-rivals", *data),
-        script("rivals", 120, "rivals.py", "--budget", "12"),
         bench("bench moe-30b-4", "moe-30b-4", ["cuda", "triton"]),
     ]
 
@@ -306,6 +327,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="where the table and the JSON are kept")
     parser.add_argument("--seconds", type=float, default=570, help="for all stages together")
+    only = "the build, and only stages whose name has one of these words in it"
+    parser.add_argument("--only", nargs="+", metavar="WORD", help=only)
     args = parser.parse_args(arguments)
     reason = no_gpu()
     if reason is not None:
@@ -316,7 +339,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = args.out or HERE / "results" / slug
     shutil.rmtree(BUILD / "lib", ignore_errors=True)  # a build that fails must leave none behind
     (BUILD / "reports").mkdir(parents=True, exist_ok=True)
-    outcomes = run_all(stages(architecture), args.seconds)
+    chosen = [
+        s
+        for s in stages(architecture)
+        if not args.only or s.name == "build" or any(word in s.name for word in args.only)
+    ]
+    outcomes = run_all(chosen, args.seconds)
     write(folder, machine, outcomes)
     print(f"\n{machine['gpu']}; kept in {folder}\n\n{compact(outcomes)}")
     return 1 if any(o.state == FAILED for o in outcomes) else 0

@@ -62,8 +62,8 @@ def merge(
         of ||ΔW||_F^2; with both, whichever is smaller. None: exact, rank sum r_i.
     backend, device: where the ops run; "auto" takes the fastest backend for the device, and the
         device the factors are on (files: the CPU). Factors of a merge in memory stay there.
-    max_device_memory: bytes (or "4GiB") of that device that groups of modules may take at once;
-        None: 80 % of what is free on a GPU.
+    max_device_memory: bytes (or "4GiB") of that device that groups of modules may take at once,
+        besides the kernels' scratch memory (256 MiB at most); None: 80 % of what is free on a GPU.
     progress: True for a bar on stderr, or a function of (modules done, modules in all).
     output: write a PEFT folder while merging, so that no more than a group of modules is in
         memory; an existing one is replaced only with `overwrite`.
@@ -227,13 +227,7 @@ def _dtype(dtype: str | None, plan: Plan) -> torch.dtype:
 
 def _device(device: str, adapters: Sequence[Adapter]) -> torch.device:
     if device == "auto":
-        homes = {
-            t.tensor.device
-            for a in adapters
-            for pair in a.stored.values()
-            for t in pair
-            if hasattr(t, "tensor")
-        }
+        homes = {device for a in adapters for device in a.devices}
         return homes.pop() if len(homes) == 1 else torch.device("cpu")
     try:
         probe = torch.zeros(1, device=device)

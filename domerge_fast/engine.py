@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops, transfer
+from .backends.torch import full_precision
 from .errors import AdapterError, DomergeError, OptionError
 from .interference import InterferenceSums, own_norms
 from .methods.base import Factors, Method, Settings
@@ -65,9 +66,10 @@ def run(
     reports: dict[str, ModuleReport] = {}
     compare = len(plan.adapters) <= MOST_COMPARED
     inner = Settings(settings.scale, torch.float32, settings.backend) if cut else settings
+    streams = _streams(plan, place)
     written: Future[None] | None = None
     with ThreadPoolExecutor(1, "domerge-write") as writer:
-        for stacks in _stacks(plan, place, settings.dtype):
+        for stacks in _stacks(plan, place, settings.dtype, streams):
             wanted = [compare or method.needs_grams(s, options) for s in stacks]
             grams_a, grams_b = grams(stacks, wanted, settings.backend)
             host_a, host_b = transfer.gather(grams_a), transfer.gather(grams_b)
@@ -87,7 +89,7 @@ def run(
             if written:
                 written.result()
             ready = transfer.ready_event(place.device) if to_host else None
-            written = writer.submit(_give, sink, stacks, merged, ready)
+            written = writer.submit(_give, sink, [s.name for s in stacks], merged, ready, streams)
             progress(len(reports), len(plan.names))
         if written:
             written.result()
@@ -99,7 +101,7 @@ def survey(
 ) -> None:
     """Only the Grams, only counted into `sums`."""
     done = 0
-    for stacks in _stacks(plan, place, plan.dtype()):
+    for stacks in _stacks(plan, place, plan.dtype(), _streams(plan, place)):
         grams_a, grams_b = (
             transfer.gather(g) for g in grams(stacks, [True] * len(stacks), backend)
         )
@@ -109,12 +111,20 @@ def survey(
         progress(done, len(plan.names))
 
 
-def _stacks(plan: Plan, place: Place, dtype: torch.dtype) -> Iterator[list[Stack]]:
+def _streams(plan: Plan, place: Place) -> list[torch.cuda.Stream]:
+    """The caller's streams where the factors are and where the merge runs."""
+    homes = (device for adapter in plan.adapters for device in adapter.devices)
+    return transfer.current_streams([place.device, *homes])
+
+
+def _stacks(
+    plan: Plan, place: Place, dtype: torch.dtype, streams: Sequence[torch.cuda.Stream]
+) -> Iterator[list[Stack]]:
     """The plan's groups, each read and copied while the one before it is worked on."""
     with ThreadPoolExecutor(1, "domerge-read") as reader:
         ahead: Future[transfer.Upload] | None = None
         for names in _groups(plan, place, dtype):
-            following = reader.submit(_read, plan, names, place.device)
+            following = reader.submit(_read, plan, names, place.device, streams)
             if ahead:
                 yield ahead.result().wait()
             ahead = following
@@ -126,7 +136,7 @@ def _groups(plan: Plan, place: Place, dtype: torch.dtype) -> Iterator[list[str]]
     usual = GPU_GROUP_BYTES if place.device.type == "cuda" else GROUP_BYTES
     most = place.most_bytes
     if most is None and place.device.type == "cuda":
-        most = int(0.8 * torch.cuda.mem_get_info(place.device)[0])
+        most = int(0.8 * _free_bytes(place.device))
 
     def share(name: str) -> float:
         part = plan.factor_bytes(name) / usual
@@ -143,8 +153,17 @@ def _groups(plan: Plan, place: Place, dtype: torch.dtype) -> Iterator[list[str]]
     return plan.groups(share)
 
 
-def _read(plan: Plan, names: Sequence[str], device: torch.device) -> transfer.Upload:
-    found = transfer.upload([plan.stack(name) for name in names], device)
+def _free_bytes(device: torch.device) -> int:
+    """Memory that the device has free, or that torch holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def _read(
+    plan: Plan, names: Sequence[str], device: torch.device, streams: Sequence[torch.cuda.Stream]
+) -> transfer.Upload:
+    with transfer.on(streams):
+        found = transfer.upload([plan.stack(name) for name in names], device)
     for adapter in plan.adapters:
         adapter.release()
     return found
@@ -221,6 +240,7 @@ def _truncate(
     return results, kept, energy
 
 
+@full_precision()
 def _energy(a: Tensor, b: Tensor) -> float:
     """||B A||_F^2 from the two Grams."""
     return float(((a @ a.T).double() * (b.T @ b).double()).sum())
@@ -252,9 +272,14 @@ def _report(
 
 
 def _give(
-    sink: Sink, stacks: Sequence[Stack], merged: Sequence[Factors], ready: torch.cuda.Event | None
+    sink: Sink,
+    names: Sequence[str],
+    merged: Sequence[Factors],
+    ready: torch.cuda.Event | None,
+    streams: Sequence[torch.cuda.Stream],
 ) -> None:
     pairs = [x for f in merged for x in (f.a, f.b)]
-    arrived = iter(transfer.download(pairs, ready) if ready else pairs)
-    for s in stacks:
-        sink(s.name, next(arrived), next(arrived))
+    with transfer.on(streams):
+        arrived = iter(transfer.download(pairs, ready) if ready else pairs)
+        for name in names:
+            sink(name, next(arrived), next(arrived))

@@ -86,7 +86,8 @@ class Plan:
 
     def device_bytes(self, name: str, dtype: torch.dtype) -> int:
         """Device memory that merging a module to factors of this dtype takes: the factors and the
-        results, each twice (one group computes while another is copied), and R x R matrices."""
+        results, each twice (one group computes while another is copied), and R x R matrices.
+        Kernels' scratch memory comes on top: up to 256 MiB, whatever the group."""
         module = self.module(name)
         rank = self.rank(name)
         merged = rank * (module.m + module.n) * dtype.itemsize

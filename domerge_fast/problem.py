@@ -63,7 +63,7 @@ def check_problems(problems: Sequence[Problem]) -> None:
         if not p.blocks or len(p.blocks) != len(p.scales):
             raise ValueError(f"a problem needs one scale a block, got {len(p.blocks)} blocks")
         for block in p.blocks:
-            if block.ndim != 2 or block.shape[1] != p.d:
+            if block.ndim != 2 or block.shape[1] != p.d or not len(block):
                 raise ValueError(f"blocks must be [r_i, {p.d}], got {tuple(block.shape)}")
             if block.dtype not in FACTOR_DTYPES and block.dtype != torch.float64:
                 raise ValueError(f"blocks must be floating point, got {block.dtype}")

@@ -6,8 +6,10 @@ On the CPU tensors pass as they are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -39,6 +41,26 @@ class Upload:
         return self.stacks
 
 
+def current_streams(devices: Iterable[torch.device]) -> list[torch.cuda.Stream]:
+    """The caller's stream of every GPU among the devices, for threads to work on."""
+    return [torch.cuda.current_stream(d) for d in set(devices) if d.type == "cuda"]
+
+
+@contextlib.contextmanager
+def on(streams: Sequence[torch.cuda.Stream]) -> Iterator[None]:
+    """These streams made current: what is done waits for what the caller has started on them."""
+    with contextlib.ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(torch.cuda.stream(stream))
+        yield
+
+
+@functools.cache
+def _own_stream(device: torch.device, way: str) -> torch.cuda.Stream:
+    """The one stream for copies "up" or "down": memory is reused on the stream it was made on."""
+    return torch.cuda.Stream(device)
+
+
 def upload(stacks: list[Stack], device: torch.device) -> Upload:
     """The stacks with every block on the device; those that are there already stay."""
     away = [block for block in _blocks(stacks) if block.device != device]
@@ -46,10 +68,10 @@ def upload(stacks: list[Stack], device: torch.device) -> Upload:
         return Upload(stacks)
     if device.type != "cuda":
         return Upload(_replaced(stacks, {id(x): x.to(device) for x in away}))
-    side = torch.cuda.Stream(device)
+    dense = [_dense(x.cpu()) for x in away]
+    buffer, offsets = pack(dense, pin=True)
+    side = _own_stream(device, "up")
     with torch.cuda.stream(side):
-        dense = [_dense(x.cpu()) for x in away]
-        buffer, offsets = pack(dense, pin=True)
         arrived = unpack(buffer.to(device, non_blocking=True), offsets, dense)
         ready = torch.cuda.Event()
         ready.record(side)
@@ -67,7 +89,7 @@ def ready_event(device: torch.device) -> torch.cuda.Event | None:
 
 def download(tensors: Sequence[Tensor], ready: torch.cuda.Event) -> list[Tensor]:
     """Dense tensors of a GPU in the host's memory, once `ready` has happened."""
-    side = torch.cuda.Stream(tensors[0].device)
+    side = _own_stream(tensors[0].device, "down")
     side.wait_event(ready)
     with torch.cuda.stream(side):
         buffer, offsets = _room(tensors, pin=True)

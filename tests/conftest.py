@@ -6,6 +6,9 @@ import importlib.util
 import os
 import sys
 
+# Some versions of torch are deterministic on a GPU only with it; it is read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 import torch
 
 # Threads only wait for each other on matrices this small; tests of threading ask for their own.

@@ -38,9 +38,9 @@ def split(place: str) -> tuple[str, str]:
 def move(x: Any, device: str) -> Any:
     """Problems and tensors in lists and tuples, on the device."""
     if isinstance(x, Problem):
-        return Problem(tuple(b.to(device) for b in x.blocks), x.scales)
-    if isinstance(x, Tensor):
-        return x.to(device)
+        return Problem(tuple(move(b, device) for b in x.blocks), x.scales)
+    if isinstance(x, Tensor):  # in the same memory layout, a slice's too
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
     if isinstance(x, (list, tuple)):
         return type(x)(move(item, device) for item in x)
     return x

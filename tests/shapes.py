@@ -122,6 +122,7 @@ def _shared_a() -> Case:
 
 CASES: dict[str, Case] = {
     "usual": random_case((16, 16, 16, 16), 128, 96),
+    "whole vectors": random_case((8, 8, 8), 64, 32),
     "one row": random_case((1,), 5, 3),
     "one adapter": random_case((4,), 9, 7),
     "rank 1 before 64": random_case((1, 64), 75, 71),

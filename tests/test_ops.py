@@ -604,8 +604,9 @@ def test_one_call_for_all_modules_gives_what_single_calls_give(op, backend):
     assert len(together) == sides * len(names)
 
 
-@every_backend
+@pytest.mark.parametrize("backend", registry.TABLE)
 def test_no_problems_give_no_results(backend):
+    """Whether the backend can run here or not: a group may have nothing for an op to do."""
     assert ops.gram([], backend=backend) == []
     assert ops.block_gram([], backend=backend) == []
     assert ops.apply([], [], torch.float32, backend=backend) == []
@@ -614,6 +615,28 @@ def test_no_problems_give_no_results(backend):
     assert stats.shape == (0, 5)
     assert ops.apply_decouple([], [], [], [], 1.0, torch.float32, backend=backend) == ([], [])
     assert ops.truncate([], rank=1, backend=backend) == ([], [])
+
+
+def test_float32_products_are_float32_whatever_the_caller_allows(monkeypatch):
+    """Code that trains often allows TF32 or bfloat16 products: not in a merge."""
+    seen = set()
+    matmul = Tensor.__matmul__
+
+    def watched(x: Tensor, y: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            seen.add(torch.get_float32_matmul_precision())
+        return matmul(x, y)
+
+    monkeypatch.setattr(Tensor, "__matmul__", watched)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for op in ("gram", "apply", "apply_decouple", "orthogonalize on squared"):
+            run(op, "torch", ("usual",))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == {"highest"}
 
 
 # Input that does not fit

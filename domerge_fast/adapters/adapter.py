@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from .lazy import LazyTensor
+from .lazy import LazyTensor, MemoryTensor
 from .safetensors_file import SafetensorsFile
 
 Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d"]
@@ -93,6 +93,12 @@ class Adapter:
         """Let go of mapped memory; it is freed once no factor read from it is alive."""
         if self.file is not None:
             self.file.release()
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """Where the factors are that are in memory."""
+        tensors = (t for pair in self.stored.values() for t in pair)
+        return {t.tensor.device for t in tensors if isinstance(t, MemoryTensor)}
 
     @property
     def nbytes(self) -> int:

@@ -4,7 +4,8 @@ The kernels differ (`Kernels`); the tables, the tiles and the allocations are th
 does all problems of an op, whatever their shapes: R is padded to a few sizes, work is cut into
 tiles, the largest first, and sums over d into fixed chunks that are added in order, so that
 results are bitwise the same every time. Launches are on the current stream, nothing waits for
-them, and so a call can be captured in a CUDA graph (after one call outside it).
+them, and so a call can be captured in a CUDA graph: after one call outside it, with
+capture_error_mode="relaxed", because the tables go through pinned memory.
 """
 
 from __future__ import annotations

@@ -43,6 +43,9 @@ class Table:
 
 def describe(problems: Sequence[Problem], rows_only: bool = False) -> Table:
     """The table of the problems, on the host. Blocks of mixed dtypes become float32."""
+    for p in problems:
+        if p.device != problems[0].device:
+            raise ValueError(f"problems on {problems[0].device} and {p.device} in one call")
     dtypes = {block.dtype for p in problems for block in p.blocks}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     dtype = torch.float32 if dtype == torch.float64 else dtype
@@ -75,14 +78,22 @@ def float_bits(x: float) -> int:
 
 
 def upload(device: torch.device, tables: Sequence[Tensor]) -> list[Tensor]:
-    """The int64 tables on the device, all of them in one copy that nothing waits for."""
-    if device.type == "cpu":
+    """The int64 tables on the device, all of them in one copy that nothing waits for.
+
+    Each starts at a multiple of 16 bytes, which Triton compiles kernels for. The host's copy of
+    what a CUDA graph captures is kept for good: every replay reads it.
+    """
+    if device.type == "cpu" or not tables:
         return list(tables)
-    flat = torch.cat([t.flatten() for t in tables]).pin_memory()
+    even = [t.numel() + t.numel() % 2 for t in tables]
+    flat = torch.cat(
+        [torch.nn.functional.pad(t.flatten(), (0, n - t.numel())) for t, n in zip(tables, even)]
+    )
+    pinned = flat.pin_memory()
     if torch.cuda.is_current_stream_capturing():
-        _captured.append(flat)
-    pieces = flat.to(device, non_blocking=True).split([t.numel() for t in tables])
-    return [piece.view(t.shape) for piece, t in zip(pieces, tables)]
+        _captured.append(pinned)
+    pieces = pinned.to(device, non_blocking=True).split(even)
+    return [piece[: t.numel()].view(t.shape) for piece, t in zip(pieces, tables)]
 
 
 def places(sizes: Iterable[int]) -> tuple[list[int], int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +18,18 @@ BATCH_BYTES = 64 << 20
 """What one batch of problems may hold in each of its buffers."""
 
 
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products in float32, whatever the caller has allowed for training."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+@full_precision()
 def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """X X^T [R, R] of every problem, products and sums in `dtype`."""
     stacks = (p.stack(dtype) for p in problems)
@@ -35,6 +48,7 @@ def _parts(problem: Problem) -> zip[tuple[Tensor, float]]:
     return zip(problem.blocks, problem.scales)
 
 
+@full_precision()
 def orthogonalize(
     grams: Sequence[Tensor],
     ranks: Sequence[tuple[int, ...]],
@@ -84,6 +98,7 @@ def orthogonalize_factors(
     return [x.float().contiguous() for x, _ in results], stats
 
 
+@full_precision()
 def apply(
     coefficients: Sequence[Tensor | None], problems: Sequence[Problem], out_dtype: torch.dtype
 ) -> list[Tensor]:
@@ -98,6 +113,7 @@ def apply(
     return results
 
 
+@full_precision()
 def apply_decouple(
     coefficients: Sequence[Tensor | None],
     problems: Sequence[Problem],

@@ -41,9 +41,10 @@ def unflatten(
 
 
 def implementation(backend: str, tensors: Sequence[Tensor]) -> ModuleType:
-    """The module that runs an op on these tensors."""
-    device = tensors[0].device.type if tensors else "cpu"
-    return registry.load(registry.choose(backend, device))
+    """The module that runs an op on these tensors; of nothing, any makes nothing."""
+    if not tensors:
+        return registry.load("torch")
+    return registry.load(registry.choose(backend, tensors[0].device.type))
 
 
 def define(name: str, schema: str, run: Callable, fake: Callable) -> Callable:

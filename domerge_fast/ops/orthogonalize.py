@@ -37,7 +37,7 @@ def orthogonalize(
     cross-adapter Gram energy left, and ||Xhat - X|| / ||X||.
     """
     for g, r in zip(grams, ranks, strict=True):
-        if g.shape != (sum(r), sum(r)):
+        if g.shape != (sum(r), sum(r)) or min(r) < 1:
             raise ValueError(f"a Gram of {tuple(g.shape)} does not fit the ranks {tuple(r)}")
     flat = [rank for r in ranks for rank in r]
     counts = [len(r) for r in ranks]

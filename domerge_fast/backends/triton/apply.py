@@ -49,7 +49,9 @@ def multiply(
     """(C X)[rows, columns] in float32, or X[rows, columns] where the address of C is 0."""
     first_row, rank, d = tl.load(problem), tl.load(problem + 1), tl.load(problem + 2)
     if address == 0:
-        at, pitch, scale = find_rows(blocks, owner, first_row, rank, rows, IN_COLUMNS, ELEMENT)
+        at, pitch, scale = find_rows(
+            blocks, owner, first_row, rank, rows, IN_COLUMNS, ELEMENT, VECTOR
+        )
         x = load_tile(at, pitch, columns, d, IN_COLUMNS, VECTOR)
         total = x.to(tl.float32) * scale[:, None]
     else:
@@ -57,7 +59,9 @@ def multiply(
         c_at = address.to(tl.pointer_type(tl.float32)) + rows[:, None] * rank
         for first in range(0, rank, CHUNK):
             inner = first + tl.arange(0, CHUNK)
-            at, pitch, scale = find_rows(blocks, owner, first_row, rank, inner, IN_COLUMNS, ELEMENT)
+            at, pitch, scale = find_rows(
+                blocks, owner, first_row, rank, inner, IN_COLUMNS, ELEMENT, VECTOR
+            )
             live = (rows < count)[:, None] & (inner < rank)[None, :]
             c = tl.load(c_at + inner[None, :], mask=live, other=0.0) * scale[None, :]
             x = load_tile(at, pitch, columns, d, IN_COLUMNS, VECTOR)

@@ -41,8 +41,10 @@ def _add_up(
     begin, end = tl.load(tile + 3), tl.load(tile + 4)
     rows = tl.load(tile + 1) * SIZE + tl.arange(0, SIZE)
     others = tl.load(tile + 2) * SIZE + tl.arange(0, SIZE)
-    x_at, x_pitch, _ = find_rows(blocks, owner, first_row, rank, rows, IN_COLUMNS, ELEMENT)
-    y_at, y_pitch, _ = find_rows(blocks, owner, first_row, rank, others, IN_COLUMNS, ELEMENT)
+    x_at, x_pitch, _ = find_rows(blocks, owner, first_row, rank, rows, IN_COLUMNS, ELEMENT, VECTOR)
+    y_at, y_pitch, _ = find_rows(
+        blocks, owner, first_row, rank, others, IN_COLUMNS, ELEMENT, VECTOR
+    )
     total = tl.zeros((SIZE, SIZE), tl.float32)
     for first in range(begin, end, COLUMNS):
         columns = first + tl.arange(0, COLUMNS)
@@ -55,8 +57,8 @@ def _add_up(
 @triton.jit
 def _write(blocks, owner, first_row, rank, rows, others, total, out):
     """G at and below the diagonal, scaled, and its mirror image."""
-    _, _, scales = find_rows(blocks, owner, first_row, rank, rows, False, tl.float32)
-    _, _, scales_others = find_rows(blocks, owner, first_row, rank, others, False, tl.float32)
+    _, _, scales = find_rows(blocks, owner, first_row, rank, rows, False, tl.float32, 1)
+    _, _, scales_others = find_rows(blocks, owner, first_row, rank, others, False, tl.float32, 1)
     total = total * scales[:, None] * scales_others[None, :]
     row, other = rows[:, None], others[None, :]
     lower = (row < rank) & (other <= row)

@@ -109,7 +109,6 @@ def _follow(v, table, adapters, eta):
         energy = tl.zeros((BLOCK,), tl.float64)
         for k in range(5, 0, -1):
             energy = energy * eta + tl.load(at + k * pairs, mask=live, other=0.0)
-            tl.store(at + k * pairs, tl.zeros((BLOCK,), tl.float64), mask=live)
         tl.store(energies + place, tl.maximum(energy, 0.0), mask=live)
     tl.debug_barrier()
     for first in range(0, pairs, BLOCK):
@@ -120,6 +119,9 @@ def _follow(v, table, adapters, eta):
         floor = tl.load(table + pair, mask=live, other=0.0)
         energy = tl.load(energies + pair, mask=live, other=0.0)
         root = tl.sqrt(tl.where(floor > 0, energy + floor, 1.0))
+        # Here, after the barrier: other threads may have read them above.
+        for k in range(1, 6):
+            tl.store(table + k * pairs + place, tl.zeros((BLOCK,), tl.float64), mask=live)
         tl.store(v + place, tl.where(floor > 0, 2.0 / root, 0.0).to(tl.float32), mask=live)
     tl.debug_barrier()
 
@@ -308,7 +310,7 @@ def _advance(c, d, h, e, f, eta, rank, SIZE: tl.constexpr, TILE: tl.constexpr):
                 x = tl.load(h + at) + step * tl.load(e + at) + square * tl.load(f + at)
                 # Nobody else reads or writes these two tiles in this pass.
                 tl.debug_barrier()
-                tl.store(h + at, x)
+                tl.store(h + at, x, mask=column <= row)
                 tl.store(h + column * SIZE + row, x, mask=column <= row)
     tl.debug_barrier()
 

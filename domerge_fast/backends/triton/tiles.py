@@ -31,13 +31,15 @@ def vector(table: Table) -> int:
 
 @triton.jit
 def find_rows(
-    blocks, owner, first_row, rank, rows, IN_COLUMNS: tl.constexpr, ELEMENT: tl.constexpr
-):
+    blocks, owner, first_row, rank, rows,
+    IN_COLUMNS: tl.constexpr, ELEMENT: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
     """Where rows of X begin, the step from a column to the next, and the scales in float32.
 
-    Rows from R on are the last row: they may be read, and are not to be used.
+    Rows from R on are the last VECTOR ones again, which keeps vectors whole: they may be read, and
+    are not to be used.
     """
-    rows = tl.minimum(rows, rank - 1)
+    rows = tl.where(rows < rank, rows, rank - VECTOR + rows % VECTOR)
     block = blocks + 4 * tl.load(owner + first_row + rows)
     address = tl.load(block).to(tl.pointer_type(ELEMENT))
     pitch = tl.load(block + 1)
