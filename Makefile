@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export DOMERGE_CUDA ?= 0
 BUILD := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format bench gpu-check clean
+.PHONY: setup demo test lint format bench quality gpu-check clean
 
 setup: $(VENV)/ready
 demo: $(VENV)/ready
@@ -21,6 +21,10 @@ test: $(VENV)/ready
 	$(PY) -m pytest
 bench: $(VENV)/ready
 	$(PY) benchmarks/run.py --publish
+# Trains small models and adapters, half an hour and more; then scores every merge of them.
+quality: $(VENV)/ready
+	$(PIP) -e '.[quality]'
+	$(PY) benchmarks/quality/run.py
 # On a machine with a CUDA GPU, with any Python that has torch: make gpu-check PY=python3
 gpu-check:
 	$(PY) benchmarks/gpu_check.py

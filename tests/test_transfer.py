@@ -168,6 +168,21 @@ def test_gram_tiles_cover_every_lower_tile_once(size, chunk):
     assert widths == sorted(widths, reverse=True)
 
 
+def test_a_grid_covers_every_result_once():
+    heights, widths = [5, 130, 64], [300, 1, 128]
+    found = tables.grid([4, 0, 2], heights, widths, 64, 128).tolist()
+    expected = {
+        (k, row, column)
+        for k, h, w in zip((4, 0, 2), heights, widths, strict=True)
+        for row in range(0, h, 64)
+        for column in range(0, w, 128)
+    }
+    assert {tuple(tile[:3]) for tile in found} == expected
+    assert len(found) == len(expected)
+    for k in (4, 0, 2):
+        assert [n for p, _, _, n in found if p == k] == list(range(sum(p == k for p, *_ in found)))
+
+
 def test_problems_are_served_by_the_smallest_size_that_holds_them():
     assert tables.buckets({0: 16, 1: 17, 2: 300, 3: 1}, (16, 32, 128)) == {
         16: [0, 3],

@@ -161,13 +161,16 @@ class Gpu:
             host = tables.describe(problems)
             sizes = [(sum(r * r for r in p.ranks),) for p in problems]
             packed, offsets = _results(sizes, torch.float64, device)
-            work: list[tuple[int, int, int, int]] = []
+            work: list[int] = []
+            block = 0
             for k, (p, at) in enumerate(zip(problems, offsets)):
                 for r in p.ranks:
-                    work.append((k, len(work), r, at))
+                    work += (k, block, r, at)
                     at += r * r
-            cost = [problems[k].d * r * r for k, _, r, _ in work]
-            table, rest = _upload(host, [tables.largest_first(work, lambda row: cost[row[1]])])
+                    block += 1
+            jobs = tables.numbers(work, 4)
+            cost = host.problems[jobs[:, 0], 2] * jobs[:, 2] ** 2
+            table, rest = _upload(host, [tables.largest_first(jobs, cost)])
             kernels.block_gram(table, next(rest), packed[0])
         return packed
 
@@ -207,10 +210,9 @@ class Gpu:
             groups = tables.buckets(
                 {i: len(g) for i, g in small.items()}, kernels.sizes("orthogonalize")
             )
-            rows = [
-                tables.largest_first([work[i] for i in m], lambda w: w[1]) for m in groups.values()
-            ]
-            begins, *works = tables.upload(device, [torch.tensor(starts), *rows])
+            jobs = [tables.rows([work[i] for i in members], 6) for members in groups.values()]
+            jobs = [tables.largest_first(table, table[:, 1]) for table in jobs]
+            begins, *works = tables.upload(device, [tables.numbers(starts), *jobs])
             rule = (penalty == "frobenius", gamma, steps, tol)
             for size, rows_of in zip(groups, works):
                 kernels.orthogonalize(size, rows_of, begins, cs[0], stats, *rule)
@@ -240,18 +242,16 @@ class Gpu:
             counts = [p.rank if c is None else len(c) for c, p in zip(cs, problems)]
             shapes = [(p.d, k) if p.in_columns else (k, p.d) for k, p in zip(counts, problems)]
             results, offsets = _results(shapes, out_dtype, device)
-            work = torch.tensor(list(zip(addresses(cs), counts, offsets)))
+            work = tables.rows(zip(addresses(cs), counts, offsets), 3)
             groups = tables.buckets(dict(enumerate(counts)), kernels.sizes("apply"))
             tiles = [
-                torch.tensor(
-                    [
-                        (k, row, begin)
-                        for k, begin, _ in tables.column_tiles(
-                            problems, members, kernels.columns("apply", size)
-                        )
-                        for row in range(0, counts[k], size)
-                    ]
-                )
+                tables.grid(
+                    members,
+                    [counts[k] for k in members],
+                    [problems[k].d for k in members],
+                    size,
+                    kernels.columns("apply", size),
+                )[:, :3]
                 for size, members in groups.items()
             ]
             table, rest = _upload(host, [work, *tiles])
@@ -288,7 +288,7 @@ class Gpu:
             cs = matrices(coefficients)
             packed = [k.contiguous() for k in blocks]
             results, offsets = _results([(p.rank, p.d) for p in problems], out_dtype, device)
-            work = torch.tensor(list(zip(addresses(cs), offsets)))
+            work = tables.rows(zip(addresses(cs), offsets), 2)
             squares = []
             for p, k in zip(problems, packed):
                 address = k.data_ptr()
@@ -296,17 +296,21 @@ class Gpu:
                     squares.append((address, r))
                     address += 8 * r * r
             places, root_total = tables.places(r * r for _, r in squares)
-            roots_of = [(address, r, at) for (address, r), at in zip(squares, places)]
-            weights = [tables.float_bits(w) for omega in omegas for w in omega]
+            roots_of = tables.rows(((*square, at) for square, at in zip(squares, places)), 3)
+            weights = tables.float_bits([w for omega in omegas for w in omega])
             groups = _by_rank(problems, kernels.sizes("apply_decouple"))
             tiles = [
-                torch.tensor(
-                    tables.column_tiles(problems, members, kernels.columns("apply_decouple", size))
-                )
+                tables.grid(
+                    members,
+                    [1] * len(members),
+                    [problems[k].d for k in members],
+                    1,
+                    kernels.columns("apply_decouple", size),
+                )[:, [0, 2, 3]]
                 for size, members in groups.items()
             ]
             slots = 1 + max(int(t[:, 2].max()) for t in tiles)
-            numbers = [work, torch.tensor(roots_of), torch.tensor(places), torch.tensor(weights)]
+            numbers = [work, roots_of, tables.numbers(places), weights]
             table, rest = _upload(host, [*numbers, *tiles])
             work_of, roots_work, root_at, bits = (next(rest) for _ in numbers)
             roots = torch.empty(root_total, device=device)
@@ -357,8 +361,8 @@ class Gpu:
                     count = min(FINITE_CHUNK, x.numel() - begin)
                     address = x.data_ptr() + begin * x.element_size()
                     groups.setdefault(x.dtype, []).append((i, address, count))
-            rows = tables.upload(device, [torch.tensor(g) for g in groups.values()])
-            for dtype, tiles in zip(groups, rows):
+            tiles_of = tables.upload(device, [tables.rows(g, 3) for g in groups.values()])
+            for dtype, tiles in zip(groups, tiles_of):
                 kernels.all_finite(dtype, tiles, flags)
         return [bool(flag) for flag in flags.tolist()]
 

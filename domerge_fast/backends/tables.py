@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
 
 from ..problem import Problem
-from .layout import arrange
+from .layout import addresses, arrange
 
 ALIGNMENT = 16
 """What shares an allocation starts at multiples of this many elements."""
@@ -43,38 +43,49 @@ class Table:
 
 def describe(problems: Sequence[Problem], rows_only: bool = False) -> Table:
     """The table of the problems, on the host. Blocks of mixed dtypes become float32."""
+    device = problems[0].device
     for p in problems:
-        if p.device != problems[0].device:
-            raise ValueError(f"problems on {problems[0].device} and {p.device} in one call")
+        if p.device != device:
+            raise ValueError(f"problems on {device} and {p.device} in one call")
     dtypes = {block.dtype for p in problems for block in p.blocks}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     dtype = torch.float32 if dtype == torch.float64 else dtype
     alive: list[Tensor] = []
-    blocks: list[int] = []
-    ranks: list[int] = []
+    pitches: list[int] = []
     heads: list[int] = []
+    ranks: list[int] = []
+    starts: list[int] = []
     first_row = 0
     for p in problems:
         in_columns = p.in_columns and not rows_only
         heads += (first_row, p.rank, p.d, len(alive), len(p.blocks), in_columns)
-        row = 0
-        for block, pitch, scale in zip(*arrange(p, in_columns, dtype), p.scales):
-            blocks += (block.data_ptr(), pitch, row, float_bits(scale))
-            alive.append(block)
-            row += block.shape[0]
+        arranged, steps = arrange(p, in_columns, dtype)
+        alive += arranged
+        pitches += steps
         ranks += p.ranks
+        starts += accumulate(p.ranks[:-1], initial=0)
         first_row += p.rank
-    owner = torch.repeat_interleave(torch.tensor(ranks))
-    return Table(_rows(blocks, 4), owner, _rows(heads, 6), dtype, alive)
+    scales = float_bits([scale for p in problems for scale in p.scales])
+    blocks = [numbers(addresses(alive)), numbers(pitches), numbers(starts), scales]
+    owner = torch.repeat_interleave(numbers(ranks))
+    return Table(torch.stack(blocks, 1), owner, numbers(heads, 6), dtype, alive)
 
 
-def _rows(numbers: list[int], width: int) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64).view(-1, width)
+def numbers(values: Iterable[int], width: int | None = None) -> Tensor:
+    """int64 numbers, in rows of `width` where it is given."""
+    flat = array("q", values)
+    found = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
+    return found if width is None else found.view(-1, width)
 
 
-def float_bits(x: float) -> int:
-    """The bits of a float64 as an int64."""
-    return int.from_bytes(struct.pack("<d", x), "little", signed=True)
+def rows(table: Iterable[Sequence[int]], width: int) -> Tensor:
+    """int64 rows."""
+    return numbers(chain.from_iterable(table), width)
+
+
+def float_bits(values: Sequence[float]) -> Tensor:
+    """The bits of float64 numbers, as int64."""
+    return torch.frombuffer(array("d", values), dtype=torch.int64)
 
 
 def upload(device: torch.device, tables: Sequence[Tensor]) -> list[Tensor]:
@@ -84,7 +95,7 @@ def upload(device: torch.device, tables: Sequence[Tensor]) -> list[Tensor]:
     what a CUDA graph captures is kept for good: every replay reads it.
     """
     if device.type == "cpu" or not tables:
-        return list(tables)
+        return [t.contiguous() for t in tables]
     even = [t.numel() + t.numel() % 2 for t in tables]
     flat = torch.cat(
         [torch.nn.functional.pad(t.flatten(), (0, n - t.numel())) for t, n in zip(tables, even)]
@@ -111,11 +122,9 @@ def buckets(ranks: Mapping[int, int], sizes: Sequence[int]) -> dict[int, list[in
     return found
 
 
-def largest_first(
-    rows: Sequence[tuple[int, ...]], cost: Callable[[tuple[int, ...]], int]
-) -> Tensor:
-    """The rows of a table, the most expensive ones first: what starts last should be short."""
-    return torch.tensor(sorted(rows, key=cost, reverse=True), dtype=torch.int64)
+def largest_first(table: Tensor, cost: Tensor) -> Tensor:
+    """The rows by falling cost: what starts last should be short."""
+    return table[cost.argsort(descending=True, stable=True)]
 
 
 def gram_tiles(
@@ -126,7 +135,8 @@ def gram_tiles(
     chunk: int,
 ) -> tuple[Tensor, Tensor, int]:
     """Tiles [N, 7], sums [M, 6] and the number of parts, as Kernels.gram wants them."""
-    tiles, sums = [], []
+    tiles: list[int] = []
+    sums: list[int] = []
     parts = 0
     for k in members:
         p, offset = problems[k], offsets[k]
@@ -135,25 +145,28 @@ def gram_tiles(
         for i in range(count):
             for j in range(i + 1):
                 if len(bounds) == 2:
-                    tiles.append((k, i, j, 0, p.d, -1, offset))
+                    tiles += (k, i, j, 0, p.d, -1, offset)
                     continue
-                sums.append((k, i, j, parts, len(bounds) - 1, offset))
+                sums += (k, i, j, parts, len(bounds) - 1, offset)
                 for begin, end in pairwise(bounds):
-                    tiles.append((k, i, j, begin, end, parts, offset))
+                    tiles += (k, i, j, begin, end, parts, offset)
                     parts += 1
-    return (
-        largest_first(tiles, lambda t: t[4] - t[3]),
-        _rows([x for s in sums for x in s], 6),
-        parts,
-    )
+    table = numbers(tiles, 7)
+    return largest_first(table, table[:, 4] - table[:, 3]), numbers(sums, 6), parts
 
 
-def column_tiles(
-    problems: Sequence[Problem], members: Sequence[int], columns: int
-) -> list[tuple[int, int, int]]:
-    """(problem, first column, number of the tile within its problem)."""
-    return [
-        (k, begin, slot)
-        for k in members
-        for slot, begin in enumerate(range(0, problems[k].d, columns))
-    ]
+def grid(
+    members: Sequence[int], heights: Sequence[int], widths: Sequence[int], height: int, width: int
+) -> Tensor:
+    """(problem, first row, first column, number of the tile) [N, 4] of tiles of height x width.
+
+    members: the problems; heights and widths: their results' sizes.
+    """
+    down = torch.tensor([-(-h // height) for h in heights])
+    across = torch.tensor([-(-w // width) for w in widths])
+    counts = down * across
+    owner = torch.repeat_interleave(counts)
+    number = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+    row = number // across[owner] * height
+    column = number % across[owner] * width
+    return torch.stack([numbers(members)[owner], row, column, number], 1)
