@@ -32,6 +32,7 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibilit
 NVCC_FLAGS += ["--diag-error", "20011,20013,20014"]
 NVCC_FLAGS += ["-Xptxas", "-v"]  # what compile_cuda reports
 DEFAULT_ARCHS = ("80", "90", "100")
+OLDEST_ARCH = 80  # those before it have less shared memory than the kernels use
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
@@ -100,6 +101,10 @@ def choose_archs(nvcc: str, wanted: str | None) -> tuple[str, ...]:
                 raise BuildError(
                     f"DOMERGE_CUDA_ARCHS names {arch!r}, which {nvcc} does not know; "
                     f"it knows {', '.join(sorted(known, key=arch_number))}"
+                )
+            if arch_number(arch) < OLDEST_ARCH:
+                raise BuildError(
+                    f"DOMERGE_CUDA_ARCHS names {arch!r}: the kernels need {OLDEST_ARCH} or later"
                 )
         if archs:
             return archs

@@ -3,7 +3,8 @@
 Addresses are `tensor.data_ptr()`, dtypes the codes of backends/layout.py, a stream is its
 `cuda_stream`. A table is the addresses of its blocks, owner and problems, and its dtype; a list of
 rows is its address and its length. Nothing is checked here: callers keep the memory alive and make
-the device current. The GIL is released; RuntimeError where CUDA refuses a launch.
+the device current. The GIL is released; RuntimeError where CUDA refuses a launch, ValueError for
+more thread blocks than one can have.
 """
 
 _Table = tuple[int, int, int, int]
@@ -14,11 +15,21 @@ ON_HOST: bool
 def info() -> dict[str, int | str]:
     """devices, driver, runtime, archs and error.
 
-    Versions are 1000 * major + 10 * minor, 0 when unknown; error is "" when a device is there.
+    Versions are 1000 * major + 10 * minor, 0 when unknown; error is "" when a device is there on
+    which the kernels run.
+    """
+
+def serves(archs: str, capability: int, /) -> bool:
+    """Whether kernels built for `archs` ("80;90") run on a compute capability, 10 * major + minor.
+
+    ValueError if `archs` is no such list.
     """
 
 def set_backwards(value: bool, /) -> None:
     """The order in which threads and blocks run on the host; RuntimeError on a device."""
+
+def set_shared_bytes(value: int, /) -> None:
+    """The shared memory that a block may have on the host; RuntimeError on a device."""
 
 def gram_sizes() -> list[int]: ...
 def orthogonalize_sizes() -> list[int]: ...
@@ -26,7 +37,7 @@ def apply_sizes() -> list[int]: ...
 def apply_decouple_sizes() -> list[int]: ...
 def apply_columns(size: int, /) -> int: ...
 def apply_decouple_columns(size: int, /) -> int: ...
-def orthogonalize_scratch(size: int, problems: int, /) -> int:
+def orthogonalize_scratch(size: int, problems: int, frobenius: bool, /) -> int:
     """Bytes of scratch memory for a launch on the current device."""
 
 class Decoupling:

@@ -87,15 +87,17 @@ def test_default_architectures_are_those_nvcc_knows(build, fake_nvcc):
 
 def test_architectures_asked_for(build, fake_nvcc):
     env = fake_nvcc(["75", "80", "90"])
-    cuda = build.find_cuda({**env, "DOMERGE_CUDA_ARCHS": "75; 90a"})
-    assert cuda.archs == ("75", "90a")
+    cuda = build.find_cuda({**env, "DOMERGE_CUDA_ARCHS": "80; 90a"})
+    assert cuda.archs == ("80", "90a")
     assert cuda.gencode() == [
-        "-gencode=arch=compute_75,code=sm_75",
+        "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90a,code=compute_90a",
     ]
     with pytest.raises(build.BuildError, match=r"'100', which .* does not know; it knows 75, 80"):
         build.find_cuda({**env, "DOMERGE_CUDA_ARCHS": "80;100"})
+    with pytest.raises(build.BuildError, match=r"'75': the kernels need 80 or later"):
+        build.find_cuda({**env, "DOMERGE_CUDA_ARCHS": "90;75"})
 
 
 def test_a_failing_nvcc_is_quoted(build, fake_nvcc):

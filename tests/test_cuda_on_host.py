@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import test_ops
 import torch
-from shapes import CASES
+from shapes import CASES, random_case
 
 from domerge_fast import ops
 from domerge_fast.backends import reference
+from domerge_fast.ops.orthogonalize import PENALTIES
 
 ROOT = Path(__file__).parent.parent
 CXX = shutil.which("g++")
@@ -27,6 +28,9 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 # What AddressSanitizer finds as well, and what doubles the time of compilation.
 SANITIZERS += ["-fno-sanitize=null,object-size,pointer-overflow,vptr"]
 FLAGS = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", *SANITIZERS]
+
+SHARED_KIB = (99, 163, 227)  # a block's, by compute capability: 8.6, 8.0 and 9.0, in that order
+DEFAULT_SHARED_BYTES = 163 << 10
 
 from_outside = pytest.mark.skipif(
     "DOMERGE_TEST_CUDA" in os.environ or CXX is None or not sys.platform.startswith("linux"),
@@ -98,6 +102,12 @@ def test_the_kernels_do_not_race(extension):
     run_tests(extension, "tests/test_cuda_on_host.py", "-k", "order")
 
 
+@pytest.mark.slow
+@from_outside
+def test_the_kernels_on_other_devices(extension):
+    run_tests(extension, "tests/test_cuda_on_host.py", "-k", "shared_memory or capability or grid")
+
+
 def run(op: str) -> list[torch.Tensor]:
     """An op on all modules; apply_decouple on those that its kernel takes."""
     if op != "apply_decouple":
@@ -127,3 +137,71 @@ def test_the_order_of_threads_has_no_influence(op):
         _cuda.set_backwards(False)
     assert len(forwards) >= len(CASES) - 1
     assert all(map(torch.equal, forwards, backwards))
+
+
+@pytest.fixture
+def set_shared_bytes():
+    from domerge_fast import _cuda
+
+    yield _cuda.set_shared_bytes
+    _cuda.set_shared_bytes(DEFAULT_SHARED_BYTES)
+
+
+@inside
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_what_fits_in_shared_memory_has_no_influence(penalty, set_shared_bytes):
+    cases = [*CASES.values(), random_case((70, 50), 131, 5), random_case((120, 90), 211, 5)]
+    problems = [case.rows() for case in cases]
+    grams = [g.float() for g in reference.gram(problems)]
+    ranks = [p.ranks for p in problems]
+
+    def descend() -> list[torch.Tensor]:
+        found, stats = ops.orthogonalize(grams, ranks, penalty=penalty, steps=2, backend="cuda")
+        return [*found, *stats]
+
+    expected = descend()
+    for kib in SHARED_KIB:
+        set_shared_bytes(kib << 10)
+        assert all(map(torch.equal, expected, descend()))
+
+
+@inside
+@pytest.mark.parametrize("op", test_ops.OPS)
+def test_every_op_runs_with_the_least_shared_memory(op, set_shared_bytes):
+    expected = run(op)
+    set_shared_bytes(min(SHARED_KIB) << 10)
+    assert all(map(torch.equal, expected, run(op)))
+
+
+@inside
+def test_a_grid_larger_than_cuda_can_launch_is_refused():
+    from domerge_fast import _cuda
+
+    with pytest.raises(ValueError, match=r"more than 2\^31 - 1 thread blocks"):
+        _cuda.all_finite(0, 0, 2**31, 0, 0)
+
+
+@inside
+@pytest.mark.parametrize(
+    ("archs", "served", "others"),
+    [
+        ("80;90;100", [80, 86, 89, 90, 100, 103, 110, 120, 121], [70, 75]),
+        ("86", [86, 89, 90, 120], [75, 80]),
+        ("80;100", [80, 89, 100, 120], [90]),
+        ("80;90a", [80, 89, 90], [100, 120]),
+        ("90;100f", [90, 100, 103], [80, 110, 120]),
+    ],
+)
+def test_the_compute_capability_of_a_device_is_served(archs, served, others):
+    from domerge_fast import _cuda
+
+    assert [c for c in [*served, *others] if _cuda.serves(archs, c)] == served
+
+
+@inside
+@pytest.mark.parametrize("archs", ["80,90", "sm_80", "80;90b", ";80"])
+def test_a_list_for_no_compute_capability_is_refused(archs):
+    from domerge_fast import _cuda
+
+    with pytest.raises(ValueError, match="no list of architectures"):
+        _cuda.serves(archs, 100)

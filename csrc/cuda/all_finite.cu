@@ -39,7 +39,7 @@ struct AllFinite {
 
     static DOMERGE_DEVICE void run(const Params& params, Block<kThreads>& block) {
         const FiniteTile& tile = params.tiles[block.index];
-        const auto* data = reinterpret_cast<const Storage*>(tile.data);
+        const auto* data = global(reinterpret_cast<const Storage*>(tile.data));
         const int64_t whole = is_aligned(data, 16) ? tile.count / kLanes<Format> : 0;
         block.each([&](int thread) {
             bool finite = true;

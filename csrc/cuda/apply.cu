@@ -26,23 +26,26 @@ struct ApplyParams {
     DType out_dtype;
 };
 
-// A problem's result, [rows, d], or [d, rows] in columns.
+// A problem's result as it lies in memory: its rows, or its columns in columns.
 struct ApplyOut {
     const ApplyParams& params;
     int64_t offset;
-    int rows;
-    int d;
-    bool columns;
+    int lines;
+    int length;  // of a line
 
-    // Four elements from (row, column) on, in the direction of memory.
-    DOMERGE_DEVICE void put(int row, int column, const float* values) const {
-        if (row >= rows || column >= d) return;
-        if (columns)
-            store_four(params.out_dtype, params.out, offset + int64_t{column} * rows + row, values,
-                       rows - row);
-        else
-            store_four(params.out_dtype, params.out, offset + int64_t{row} * d + column, values,
-                       d - column);
+    DOMERGE_DEVICE ApplyOut(const ApplyParams& params, int64_t problem)
+        : params(params), offset(params.work[problem].offset) {
+        const ProblemRow& x = params.table.problems[problem];
+        const int rows = static_cast<int>(params.work[problem].rows), d = static_cast<int>(x.d);
+        lines = x.columns != 0 ? d : rows;
+        length = x.columns != 0 ? rows : d;
+    }
+
+    template <int kCount>
+    DOMERGE_DEVICE void put(int line, int position, const float* values) const {
+        if (line >= lines || position >= length) return;
+        store_values<kCount>(params.out_dtype, params.out,
+                             offset + int64_t{line} * length + position, values, length - position);
     }
 };
 
@@ -51,45 +54,67 @@ struct Apply {
     using Params = ApplyParams;
     using Product = domerge::Product<Format, kSize>;
     using Result = typename Product::Result;
+    using Four = Vector<float, 4>;
     static constexpr int kThreads = kBlockThreads;
     static constexpr int kBlocksPerSm = kSize < 64 ? 2 : 1;  // what registers allow
-    static constexpr int64_t kSharedBytes = Product::kShared * sizeof(float);
+    static constexpr int kColumns = Product::kColumns;
+    static constexpr int kTile = kSize * kColumns;
+    // The operands of the product, and after it the tile.
+    static constexpr int64_t kSharedBytes =
+        sizeof(float) * (Product::kShared > kTile ? Product::kShared : kTile);
+    static_assert(kSharedBytes <= kSmallestShared);
 
-    static DOMERGE_DEVICE void put(int thread, const typename Result::Sums& sums, int row,
-                                   int column, const ApplyOut& out) {
+    // Four elements of a line, in shared memory where threads side by side use different banks.
+    template <int kLength>
+    static DOMERGE_DEVICE Four& four(float* tile, int line, int position) {
+        return vector_at<Four>(tile + line * kLength + (position ^ line / 4 * 4 % kLength));
+    }
+
+    // tile = the threads' sums, in lines as the result has them.
+    static DOMERGE_DEVICE void gather(int thread, const typename Result::Sums& sums,
+                                      bool in_columns, float* tile) {
         constexpr int rows = sizeof(sums.at) / sizeof(sums.at[0]);
         constexpr int columns = sizeof(sums.at[0]) / sizeof(float);
-        if (out.columns) {
+        const auto& at = sums.at;
+        if (in_columns) {
             DOMERGE_UNROLL
             for (int i = 0; i < rows; i += 4) DOMERGE_UNROLL
-            for (int j = 0; j < columns; ++j) {
-                const float values[] = {sums.at[i][j], sums.at[i + 1][j], sums.at[i + 2][j],
-                                        sums.at[i + 3][j]};
-                out.put(row + Result::row(thread, i), column + Result::column(thread, j), values);
-            }
+            for (int j = 0; j < columns; ++j)
+                four<kSize>(tile, Result::column(thread, j), Result::row(thread, i)) = {
+                    at[i][j], at[i + 1][j], at[i + 2][j], at[i + 3][j]};
         } else {
             DOMERGE_UNROLL
             for (int i = 0; i < rows; ++i) DOMERGE_UNROLL
             for (int j = 0; j < columns; j += 4)
-                out.put(row + Result::row(thread, i), column + Result::column(thread, j),
-                        &sums.at[i][j]);
+                four<kColumns>(tile, Result::row(thread, i), Result::column(thread, j)) = {
+                    at[i][j], at[i][j + 1], at[i][j + 2], at[i][j + 3]};
+        }
+    }
+
+    template <int kLength>
+    static DOMERGE_DEVICE void write_out(int thread, float* tile, int line, int position,
+                                         const ApplyOut& out) {
+        DOMERGE_ROLLED
+        for (int v = thread; v < kTile / 4; v += kThreads) {
+            const int far = v / (kLength / 4), near = v % (kLength / 4) * 4;
+            const Four values = four<kLength>(tile, far, near);
+            out.template put<4>(line + far, position + near, values.at);
         }
     }
 
     // X itself: memory in, memory out.
-    static DOMERGE_DEVICE void copy(int thread, const Reader<Format>& x, int first_row,
-                                    int first_column, const ApplyOut& out) {
-        constexpr int lanes = kLanes<Format>, columns = Product::kColumns;
-        for (int v = thread; v < kSize * columns / lanes; v += kThreads) {
-            const int across = out.columns ? kSize / lanes : columns / lanes;
-            const int near = v % across * lanes, far = v / across;
-            const int row = first_row + (out.columns ? near : far);
-            const int column = first_column + (out.columns ? far : near);
+    template <int kLength>
+    static DOMERGE_DEVICE void copy(int thread, const Reader<Format>& x, int line, int position,
+                                    const ApplyOut& out) {
+        constexpr int lanes = kLanes<Format>;
+        DOMERGE_ROLLED
+        for (int v = thread; v < kTile / lanes; v += kThreads) {
+            const int far = line + v / (kLength / lanes);
+            const int near = position + v % (kLength / lanes) * lanes;
+            const int row = x.columns ? near : far, column = x.columns ? far : near;
             float values[lanes];
             x.scale(x.read(row, column), row, values);
-            DOMERGE_UNROLL
-            for (int i = 0; i < lanes; i += 4)
-                out.put(row + (out.columns ? i : 0), column + (out.columns ? 0 : i), values + i);
+            out.template put<lanes>(far, near, values);
         }
     }
 
@@ -99,15 +124,28 @@ struct Apply {
         const ProblemRow& problem = params.table.problems[tile.problem];
         const Reader<Format> x(params.table, problem, problem.rank, problem.d);
         const int row = static_cast<int>(tile.row), column = static_cast<int>(tile.column);
-        const ApplyOut out{params, work.offset, static_cast<int>(work.rows), x.end, x.columns};
         if (work.coefficients == 0) {
-            block.each([&](int thread) { copy(thread, x, row, column, out); });
+            block.each([&](int thread) {
+                if (x.columns)
+                    copy<kSize>(thread, x, column, row, ApplyOut(params, tile.problem));
+                else
+                    copy<kColumns>(thread, x, row, column, ApplyOut(params, tile.problem));
+            });
             return;
         }
-        const Matrix c{reinterpret_cast<const float*>(work.coefficients), out.rows, x.rows};
+        const Matrix c{reinterpret_cast<const float*>(work.coefficients),
+                       static_cast<int>(work.rows), x.rows};
+        float* const shared = reinterpret_cast<float*>(block.shared);
         typename Product::Sums sums;
-        Product::run(block, reinterpret_cast<float*>(block.shared), c, x, row, column, sums);
-        block.each([&](int thread) { put(thread, sums[thread], row, column, out); });
+        Product::run(block, shared, c, x, row, column, sums);
+        block.each([&](int thread) { gather(thread, sums[thread], x.columns, shared); });
+        block.each([&](int thread) {
+            const ApplyOut out(params, tile.problem);
+            if (x.columns)
+                write_out<kSize>(thread, shared, tile.column, tile.row, out);
+            else
+                write_out<kColumns>(thread, shared, tile.row, tile.column, out);
+        });
     }
 };
 

@@ -73,30 +73,38 @@ struct ApplyDecouple {
     static constexpr int kBlocksPerSm = kSize < 64 ? 2 : 1;  // what registers allow
     static constexpr int kColumns = Product::kColumns;
     static constexpr int kStride = kColumns + 4;
-    static constexpr int kAtOnce = kSize < 32 ? kSize : 32;  // adapters
-    static constexpr int kParts = 16;                        // of the columns, for the energies
+    static constexpr int kAtOnce = 16;  // adapters
+    static constexpr int kParts = 16;   // of the columns, for the energies
 
-    // In shared memory: C A; the merged magnitude; then the operands of the product, and after it
-    // the magnitudes of some adapters and parts of their energies.
+    // In shared memory: the operands of the product, and after it C A, the magnitudes of some
+    // adapters and parts of their energies; then the merged magnitude.
     static constexpr int kValues = kSize * kStride;
     static constexpr int kMagnitudes = kAtOnce * kColumns;
     static constexpr int kLater = kMagnitudes + 2 * kAtOnce * kParts;
-    static constexpr int64_t kSharedBytes =
-        sizeof(float) *
-        (kValues + kColumns + (kLater > Product::kShared ? kLater : Product::kShared));
+    static constexpr int kShared =
+        kValues + kLater > Product::kShared ? kValues + kLater : Product::kShared;
+    static constexpr int64_t kSharedBytes = sizeof(float) * (kShared + kColumns);
+    static_assert(kSharedBytes <= kSmallestShared);
 
     struct Shared {
+        float* operands;
         float* values;
-        float* merged;
         float* magnitudes;
         double* parts;
+        float* merged;
 
         DOMERGE_DEVICE explicit Shared(char* shared)
-            : values(reinterpret_cast<float*>(shared)),
-              merged(values + kValues),
-              magnitudes(merged + kColumns),
-              parts(reinterpret_cast<double*>(magnitudes + kMagnitudes)) {}
+            : operands(reinterpret_cast<float*>(shared)),
+              values(operands),
+              magnitudes(values + kValues),
+              parts(reinterpret_cast<double*>(magnitudes + kMagnitudes)),
+              merged(operands + kShared) {}
     };
+
+    using Four = Vector<float, 4>;
+    static DOMERGE_DEVICE Four& four(float* values, int row, int column) {
+        return vector_at<Four>(values + row * kStride + column);
+    }
 
     // values = C A, or A where there is no C; the merged magnitude starts at 0.
     static DOMERGE_DEVICE void multiply(const Params& params, Block<kThreads>& block,
@@ -112,8 +120,9 @@ struct ApplyDecouple {
                     float values[lanes];
                     a.scale(a.read(row, column + c), row, values);
                     DOMERGE_UNROLL
-                    for (int i = 0; i < lanes; ++i)
-                        shared.values[row * kStride + c + i] = values[i];
+                    for (int i = 0; i < lanes; i += 4)
+                        four(shared.values, row, c + i) = {values[i], values[i + 1], values[i + 2],
+                                                           values[i + 3]};
                 }
                 for (int c = thread; c < kColumns; c += kThreads) shared.merged[c] = 0.0f;
             });
@@ -121,15 +130,17 @@ struct ApplyDecouple {
         }
         const Matrix c{reinterpret_cast<const float*>(coefficients), a.rows, a.rows};
         typename Product::Sums sums;
-        Product::run(block, shared.magnitudes, c, a, 0, column, sums);
+        Product::run(block, shared.operands, c, a, 0, column, sums);
         block.each([&](int thread) {
             constexpr int rows = sizeof(sums[0].at) / sizeof(sums[0].at[0]);
             constexpr int columns = sizeof(sums[0].at[0]) / sizeof(float);
             DOMERGE_UNROLL
             for (int i = 0; i < rows; ++i) DOMERGE_UNROLL
-            for (int j = 0; j < columns; ++j)
-                shared.values[Result::row(thread, i) * kStride + Result::column(thread, j)] =
-                    sums[thread].at[i][j];
+            for (int j = 0; j < columns; j += 4) {
+                const float* from = &sums[thread].at[i][j];
+                four(shared.values, Result::row(thread, i), Result::column(thread, j)) = {
+                    from[0], from[1], from[2], from[3]};
+            }
             for (int c = thread; c < kColumns; c += kThreads) shared.merged[c] = 0.0f;
         });
     }
@@ -202,12 +213,12 @@ struct ApplyDecouple {
             for (int e = 4 * thread; e < a.rows * kColumns; e += 4 * kThreads) {
                 const int row = e / kColumns, c = e % kColumns;
                 if (c >= columns) continue;
-                float values[4];
+                Four values = four(shared.values, row, c);
+                const Four merged = four(shared.merged, 0, c);
                 DOMERGE_UNROLL
-                for (int i = 0; i < 4; ++i)
-                    values[i] = shared.values[row * kStride + c + i] * shared.merged[c + i];
-                store_four(params.out_dtype, params.out, offset + int64_t{row} * a.end + c, values,
-                           columns - c);
+                for (int i = 0; i < 4; ++i) values.at[i] *= merged.at[i];
+                store_values<4>(params.out_dtype, params.out, offset + int64_t{row} * a.end + c,
+                                values.at, columns - c);
             }
         });
     }

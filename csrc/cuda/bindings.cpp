@@ -23,7 +23,9 @@ PYBIND11_MODULE(_cuda, m) {
     using Unlocked = py::call_guard<py::gil_scoped_release>;
     m.attr("ON_HOST") = domerge::on_host();
     m.def("info", info);
+    m.def("serves", domerge::serves);
     m.def("set_backwards", domerge::set_backwards);
+    m.def("set_shared_bytes", domerge::set_shared_bytes);
     m.def("gram_sizes", domerge::gram_sizes);
     m.def("orthogonalize_sizes", domerge::orthogonalize_sizes);
     m.def("apply_sizes", domerge::apply_sizes);

@@ -15,7 +15,6 @@
 #define DOMERGE_DEVICE __device__ __forceinline__
 #define DOMERGE_UNROLL _Pragma("unroll")
 #define DOMERGE_ROLLED _Pragma("unroll 1")
-#define DOMERGE_ROLLED _Pragma("unroll 1")
 #else
 #include <cstddef>
 #include <cstdlib>
@@ -40,6 +39,13 @@ struct Device {
     int64_t multiprocessors;
     int64_t shared_bytes;  // the most that one block may have
 };
+
+// Shared memory that a block may have on every device of compute capability 8.0 and later.
+constexpr int64_t kSmallestShared = 99 << 10;
+
+inline void check_blocks(int64_t blocks) {
+    if (blocks > INT32_MAX) throw std::length_error("more than 2^31 - 1 thread blocks in a launch");
+}
 
 #ifdef __CUDACC__
 
@@ -95,6 +101,7 @@ template <class Kernel>
 void launch(int64_t blocks, int64_t shared_bytes, const typename Kernel::Params& params,
             Stream stream) {
     if (blocks == 0) return;
+    check_blocks(blocks);
     if (shared_bytes > 48 << 10)
         check(cudaFuncSetAttribute(enter<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                    static_cast<int>(shared_bytes)));
@@ -145,6 +152,7 @@ struct PerThread {
 // Every block finds its shared memory full of NaN, and not one byte longer than asked for.
 template <class Kernel>
 void launch(int64_t blocks, int64_t shared_bytes, const typename Kernel::Params& params, Stream) {
+    check_blocks(blocks);
     if (shared_bytes > device.shared_bytes) throw std::length_error("too much shared memory");
     in_order(blocks, [&](int64_t index) {
         const std::unique_ptr<char, decltype(&std::free)> shared(

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "gram.h"
 
 namespace domerge {
@@ -22,12 +24,13 @@ struct BlockGram {
     using Params = BlockGramParams;
     static constexpr int kThreads = kBlockThreads;
     static constexpr int kBlocksPerSm = 1;  // what registers allow
+    // Small blocks are one tile and little to read: then much of it is on its way at a time.
     template <int kSize>
-    using Product = GramProduct<Format, double, kSize, 4, 128 * kLanes<Format> / kSize>;
-    static constexpr int64_t kSharedBytes = Product<16>::kSharedBytes > Product<64>::kSharedBytes
-                                                ? Product<16>::kSharedBytes
-                                                : Product<64>::kSharedBytes;
-    static_assert(Product<32>::kSharedBytes <= kSharedBytes);
+    using Product = GramProduct<Format, double, kSize, 4,
+                                (kSize < 64) ? 4096 / kSize : 2 * kLanes<Format>, (kSize < 64)>;
+    static constexpr int64_t kSharedBytes =
+        std::max({Product<16>::kSharedBytes, Product<32>::kSharedBytes, Product<64>::kSharedBytes});
+    static_assert(kSharedBytes <= kSmallestShared);
 
     // Tile by tile, as many as the block's rank takes.
     template <int kSize>

@@ -62,6 +62,7 @@ struct Gram {
     static constexpr int kThreads = kBlockThreads;
     static constexpr int kBlocksPerSm = kSize < 64 ? 2 : 1;  // what registers allow
     using Product = GramProduct<Format, float, kSize, kSize == 16 ? 4 : 8, 2048 / kSize>;
+    static_assert(Product::kSharedBytes <= kSmallestShared);
 
     static DOMERGE_DEVICE void run(const Params& params, Block<kThreads>& block) {
         const GramTile& tile = params.tiles[block.index];

@@ -6,13 +6,13 @@
 namespace domerge {
 
 // Rows [first, first + kSize) of `left` times those from `second` on of `right`, over the columns
-// from `begin` to the readers' end. Unscaled.
-template <class Format, class T, int kSize, int kM, int kDepth>
+// from `begin` to the readers' end. Unscaled. kAlone: first and second are always the same.
+template <class Format, class T, int kSize, int kM, int kDepth, bool kAlone = false>
 struct GramProduct {
     using Product = Tile<T, kSize, kSize, kM, kM>;
     using Staged = Stage<Format, T, kDepth, kSize>;
     using Sums = PerThread<typename Product::Sums, kBlockThreads>;
-    static constexpr int kBuffer = 2 * Staged::kSize;
+    static constexpr int kBuffer = (kAlone ? 1 : 2) * Staged::kSize;
     static constexpr int64_t kStagedBytes = 2 * kBuffer * sizeof(T);
     static constexpr int64_t kSpreadBytes = Product::kSpread * sizeof(T);
     static constexpr int64_t kSharedBytes =
@@ -22,7 +22,7 @@ struct GramProduct {
     static DOMERGE_DEVICE void run(Block<kBlockThreads>& block, const Reader<Format>& reader,
                                    int first, int second, int begin) {
         T* const shared = reinterpret_cast<T*>(block.shared);
-        const bool across = !reader.columns, same = first == second;
+        const bool across = !reader.columns, same = kAlone || first == second;
         Sums sums;
         const auto fetch = [&](int thread, int row, int c, typename Staged::Held& held) {
             Staged::fetch(thread, across, held,

@@ -46,8 +46,9 @@ void apply_decouple(const TableNumbers& table, int64_t size, Address tiles, int6
 
 void all_finite(int dtype, Address tiles, int64_t count, Address flags, Stream stream);
 
-// What the CUDA runtime finds here. `error` says why there are no devices; empty when there are.
-// Versions as CUDA counts them: 1000 * major + 10 * minor; 0 when unknown.
+// What the CUDA runtime finds here. `error` is empty, or says why there are no devices or why the
+// kernels run on none of them. Versions as CUDA counts them: 1000 * major + 10 * minor; 0 when
+// unknown.
 struct CudaInfo {
     int devices;
     int driver;
@@ -58,9 +59,16 @@ struct CudaInfo {
 
 CudaInfo cuda_info();
 
+// Whether kernels built for `archs`, such as "80;90a;100", run on a device of compute capability
+// 10 * major + minor: a binary does within its major version, the PTX of the newest on all later
+// ones; 90a on 9.0 alone, and 100f within its major version.
+bool serves(const std::string& archs, int capability);
+
 // Whether a C++ compiler compiled the kernels, for the host.
 bool on_host();
 // The order in which the host runs threads and blocks; std::logic_error on a device.
 void set_backwards(bool value);
+// The shared memory that a block may have on the host; std::logic_error on a device.
+void set_shared_bytes(int64_t value);
 
 }  // namespace domerge

@@ -8,7 +8,8 @@
 //
 // A step: 8 R^3 flops in four products, and 34 reads or writes of a matrix (136 R^2 bytes). As many
 // matrices as fit stay in shared memory. The others are scratch memory of a block that stays and
-// takes one problem after the other, so that it is found in the L2 cache.
+// takes one problem after the other: little enough to be found in the L2 cache up to size 128, and
+// not beyond.
 #include "orthogonalize.h"
 
 #include <algorithm>
@@ -107,7 +108,8 @@ struct Operand {
     bool transposed;
 };
 
-// Pair p = j (j - 1) / 2 + i of the factors i < j. ||H_ij(eta)||_F^2 is a quartic in eta.
+// For the Frobenius penalty: pair p = j (j - 1) / 2 + i of the factors i < j. ||H_ij(eta)||_F^2 is
+// a quartic in eta.
 struct Pairs {
     int64_t count;
     double* quartic;  // coefficient k of pair p at k * kMaxPairs + p
@@ -171,6 +173,7 @@ struct Descent {
         int start[kSize + 1];
     };
     static constexpr int64_t kOwnBytes = (sizeof(Shared) + 15) / 16 * 16;  // matrices follow
+    static_assert(kOwnBytes <= kSmallestShared);
     using OneTile = Tile<kShape.rows, kShape.columns>;
 
     static int resident(int64_t shared_bytes) {
@@ -178,8 +181,9 @@ struct Descent {
         return static_cast<int>(room < kMatrices ? room : kMatrices);
     }
     static int64_t shared_bytes(int resident) { return kOwnBytes + resident * kMatrixBytes; }
-    static DOMERGE_DEVICE int64_t scratch_bytes(int resident) {
-        return ((kMatrices - resident) * kMatrixBytes + kPairsBytes + 127) / 128 * 128;
+    static DOMERGE_DEVICE int64_t scratch_bytes(int resident, bool frobenius) {
+        const int64_t pairs_bytes = frobenius ? kPairsBytes : 0;
+        return ((kMatrices - resident) * kMatrixBytes + pairs_bytes + 127) / 128 * 128;
     }
 
     template <int kCount>
@@ -207,7 +211,7 @@ struct Descent {
         for (int64_t i = block.index; i < params.problems; i += params.blocks) {
             const int64_t* work = params.work + 6 * i;
             Descent descent(params, block, work);
-            descent.begin(reinterpret_cast<const float*>(work[0]), params.starts + work[3]);
+            descent.begin(global(reinterpret_cast<const float*>(work[0])), params.starts + work[3]);
             const Stats stats = descent.descend();
             descent.finish(params.out + work[4], params.stats + 5 * work[5], stats);
         }
@@ -236,7 +240,7 @@ struct Descent {
     }
 
     DOMERGE_DEVICE char* own_scratch() const {
-        return params.scratch + block.index * scratch_bytes(params.resident);
+        return params.scratch + block.index * scratch_bytes(params.resident, params.frobenius);
     }
 
     DOMERGE_DEVICE float* place(int index) const {
@@ -864,12 +868,12 @@ std::vector<int64_t> orthogonalize_sizes() {
     return DescentSizes::list();
 }
 
-int64_t orthogonalize_scratch(int64_t size, int64_t problems) {
+int64_t orthogonalize_scratch(int64_t size, int64_t problems, bool frobenius) {
     int64_t bytes = 0;
     DescentSizes::with(size, [&](auto chosen) {
         using Kernel = Descent<decltype(chosen)::value>;
         const Spread<Kernel> spread(current_device(), problems);
-        bytes = spread.blocks * Kernel::scratch_bytes(spread.resident);
+        bytes = spread.blocks * Kernel::scratch_bytes(spread.resident, frobenius);
     });
     return bytes;
 }

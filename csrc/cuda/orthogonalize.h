@@ -10,7 +10,7 @@ namespace domerge {
 std::vector<int64_t> orthogonalize_sizes();
 
 // Bytes that a launch on the current device needs in `scratch`, aligned to 16.
-int64_t orthogonalize_scratch(int64_t size, int64_t problems);
+int64_t orthogonalize_scratch(int64_t size, int64_t problems, bool frobenius);
 
 // C of every problem, by the rule of csrc/cpu/orthogonalize.h, in one launch.
 // work [problems, 6]: address of G (float32 [R, R]), R <= size, T, position in starts of its T + 1

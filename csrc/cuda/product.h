@@ -20,7 +20,7 @@ struct Matrix {
     DOMERGE_DEVICE Words read(int row, int column) const {
         Words words{};
         if (row >= rows || column >= columns) return words;
-        const float* from = data + static_cast<int64_t>(row) * columns + column;
+        const float* from = global(data + static_cast<int64_t>(row) * columns + column);
         const int left = columns - column;
         if (left >= 4 && is_aligned(from, 16)) return vector_at<const Words>(from);
         DOMERGE_UNROLL

@@ -26,6 +26,7 @@ struct Roots {
     // What is left of the diagonal, before and after a step: threads still read the one when others
     // write the other.
     static constexpr int64_t kSharedBytes = 2 * kMaxRank * sizeof(double);
+    static_assert(kSharedBytes <= kSmallestShared);
 
     static DOMERGE_DEVICE int largest(const double* left, int rank) {
         int pivot = 0;
@@ -37,7 +38,7 @@ struct Roots {
     static DOMERGE_DEVICE void run(const Params& params, Block<kThreads>& block) {
         const RootsWork& work = params.work[block.index];
         const int rank = static_cast<int>(work.rank);
-        const auto* matrix = reinterpret_cast<const double*>(work.matrix);
+        const auto* matrix = global(reinterpret_cast<const double*>(work.matrix));
         double* const rows = params.scratch + work.offset;
         float* const out = params.out + work.offset;
         double* const both = reinterpret_cast<double*>(block.shared);

@@ -50,6 +50,16 @@ inline Table table_of(const TableNumbers& numbers) {
                  at<const ProblemRow>(std::get<2>(numbers))};
 }
 
+// The same pointer, of which the compiler then knows that it is not one to shared memory: it cannot
+// tell where an address that comes from memory points.
+template <class T>
+DOMERGE_DEVICE T* global(T* p) {
+#ifdef __CUDACC__
+    __builtin_assume(__isGlobal(p));
+#endif
+    return p;
+}
+
 template <class T>
 DOMERGE_DEVICE T least(T a, T b) {
     return a < b ? a : b;
@@ -190,8 +200,8 @@ struct Reader {
     DOMERGE_DEVICE const Storage* element(int row, int c) const {
         const BlockRow& own = block(row);
         const int64_t i = row - own.first_row;
-        return reinterpret_cast<const Storage*>(own.data) +
-               (columns ? c * own.pitch + i : i * own.pitch + c);
+        return global(reinterpret_cast<const Storage*>(own.data) +
+                      (columns ? c * own.pitch + i : i * own.pitch + c));
     }
 
     // Whether the rows that a vector from this one on touches are of one block.
@@ -249,15 +259,16 @@ DOMERGE_DEVICE void store_as(void* out, int64_t index, const float* values, int6
         if (i < count) to[i] = Format::store(values[i]);
 }
 
-// out[index, index + 4) = values, or the first `count` of them.
-DOMERGE_DEVICE void store_four(DType dtype, void* out, int64_t index, const float* values,
-                               int64_t count) {
+// out[index, index + kCount) = values, or the first `count` of them.
+template <int kCount>
+DOMERGE_DEVICE void store_values(DType dtype, void* out, int64_t index, const float* values,
+                                 int64_t count) {
     if (dtype == DType::float32)
-        store_as<Float32, 4>(out, index, values, count);
+        store_as<Float32, kCount>(out, index, values, count);
     else if (dtype == DType::bfloat16)
-        store_as<BFloat16, 4>(out, index, values, count);
+        store_as<BFloat16, kCount>(out, index, values, count);
     else
-        store_as<Float16, 4>(out, index, values, count);
+        store_as<Float16, kCount>(out, index, values, count);
 }
 
 // visit(Format{}) with the type that a dtype code names.

@@ -42,7 +42,7 @@ class _Kernels:
         steps: int,
         tol: float,
     ) -> None:
-        needed = _cuda.orthogonalize_scratch(size, len(work))
+        needed = _cuda.orthogonalize_scratch(size, len(work), frobenius)
         scratch = torch.empty(needed, dtype=torch.uint8, device=out.device)
         _cuda.orthogonalize(
             size,
