@@ -18,7 +18,7 @@ setup: $(VENV)/ready
 demo: $(VENV)/ready
 	$(PY) examples/demo.py demo
 test: $(VENV)/ready
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist loadfile
 bench: $(VENV)/ready
 	$(PY) benchmarks/run.py --publish
 # Trains small models and adapters, half an hour and more; then scores every merge of them.
