@@ -45,8 +45,7 @@ def _cuda() -> str:
 
 
 def _torch_cuda() -> str:
-    if torch.version.cuda is None:
-        return "off: this torch is built without CUDA"
-    if not torch.cuda.is_available():
-        return "off: torch sees no CUDA device or driver"
+    reason = registry.torch_cuda_missing()
+    if reason:
+        return f"off: {reason}"
     return f"{torch.cuda.device_count()} device(s), {torch.cuda.get_device_name()}"

@@ -136,7 +136,7 @@ def _groups(plan: Plan, place: Place, dtype: torch.dtype) -> Iterator[list[str]]
     usual = GPU_GROUP_BYTES if place.device.type == "cuda" else GROUP_BYTES
     most = place.most_bytes
     if most is None and place.device.type == "cuda":
-        most = int(0.8 * _free_bytes(place.device))
+        most = int(0.8 * transfer.free_bytes(place.device))
 
     def share(name: str) -> float:
         part = plan.factor_bytes(name) / usual
@@ -151,12 +151,6 @@ def _groups(plan: Plan, place: Place, dtype: torch.dtype) -> Iterator[list[str]]
                 )
                 raise OptionError("max_device_memory", problem, "allow more, or merge on the CPU")
     return plan.groups(share)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory that the device has free, or that torch holds and does not use."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _read(

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .backends.layout import dense
 from .plan import Stack
 from .problem import Problem
 
@@ -39,6 +40,12 @@ class Upload:
             for block in _blocks(self.stacks):
                 block.record_stream(stream)
         return self.stacks
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a GPU has free, or that torch holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def current_streams(devices: Iterable[torch.device]) -> list[torch.cuda.Stream]:
@@ -68,11 +75,11 @@ def upload(stacks: list[Stack], device: torch.device) -> Upload:
         return Upload(stacks)
     if device.type != "cuda":
         return Upload(_replaced(stacks, {id(x): x.to(device) for x in away}))
-    dense = [_dense(x.cpu()) for x in away]
-    buffer, offsets = pack(dense, pin=True)
+    sources = [dense(x.cpu()) for x in away]
+    buffer, offsets = pack(sources, pin=True)
     side = _own_stream(device, "up")
     with torch.cuda.stream(side):
-        arrived = unpack(buffer.to(device, non_blocking=True), offsets, dense)
+        arrived = unpack(buffer.to(device, non_blocking=True), offsets, sources)
         ready = torch.cuda.Event()
         ready.record(side)
     return Upload(_replaced(stacks, {id(x): y for x, y in zip(away, arrived)}), ready)
@@ -134,10 +141,6 @@ def _room(tensors: Sequence[Tensor], pin: bool) -> tuple[Tensor, list[int]]:
         offsets.append(end)
         end += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
     return torch.empty(end, dtype=torch.uint8, pin_memory=pin), offsets
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
 
 
 def _blocks(stacks: Sequence[Stack]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import _C
 from ..problem import Problem
 from . import torch as library
-from .layout import DTYPES, addresses, arrange, matrices
+from .layout import DTYPES, addresses, arrange, dense, matrices
 from .torch import orthogonalize_factors, truncate
 
 __all__ = [
@@ -143,10 +143,10 @@ def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
 
     A tensor that is no dense piece of memory is copied first; a transposed one is not.
     """
-    dense = [x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous() for x in tensors]
-    codes = [DTYPES[x.dtype] for x in dense]
-    counts = [x.numel() for x in dense]
-    return _C.all_finite(addresses(dense), counts, codes, torch.get_num_threads())
+    pieces = [dense(x) for x in tensors]
+    codes = [DTYPES[x.dtype] for x in pieces]
+    counts = [x.numel() for x in pieces]
+    return _C.all_finite(addresses(pieces), counts, codes, torch.get_num_threads())
 
 
 def _describe(

@@ -23,11 +23,14 @@ from ..problem import Problem
 from . import tables
 from . import torch as library
 from .descent import STATS
-from .layout import addresses, matrices
+from .layout import addresses, dense, matrices
 from .tables import Table
 
 GRAM_CHUNK = 4096
 """Columns of X that are summed at a stretch."""
+
+FINITE_CHUNK = 1 << 16
+"""Elements that one block looks through for NaN and Inf."""
 
 MAX_RANK = 256
 """R up to which one block works on a problem's R x R matrices; beyond it, library GEMMs do."""
@@ -123,9 +126,6 @@ class Kernels(Protocol):
 
         tiles [N, 3]: tensor, address of a stretch of it, elements.
         """
-
-
-FINITE_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,12 +351,10 @@ class Gpu:
             return []
         kernels = self.load()
         with _region("all_finite", tensors[0].device) as device:
-            dense = [
-                x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous() for x in tensors
-            ]
-            flags = torch.ones(len(dense), dtype=torch.int32, device=device)
+            pieces = [dense(x) for x in tensors]
+            flags = torch.ones(len(pieces), dtype=torch.int32, device=device)
             groups: dict[torch.dtype, list[tuple[int, int, int]]] = {}
-            for i, x in enumerate(dense):
+            for i, x in enumerate(pieces):
                 for begin in range(0, x.numel(), FINITE_CHUNK):
                     count = min(FINITE_CHUNK, x.numel() - begin)
                     address = x.data_ptr() + begin * x.element_size()

@@ -44,6 +44,11 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 
+def dense(x: Tensor) -> Tensor:
+    """x, or a copy of it where it is no dense piece of memory; a transposed one is."""
+    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
+
+
 def matrices(coefficients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Float32, row-major."""
     return [None if c is None else c.float().contiguous() for c in coefficients]

@@ -98,7 +98,7 @@ def _cuda_missing() -> str | None:
         return extension
     if extension.ON_HOST:
         return None
-    return extension.info()["error"] or _torch_cuda_missing()
+    return extension.info()["error"] or torch_cuda_missing()
 
 
 def _interpreted() -> bool:
@@ -113,10 +113,11 @@ def _triton_devices() -> tuple[str, ...]:
 def _triton_missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton`"
-    return None if _interpreted() else _torch_cuda_missing()
+    return None if _interpreted() else torch_cuda_missing()
 
 
-def _torch_cuda_missing() -> str | None:
+def torch_cuda_missing() -> str | None:
+    """Why torch can use no GPU here."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA; install a CUDA build of torch"
     if not torch.cuda.is_available():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
+from .. import __version__, transfer
 
 
 def describe(device: torch.device) -> dict[str, object]:
@@ -30,7 +30,7 @@ def describe(device: torch.device) -> dict[str, object]:
 def free_bytes(device: torch.device) -> int:
     """Memory that a measurement may take: the device's, or the host's without swapping."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return transfer.free_bytes(device)
     table = Path("/proc/meminfo")
     if table.exists():
         rows = dict(line.split(":") for line in table.read_text().splitlines())
