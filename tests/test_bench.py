@@ -446,3 +446,13 @@ def test_without_matplotlib_there_is_no_plot_and_nothing_is_measured(monkeypatch
     monkeypatch.setattr(measure, "run", lambda *given: pytest.fail("measured"))
     assert cli.main(["bench", "--workload", "llama-tiny", "--plot", "f.png"]) == 2
     assert "--plot needs matplotlib; pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_told_in_one_line(flag, capsys):
+    command = ["bench", "--workload", "llama-tiny", "--modules", "1", "--backend", "cpu"]
+    assert cli.main([*command, flag, "/dev/full"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "/dev/full" in line
+    assert "cannot be written" in line

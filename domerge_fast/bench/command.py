@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import api, options
@@ -74,10 +75,22 @@ def bench(
         say,
     )
     if to_json is not None:
-        Path(to_json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        with _told(to_json):
+            Path(to_json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     if to_plot is not None:
-        plot.draw(result, Path(to_plot))
+        with _told(to_plot):
+            plot.draw(result, Path(to_plot))
     return result
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Raise OutputError where the system cannot write the file."""
+    try:
+        yield
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror or error})"
+        raise OutputError(path, problem, "free space, or give another file") from error
 
 
 def _check_file(path: str) -> None:
