@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from merges import Adapter
 from score import Bench
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -97,13 +98,13 @@ def bench(folder: Path) -> Bench:
     return Bench(ViTForImageClassification.from_pretrained(base(folder)), held, loss)
 
 
-def adapters(folder: Path, seed: int) -> dict[str, Path]:
-    """The PEFT folder of each task's adapter; efforts are handed out anew for every seed."""
+def adapters(folder: Path, seed: int) -> list[Adapter]:
+    """An adapter a task; efforts are handed out anew for every seed."""
     order = torch.randperm(len(EFFORTS), generator=torch.Generator().manual_seed(seed)).tolist()
-    found = {}
+    found = []
     for k, (task, change) in enumerate(TASKS.items()):
         path = folder / f"digits-{seed}" / task.replace(" ", "-")
-        found[task] = path
+        found.append(Adapter(task, path))
         if path.exists():
             continue
         model = ViTForImageClassification.from_pretrained(base(folder))

@@ -1,25 +1,47 @@
 """A small byte-level Llama and eight LoRA adapters of it, trained with PEFT, uneven as real ones.
 
 Every training (a seed) draws its own data order, LoRA initialisation and which adapter is trained
-how hard; the base model is the same. Folders that exist already are not made again.
+how hard; the base model is the same. Folders that exist already are not made again, and sets
+share the adapters that they have in common.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from merges import Adapter
+from peft import LoraConfig, PeftModel, get_peft_model
 from score import Bench
 from text import DOMAINS, read, windows
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LENGTH, BATCH = 128, 16
+HELD_OUT = 8
+"""Windows of every domain that merges are scored on."""
 BASE_STEPS, BASE_RATE = 700, 2e-3
 RANK = 8
 EFFORTS = tuple((steps, rate) for steps in (30, 60, 120, 240) for rate in (1e-3, 4e-3))
 """Steps and learning rate of the adapters, handed out anew for every training."""
+SHORT = EFFORTS[:4]
+"""Of adapters that come on top of those that another set has trained."""
+EVEN = (40, 4e-3)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """An adapter to train: on which domain, how hard, from which seeds, on top of which other."""
+
+    name: str
+    domain: str
+    steps: int
+    rate: float
+    order_seed: int
+    first_a_seed: int
+    after: str | None = None
 
 
 def new_base() -> LlamaForCausalLM:
@@ -74,30 +96,101 @@ def base(folder: Path) -> Path:
 def bench(folder: Path) -> Bench:
     """The base with held-out windows of every domain."""
     generator = torch.Generator().manual_seed(0)
-    held = {domain: windows(read(domain)[1], 16, LENGTH, generator) for domain in DOMAINS}
+    held = {domain: windows(read(domain)[1], HELD_OUT, LENGTH, generator) for domain in DOMAINS}
     return Bench(LlamaForCausalLM.from_pretrained(base(folder)), held, loss)
 
 
-def efforts(seed: int) -> dict[str, tuple[int, float]]:
-    """Steps and rate of each domain's adapter in one training."""
+def apart(seed: int) -> list[Lesson]:
+    """One adapter a domain, each with an A of its own."""
     order = torch.randperm(len(EFFORTS), generator=torch.Generator().manual_seed(seed)).tolist()
-    return {domain: EFFORTS[k] for domain, k in zip(DOMAINS, order, strict=True)}
+    return [
+        Lesson(
+            f"seed-{seed}/{domain}",
+            domain,
+            *EFFORTS[order[k]],
+            1000 * seed + k + 1,
+            1000 * seed + k,
+        )
+        for k, domain in enumerate(DOMAINS)
+    ]
 
 
-def adapters(folder: Path, seed: int, shared_a: bool = False) -> dict[str, Path]:
-    """The PEFT folder of each domain's adapter. shared_a: all start from the same A."""
-    found = {}
-    for k, (domain, (steps, rate)) in enumerate(efforts(seed).items()):
-        path = folder / f"{'shared' if shared_a else 'seed'}-{seed}" / domain
-        found[domain] = path
-        if path.exists():
-            continue
-        model = LlamaForCausalLM.from_pretrained(base(folder))
-        torch.manual_seed(1000 * seed + (0 if shared_a else k))
+def shared_a(seed: int) -> list[Lesson]:
+    """The same, all starting from one A."""
+    return [
+        replace(x, name=f"shared-{seed}/{x.domain}", first_a_seed=1000 * seed) for x in apart(seed)
+    ]
+
+
+def one_from_another(seed: int) -> list[Lesson]:
+    """Four adapters, and four that continue each of them on another domain."""
+    parents, others = _halves(seed)
+    children = [
+        replace(
+            other,
+            name=f"continued-{seed}/{other.domain}",
+            steps=steps,
+            rate=rate,
+            after=parent.name,
+        )
+        for parent, other, (steps, rate) in zip(parents, others, _short(seed))
+    ]
+    return [*parents, *children]
+
+
+def related(seed: int) -> list[Lesson]:
+    """Four domains, two adapters each: two efforts, two data orders, two first As."""
+    firsts, others = _halves(seed)
+    again = [
+        replace(
+            other,
+            name=f"again-{seed}/{first.domain}",
+            domain=first.domain,
+            steps=steps,
+            rate=rate,
+        )
+        for first, other, (steps, rate) in zip(firsts, others, _short(seed))
+    ]
+    return [*firsts, *again]
+
+
+def even(seed: int) -> list[Lesson]:
+    """One adapter a domain, all trained alike."""
+    steps, rate = EVEN
+    return [replace(x, name=f"even-{seed}/{x.domain}", steps=steps, rate=rate) for x in apart(seed)]
+
+
+def _halves(seed: int) -> tuple[list[Lesson], list[Lesson]]:
+    lessons = apart(seed)
+    return lessons[:4], lessons[4:]
+
+
+def _short(seed: int) -> list[tuple[int, float]]:
+    order = torch.randperm(len(SHORT), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [SHORT[k] for k in order]
+
+
+def adapters(lessons: Callable[[int], list[Lesson]]) -> Callable[[Path, int], list[Adapter]]:
+    """A function of a folder and a seed that trains the lessons which are not there yet."""
+
+    def trained(folder: Path, seed: int) -> list[Adapter]:
+        for lesson in lessons(seed):
+            if not (folder / lesson.name).exists():
+                _train(folder, lesson)
+        return [Adapter(x.domain, folder / x.name) for x in lessons(seed)]
+
+    return trained
+
+
+def _train(folder: Path, lesson: Lesson) -> None:
+    model = LlamaForCausalLM.from_pretrained(base(folder))
+    torch.manual_seed(lesson.first_a_seed)
+    if lesson.after:
+        adapted = PeftModel.from_pretrained(model, folder / lesson.after, is_trainable=True)
+    else:
         config = LoraConfig(
             r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         adapted = get_peft_model(model, config)
-        fit(adapted, [read(domain)[0]], steps, rate, seed=1000 * seed + k + 1)
-        adapted.save_pretrained(path)
-    return found
+    fit(adapted, [read(lesson.domain)[0]], lesson.steps, lesson.rate, seed=lesson.order_seed)
+    adapted.save_pretrained(folder / lesson.name)

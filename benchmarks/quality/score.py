@@ -11,50 +11,16 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from merges import Adapter, Candidate, Deltas
 from torch import Tensor
 
 import domerge_fast as dm
 
 SCALES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-Deltas = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A method with its options; `mean` divides the weights by their number."""
-
-    name: str
-    method: str = "do"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    mean: bool = False
-
-    def deltas(self, adapters: Sequence[Path]) -> Deltas:
-        """ΔW of every module in float32, at scale 1."""
-        weights = [1 / len(adapters)] * len(adapters) if self.mean else None
-        merged = dm.merge(adapters, self.method, weights=weights, dtype="float32", **self.options)
-        return {name: merged.delta(name) for name in merged.names}
-
-
-CANDIDATES = (
-    Candidate("mean", "linear", mean=True),
-    Candidate("orthogonalize", options={"decouple": False}),
-    Candidate("decouple", options={"orthogonalize": False}),
-    Candidate("decouple, renormalize", options={"orthogonalize": False, "renormalize": True}),
-    Candidate("do"),
-    Candidate("do, frobenius", options={"penalty": "frobenius"}),
-    Candidate("do, gamma 0.1", options={"gamma": 0.1}),
-    Candidate("do, gamma 10", options={"gamma": 10.0}),
-    Candidate("do, A only", options={"sides": "A"}),
-    Candidate("do, B only", options={"sides": "B"}),
-    Candidate("do, renormalize", options={"renormalize": True}),
-    Candidate("do, 1 step", options={"steps": 1}),
-    Candidate("do, 3 steps", options={"steps": 3}),
-)
 
 
 class Bench:
@@ -71,55 +37,88 @@ class Bench:
 
     @torch.inference_mode()
     def losses(self, deltas: Deltas, scale: float, tasks: Sequence[str]) -> list[float]:
-        """Losses on held-out text with scale ΔW added to the base."""
+        """Losses on held-out examples of the tasks, with scale ΔW added to the base."""
         state = self.model.state_dict()
         for name, delta in deltas.items():
             state[f"{name}.weight"].copy_(self.weights[f"{name}.weight"] + scale * delta)
-        found = [float(self.loss(self.model, self.held[task])) for task in tasks]
+        found = {task: float(self.loss(self.model, self.held[task])) for task in set(tasks)}
         for name in deltas:
             state[f"{name}.weight"].copy_(self.weights[f"{name}.weight"])
-        return found
+        return [found[task] for task in tasks]
 
 
 @dataclass(frozen=True)
 class Training:
     """What the adapters of one training are worth on their own."""
 
-    adapters: Mapping[str, Path]
+    bench: Bench
+    adapters: Sequence[Adapter]
     base: list[float]
     own: list[float]
     norms: list[float]
 
     @classmethod
-    def measure(cls, bench: Bench, adapters: Mapping[str, Path]) -> Training:
+    def measure(cls, bench: Bench, adapters: Sequence[Adapter]) -> Training:
         own, norms = [], []
-        for task, path in adapters.items():
-            alone = Candidate("", "linear").deltas([path])
-            own += bench.losses(alone, 1.0, [task])
+        for adapter in adapters:
+            alone = Candidate("", "linear").deltas([adapter.path])
+            own += bench.losses(alone, 1.0, [adapter.task])
             norms.append(norm(alone))
-        return cls(adapters, bench.losses({}, 1.0, list(adapters)), own, norms)
+        base = bench.losses({}, 1.0, [a.task for a in adapters])
+        return cls(bench, adapters, base, own, norms)
 
-    def shares(self, losses: Sequence[float]) -> list[float]:
+    def shares(self, deltas: Deltas, scale: float) -> list[float]:
+        losses = self.bench.losses(deltas, scale, [a.task for a in self.adapters])
         return [(b - m) / (b - o) for b, m, o in zip(self.base, losses, self.own)]
+
+    def likeness(self) -> dict[str, float]:
+        """How alike the adapters are: means over pairs, and the largest norm by the smallest."""
+        found = dm.inspect([a.path for a in self.adapters])
+        return {
+            "cosine": _off_diagonal(found.cosine),
+            "rows": _off_diagonal(found.rows),
+            "columns": _off_diagonal(found.columns),
+            "unevenness": max(found.norms) / min(found.norms),
+        }
 
 
 def norm(deltas: Deltas) -> float:
     return sum(float(d.square().sum()) for d in deltas.values()) ** 0.5
 
 
-def curve(bench: Bench, training: Training, candidate: Candidate) -> dict[str, Any]:
-    """The shares kept at every scale, and the merge's norm in units of the adapters' mean norm."""
-    deltas = candidate.deltas(list(training.adapters.values()))
-    shares = [
-        training.shares(bench.losses(deltas, scale, list(training.adapters))) for scale in SCALES
-    ]
-    means = [statistics.fmean(s) for s in shares]
-    best = max(range(len(SCALES)), key=means.__getitem__)
+def _off_diagonal(table: Sequence[Sequence[float]]) -> float:
+    return statistics.fmean(x for i, row in enumerate(table) for j, x in enumerate(row) if i != j)
+
+
+def curve(training: Training, candidate: Candidate) -> dict[str, Any]:
+    """The shares kept at the scales tried, and the merge's norm in units of the adapters' mean norm.
+
+    From scale 1 the grid is walked down, or else up, for as long as the mean share rises.
+    """
+    deltas = candidate.deltas([a.path for a in training.adapters])
+    shares: dict[int, list[float]] = {}
+
+    def mean(k: int) -> float:
+        if k not in shares:
+            shares[k] = training.shares(deltas, SCALES[k])
+        return statistics.fmean(shares[k])
+
+    one = SCALES.index(1.0)
+    best = _climb(mean, one)
     return {
         "relative_norm": norm(deltas) / statistics.fmean(training.norms),
-        "mean_share": dict(zip(map(str, SCALES), means)),
+        "mean_share": {str(SCALES[k]): mean(k) for k in sorted(shares)},
         "best_scale": SCALES[best],
-        "best": means[best],
-        "best_per_adapter": dict(zip(training.adapters, shares[best])),
-        "at_scale_1": means[SCALES.index(1.0)],
+        "best": mean(best),
+        "best_per_adapter": shares[best],
+        "at_scale_1": mean(one),
     }
+
+
+def _climb(mean: Callable[[int], float], start: int) -> int:
+    """The scale of the peak next to the start."""
+    best = start
+    for step in (-1, 1):
+        while 0 <= best + step < len(SCALES) and mean(best + step) > mean(best):
+            best += step
+    return best

@@ -44,24 +44,60 @@ inline void write_rows(const float* tile, int64_t ld, int64_t rows, int64_t begi
     });
 }
 
-inline void apply_rows(const ApplyItem& item, Arena& arena) {
-    const Problem& problem = *item.problem;
-    const int64_t ld = row_stride<float>(kApplyColumns), ldc = row_stride<float>(problem.rank);
-    float* x = take_matrix(arena, problem.rank, ld);
-    float* y = x;
-    const float* c = nullptr;
-    if (item.coefficients) {
-        c = padded_copy(item.coefficients, item.rows, problem.rank, ldc, arena);
-        y = take_matrix(arena, pad_rows(item.rows), ld);
+// C X for blocks in rows, a tile [rows, kLd] at a time; X itself without coefficients.
+class RowProduct {
+ public:
+    static constexpr int64_t kLd = row_stride<float>(kApplyColumns);
+
+    RowProduct(const ApplyItem& item, Arena& arena)
+        : item_(item), x_(take_matrix(arena, item.problem->rank, kLd)) {
+        if (!item.coefficients) return;
+        c_ = padded_copy(item.coefficients, item.rows, item.problem->rank, ldc(), arena);
+        y_ = take_matrix(arena, pad_rows(item.rows), kLd);
     }
-    for (int64_t begin = item.begin; begin < item.end; begin += kApplyColumns) {
-        const int64_t left = item.end - begin;
-        const int64_t n = left < kApplyColumns ? left : kApplyColumns;
-        load_rows(problem, begin, n, x, ld, true);
-        if (c) multiply(c, ldc, x, ld, item.rows, problem.rank, n, y, ld);
-        write_rows(y, ld, item.rows, begin, n, problem.d, item.out_dtype, item.out);
+    float* operator()(int64_t begin, int64_t n) {
+        load_rows(*item_.problem, begin, n, x_, kLd, true);
+        if (!c_) return x_;
+        multiply(c_, ldc(), x_, kLd, item_.rows, item_.problem->rank, n, y_, kLd);
+        return y_;
     }
-}
+
+ private:
+    int64_t ldc() const { return row_stride<float>(item_.problem->rank); }
+    const ApplyItem& item_;
+    float* x_;
+    float* c_ = nullptr;
+    float* y_ = nullptr;
+};
+
+// The same transposed, for blocks in columns: tiles [kApplyRows, ld].
+class ColumnProduct {
+ public:
+    ColumnProduct(const ApplyItem& item, Arena& arena)
+        : item_(item), x_(take_matrix(arena, kApplyRows, ldx())) {
+        if (!item.coefficients) return;
+        const int64_t rank = item.problem->rank;
+        const float* c = padded_copy(item.coefficients, item.rows, rank, ldx(), arena);
+        c_ = take_matrix(arena, round_up(rank, 16), ldy());
+        transpose(c, ldx(), round_up(item.rows, 16), round_up(rank, 16), c_, ldy());
+        y_ = take_matrix(arena, kApplyRows, ldy());
+    }
+    int64_t ld() const { return c_ ? ldy() : ldx(); }
+    float* operator()(int64_t begin, int64_t n) {
+        load_columns(*item_.problem, begin, n, x_, ldx(), true);
+        if (!c_) return x_;
+        multiply(x_, ldx(), c_, ldy(), n, item_.problem->rank, item_.rows, y_, ldy());
+        return y_;
+    }
+
+ private:
+    int64_t ldx() const { return row_stride<float>(round_up(item_.problem->rank, 16)); }
+    int64_t ldy() const { return row_stride<float>(round_up(item_.rows, 16)); }
+    const ApplyItem& item_;
+    float* x_;
+    float* c_ = nullptr;  // transposed
+    float* y_ = nullptr;
+};
 
 // Rows [begin, begin + n) of the row-major [d, columns] output. Whole vectors are written: what
 // they hold beyond a row is overwritten by the next row of the same item.
@@ -79,33 +115,32 @@ inline void write_columns(const float* tile, int64_t ld, int64_t columns, int64_
     });
 }
 
-inline void apply_columns(const ApplyItem& item, Arena& arena) {
-    const Problem& problem = *item.problem;
-    const int64_t ld = row_stride<float>(round_up(problem.rank, 16));
-    const int64_t ldk = row_stride<float>(round_up(item.rows, 16));
-    float* x = take_matrix(arena, kApplyRows, ld);
-    float* y = x;
-    float* transposed = nullptr;
-    if (item.coefficients) {
-        const float* c = padded_copy(item.coefficients, item.rows, problem.rank, ld, arena);
-        transposed = take_matrix(arena, round_up(problem.rank, 16), ldk);
-        transpose(c, ld, round_up(item.rows, 16), round_up(problem.rank, 16), transposed, ldk);
-        y = take_matrix(arena, kApplyRows, ldk);
-    }
-    const int64_t ldy = item.coefficients ? ldk : ld;
-    for (int64_t begin = item.begin; begin < item.end; begin += kApplyRows) {
-        const int64_t n = item.end - begin < kApplyRows ? item.end - begin : kApplyRows;
-        load_columns(problem, begin, n, x, ld, true);
-        if (transposed) multiply(x, ld, transposed, ldk, n, problem.rank, item.rows, y, ldk);
-        write_columns(y, ldy, item.rows, begin, n, item.end, item.out_dtype, item.out);
+template <class Rows>
+void apply_rows(const ApplyItem& item, Arena& arena) {
+    Rows product(item, arena);
+    for (int64_t begin = item.begin; begin < item.end; begin += kApplyColumns) {
+        const int64_t n = least(item.end - begin, kApplyColumns);
+        write_rows(product(begin, n), Rows::kLd, item.rows, begin, n, item.problem->d,
+                   item.out_dtype, item.out);
     }
 }
 
-inline void apply_item(const ApplyItem& item, Arena& arena) {
+template <class Columns>
+void apply_columns(const ApplyItem& item, Arena& arena) {
+    Columns product(item, arena);
+    for (int64_t begin = item.begin; begin < item.end; begin += kApplyRows) {
+        const int64_t n = least(item.end - begin, kApplyRows);
+        write_columns(product(begin, n), product.ld(), item.rows, begin, n, item.end,
+                      item.out_dtype, item.out);
+    }
+}
+
+template <class Rows, class Columns>
+void apply_item(const ApplyItem& item, Arena& arena) {
     if (item.problem->columns)
-        apply_columns(item, arena);
+        apply_columns<Columns>(item, arena);
     else
-        apply_rows(item, arena);
+        apply_rows<Rows>(item, arena);
 }
 
 inline bool all_finite(const void* data, int64_t count, DType dtype) {

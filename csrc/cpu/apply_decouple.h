@@ -146,31 +146,25 @@ inline void renormalize(const DecoupleItem& item, const DecoupleTile& t, int64_t
     }
 }
 
-inline void apply_decouple_item(const DecoupleItem& item, Arena& arena) {
+template <class Rows>
+void apply_decouple_item(const DecoupleItem& item, Arena& arena) {
     const ApplyItem& apply = item.apply;
     const Problem& problem = *apply.problem;
-    const int64_t rank = problem.rank, ldc = row_stride<float>(rank);
-    const int64_t ld = row_stride<float>(kApplyColumns);
-    float* x = take_matrix(arena, rank, ld);
-    float* c = nullptr;
-    DecoupleTile t{x,
+    constexpr int64_t ld = Rows::kLd;
+    Rows product(apply, arena);
+    DecoupleTile t{nullptr,
                    take_matrix(arena, problem.count, ld),
                    take_matrix(arena, 1, ld),
                    take_matrix(arena, 1, ld),
                    take_matrix(arena, 1, ld),
                    ld};
-    if (apply.coefficients) {
-        c = padded_copy(apply.coefficients, rank, rank, ldc, arena);
-        t.values = take_matrix(arena, pad_rows(rank), ld);
-    }
     for (int64_t begin = apply.begin; begin < apply.end; begin += kApplyColumns) {
-        const int64_t left = apply.end - begin, n = left < kApplyColumns ? left : kApplyColumns;
-        load_rows(problem, begin, n, x, ld, true);
-        if (c) multiply(c, ldc, x, ld, rank, rank, n, t.values, ld);
+        const int64_t n = least(apply.end - begin, kApplyColumns);
+        t.values = product(begin, n);
         find_magnitudes(item, t, n);
         rescale(item, t, n, item.full != nullptr);
         if (item.full) renormalize(item, t, n);
-        write_rows(t.values, ld, rank, begin, n, problem.d, apply.out_dtype, apply.out);
+        write_rows(t.values, ld, problem.rank, begin, n, problem.d, apply.out_dtype, apply.out);
     }
 }
 

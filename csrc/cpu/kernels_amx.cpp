@@ -1,6 +1,8 @@
-// The AVX-512 kernels, with AMX where it pays.
+// The AVX-512 kernels, with AMX for bfloat16 factors.
 #define DOMERGE_ISA amx
-#include "amx.h"
+#include "amx_apply.h"
+#include "amx_gram.h"
+#include "apply_decouple.h"
 
 namespace domerge {
 
@@ -20,6 +22,24 @@ void gram(const Problem& problem, int64_t begin, int64_t end, bool first, float*
         avx512::kernels.gram(problem, begin, end, first, sum, arena);
 }
 
+bool suits_tiles(const ApplyItem& item) {
+    return item.coefficients && is_bfloat16(*item.problem);
+}
+
+void apply(const ApplyItem& item, Arena& arena) {
+    if (suits_tiles(item))
+        apply_item<TileRowProduct, TileColumnProduct>(item, arena);
+    else
+        avx512::kernels.apply(item, arena);
+}
+
+void apply_decouple(const DecoupleItem& item, Arena& arena) {
+    if (suits_tiles(item.apply))
+        apply_decouple_item<TileRowProduct>(item, arena);
+    else
+        avx512::kernels.apply_decouple(item, arena);
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -27,6 +47,8 @@ const Kernels& kernels() {
         Kernels changed = avx512::kernels;
         changed.name = "amx";
         changed.gram = gram;
+        changed.apply = apply;
+        changed.apply_decouple = apply_decouple;
         return changed;
     }();
     return table;

@@ -22,6 +22,10 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
+constexpr int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
 constexpr int64_t pad_rows(int64_t n) {
     return round_up(n, kTileRows);
 }

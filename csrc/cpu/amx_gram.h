@@ -5,17 +5,12 @@
 // word. Each is a transposition of 32-bit words of the other, so a panel is read once.
 #pragma once
 
-#include <immintrin.h>
-
-#include "kernels.h"
-#include "load.h"
+#include "amx_tiles.h"
 
 namespace domerge {
 namespace DOMERGE_ISA {
 
 constexpr int64_t kPanel = 512;  // columns of X summed before they join the float32 total
-constexpr int64_t kSquare = 32;  // 2 x 2 tiles of 16 x 16 sums
-constexpr int64_t kDepth = 32;   // numbers of a tile's row
 
 struct Panel {
     uint16_t* left;  // [size, ld_left]
@@ -23,22 +18,6 @@ struct Panel {
     float* right;  // [kPanel / 2, ld_right], each a pair of numbers
     int64_t ld_right;
     float* left_words() const { return reinterpret_cast<float*>(left); }
-};
-
-// Sets this thread's tiles up while it lives.
-class Tiles {
- public:
-    Tiles() {
-        alignas(64) uint8_t config[64] = {1};
-        for (int tile = 0; tile < 8; ++tile) {
-            config[16 + 2 * tile] = 64;  // bytes of a row
-            config[48 + tile] = 16;      // rows
-        }
-        _tile_loadconfig(config);
-    }
-    ~Tiles() { _tile_release(); }
-    Tiles(const Tiles&) = delete;
-    Tiles& operator=(const Tiles&) = delete;
 };
 
 // out [32, 32] = rows [i, i + 32) of left times columns [j, j + 32) of right.
@@ -107,12 +86,6 @@ inline void pack_columns(const Problem& problem, int64_t begin, int64_t n, int64
         for (int64_t i = 0; i < size; i += kWidth)
             store(panel.right + c * panel.ld_right + i, FloatVec{});
     transpose(panel.right, panel.ld_right, depth / 2, size, panel.left_words(), panel.ld_left / 2);
-}
-
-inline bool is_bfloat16(const Problem& problem) {
-    for (int64_t b = 0; b < problem.count; ++b)
-        if (problem.blocks[b].dtype != DType::bfloat16) return false;
-    return true;
 }
 
 // The lower squares of total [size, ld] += those of X X^T over one panel.
