@@ -33,5 +33,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("orthogonalize", on_cpu(domerge::orthogonalize));
     m.def("apply", on_cpu(domerge::apply));
     m.def("apply_decouple", on_cpu(domerge::apply_decouple));
+    m.def("block_products", on_cpu(domerge::block_products));
     m.def("all_finite", on_cpu(domerge::all_finite));
 }

@@ -80,6 +80,11 @@ def apply_decouple(
 ) -> None:
     """blocks: float64 [sum r_i^2] a problem; full: float64 [R, R] a problem, or none at all."""
 
+def block_products(
+    x: Sequence[int], y: Sequence[int], ranks: Sequence[int], out: int, threads: int, /
+) -> None:
+    """x, y: float32 [R, R] a problem, all of the same ranks; out: float64 [P, T, T]."""
+
 def all_finite(
     data: Sequence[int], counts: Sequence[int], dtypes: Sequence[int], threads: int, /
 ) -> list[bool]:

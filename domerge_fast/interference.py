@@ -14,13 +14,6 @@ from .report import Interference
 from .transfer import gather
 
 
-def block_sums(x: Tensor, ranks: Sequence[int]) -> Tensor:
-    """The sums of the blocks of x [P, R, R] between every two adapters, [P, T, T] in float64."""
-    owner = torch.repeat_interleave(torch.tensor(ranks, device=x.device))
-    member = torch.nn.functional.one_hot(owner, len(ranks)).to(x.dtype)
-    return (member.T @ x @ member).double().cpu()
-
-
 class InterferenceSums:
     """Running sums over modules for `adapters` named adapters."""
 
@@ -35,21 +28,22 @@ class InterferenceSums:
     def add(
         self, stacks: Sequence[Stack], grams_a: Sequence[Tensor], grams_b: Sequence[Tensor]
     ) -> list[list[float]]:
-        """Count modules in; returns ||ΔW_i||_F of the adapters of each."""
+        """Count modules in, their Grams in the host's memory; returns the adapters' ||ΔW_i||_F of
+        each."""
         alike: dict[tuple, list[int]] = {}
         for k, stack in enumerate(stacks):
             alike.setdefault((stack.adapters, stack.a.ranks), []).append(k)
         norms: list[list[float]] = [[] for _ in stacks]
         for (adapters, ranks), members in alike.items():
-            a = torch.stack([grams_a[k] for k in members])
-            b = torch.stack([grams_b[k] for k in members])
-            inner = block_sums(a.double() * b.double(), ranks)
+            a = [grams_a[k] for k in members]
+            b = [grams_b[k] for k in members]
+            inner = ops.block_products(a, b, ranks)
             at = torch.tensor(adapters)
             grid = (at[:, None], at[None, :])
             self.inner[grid] += inner.sum(0)
             self.shared[grid] += len(members)
-            self.rows[grid] += _alignment(a, ranks).sum(0)
-            self.columns[grid] += _alignment(b, ranks).sum(0)
+            self.rows[grid] += _alignment(a, ranks)
+            self.columns[grid] += _alignment(b, ranks)
             found = inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().tolist()
             for k, values in zip(members, found):
                 norms[k] = values
@@ -81,13 +75,12 @@ def own_norms(stacks: Sequence[Stack], backend: str) -> list[list[float]]:
     return [[float(p.sum().clamp_min(0).sqrt()) for p in parts] for parts in products]
 
 
-def _alignment(gram: Tensor, ranks: Sequence[int]) -> Tensor:
-    """||G_ij||^2 / (||G_ii|| ||G_jj||), 0 where an adapter's factor is zero; [P, T, T]."""
-    unit = gram.diagonal(dim1=1, dim2=2).amax(1).clamp_min(torch.finfo(gram.dtype).tiny)
-    energy = block_sums((gram / unit[:, None, None]).square(), ranks)
+def _alignment(grams: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+    """||G_ij||^2 / (||G_ii|| ||G_jj||), 0 where an adapter's factor is zero, summed over grams."""
+    energy = ops.block_products(grams, grams, ranks)
     own = energy.diagonal(dim1=1, dim2=2).sqrt()
     product = own[:, :, None] * own[:, None, :]
-    return torch.where(product > 0, energy / product.where(product > 0, 1.0), 0.0)
+    return torch.where(product > 0, energy / product.where(product > 0, 1.0), 0.0).sum(0)
 
 
 def _table(x: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -63,11 +63,11 @@ MERGES = {
     "": {},
     "--method linear --weights 1 -0.5": {"method": "linear", "weights": [1.0, -0.5]},
     "--weights -2 0.25 --scale -1.5": {"weights": [-2.0, 0.25], "scale": -1.5},
-    "--gamma 0.5 --sides A --steps 3 --tol 1e-3": {
+    "--gamma 0.5 --sides A --steps 3 --tol 1e-4": {
         "gamma": 0.5,
         "sides": "A",
         "steps": 3,
-        "tol": 1e-3,
+        "tol": 1e-4,
     },
     "--no-decouple --penalty frobenius": {"decouple": False, "penalty": "frobenius"},
     "--no-orthogonalize --renormalize": {"orthogonalize": False, "renormalize": True},

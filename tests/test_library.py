@@ -13,7 +13,15 @@ from domerge_fast.backends import registry
 from domerge_fast.ops import _library
 
 NAMES = ("odd d", "rank 1 before 64", "one adapter")
-OPS = ("gram", "block_gram", "orthogonalize", "orthogonalize_factors", "apply", "apply_decouple")
+OPS = (
+    "gram",
+    "block_gram",
+    "block_products",
+    "orthogonalize",
+    "orthogonalize_factors",
+    "apply",
+    "apply_decouple",
+)
 
 every_op = pytest.mark.parametrize("op", OPS)
 every_backend = pytest.mark.parametrize("backend", FAST)
@@ -35,6 +43,7 @@ def arguments(op: str, layout: str, backend: str) -> tuple:
     found = {
         "gram": (*flat, torch.float64, backend),
         "block_gram": (*flat, backend),
+        "block_products": ([torch.ones(5, 5)] * 2, [torch.eye(5)] * 2, [2, 3], backend),
         "orthogonalize": (
             [torch.eye(p.rank) + 0.1 for p in problems],
             *(ranks, flat[1], "frobenius", 1.0, 2, 0.0, backend),
@@ -49,6 +58,11 @@ def arguments(op: str, layout: str, backend: str) -> tuple:
         ),
     }[op]
     return move(found, device)
+
+
+def call(op: str, args: tuple) -> list[Tensor]:
+    found = entry(op)(*args)
+    return [found] if isinstance(found, Tensor) else found
 
 
 def describe(tensors: list[Tensor]) -> list[tuple]:
@@ -73,10 +87,10 @@ def test_opcheck(op):
 @every_op
 def test_fake_results_have_the_shapes_strides_and_dtypes_of_real_ones(op, layout, backend):
     args = arguments(op, layout, backend)
-    real = describe(entry(op)(*args))
+    real = describe(call(op, args))
     with FakeTensorMode() as mode:
         fake_args = torch.utils._pytree.tree_map_only(Tensor, mode.from_tensor, args)
-        fake = describe(entry(op)(*fake_args))
+        fake = describe(call(op, fake_args))
     assert fake == real
 
 
@@ -87,7 +101,7 @@ def test_inputs_are_neither_changed_nor_returned(op, backend):
     inputs = torch.utils._pytree.tree_leaves(args)
     inputs = [x for x in inputs if isinstance(x, Tensor)]
     before = [x.clone() for x in inputs]
-    results = entry(op)(*args)
+    results = call(op, args)
     assert all(map(torch.equal, inputs, before))
     memory = {x.untyped_storage().data_ptr() for x in inputs}
     owned = [x.untyped_storage().data_ptr() for x in results]

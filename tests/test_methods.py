@@ -433,7 +433,7 @@ def test_the_report_tells_the_recipe():
         "gamma": 2.0,
         "sides": "both",
         "steps": 50,
-        "tol": 1e-6,
+        "tol": 1e-3,
         "renormalize": False,
         "rank": 3,
         "energy": None,

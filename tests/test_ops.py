@@ -523,6 +523,32 @@ def test_truncate_keeps_what_is_left_after_cancellation(backend):
     assert float((b.double() @ a.double() - delta).norm()) <= 1e-6 * scale
 
 
+# block_products
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("ranks", [(1,), (2, 3), (16, 1, 20)])
+def test_block_products(ranks, backend):
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 3, sum(ranks), sum(ranks), generator=generator)
+    x[1] *= 1e30  # products and sums are in float64
+    y[1] *= 1e30
+    found = ops.block_products(list(x), list(y), ranks, backend=backend)
+    assert found.shape == (3, len(ranks), len(ranks))
+    assert found.dtype == torch.float64
+    for p in range(3):
+        products = x[p].double() * y[p].double()
+        for i, rows in enumerate(products.split(ranks)):
+            for j, block in enumerate(rows.split(ranks, 1)):
+                error = abs(float(found[p, i, j] - block.sum()))
+                assert error <= 1e-13 * float(block.abs().sum())
+
+
+def test_block_products_refuse_matrices_of_another_size():
+    with pytest.raises(ValueError, match="does not fit the ranks"):
+        ops.block_products([torch.ones(4, 4)], [torch.ones(4, 4)], (2, 3), backend="cpu")
+
+
 # all_finite
 
 

@@ -8,11 +8,14 @@
 namespace domerge {
 namespace DOMERGE_ISA {
 
-constexpr int kParts = 3;
+inline int parts_for(DType out) {
+    return out == DType::float32 ? 3 : 2;
+}
 
 // C [rows, R] with the scales, as bfloat16 matrices [rows, depth] of whole tiles one after the
 // other, zero beyond its rows and columns.
 struct Parts {
+    int count;
     int64_t rows;
     int64_t depth;
     uint16_t* data;
@@ -23,8 +26,9 @@ struct Parts {
 inline Parts split(const ApplyItem& item, Arena& arena) {
     const Problem& problem = *item.problem;
     const int64_t rank = problem.rank;
-    Parts parts{round_up(item.rows, kSquare), round_up(rank, kDepth), nullptr};
-    parts.data = static_cast<uint16_t*>(arena.take(kParts * parts.size() * 2));
+    Parts parts{parts_for(item.out_dtype), round_up(item.rows, kSquare), round_up(rank, kDepth),
+                nullptr};
+    parts.data = static_cast<uint16_t*>(arena.take(parts.count * parts.size() * 2));
     float* scales = take_matrix(arena, 1, parts.depth);
     for (int64_t k = 0; k < parts.depth; ++k) scales[k] = 0.0f;
     for (int64_t b = 0, k = 0; b < problem.count; ++b)
@@ -35,7 +39,7 @@ inline Parts split(const ApplyItem& item, Arena& arena) {
         for (int64_t k = 0; k < parts.depth; k += kWidth) {
             const int64_t n = i < item.rows && k < rank ? rank - k : 0;
             FloatVec rest = load_some<Float32>(row + k, n) * load<FloatVec>(scales + k);
-            for (int p = 0; p < kParts; ++p) {
+            for (int p = 0; p < parts.count; ++p) {
                 uint16_t* to = parts.data + p * parts.size() + i * parts.depth + k;
                 BFloat16::store(to, rest);
                 rest -= BFloat16::load(to);
@@ -49,6 +53,7 @@ inline Parts split(const ApplyItem& item, Arena& arena) {
 // left_part elements apart, the right's right_part; the other side's distance is 0. A row of
 // `right` holds pairs, one in a 32-bit word.
 struct Operands {
+    int parts;
     const uint16_t* left;
     int64_t ld_left, left_part;
     const uint32_t* right;
@@ -63,7 +68,7 @@ inline void multiply_parts(const Operands& x, int64_t i, int64_t j, int64_t dept
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t k = 0; k < depth; k += kDepth) {
-        for (int p = 0; p < kParts; ++p) {
+        for (int p = 0; p < x.parts; ++p) {
             if (p == 0 || x.left_part) {
                 const uint16_t* left = x.left + p * x.left_part + i * x.ld_left + k;
                 _tile_loadd(4, left, left_bytes);
@@ -118,7 +123,7 @@ class TileRowProduct {
     }
     float* operator()(int64_t begin, int64_t n) {
         pack(begin, n);
-        const Operands operands{parts_.data, parts_.depth, parts_.size(), x_, kLd, 0};
+        const Operands operands{parts_.count, parts_.data, parts_.depth, parts_.size(), x_, kLd, 0};
         for (int64_t j = 0; j < n; j += kSquare)
             for (int64_t i = 0; i < parts_.rows; i += kSquare)
                 multiply_parts(operands, i, j, parts_.depth, y_, kLd);
@@ -156,11 +161,12 @@ class TileColumnProduct {
  public:
     TileColumnProduct(const ApplyItem& item, Arena& arena) : problem_(*item.problem) {
         const Parts parts = split(item, arena);
+        count_ = parts.count;
         rows_ = parts.rows;
         depth_ = parts.depth;
         part_size_ = depth_ / 2 * ld();
-        c_ = static_cast<uint32_t*>(arena.take(kParts * part_size_ * 4));
-        for (int p = 0; p < kParts; ++p)
+        c_ = static_cast<uint32_t*>(arena.take(count_ * part_size_ * 4));
+        for (int p = 0; p < count_; ++p)
             transpose(reinterpret_cast<const float*>(parts.data + p * parts.size()), depth_ / 2,
                       rows_, depth_ / 2, reinterpret_cast<float*>(c_ + p * part_size_), ld());
         x_ = static_cast<uint16_t*>(arena.take(kApplyRows * ldx() * 2));
@@ -169,7 +175,7 @@ class TileColumnProduct {
     int64_t ld() const { return row_stride<float>(rows_); }
     float* operator()(int64_t begin, int64_t n) {
         pack(begin, n);
-        const Operands operands{x_, ldx(), 0, c_, ld(), part_size_};
+        const Operands operands{count_, x_, ldx(), 0, c_, ld(), part_size_};
         for (int64_t j = 0; j < rows_; j += kSquare)
             for (int64_t i = 0; i < n; i += kSquare)
                 multiply_parts(operands, i, j, depth_, y_, ld());
@@ -201,6 +207,7 @@ class TileColumnProduct {
     }
 
     const Problem& problem_;
+    int count_;
     int64_t rows_, depth_, part_size_;
     uint32_t* c_;
     uint16_t* x_;

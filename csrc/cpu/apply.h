@@ -84,7 +84,7 @@ class ColumnProduct {
     }
     int64_t ld() const { return c_ ? ldy() : ldx(); }
     float* operator()(int64_t begin, int64_t n) {
-        load_columns(*item_.problem, begin, n, x_, ldx(), true);
+        load_columns(*item_.problem, begin, n, x_, ldx());
         if (!c_) return x_;
         multiply(x_, ldx(), c_, ldy(), n, item_.problem->rank, item_.rows, y_, ldy());
         return y_;

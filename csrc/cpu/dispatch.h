@@ -45,6 +45,9 @@ void apply_decouple(const Kernels&, const Problems&, const Addresses& coefficien
                     const Addresses& blocks, const std::vector<double>& omegas, double scale,
                     const Addresses& full, const Addresses& out, int out_dtype,
                     const Addresses& norms, int threads);
+// All problems have these ranks; out [problems, T, T].
+void block_products(const Kernels&, const Addresses& x, const Addresses& y,
+                    const std::vector<int64_t>& ranks, uint64_t out, int threads);
 std::vector<bool> all_finite(const Kernels&, const Addresses& data,
                              const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
                              int threads);

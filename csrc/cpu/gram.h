@@ -23,23 +23,28 @@ inline Packed take_packed(const Problem& problem, Arena& arena) {
                   static_cast<float*>(arena.take(rows * ld_tile * sizeof(float))), ld_tile};
 }
 
-inline void pack(const Problem& problem, int64_t begin, int64_t n, bool scaled, const Packed& to) {
-    if (problem.columns) return load_columns(problem, begin, n, to.values, to.ld, scaled);
+inline void pack_rows(const Problem& problem, int64_t begin, int64_t n, bool scaled,
+                      const Packed& to) {
     load_rows(problem, begin, n, to.tile, to.ld_tile, scaled);
     transpose(to.tile, to.ld_tile, round_up(problem.rank, kWidth), round_up(n, kWidth), to.values,
               to.ld);
 }
 
-// The double products' operand: converted exactly, then scaled, so no rounding comes before them.
-inline void widen(const Problem& problem, const float* packed, int64_t n, int64_t ld, double* wide,
-                  int64_t ld_wide) {
+inline void pack(const Problem& problem, int64_t begin, int64_t n, const Packed& to) {
+    if (problem.columns) return load_columns(problem, begin, n, to.values, to.ld);
+    pack_rows(problem, begin, n, true, to);
+}
+
+// The same in double: converted exactly, then scaled, so no rounding comes before the products.
+inline void pack_wide(const Problem& problem, int64_t begin, int64_t n, const Packed& through,
+                      double* to, int64_t ld) {
+    if (problem.columns) return load_columns(problem, begin, n, to, ld);
+    pack_rows(problem, begin, n, false, through);
     for (int64_t c = 0; c < n; ++c) {
-        int64_t i = 0;
-        for (int64_t b = 0; b < problem.count; ++b) {
-            const Block& block = problem.blocks[b];
-            for (const int64_t end = i + block.rank; i < end; ++i)
-                wide[c * ld_wide + i] = block.scale * packed[c * ld + i];
-        }
+        const float* from = through.values + c * through.ld;
+        for (int64_t b = 0, i = 0; b < problem.count; ++b)
+            for (const int64_t end = i + problem.blocks[b].rank; i < end; ++i)
+                to[c * ld + i] = problem.blocks[b].scale * from[i];
     }
 }
 
@@ -67,11 +72,11 @@ inline void gram_chunk(const Problem& problem, int64_t begin, int64_t end, bool 
     T* widened = wide ? static_cast<T*>(arena.take(kGramDepth * ld * sizeof(T))) : nullptr;
     for (int64_t c = begin; c < end; c += kGramDepth) {
         const int64_t n = end - c < kGramDepth ? end - c : kGramDepth;
-        pack(problem, c, n, !wide, packed);
         if constexpr (wide) {
-            widen(problem, packed.values, n, packed.ld, widened, ld);
+            pack_wide(problem, c, n, packed, widened, ld);
             add_products(widened, ld, rank, n, chunk, ld);
         } else {
+            pack(problem, c, n, packed);
             add_products(packed.values, packed.ld, rank, n, chunk, ld);
         }
     }

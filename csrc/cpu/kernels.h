@@ -81,6 +81,9 @@ struct Kernels {
     int64_t (*root_rows)(int64_t rank);
     int64_t (*root_stride)(int64_t rank);
     Root (*root)(const double* matrix, int64_t rank, float* data, Arena&);
+    // out [count, count]: the sums over every block of the products of x's and y's entries.
+    void (*block_products)(const float* x, const float* y, int64_t rank, const int64_t* ranks,
+                           int64_t count, double* out, Arena&);
     bool (*all_finite)(const void* data, int64_t count, DType);
 };
 

@@ -22,23 +22,37 @@ inline void load_rows(const Problem& problem, int64_t begin, int64_t n, float* t
     }
 }
 
+// to[0, n) = scale v, where whole vectors of T may be written.
+DOMERGE_INLINE void store_scaled(float* to, FloatVec v, float scale, int64_t) {
+    store(to, v * scale);
+}
+
+DOMERGE_INLINE void store_scaled(double* to, FloatVec v, double scale, int64_t n) {
+    HalfFloatVec half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    store(to, __builtin_convertvector(half[0], DoubleVec) * scale);
+    if (n > kLanes<double>)
+        store(to + kLanes<double>, __builtin_convertvector(half[1], DoubleVec) * scale);
+}
+
 // tile [n, ld] = the transpose of columns [begin, begin + n) of X. For blocks in columns. Whole
 // vectors are written: what they hold beyond a block is overwritten by the next block, and beyond
 // the last one it is padding, whose content is any finite or non-finite number.
-inline void load_columns(const Problem& problem, int64_t begin, int64_t n, float* tile, int64_t ld,
-                         bool scaled) {
+template <class T>
+void load_columns(const Problem& problem, int64_t begin, int64_t n, T* tile, int64_t ld) {
     for (int64_t b = 0; b < problem.count; ++b) {
         const Block& block = problem.blocks[b];
-        const float scale = scaled ? static_cast<float>(block.scale) : 1.0f;
+        const int64_t rank = block.rank, pitch = block.pitch;
+        const T scale = static_cast<T>(block.scale);
         with_dtype(block.dtype, [&](auto format) {
             using Format = decltype(format);
             const auto* data = static_cast<const typename Format::Storage*>(block.data);
-            const int64_t end = (problem.d - 1) * block.pitch + block.rank;
+            const int64_t end = (problem.d - 1) * pitch + rank;
             for (int64_t c = 0; c < n; ++c) {
-                const int64_t row = (begin + c) * block.pitch;
-                for (int64_t i = 0; i < block.rank; i += kWidth)
-                    store(tile + c * ld + i,
-                          load_some<Format>(data + row + i, end - row - i) * scale);
+                const int64_t row = (begin + c) * pitch;
+                for (int64_t i = 0; i < rank; i += kWidth)
+                    store_scaled(tile + c * ld + i,
+                                 load_some<Format>(data + row + i, end - row - i), scale, rank - i);
             }
         });
         tile += block.rank;

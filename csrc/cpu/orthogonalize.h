@@ -163,6 +163,10 @@ DOMERGE_INLINE FloatVec change_at(const Matrices& m, int64_t i, int64_t j) {
     return c;
 }
 
+inline void copy_matrix(const Matrices& m, const float* from, float* to) {
+    for (int64_t i = 0; i < m.rows * m.ld; ++i) to[i] = from[i];
+}
+
 // Pt = Ct M + 2 gamma (Ct - I)
 inline void find_gradient(const Matrices& m, double gamma) {
     const float pull = static_cast<float>(2 * gamma);
@@ -224,14 +228,27 @@ inline void turn(const Matrices& m, Products& products, double pp_old) {
     }
 }
 
-// E = D G C^T + C G D^T and F = D G D^T.
-inline void find_changes(const Matrices& m, const Segments& s) {
+// E = D G C^T + C G D^T, where C = I.
+inline void find_first_change(const Matrices& m) {
+    transpose(m.qt, m.ld, m.columns, m.columns, m.e, m.ld);
+    for (int64_t i = 0; i < m.rank * m.ld; ++i) m.e[i] += m.qt[i];
+}
+
+// E = D G C^T + C G D^T
+inline void find_change(const Matrices& m, const Segments& s) {
     const auto lower = [&](int64_t i) { return earlier(s, m.rank, i + kTileRows - 1); };
     for_tiles<float>(m.rows, m.columns, m.rank, lower, [&](auto tile, int64_t i, int64_t j) {
         tile.clear();
         tile.template add_product<true>(m.qt + i, m.ld, m.ct + j, m.ld, m.rank);
         tile.template add_product<true>(m.ct + i, m.ld, m.qt + j, m.ld, m.rank);
         tile.store_to(m.e + i * m.ld + j, m.ld);
+    });
+}
+
+// F = D G D^T
+inline void find_second_change(const Matrices& m, const Segments& s) {
+    const auto lower = [&](int64_t i) { return earlier(s, m.rank, i + kTileRows - 1); };
+    for_tiles<float>(m.rows, m.columns, m.rank, lower, [&](auto tile, int64_t i, int64_t j) {
         tile.clear();
         tile.template add_product<true>(m.qt + i, m.ld, m.dt + j, m.ld, m.rank);
         tile.store_to(m.f + i * m.ld + j, m.ld);
@@ -304,12 +321,19 @@ inline DescentStats descend(Matrices& m, const Segments& s, const Pairs& pairs,
     for (int64_t step = 0; energy_before > 0 && step < options.steps; ++step) {
         if (options.frobenius) set_weights(m, s, pairs, true);
         weigh(m, s);
-        find_gradient(m, options.gamma);
+        if (step == 0)
+            copy_matrix(m, m.m, m.pt);  // C = I
+        else
+            find_gradient(m, options.gamma);
         find_gradient_products(m, products);
         if (!(products.pp > 0)) break;
         turn(m, products, pp_old);
         pp_old = products.pp;
-        find_changes(m, s);
+        if (step == 0)
+            find_first_change(m);
+        else
+            find_change(m, s);
+        find_second_change(m, s);
         find_quartics(m, s, pairs);
         const Line line = make_line(pairs, options.frobenius, options.gamma, moved,
                                     2 * products.d_change, products.dd);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "apply_decouple.h"
+#include "block_products.h"
 #include "gram.h"
 #include "orthogonalize.h"
 
@@ -22,6 +23,7 @@ const Kernels kernels = {
     root_rows,
     root_stride,
     make_root,
+    block_products,
     all_finite,
 };
 

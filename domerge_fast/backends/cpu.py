@@ -22,6 +22,7 @@ __all__ = [
     "apply",
     "apply_decouple",
     "block_gram",
+    "block_products",
     "gram",
     "orthogonalize",
     "orthogonalize_factors",
@@ -48,13 +49,23 @@ def block_gram(problems: Sequence[Problem]) -> list[Tensor]:
     return out
 
 
+def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+    """Sums of x_ij y_ij over the block of every two adapters: [P, T, T] in float64."""
+    left = [m.float().contiguous() for m in x]
+    right = [m.float().contiguous() for m in y]
+    out = torch.empty(len(x), len(ranks), len(ranks), dtype=torch.float64)
+    threads = torch.get_num_threads()
+    _C.block_products(addresses(left), addresses(right), list(ranks), out.data_ptr(), threads)
+    return out
+
+
 def orthogonalize(
     grams: Sequence[Tensor],
     ranks: Sequence[tuple[int, ...]],
     penalty: str = "squared",
     gamma: float = 1.0,
     steps: int = 50,
-    tol: float = 1e-6,
+    tol: float = 1e-3,
 ) -> tuple[list[Tensor], Tensor]:
     """C [R, R] of every problem and the descent's statistics [P, 5] (see descent.STATS)."""
     stats = torch.zeros(len(grams), 5, dtype=torch.float64)

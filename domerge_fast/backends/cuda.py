@@ -120,6 +120,7 @@ def _stream(x: Tensor) -> int:
 _gpu = Gpu(_Kernels)
 gram = _gpu.gram
 block_gram = _gpu.block_gram
+block_products = _gpu.block_products
 orthogonalize = _gpu.orthogonalize
 orthogonalize_factors = _gpu.orthogonalize_factors
 apply = _gpu.apply

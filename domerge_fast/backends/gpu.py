@@ -181,7 +181,7 @@ class Gpu:
         penalty: str = "squared",
         gamma: float = 1.0,
         steps: int = 50,
-        tol: float = 1e-6,
+        tol: float = 1e-3,
     ) -> tuple[list[Tensor], Tensor]:
         """C [R, R] of every problem and the descent's statistics [P, 5] (see descent.STATS).
 
@@ -221,7 +221,7 @@ class Gpu:
         return results, stats
 
     def orthogonalize_factors(
-        self, problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-6
+        self, problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
     ) -> tuple[list[Tensor], Tensor]:
         """Xhat [R, d] where R > d, and statistics [P, 5]: library calls in float64."""
         return library.orthogonalize_factors(problems, gamma, steps, tol)
@@ -344,6 +344,12 @@ class Gpu:
     ) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
         """The best approximation of every B A of rank k, by batched library calls."""
         return library.truncate(pairs, rank, energy, out_dtype)
+
+    def block_products(
+        self, x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]
+    ) -> Tensor:
+        """Sums of x_ij y_ij over the block of every two adapters, by batched library calls."""
+        return library.block_products(x, y, ranks)
 
     def all_finite(self, tensors: Sequence[Tensor]) -> list[bool]:
         """Whether each tensor (float32, bfloat16 or float16) holds neither NaN nor Inf."""

@@ -32,7 +32,7 @@ def do_merging(
     gamma: float = 1.0,
     sides: str = "both",
     steps: int = 50,
-    tol: float = 1e-6,
+    tol: float = 1e-3,
     orthogonalize: bool = True,
     decouple: bool = True,
     renormalize: bool = False,
@@ -113,7 +113,7 @@ def descend(
     penalty: str = "squared",
     gamma: float = 1.0,
     steps: int = 50,
-    tol: float = 1e-6,
+    tol: float = 1e-3,
 ) -> tuple[list[Tensor], list[float]]:
     """Xhat_i [r_i, d] after the descent on the factors themselves.
 
@@ -225,6 +225,16 @@ def block_gram(problems: Sequence[Problem]) -> list[Tensor]:
     return [torch.cat([(x @ x.T).flatten() for x in _blocks(p)]) for p in problems]
 
 
+def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+    """Sums of x_ij y_ij over the block of every two adapters: [P, T, T] in float64."""
+
+    def sums(product: Tensor) -> Tensor:
+        rows = product.split(list(ranks))
+        return torch.stack([torch.stack([b.sum() for b in r.split(list(ranks), 1)]) for r in rows])
+
+    return torch.stack([sums(a.double() * b.double()) for a, b in zip(x, y)])
+
+
 def _blocks(problem: Problem) -> list[Tensor]:
     return [s * b.double() for b, s in zip(problem.blocks, problem.scales)]
 
@@ -239,7 +249,7 @@ def orthogonalize(
     penalty: str = "squared",
     gamma: float = 1.0,
     steps: int = 50,
-    tol: float = 1e-6,
+    tol: float = 1e-3,
 ) -> tuple[list[Tensor], Tensor]:
     """C [R, R] from a descent on a stand-in X = sqrt(G) [R, R], which has the same Gram."""
     results: list[Tensor] = []
@@ -256,7 +266,7 @@ def orthogonalize(
 
 
 def orthogonalize_factors(
-    problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-6
+    problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
 ) -> tuple[list[Tensor], Tensor]:
     """Xhat [R, d] for the squared penalty, and the descent's statistics."""
     results = [descend(_blocks(p), "squared", gamma, steps, tol) for p in problems]

@@ -21,6 +21,7 @@ from ..errors import OptionError
 OPS = (
     "gram",
     "block_gram",
+    "block_products",
     "orthogonalize",
     "orthogonalize_factors",
     "apply",

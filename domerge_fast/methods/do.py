@@ -36,7 +36,7 @@ class DoOptions:
     gamma: float = option(1.0, "weight of staying close to the given factors", low=0.0)
     sides: str = option("both", "which factors to orthogonalize", ("both", "A", "B"))
     steps: int = option(50, "most steps of the descent", low=0)
-    tol: float = option(1e-6, "stop when a step lowers the objective by less, relatively", low=0.0)
+    tol: float = option(1e-3, "stop when a step lowers the objective by less, relatively", low=0.0)
     renormalize: bool = option(False, "bring the merged directions to unit length")
 
 

@@ -3,6 +3,7 @@
 from .all_finite import all_finite
 from .apply import apply
 from .apply_decouple import apply_decouple
+from .block_products import block_products
 from .gram import block_gram, gram
 from .orthogonalize import orthogonalize, orthogonalize_factors
 from .truncate import truncate
@@ -12,6 +13,7 @@ __all__ = [
     "apply",
     "apply_decouple",
     "block_gram",
+    "block_products",
     "gram",
     "orthogonalize",
     "orthogonalize_factors",

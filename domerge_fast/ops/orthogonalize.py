@@ -27,7 +27,7 @@ def orthogonalize(
     penalty: str = "squared",
     gamma: float = 1.0,
     steps: int = 50,
-    tol: float = 1e-6,
+    tol: float = 1e-3,
     backend: str = "auto",
 ) -> tuple[list[Tensor], Tensor]:
     """C [R, R] of every problem with Xhat = C X, and statistics [P, 5] in float64.
@@ -50,7 +50,7 @@ def orthogonalize_factors(
     *,
     gamma: float = 1.0,
     steps: int = 50,
-    tol: float = 1e-6,
+    tol: float = 1e-3,
     backend: str = "auto",
 ) -> tuple[list[Tensor], Tensor]:
     """Xhat [R, d] in float32 of every problem for the squared penalty, and the statistics.

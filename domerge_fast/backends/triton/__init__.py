@@ -13,6 +13,7 @@ __all__ = [
     "apply",
     "apply_decouple",
     "block_gram",
+    "block_products",
     "gram",
     "orthogonalize",
     "orthogonalize_factors",
@@ -25,6 +26,7 @@ all_finite = _gpu.all_finite
 apply = _gpu.apply
 apply_decouple = _gpu.apply_decouple
 block_gram = _gpu.block_gram
+block_products = _gpu.block_products
 gram = _gpu.gram
 orthogonalize = _gpu.orthogonalize
 orthogonalize_factors = _gpu.orthogonalize_factors
