@@ -222,7 +222,7 @@ def test_some_steps_of_the_descent(name, penalty, backend):
 def test_the_descent_arrives_where_the_oracle_does(name, penalty, backend):
     expected, stats = oracle(name, penalty, 50, 1e-6)
     x = exact(CASES[name].rows())
-    x_hat, found, _ = descend(x, backend, penalty)
+    x_hat, found, _ = descend(x, backend, penalty, tol=1e-6)
     assert found[2] == pytest.approx(stats[2], rel=1e-5)
     assert_blocks_within(x_hat, expected, x, 1e-4)
 

@@ -53,6 +53,19 @@ inline Root make_root(const double* matrix, int64_t rank, float* data, Arena& ar
 inline void root_norms(const Root& root, int64_t rank, const float* a, int64_t ld, int64_t n,
                        float* squares) {
     for (int64_t c = 0; c < round_up(n, kWidth); ++c) squares[c] = 0.0f;
+    if (rank < kTileRows) {  // a tile would be mostly padding
+        for (int64_t c = 0; c < n; c += kWidth) {
+            FloatVec sum{};
+            for (int64_t i = 0; i < rank; ++i) {
+                FloatVec entry{};
+                for (int64_t k = 0; k < rank; ++k)
+                    entry += load<FloatVec>(a + k * ld + c) * root.data[i * root.stride + k];
+                sum += entry * entry;
+            }
+            store(squares + c, sum);
+        }
+        return;
+    }
     const auto all = [n](int64_t) { return n; };
     for_tiles<float>(root.rows, n, rank, all, [&](auto tile, int64_t i, int64_t j) {
         constexpr int vectors = sizeof(tile.sum[0]) / sizeof(FloatVec);

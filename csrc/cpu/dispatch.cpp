@@ -11,6 +11,7 @@ namespace domerge {
 namespace {
 
 constexpr int64_t kGramChunk = 4096;
+constexpr int64_t kBundle = 16;  // ranks that one tile of double sums holds
 constexpr int64_t kApplyChunk = 3072;
 constexpr int64_t kFiniteChunk = int64_t{1} << 20;
 
@@ -152,6 +153,18 @@ std::vector<double> balance(const double* matrix, const Problem& problem, const 
     return result;
 }
 
+// Packs the blocks on the diagonal of a Gram one after the other; returns the end.
+double* copy_diagonal_blocks(const Problem& problem, const double* gram, double* out) {
+    int64_t first = 0;
+    for (int64_t b = 0; b < problem.count; ++b) {
+        const int64_t rank = problem.blocks[b].rank;
+        for (int64_t i = first; i < first + rank; ++i)
+            out = std::copy_n(gram + i * problem.rank + first, rank, out);
+        first += rank;
+    }
+    return out;
+}
+
 }  // namespace
 
 Problems::Problems(const std::vector<uint64_t>& data, const std::vector<int64_t>& ranks,
@@ -170,12 +183,18 @@ Problems::Problems(const std::vector<uint64_t>& data, const std::vector<int64_t>
     }
 }
 
-std::vector<Problem> Problems::split() const {
-    std::vector<Problem> single;
-    for (const Problem& p : problems_)
-        for (int64_t b = 0; b < p.count; ++b)
-            single.push_back(Problem{p.blocks + b, 1, p.blocks[b].rank, p.d, p.columns});
-    return single;
+std::vector<Problem> Problems::bundles(int64_t most) const {
+    std::vector<Problem> found;
+    for (const Problem& p : problems_) {
+        for (int64_t b = 0; b < p.count; ++b) {
+            const Block& block = p.blocks[b];
+            if (b == 0 || found.back().rank + block.rank > most)
+                found.push_back(Problem{&block, 0, 0, p.d, p.columns});
+            found.back().count += 1;
+            found.back().rank += block.rank;
+        }
+    }
+    return found;
 }
 
 void gram(const Kernels& kernels, const Problems& problems, const Addresses& out, bool wide,
@@ -188,15 +207,21 @@ void gram(const Kernels& kernels, const Problems& problems, const Addresses& out
 
 void block_gram(const Kernels& kernels, const Problems& problems, const Addresses& out,
                 int threads) {
+    const std::vector<Problem> bundles = problems.bundles(kBundle);
+    std::vector<std::vector<double>> grams;
     std::vector<double*> places;
+    for (const Problem& bundle : bundles) {
+        grams.emplace_back(bundle.rank * bundle.rank);
+        places.push_back(grams.back().data());
+    }
+    gram_all(kernels, bundles, places, threads);
+    size_t next = 0;
     for (int64_t p = 0; p < problems.size(); ++p) {
         double* place = at<double>(out[p]);
-        for (int64_t b = 0; b < problems[p].count; ++b) {
-            places.push_back(place);
-            place += problems[p].blocks[b].rank * problems[p].blocks[b].rank;
-        }
+        const Block* end = problems[p].blocks + problems[p].count;
+        for (; next < bundles.size() && bundles[next].blocks < end; ++next)
+            place = copy_diagonal_blocks(bundles[next], grams[next].data(), place);
     }
-    gram_all(kernels, problems.split(), places, threads);
 }
 
 void orthogonalize(const Kernels& kernels, const Addresses& grams,

@@ -19,8 +19,8 @@ class Problems {
     const Problem& operator[](int64_t i) const { return problems_[i]; }
     int64_t size() const { return static_cast<int64_t>(problems_.size()); }
     int64_t block_count() const { return static_cast<int64_t>(blocks_.size()); }
-    // The same blocks, each a problem of its own.
-    std::vector<Problem> split() const;
+    // The same blocks in smaller problems: neighbours whose ranks add up to `most`, or single ones.
+    std::vector<Problem> bundles(int64_t most) const;
     const std::vector<Problem>& list() const { return problems_; }
 
  private:

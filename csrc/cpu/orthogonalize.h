@@ -26,6 +26,7 @@ struct Matrices {
     int64_t rank, rows, columns, ld;
     float *gram, *h, *ct, *pt, *pt_old, *dt, *qt, *qpt, *e, *f;
     float* m;       // shares memory with e: M is used up before E is made
+    double* sums;   // [5, ld]
     float* weight;  // [count, ld]: row j is V_ij over the columns of every earlier segment i
 };
 
@@ -60,6 +61,7 @@ inline Matrices make_matrices(int64_t rank, int64_t count, Arena& arena) {
         for (int64_t i = 0; i < size; ++i) (*matrix)[i] = 0.0f;
     }
     m.m = m.e;
+    m.sums = static_cast<double*>(arena.take(5 * m.ld * sizeof(double)));
     m.weight = static_cast<float*>(arena.take(count * m.ld * sizeof(float)));
     for (int64_t i = 0; i < count * m.ld; ++i) m.weight[i] = 0.0f;
     return m;
@@ -95,32 +97,48 @@ inline Pairs make_pairs(const Segments& s, Arena& arena) {
     return pairs;
 }
 
-// Coefficients of ||H_ij + eta E_ij + eta^2 F_ij||^2. Vectors may reach past the block: the lanes
-// beyond it are left out of the sums.
-inline void find_quartics(const Matrices& m, const Segments& s, const Pairs& pairs) {
-    constexpr int64_t kRows = 32;  // summed in float, then in double
-    for_pairs(s, [&](int64_t p, int64_t i, int64_t j) {
-        double sum[5] = {};
-        for (int64_t c = s.start[i]; c < s.start[i + 1]; c += kWidth) {
-            for (int64_t begin = s.start[j]; begin < s.start[j + 1]; begin += kRows) {
-                const int64_t end = begin + kRows < s.start[j + 1] ? begin + kRows : s.start[j + 1];
-                FloatVec part[5] = {};
-                for (int64_t r = begin; r < end; ++r) {
-                    const int64_t at = r * m.ld + c;
-                    const FloatVec h = load<FloatVec>(m.h + at), e = load<FloatVec>(m.e + at),
-                                   f = load<FloatVec>(m.f + at);
-                    part[0] += h * h;
-                    part[1] += h * e;
-                    part[2] += e * e;
-                    part[2] += (h + h) * f;
-                    part[3] += e * f;
-                    part[4] += f * f;
-                }
-                for (int k = 0; k < 5; ++k) sum[k] += sum_lanes(part[k], s.start[i + 1] - c);
-            }
+// Adds to sums [5, ld] the columns' sums of the coefficients' terms over rows [begin, end): in
+// float, then in double.
+inline void add_quartics(const Matrices& m, int64_t begin, int64_t end, int64_t columns,
+                         double* sums) {
+    for (int64_t c = 0; c < columns; c += kWidth) {
+        FloatVec part[5] = {};
+        for (int64_t r = begin; r < end; ++r) {
+            const int64_t at = r * m.ld + c;
+            const FloatVec h = load<FloatVec>(m.h + at), e = load<FloatVec>(m.e + at),
+                           f = load<FloatVec>(m.f + at);
+            part[0] += h * h;
+            part[1] += h * e;
+            part[2] += e * e;
+            part[2] += (h + h) * f;
+            part[3] += e * f;
+            part[4] += f * f;
         }
-        for (int k = 0; k < 5; ++k) pairs.quartic[k][p] = k == 1 || k == 3 ? 2 * sum[k] : sum[k];
-    });
+        for (int k = 0; k < 5; ++k)
+            for (int l = 0; l < kWidth; ++l) sums[k * m.ld + c + l] += part[k][l];
+    }
+}
+
+// Coefficients of ||H_ij + eta E_ij + eta^2 F_ij||^2 for all i of one j after the other.
+inline void find_quartics(const Matrices& m, const Segments& s, const Pairs& pairs) {
+    constexpr int64_t kRows = 32;  // summed in float
+    int64_t p = 0;
+    for (int64_t j = 1; j < s.count; ++j) {
+        if (!(s.factor_norm[j] > 0)) continue;
+        const int64_t columns = s.start[j];
+        for (int64_t k = 0; k < 5 * m.ld; ++k) m.sums[k] = 0.0;
+        for (int64_t begin = s.start[j]; begin < s.start[j + 1]; begin += kRows)
+            add_quartics(m, begin, least(begin + kRows, s.start[j + 1]), columns, m.sums);
+        for (int64_t i = 0; i < j; ++i) {
+            if (!(s.factor_norm[i] > 0)) continue;
+            for (int k = 0; k < 5; ++k) {
+                double sum = 0.0;
+                for (int64_t c = s.start[i]; c < s.start[i + 1]; ++c) sum += m.sums[k * m.ld + c];
+                pairs.quartic[k][p] = k == 1 || k == 3 ? 2 * sum : sum;
+            }
+            ++p;
+        }
+    }
 }
 
 // V of the squared penalty is constant; that of the Frobenius penalty follows the energies.
