@@ -28,11 +28,9 @@ DOMERGE_INLINE void store_scaled(float* to, FloatVec v, float scale, int64_t) {
 }
 
 DOMERGE_INLINE void store_scaled(double* to, FloatVec v, double scale, int64_t n) {
-    HalfFloatVec half[2];
-    __builtin_memcpy(half, &v, sizeof v);
-    store(to, __builtin_convertvector(half[0], DoubleVec) * scale);
-    if (n > kLanes<double>)
-        store(to + kLanes<double>, __builtin_convertvector(half[1], DoubleVec) * scale);
+    const Widened wide = widen(v);
+    store(to, wide.low * scale);
+    if (n > kLanes<double>) store(to + kLanes<double>, wide.high * scale);
 }
 
 // tile [n, ld] = the transpose of columns [begin, begin + n) of X. For blocks in columns. Whole

@@ -97,10 +97,10 @@ inline Pairs make_pairs(const Segments& s, Arena& arena) {
     return pairs;
 }
 
-// Adds to sums [5, ld] the columns' sums of the coefficients' terms over rows [begin, end): in
-// float, then in double.
+// Adds to m.sums (or sets it, when `first`) the columns' sums of the coefficients' terms over rows
+// [begin, end).
 inline void add_quartics(const Matrices& m, int64_t begin, int64_t end, int64_t columns,
-                         double* sums) {
+                         bool first) {
     for (int64_t c = 0; c < columns; c += kWidth) {
         FloatVec part[5] = {};
         for (int64_t r = begin; r < end; ++r) {
@@ -114,21 +114,29 @@ inline void add_quartics(const Matrices& m, int64_t begin, int64_t end, int64_t 
             part[3] += e * f;
             part[4] += f * f;
         }
-        for (int k = 0; k < 5; ++k)
-            for (int l = 0; l < kWidth; ++l) sums[k * m.ld + c + l] += part[k][l];
+        for (int k = 0; k < 5; ++k) {
+            double* sum = m.sums + k * m.ld + c;
+            Widened wide = widen(part[k]);
+            if (!first) {
+                wide.low += load<DoubleVec>(sum);
+                wide.high += load<DoubleVec>(sum + kLanes<double>);
+            }
+            store(sum, wide.low);
+            store(sum + kLanes<double>, wide.high);
+        }
     }
 }
 
 // Coefficients of ||H_ij + eta E_ij + eta^2 F_ij||^2 for all i of one j after the other.
 inline void find_quartics(const Matrices& m, const Segments& s, const Pairs& pairs) {
-    constexpr int64_t kRows = 32;  // summed in float
+    constexpr int64_t kRows = 32;  // summed in float, then in double
     int64_t p = 0;
     for (int64_t j = 1; j < s.count; ++j) {
         if (!(s.factor_norm[j] > 0)) continue;
         const int64_t columns = s.start[j];
-        for (int64_t k = 0; k < 5 * m.ld; ++k) m.sums[k] = 0.0;
         for (int64_t begin = s.start[j]; begin < s.start[j + 1]; begin += kRows)
-            add_quartics(m, begin, least(begin + kRows, s.start[j + 1]), columns, m.sums);
+            add_quartics(m, begin, least(begin + kRows, s.start[j + 1]), columns,
+                         begin == s.start[j]);
         for (int64_t i = 0; i < j; ++i) {
             if (!(s.factor_norm[i] > 0)) continue;
             for (int k = 0; k < 5; ++k) {

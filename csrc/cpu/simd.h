@@ -86,24 +86,25 @@ DOMERGE_INLINE IndexVec lane_numbers() {
     return v;
 }
 
+struct Widened {
+    DoubleVec low, high;
+};
+
+DOMERGE_INLINE Widened widen(FloatVec v) {
+    HalfFloatVec half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    return Widened{__builtin_convertvector(half[0], DoubleVec),
+                   __builtin_convertvector(half[1], DoubleVec)};
+}
+
 // The sum of the lanes, in double and always in the same order.
 DOMERGE_INLINE double sum_lanes(FloatVec v) {
-    HalfFloatVec low, high;
-    __builtin_memcpy(&low, &v, sizeof low);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
-    const DoubleVec pairs =
-        __builtin_convertvector(low, DoubleVec) + __builtin_convertvector(high, DoubleVec);
+    const Widened wide = widen(v);
     double lanes[kWidth / 2];
-    store(lanes, pairs);
+    store(lanes, wide.low + wide.high);
     for (int half = kWidth / 4; half > 0; half /= 2)
         for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
     return lanes[0];
-}
-
-DOMERGE_INLINE double sum_lanes(FloatVec v, int64_t lanes) {
-    if (lanes >= kWidth) return sum_lanes(v);
-    const IndexVec keep = lane_numbers() < (IndexVec{} + static_cast<int32_t>(lanes));
-    return sum_lanes(where(keep, v, FloatVec{}));
 }
 
 struct Float32 {
