@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from merges import Adapter
+from peft import LoraConfig, get_peft_model
 from score import Bench
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -104,7 +104,7 @@ def adapters(folder: Path, seed: int) -> list[Adapter]:
     found = []
     for k, (task, change) in enumerate(TASKS.items()):
         path = folder / f"digits-{seed}" / task.replace(" ", "-")
-        found.append(Adapter(task, path))
+        found.append(Adapter(task, task, path))
         if path.exists():
             continue
         model = ViTForImageClassification.from_pretrained(base(folder))

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 LENGTH, BATCH = 128, 16
-HELD_OUT = 8
+HELD_OUT = 16
 """Windows of every domain that merges are scored on."""
 BASE_STEPS, BASE_RATE = 700, 2e-3
 RANK = 8
@@ -33,9 +33,11 @@ EVEN = (40, 4e-3)
 
 @dataclass(frozen=True)
 class Lesson:
-    """An adapter to train: on which domain, how hard, from which seeds, on top of which other."""
+    """An adapter to train, in which folder: on which domain, how hard, from which seeds, on top of
+    which other."""
 
-    name: str
+    folder: str
+    label: str
     domain: str
     steps: int
     rate: float
@@ -107,6 +109,7 @@ def apart(seed: int) -> list[Lesson]:
         Lesson(
             f"seed-{seed}/{domain}",
             domain,
+            domain,
             *EFFORTS[order[k]],
             1000 * seed + k + 1,
             1000 * seed + k,
@@ -118,7 +121,8 @@ def apart(seed: int) -> list[Lesson]:
 def shared_a(seed: int) -> list[Lesson]:
     """The same, all starting from one A."""
     return [
-        replace(x, name=f"shared-{seed}/{x.domain}", first_a_seed=1000 * seed) for x in apart(seed)
+        replace(x, folder=f"shared-{seed}/{x.domain}", first_a_seed=1000 * seed)
+        for x in apart(seed)
     ]
 
 
@@ -128,10 +132,11 @@ def one_from_another(seed: int) -> list[Lesson]:
     children = [
         replace(
             other,
-            name=f"continued-{seed}/{other.domain}",
+            folder=f"continued-{seed}/{other.domain}",
+            label=f"{other.domain} after {parent.domain}",
             steps=steps,
             rate=rate,
-            after=parent.name,
+            after=parent.folder,
         )
         for parent, other, (steps, rate) in zip(parents, others, _short(seed))
     ]
@@ -144,7 +149,8 @@ def related(seed: int) -> list[Lesson]:
     again = [
         replace(
             other,
-            name=f"again-{seed}/{first.domain}",
+            folder=f"again-{seed}/{first.domain}",
+            label=f"{first.domain} again",
             domain=first.domain,
             steps=steps,
             rate=rate,
@@ -157,7 +163,9 @@ def related(seed: int) -> list[Lesson]:
 def even(seed: int) -> list[Lesson]:
     """One adapter a domain, all trained alike."""
     steps, rate = EVEN
-    return [replace(x, name=f"even-{seed}/{x.domain}", steps=steps, rate=rate) for x in apart(seed)]
+    return [
+        replace(x, folder=f"even-{seed}/{x.domain}", steps=steps, rate=rate) for x in apart(seed)
+    ]
 
 
 def _halves(seed: int) -> tuple[list[Lesson], list[Lesson]]:
@@ -175,9 +183,9 @@ def adapters(lessons: Callable[[int], list[Lesson]]) -> Callable[[Path, int], li
 
     def trained(folder: Path, seed: int) -> list[Adapter]:
         for lesson in lessons(seed):
-            if not (folder / lesson.name).exists():
+            if not (folder / lesson.folder).exists():
                 _train(folder, lesson)
-        return [Adapter(x.domain, folder / x.name) for x in lessons(seed)]
+        return [Adapter(x.label, x.domain, folder / x.folder) for x in lessons(seed)]
 
     return trained
 
@@ -193,4 +201,4 @@ def _train(folder: Path, lesson: Lesson) -> None:
         )
         adapted = get_peft_model(model, config)
     fit(adapted, [read(lesson.domain)[0]], lesson.steps, lesson.rate, seed=lesson.order_seed)
-    adapted.save_pretrained(folder / lesson.name)
+    adapted.save_pretrained(folder / lesson.folder)

@@ -46,6 +46,7 @@ def measure(name: str, seeds: int) -> list[dict[str, Any]]:
         started = time.perf_counter()
         training = Training.measure(bench, adapters)
         entry = {
+            "adapters": [a.label for a in adapters],
             "gains": [b - o for b, o in zip(training.base, training.own)],
             "norms": training.norms,
             "likeness": training.likeness(),

@@ -91,7 +91,7 @@ def _off_diagonal(table: Sequence[Sequence[float]]) -> float:
 
 
 def curve(training: Training, candidate: Candidate) -> dict[str, Any]:
-    """The shares kept at the scales tried, and the merge's norm in units of the adapters' mean norm.
+    """The shares kept at the scales tried, and the norm in units of the adapters' mean norm.
 
     From scale 1 the grid is walked down, or else up, for as long as the mean share rises.
     """
