@@ -12,15 +12,20 @@ unexport PYTHONDONTWRITEBYTECODE
 export DOMERGE_CUDA ?= 0
 BUILD := pyproject.toml setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format bench quality gpu-check clean
+.PHONY: setup demo test lint format bench bench-full quality gpu-check clean
 
 setup: $(VENV)/ready
 demo: $(VENV)/ready
 	$(PY) examples/demo.py demo
 test: $(VENV)/ready
 	$(PY) -m pytest -n auto --dist loadfile
+# Both run mergekit as a rival.
 bench: $(VENV)/ready
-	$(PY) benchmarks/run.py --publish
+	$(PIP) mergekit
+	$(PY) benchmarks/run.py --quick
+bench-full: $(VENV)/ready
+	$(PIP) mergekit
+	$(PY) benchmarks/run.py --full --publish
 # Trains small models and adapters, half an hour and more; then scores every merge of them.
 quality: $(VENV)/ready
 	$(PIP) -e '.[quality]'

@@ -1,219 +1,240 @@
-"""Times a whole merge, files to files, side by side with its rivals; writes a table and a JSON.
+"""Measures whole merges side by side with their rivals, then how the compute grows.
 
-    python benchmarks/run.py                       # llama3-8b-8: about 10 minutes on two cores
-    python benchmarks/run.py --workload llama-tiny # seconds
+    python benchmarks/run.py --quick           # small, all of it, in two minutes
+    python benchmarks/run.py --full --publish  # what README.md shows, in half an hour
+    python benchmarks/run.py moe-30b-4         # one workload, or "scaling", or "orthogonalize"
 
-The copy floor reads the same inputs and writes as many output bytes with the safetensors library
-in the same process. Floor and backends take turns; medians with their spread are shown. The
-literal method and PEFT's "svd" run on one module of each shape, once, and are extrapolated to all
-modules. Nothing is reported unless the merge first agrees with the float64 reference.
+Floor, backends and `svd` take turns in one process; rivals run in memory on one module of each
+shape. Nothing is reported of a backend that disagrees with the float64 reference. README.md in
+this folder says how each figure is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import descent
+import files
+import gate
+import least
+import mergekit_cli
+import publish
 import rivals
+import scaling
+import tables
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import domerge_fast as dm
-from domerge_fast.bench import machine, measure
+from domerge_fast import doctor
+from domerge_fast.bench import bounds, machine, measure
 from domerge_fast.bench.workloads import WORKLOADS, Workload
 from domerge_fast.plan import GROUP_BYTES
 
 HERE = Path(__file__).parent
-FLOOR = "copy floor"
-TOLERANCE = 2**-7  # of bfloat16 factors: two roundings of 2^-9 each, on both
+ROUNDS = 5
+KEPT = ("llama-tiny", "llama3-8b-8")
+"""Workloads whose adapters are left in the data folder."""
+ALL_RIVALS = tuple(name for name in rivals.RIVALS if name != "literal float64")
 
 
-def copy_floor(paths: list[Path], output: Path) -> None:
-    """Read all factors, stack them, and write the stack, with the safetensors library."""
-    files = [safe_open(path / "adapter_model.safetensors", framework="pt") for path in paths]
-    keys = [set(file.keys()) for file in files]
-    stacked = {}
-    for key in sorted(set().union(*keys)):
-        parts = [file.get_tensor(key) for file, has in zip(files, keys) if key in has]
-        stacked[key] = torch.cat(parts, dim=0 if "lora_A" in key else 1)
-    output.mkdir()
-    save_file(stacked, output / "adapter_model.safetensors", metadata={"format": "pt"})
+@dataclass(frozen=True)
+class Setting:
+    """How a workload is measured.
+
+    budget: seconds for each rival. modules: how many, the first ones; None: all. others: whether
+    other backends and `svd` run too. rivals: those that finish at all. mergekit: whether it is
+    run, which takes a Llama with all projections.
+    """
+
+    workload: str
+    budget: float
+    modules: int | None = None
+    others: bool = True
+    rivals: Sequence[str] = ALL_RIVALS
+    mergekit: bool = False
+
+    def take(self) -> Workload:
+        """The part of the workload, under a name of its own if it is not the whole."""
+        whole = WORKLOADS[self.workload]
+        if self.modules is None:
+            return whole
+        part = whole.only({s.name for s in whole.modules[: self.modules]})
+        return dataclasses.replace(part, name=f"{whole.name}-{self.modules}-modules")
 
 
-def merge(paths: list[Path], output: Path, backend: str, device: torch.device) -> None:
-    dm.merge(paths, method="do", backend=backend, device=str(device), output=output)
+QUICK = (
+    Setting("llama-tiny", math.inf, mergekit=True),
+    Setting("llama3-8b-8", 4.0, modules=14),
+)
+# A thousand adapters: hours of T^2 products for the literal method, minutes for PEFT to add them.
+FEW_RIVALS = tuple(name for name in ALL_RIVALS if name not in (rivals.LITERAL, rivals.PEFT_CAT))
+FULL = (
+    Setting("llama3-8b-8", 60.0, mergekit=True),
+    Setting("llama3-8b-64", 8.0),
+    Setting("llama3-70b-8", 8.0),
+    Setting("moe-30b-4", 8.0),
+    Setting("sdxl-mixed", 8.0),
+    Setting("library-1000", 8.0, 2, False, FEW_RIVALS),
+)
+SETTINGS = {setting.workload: setting for setting in (*QUICK, *FULL)}
+GROWTH = {"scaling": scaling.run, "orthogonalize": descent.run}
 
 
-def side_by_side(
-    paths: list[Path], rounds: int, scratch: Path, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of the floor and of every backend, taking turns, after one round of warm-up."""
-    calls: dict[str, Callable[[Path], None]] = {FLOOR: lambda out: copy_floor(paths, out)}
-    for name in measure.usable(device):
-        calls[name] = lambda out, name=name: merge(paths, out, name, device)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 1):
-        for name, call in calls.items():
-            output = scratch / "out"
-            start = time.perf_counter()
-            call(output)
-            elapsed = time.perf_counter() - start
-            shutil.rmtree(output)
-            if turn:
-                times[name].append(elapsed)
-    return times
+@dataclass(frozen=True)
+class Place:
+    """Where adapters are made, merges are written and things run."""
+
+    data: Path
+    output: Path
+    device: torch.device
 
 
-def gate(adapters: list[dm.Adapter], device: torch.device) -> float:
-    """The largest relative error of ΔW against the literal method in float64, or an exit."""
-    smallest = rivals.one_of_each_shape(adapters)[0][0]
-    expected = rivals.literal(adapters, smallest, torch.float64, torch.device("cpu"))
-    only = [
-        dm.from_tensors({smallest: a.factors(smallest)}, a.modules[smallest].scaling)
-        for a in rivals.owners(adapters, smallest)
-    ]
-    worst = 0.0
-    for name in measure.usable(device):
-        delta = dm.merge(only, backend=name, device=str(device)).delta(smallest).cpu().double()
-        error = float((delta - expected).norm() / expected.norm())
-        if not error < TOLERANCE:
-            sys.exit(f"{name} disagrees with the reference by {error:.1e}: nothing to report")
-        worst = max(worst, error)
-    return worst
-
-
-def peak_memory(paths: list[Path], scratch: Path, device: torch.device) -> dict[str, int]:
-    """Peak resident bytes of a process that only merges, and of one that only imports."""
-    # Not getrusage: its maximum is inherited from the process that starts this one.
-    report = "import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
-    arguments = json.dumps([str(p) for p in paths])
-    merging = f"dm.merge({arguments}, device='{device}', output={str(scratch / 'memory')!r})"
-    script = "import torch, domerge_fast as dm, domerge_fast.api\n{}\n" + report
-    peaks = {}
-    for label, body in (("idle", "0"), ("merge", merging)):
-        run = subprocess.run(
-            [sys.executable, "-c", script.format(body)], capture_output=True, text=True, check=True
-        )
-        peaks[label] = int(run.stdout) * 1024
-    return peaks
-
-
-def compare(
-    workload: Workload,
-    rounds: int,
-    with_rivals: bool,
-    data: Path,
-    output: Path,
-    device: torch.device,
-) -> dict:
-    paths = workload.write(data)
-    adapters = [dm.load(path) for path in paths]
-    error = gate(adapters, device)
-    with tempfile.TemporaryDirectory(dir=output) as folder:
-        scratch = Path(folder)
-        result = {
-            "workload": workload.name,
-            "factor_bytes": workload.factor_bytes,
-            "modules": len(workload.modules),
-            "adapters": len(workload.members),
-            "rank": workload.rank,
-            "error": error,
-            "machine": machine.describe(device),
-            "group_bytes": GROUP_BYTES,
-            "output": str(output),
-            "seconds": side_by_side(paths, rounds, scratch, device),
-            "peak_bytes": peak_memory(paths, scratch, device),
-        }
-    if with_rivals:
-        wanted = {"literal": "literal float32", "PEFT svd": "PEFT svd"}
-        found = rivals.run(adapters, workload.rank, device, math.inf, tuple(wanted.values()))
-        result["extrapolated"] = {name: found[key].seconds for name, key in wanted.items()}
+def compare(setting: Setting, rounds: int, place: Place, mergekit: Path | None) -> dict[str, Any]:
+    """Everything of one workload. mergekit: the folder of its commands, None to leave it out."""
+    workload = setting.take()
+    _check_room(workload, place)
+    made = not (place.data / workload.name).exists()
+    try:
+        paths = workload.write(place.data)
+        result = _measure(setting, workload, paths, rounds, place)
+        if setting.mergekit and mergekit is not None:
+            result["mergekit"] = mergekit_cli.run(workload, mergekit, place.data)
+    finally:
+        if made and workload.name not in KEPT:
+            shutil.rmtree(place.data / workload.name)
     return result
 
 
-def table(result: dict) -> str:
-    """The result as Markdown; the ratios are against the copy floor and the first backend."""
-    median = {name: statistics.median(t) for name, t in result["seconds"].items()}
-    spread = {name: f"{min(t):.2f} to {max(t):.2f}" for name, t in result["seconds"].items()}
-    for name, total in result.get("extrapolated", {}).items():
-        median[f"{name} (extrapolated)"] = total
-    first = next(name for name in median if name != FLOOR)
-    floor, best = median[FLOOR], median[first]
-    lines = [
-        f"| | seconds (median) | spread | x copy floor | x {first} backend |",
-        "|---|---|---|---|---|",
-    ]
-    for name, value in median.items():
-        lines.append(
-            f"| {name} | {value:.2f} | {spread.get(name, 'one run')} | {value / floor:.2f} "
-            f"| {value / best:.2f} |"
-        )
-    m, peaks = result["machine"], result["peak_bytes"]
-    where = m.get("gpu", f"{m['cpu']}, {m['threads']} threads")
-    over = (peaks["merge"] - peaks["idle"]) / 2**20
-    rounds = len(result["seconds"][FLOOR])
-    lines += [
-        "",
-        f"`{result['workload']}`: {result['adapters']} adapters of rank {result['rank']}, "
-        f"{result['modules']} modules, {result['factor_bytes'] / 1e9:.2f} GB of factors; "
-        f"{rounds} rounds; {where}, torch {m['torch']}, "
-        f"Python {m['python']}. Largest relative error of ΔW against the float64 reference: "
-        f"{result['error']:.1e} (bfloat16 factors). Peak memory of the streamed merge: "
-        f"{over:.0f} MiB above an idle process, in groups of {result['group_bytes'] >> 20} MiB. "
-        f"Inputs in the page cache, outputs to {result['output']}.",
-    ]
-    return "\n".join(lines)
+def _measure(
+    setting: Setting, workload: Workload, paths: list[Path], rounds: int, place: Place
+) -> dict[str, Any]:
+    adapters = [dm.load(path) for path in paths]
+    device = place.device
+    errors = gate.check(adapters, device)
+    first = files.Watched(paths, measure.usable(device)[0], device)
+    calls = files.calls(paths, first, setting.others)
+    result = {
+        "workload": setting.workload,
+        "modules": len(workload.modules),
+        "modules_in_all": len(WORKLOADS[setting.workload].modules),
+        "adapters": len(workload.members),
+        "rank": workload.rank,
+        "factor_bytes": workload.factor_bytes,
+        "errors": errors,
+        "machine": machine.describe(device) | _instruction_set(),
+        "group_bytes": GROUP_BYTES,
+        "output": str(place.output),
+    }
+    with tempfile.TemporaryDirectory(dir=place.output) as folder:
+        scratch = Path(folder)
+        methods = ("do", files.SVD) if setting.others else ("do",)
+        result["seconds"] = files.take_turns(calls, rounds, scratch)
+        result["peak_bytes"] = files.peak_memory(paths, methods, scratch, device)
+    result["stages"] = first.stages
+    assert first.report is not None
+    result["least"] = least.least(workload, first.report, bounds.measure(device))
+    if setting.rivals:
+        found = rivals.run(adapters, workload.rank, device, setting.budget, setting.rivals)
+        result["extrapolated"] = {name: asdict(e) for name, e in found.items()}
+    return result
 
 
-def publish(result: dict) -> None:
-    """Keep the JSON and put the table between the workload's markers in README.md."""
-    folder = HERE / "results" / "cpu"
-    folder.mkdir(parents=True, exist_ok=True)
-    name = result["workload"]
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-    readme = HERE / "README.md"
-    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    before, _, rest = readme.read_text().partition(start)
-    after = rest.partition(end)[2]
-    readme.write_text(f"{before}{start}\n{table(result)}\n{end}{after}")
+def _check_room(workload: Workload, place: Place) -> None:
+    """Exit if the adapters, or the merges with the copy floor's tensors, would not fit."""
+    place.data.mkdir(parents=True, exist_ok=True)
+    needs = 3 * workload.factor_bytes
+    for what, free in (
+        (f"disk under {place.data}", shutil.disk_usage(place.data).free),
+        (f"room under {place.output}", shutil.disk_usage(place.output).free),
+        ("memory", machine.free_bytes(torch.device("cpu"))),
+    ):
+        if free < needs:
+            sys.exit(f"{workload.name} needs {needs >> 20} MiB, {what} has {free >> 20} MiB free")
 
 
-def main() -> None:
+def _instruction_set() -> dict[str, str]:
+    found = doctor.examine()
+    return {k: found[k] for k in ("instruction set",) if k in found}
+
+
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workload", default="llama3-8b-8", choices=WORKLOADS)
-    parser.add_argument("--rounds", type=int, default=5)
+    names = [*SETTINGS, *GROWTH]
+    parser.add_argument("what", nargs="*", metavar="what", help=f"of {', '.join(names)}")
+    parser.add_argument("--quick", action="store_true", help="all of it, small")
+    parser.add_argument("--full", action="store_true", help="all of it")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument(
+        "--budget", type=float, help="seconds for each rival, in place of the usual"
+    )
     parser.add_argument("--no-rivals", action="store_true", help="only the floor and the backends")
-    parser.add_argument("--publish", action="store_true", help="write results/ and README.md")
+    parser.add_argument("--no-mergekit", action="store_true")
+    parser.add_argument(
+        "--mergekit",
+        type=Path,
+        default=Path(sys.executable).parent,
+        help="the folder of mergekit's commands",
+    )
+    parser.add_argument("--publish", action="store_true", help="keep results, rewrite the tables")
     parser.add_argument("--data", type=Path, default=HERE / "data", help="where adapters are made")
     shared = Path("/dev/shm")
     home = shared if shared.is_dir() else Path(tempfile.gettempdir())
     parser.add_argument("--output", type=Path, default=home, help="where the merges are written")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    args = parser.parse_args()
-    result = compare(
-        WORKLOADS[args.workload],
-        args.rounds,
-        not args.no_rivals,
-        args.data,
-        args.output,
-        args.device,
-    )
-    print(table(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    parser.add_argument("--json", type=Path, help="where to write the figures of one workload")
+    args = parser.parse_args(words)
+    if args.quick and args.publish:
+        parser.error("--publish keeps results of whole workloads: give --full, or their names")
+    settings, growth = _chosen(args.what or ["llama3-8b-8"], parser)
+    if args.quick or args.full:
+        settings, growth = (QUICK if args.quick else FULL), tuple(GROWTH)
+    if args.json and len(settings) + len(growth) != 1:
+        parser.error("--json takes the figures of one")
+    mergekit = None if args.no_mergekit or args.no_rivals else args.mergekit.absolute()
+    if mergekit and any(s.mergekit for s in settings) and mergekit_cli.missing(mergekit):
+        sys.exit(mergekit_cli.missing(mergekit))
+    place = Place(args.data.absolute(), args.output.absolute(), args.device)
+
+    def keep(name: str, result: dict[str, Any]) -> None:
+        print(tables.one(name, result), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=2) + "\n")
+        if args.publish:
+            publish.keep(name, result)
+
+    for name in growth:
+        print(f"\n{name} …", flush=True)
+        result = GROWTH[name](args.rounds)
+        keep(name, result | {"machine": result["machine"] | _instruction_set()})
+    for setting in settings:
+        if args.no_rivals:
+            setting = dataclasses.replace(setting, rivals=(), mergekit=False)
+        if args.budget is not None:
+            setting = dataclasses.replace(setting, budget=args.budget)
+        print(f"\n{setting.workload} …", flush=True)
+        keep(setting.workload, compare(setting, args.rounds, place, mergekit))
     if args.publish:
-        publish(result)
+        publish.main()
+
+
+def _chosen(
+    names: Sequence[str], parser: argparse.ArgumentParser
+) -> tuple[tuple[Setting, ...], tuple[str, ...]]:
+    for name in names:
+        if name not in SETTINGS and name not in GROWTH:
+            parser.error(f"{name!r} is none of {', '.join([*SETTINGS, *GROWTH])}")
+    settings = tuple(SETTINGS[name] for name in names if name in SETTINGS)
+    return settings, tuple(name for name in names if name in GROWTH)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The scripts under benchmarks/: rivals, and the one command for a machine with a GPU."""
+"""The scripts under benchmarks/: the suite with its rivals, and the one for a GPU machine."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,12 +15,27 @@ import pytest
 import torch
 
 import domerge_fast as dm
+from domerge_fast.backends import cpu
+from domerge_fast.bench import bounds, cases, measure
+from domerge_fast.bench.gate import Verdict
 from domerge_fast.bench.workloads import WORKLOADS, Member, Shape, Workload
+from domerge_fast.methods.do import DoOptions
+from domerge_fast.plan import Plan
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
+import descent  # noqa: E402
+import files  # noqa: E402
+import gate  # noqa: E402
 import gpu_check  # noqa: E402
+import least  # noqa: E402
+import mergekit_cli  # noqa: E402
+import publish  # noqa: E402
 import rivals  # noqa: E402
+import run  # noqa: E402
+import scaling  # noqa: E402
+import stages  # noqa: E402
+import tables  # noqa: E402
 from gpu_check import FAILED, PASSED, SKIPPED, Outcome, Stage  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -213,9 +230,33 @@ def test_the_literal_method_is_what_merge_does():
     adapters = MIXED.adapters(CPU)
     merged = dm.merge(adapters)
     for name in ("a.q", "a.k"):
-        expected = rivals.literal(adapters, name, torch.float64, CPU)
+        expected = rivals.literal(rivals.factors(adapters, name, CPU), torch.float64)
         error = (merged.delta(name) - expected).norm() / expected.norm()
         assert float(error) < 1e-4
+
+
+def truncated_mean(factors, rank: int) -> torch.Tensor:
+    delta = torch.stack([b.double() @ a.double() for a, b in factors]).mean(0)
+    u, s, vh = torch.linalg.svd(delta)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
+@pytest.mark.parametrize("name", ["PEFT cat", "PEFT svd", "PEFT svd, thin", rivals.QR_SVD])
+def test_rivals_merge_what_our_svd_does(name):
+    rank = 8 if name == "PEFT cat" else 3
+    factors = rivals.factors(MIXED.adapters(CPU), "a.q", CPU)
+    call = rivals.RIVALS[name].prepare(factors, rank)
+    expected = truncated_mean(factors, rank)
+    for _ in range(2):  # the second time is what is measured
+        a, b = call()
+        error = (b.double() @ a.double() - expected).norm() / expected.norm()
+        assert float(error) < 1e-5
+
+
+def estimate(seconds, budget=math.inf, room=math.inf) -> rivals.Estimate:
+    return rivals.estimate(
+        MIXED.adapters(CPU), seconds, lambda s: s.m * s.n, lambda s: s.m, budget, room
+    )
 
 
 def test_a_shape_beyond_the_budget_is_scaled_from_the_one_before():
@@ -225,19 +266,290 @@ def test_a_shape_beyond_the_budget_is_scaled_from_the_one_before():
         run.append(name)
         return 2.0
 
-    adapters = MIXED.adapters(CPU)
-    found = rivals.estimate(adapters, seconds, lambda m, n: m * n, budget=1.0)
+    found = estimate(seconds, budget=1.0)
     assert run == ["a.k"]
     assert found.seconds == pytest.approx(2.0 + 2 * 2.0 * 600 / 54)
     assert (found.measured, found.scaled) == (1, 2)
-    found = rivals.estimate(adapters, seconds, lambda m, n: m * n, budget=100.0)
-    assert found == rivals.Estimate(2.0 + 2 * 2.0, 3, 0)
+    assert estimate(seconds) == rivals.Estimate(2.0 + 2 * 2.0, 3, 0)
 
 
-def test_rivals_are_run_for_real():
-    adapters = MIXED.adapters(CPU)
-    found = rivals.run(adapters, MIXED.rank, CPU, budget=60.0)
-    assert set(found) == {"literal float32", "literal float64", "PEFT svd", "PEFT cat"}
+def test_a_shape_beyond_the_memory_is_scaled_or_none_is_run():
+    assert estimate(lambda name: 2.0, room=10).scaled == 2
+    assert estimate(lambda name: pytest.fail(name), room=5) == rivals.Estimate(0.0, 0, 0, 6)
+
+
+def test_every_rival_of_a_set_is_run_for_real():
+    found = rivals.run(MIXED.adapters(CPU), MIXED.rank, CPU, 60.0, tuple(rivals.RIVALS))
     for estimate in found.values():
         assert 0 < estimate.seconds < 60
         assert (estimate.measured, estimate.scaled) == (3, 0)
+
+
+# The runner
+
+
+def test_calls_take_turns_and_a_slow_one_is_run_once(tmp_path):
+    order = []
+
+    def call(name: str, seconds: float):
+        def write(output: Path) -> None:
+            order.append(name)
+            output.mkdir()
+            time.sleep(seconds)
+
+        return write
+
+    calls = {"quick": call("q", 0.0), "slow": call("s", 0.2)}
+    times = files.take_turns(calls, 3, tmp_path, patience=0.1)
+    assert order == ["q", "s", "q", "q", "q"]
+    assert {name: len(t) for name, t in times.items()} == {"quick": 3, "slow": 1}
+    assert times["slow"][0] >= 0.2
+
+
+def test_the_stages_of_a_merge_add_up_to_it(tmp_path):
+    adapters = MIXED.write(tmp_path)
+    start = time.perf_counter()
+    merged, found = stages.measure(lambda: dm.merge(adapters, output=tmp_path / "out"))
+    whole = time.perf_counter() - start
+    assert merged.names == ("a.k", "a.q", "b.q")
+    assert sum(found["main"].values()) == pytest.approx(whole, rel=0.1, abs=0.01)
+    assert found["main"][stages.REST] > 0
+    assert {"orthogonalize", "apply", "apply_decouple", "open"} < set(found["main"])
+    assert found["read"]["read"] > 0
+    assert found["write"]["write"] > 0
+
+
+def test_the_least_time_counts_every_op_of_a_merge():
+    merged = dm.merge(MIXED.adapters(CPU))
+    plan = Plan.make(MIXED.adapters(CPU), [1.0, 1.0])
+    given = [cases.stack(plan, name, CPU) for name in plan.names]
+    recorded = cases.record(given, torch.float32, "torch", DoOptions())
+    expected = measure.merge_work(given, torch.float32, recorded)
+    found = least.do_work(MIXED, merged.report)
+    assert found.bytes == expected.bytes
+    assert dict(found.flops_in) == pytest.approx(dict(expected.flops_in))
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """Runs run.py on llama-tiny in this process."""
+    monkeypatch.setattr(bounds, "COPY_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(bounds, "GEMM_SIZE", {"cpu": 64})
+    words = ["llama-tiny", "--rounds", "2", "--no-mergekit", "--data", str(tmp_path / "data")]
+    words += ["--output", str(tmp_path), "--json", str(tmp_path / "result.json")]
+    return lambda *more: run.main([*words, *more])
+
+
+@pytest.mark.slow
+def test_a_workload_is_measured_with_its_rivals(quick, tmp_path, capsys):
+    quick()
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["seconds"]) == {files.FLOOR, "cpu", "torch", "cpu svd"}
+    assert {len(times) for times in result["seconds"].values()} == {2}
+    assert set(result["extrapolated"]) == set(run.ALL_RIVALS)
+    assert all(e["measured"] == 14 for e in result["extrapolated"].values())
+    assert {key: error < gate.TOLERANCE for key, error in result["errors"].items()} == {
+        f"{backend} {method}": True for backend in ("cpu", "torch") for method in ("do", "svd")
+    }
+    peaks = result["peak_bytes"]
+    assert peaks["idle"] < peaks["do"] < peaks["idle"] + 2**30
+    assert result["least"]["seconds"] > 0
+    printed = capsys.readouterr().out
+    assert tables.workload(result) in printed
+    assert not list(tmp_path.glob("tmp*"))  # nothing written is left
+
+
+@pytest.mark.parametrize("method", ["do", "svd"])
+def test_no_figure_of_a_backend_that_is_wrong(method, quick, tmp_path, monkeypatch):
+    op = "apply_decouple" if method == "do" else "truncate"
+    right = getattr(cpu, op)
+
+    def wrong(*arguments, **options):
+        """A relative error of 2 in what the op returns."""
+        found, other = right(*arguments, **options)
+        if op == "truncate":
+            return [(3 * a, b) for a, b in found], other
+        return [3 * a for a in found], other
+
+    monkeypatch.setattr(cpu, op, wrong)
+    with pytest.raises(SystemExit, match=f"cpu disagrees .*: {op} is off by 2.0e.00"):
+        quick("--no-rivals")
+    # An error that only a whole merge shows is seen too.
+    monkeypatch.setattr(gate.Gate, "check", lambda *given: Verdict({}, None))
+    with pytest.raises(SystemExit, match=f"cpu disagrees .* ΔW of {method} is off by 2.0e.00"):
+        quick("--no-rivals")
+    assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--quick", "--publish"], "--publish keeps results of whole workloads"),
+        (["nothing"], "'nothing' is none of llama-tiny"),
+        (["scaling", "llama-tiny", "--json", "x"], "--json takes the figures of one"),
+    ],
+)
+def test_words_that_the_runner_refuses(words, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run.main(words)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_mergekit_the_runner_says_what_to_do(tmp_path):
+    with pytest.raises(SystemExit, match="pip install mergekit, or --no-mergekit"):
+        run.main(["--quick", "--mergekit", str(tmp_path)])
+
+
+def test_adapters_that_were_made_for_a_run_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "_measure", lambda *given: {})
+    place = run.Place(tmp_path, tmp_path, CPU)
+    part = run.Setting("llama3-8b-8", 1.0, modules=2)
+    assert len(part.take().modules) == 2
+    run.compare(part, 1, place, None)
+    assert not list(tmp_path.iterdir())
+    part.take().write(tmp_path)
+    run.compare(part, 1, place, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["llama3-8b-8-2-modules"]
+
+
+def test_every_workload_has_its_setting():
+    assert set(run.SETTINGS) == set(WORKLOADS)
+    assert {setting.workload for setting in run.FULL} == set(WORKLOADS) - {"llama-tiny"}
+
+
+@pytest.mark.slow
+def test_growth_is_measured(monkeypatch):
+    monkeypatch.setattr(scaling, "SERIES", {"modules": ((1, 2), lambda x: (4, 4, x, 64))})
+    monkeypatch.setattr(scaling, "WIDTH", 64)
+    result = scaling.run(2)
+    assert set(result["series"]["modules"]) == {"1", "2"}
+    assert set(result["series"][scaling.THREADS]) == {
+        str(k) for k in range(1, torch.get_num_threads() + 1)
+    }
+    points = [p for points in result["series"].values() for p in points.values()]
+    assert all(len(p["seconds"]) == 2 and p["steps"] >= 1 for p in points)
+    assert "| modules | 2 |" in tables.one("scaling", result)
+
+
+@pytest.mark.slow
+def test_orthogonalize_is_measured_beside_sgemm(monkeypatch):
+    monkeypatch.setattr(descent, "RANKS", (16,))
+    monkeypatch.setattr(descent, "SGEMM", 64)
+    result = descent.run(2)
+    row = result["ranks"]["16"]
+    assert row["flops"] == pytest.approx(7 * 16**3 * row["steps"] * row["problems"])
+    assert len(row["seconds"]) == len(row["sgemm"]) == 2
+    assert "| 16 | 256 |" in tables.one("orthogonalize", result)
+
+
+# mergekit
+
+
+def test_mergekit_is_reckoned_from_a_layer_beyond_its_start(tmp_path, monkeypatch):
+    steps = {"task_arithmetic": 3.0, "ties": 4.0, mergekit_cli.EXTRACT: 5.0}
+    monkeypatch.setattr(
+        mergekit_cli,
+        "_steps",
+        lambda w, *given: dict.fromkeys(steps, 2.0) if w.name == "llama-tiny" else steps,
+    )
+    monkeypatch.setattr(mergekit_cli, "_version", lambda scripts: "1")
+    found = mergekit_cli.run(WORKLOADS["llama3-8b-8"], tmp_path, tmp_path)
+    assert found["layers"] == 32
+    assert found["seconds"] == {
+        "task_arithmetic": 2 + 32 * 1 + 2 + 32 * 3,
+        "ties": 2 + 32 * 2 + 2 + 32 * 3,
+    }
+
+
+def test_a_mergekit_that_fails_stops_the_run(tmp_path):
+    command = [sys.executable, "-c", "raise SystemExit('no such recipe')"]
+    with pytest.raises(SystemExit, match="failed: no such recipe"):
+        mergekit_cli._seconds(command)
+
+
+# What is published
+
+
+def test_the_tables_of_both_pages_are_those_of_the_results_that_are_kept():
+    results = publish.load()
+    assert tables.HEADLINE in results
+    texts = publish.sections(results)
+    for page in publish.PAGES:
+        text = page.read_text()
+        assert publish.fill(text, texts) == text
+    headline, benchmarks = (page.read_text() for page in reversed(publish.PAGES))
+    assert texts["headline"] in headline
+    assert all(texts[name] in benchmarks for name in texts if name != "headline")
+
+
+def test_the_plots_that_the_page_shows_are_kept_and_small():
+    shown = re.findall(r"\((results/[^)]+\.svg)\)", publish.PAGES[0].read_text())
+    assert len(shown) == 3
+    for path in shown:
+        assert 0 < (FOLDER / path).stat().st_size < 100_000
+
+
+def published() -> dict:
+    """A result with figures that are easy to follow through a table."""
+    return {
+        "workload": "llama3-8b-8",
+        "modules": 14,
+        "modules_in_all": 224,
+        "adapters": 8,
+        "rank": 16,
+        "factor_bytes": 10**9,
+        "errors": {"cpu do": 1e-3},
+        "machine": {"cpu": "A CPU", "threads": 2, "torch": "2.x", "python": "3.x"},
+        "group_bytes": 64 << 20,
+        "seconds": {files.FLOOR: [1.0, 2.0, 3.0], "cpu": [4.0, 4.0, 5.0], "cpu svd": [8.0]},
+        "peak_bytes": {"idle": 2**20, "do": 3 * 2**20},
+        "stages": {"main": {"gram": 3.0, stages.REST: 1.0}, "write": {"write": 2.0}},
+        "least": {"seconds": 0.5, "limit": "flops", "bytes": 2e9, "flops": 1e12}
+        | {"copy": 1e10, "gemm": {"float32": 2e12}},
+        "extrapolated": {
+            rivals.LITERAL: {"seconds": 1200.0, "measured": 4, "scaled": 10, "needs": 0.0},
+            rivals.PEFT_SVD: {"seconds": 0.0, "measured": 0, "scaled": 0, "needs": 2.0**36},
+        },
+        "mergekit": {"version": "9", "layers": 32, "seconds": {"task_arithmetic": 400.0}},
+    }
+
+
+def test_a_table_shows_every_contender_and_says_what_is_extrapolated():
+    lines = tables.workload(published()).splitlines()
+    assert "| least for `do` | 0.5 |  | flops at this machine's rate | 0.25 | 0.12 |" in lines
+    assert "| copy floor | 2 | 1 to 3 | files, 3 runs | 1.00 | 0.50 |" in lines
+    assert "| `do`, cpu | 4 | 4 to 5 | files, 3 runs | 2.00 | 1.00 |" in lines
+    assert "| `svd` to rank 16, cpu | 8 |  | files, one run | 4.00 | 2.00 |" in lines
+    how = "in memory, extrapolated from one of each shape; shapes of 10 modules scaled"
+    assert f"| literal float32 | 1200 |  | {how} | 600 | 300 |" in lines
+    assert "| PEFT svd |  |  | would take 64 GiB of memory |  |  |" in lines
+    how = "files, extrapolated from 1 of 32 layers"
+    assert f"| mergekit 9 task_arithmetic, extract-lora | 400 |  | {how} | 200 | 100 |" in lines
+    assert "14 of 224 (so the whole takes 16 times that) modules" in lines[-1]
+    assert "2 MiB (`do`)" in lines[-1]
+
+
+def test_the_headline_states_ratios_and_the_machine():
+    result = published()
+    del result["extrapolated"][rivals.PEFT_SVD]
+    lines = tables.headline(result).splitlines()
+    assert "A CPU, 2 threads, torch 2.x" in lines[0]
+    assert "| **domerge_fast**, DO-Merging | **4** | 1.00 |" in lines
+    label = "the method as printed, with dense matrices, in memory (extrapolated)"
+    assert f"| {label} | 1200 | 300 |" in lines
+
+
+def test_what_is_kept_is_what_the_page_gets(tmp_path, monkeypatch):
+    page = tmp_path / "README.md"
+    page.write_text("a\n<!-- stages -->\nold\n<!-- end stages -->\nb\n")
+    monkeypatch.setattr(publish, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(publish, "PAGES", (page,))
+    publish.keep("llama3-8b-8", published())
+    publish.main()
+    table = tables.stages({"llama3-8b-8": published()})
+    assert "| llama3-8b-8 | 3 | 1 | 2 |" in table
+    text = f"a\n<!-- stages -->\n{table}\n<!-- end stages -->\nb\n"
+    assert page.read_text() == text
+    names = {path.name for path in (tmp_path / "results").iterdir()}
+    assert names == {"llama3-8b-8.json", "rivals.svg", "stages.svg"}

@@ -1,0 +1,122 @@
+"""Whole merges, files to files: the copy floor and what domerge_fast does, taking turns."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import stages
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from stages import Stages
+
+import domerge_fast as dm
+from domerge_fast.bench import measure
+from domerge_fast.report import Report
+
+FLOOR = "copy floor"
+SVD = "svd"
+"""After a backend's name: its `svd` to the adapters' rank. A backend's name alone is `do`."""
+
+PATIENCE = 60.0
+"""Seconds after which a call is not repeated; one that takes longer is run once, unwarmed."""
+
+Call = Callable[[Path], object]
+
+
+def copy_floor(paths: Sequence[Path], output: Path) -> None:
+    """Read all factors, stack them, and write the stack, with the safetensors library."""
+    files = [safe_open(path / "adapter_model.safetensors", framework="pt") for path in paths]
+    keys = [set(file.keys()) for file in files]
+    stacked = {}
+    for key in sorted(set().union(*keys)):
+        parts = [file.get_tensor(key) for file, has in zip(files, keys) if key in has]
+        stacked[key] = torch.cat(parts, dim=0 if "lora_A" in key else 1)
+    output.mkdir()
+    save_file(stacked, output / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def merge(
+    paths: Sequence[Path], output: Path, method: str, backend: str, device: torch.device
+) -> dm.Merged:
+    return dm.merge(paths, method=method, backend=backend, device=str(device), output=output)
+
+
+@dataclass
+class Watched:
+    """`do` on a backend; keeps the report and the stages of its last merge."""
+
+    paths: Sequence[Path]
+    backend: str
+    device: torch.device
+    report: Report | None = None
+    stages: Stages = field(default_factory=dict)
+
+    def __call__(self, output: Path) -> None:
+        merged, self.stages = stages.measure(
+            lambda: merge(self.paths, output, "do", self.backend, self.device)
+        )
+        self.report = merged.report
+
+
+def calls(paths: Sequence[Path], first: Watched, others: bool) -> dict[str, Call]:
+    """The floor, the first backend, and the other backends and `svd` if wanted, by name."""
+    found: dict[str, Call] = {FLOOR: lambda out: copy_floor(paths, out), first.backend: first}
+    if others:
+        device, best = first.device, first.backend
+        for name in measure.usable(device):
+            if name != best:
+                found[name] = lambda out, name=name: merge(paths, out, "do", name, device)
+        found[f"{best} {SVD}"] = lambda out: merge(paths, out, SVD, best, device)
+    return found
+
+
+def take_turns(
+    calls: Mapping[str, Call], rounds: int, scratch: Path, patience: float = PATIENCE
+) -> dict[str, list[float]]:
+    """Seconds of every call, `rounds` times after one of warm-up, as far as patience goes."""
+
+    def seconds(call: Call) -> float:
+        output = scratch / "out"
+        start = time.perf_counter()
+        call(output)
+        elapsed = time.perf_counter() - start
+        shutil.rmtree(output)
+        return elapsed
+
+    first = {name: seconds(call) for name, call in calls.items()}
+    times = {name: [t] if t > patience else [] for name, t in first.items()}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if sum(times[name]) < patience:
+                times[name].append(seconds(call))
+    return times
+
+
+def peak_memory(
+    paths: Sequence[Path], methods: Sequence[str], scratch: Path, device: torch.device
+) -> dict[str, int]:
+    """Peak resident bytes of a process that only imports, and of one for each method's merge."""
+    # Not getrusage: its maximum is inherited from the process that starts this one.
+    report = "import re; print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    script = "import torch, domerge_fast as dm, domerge_fast.api\n{}\n" + report
+    arguments = json.dumps([str(p) for p in paths])
+    bodies = {"idle": "0"}
+    for method in methods:
+        output = str(scratch / f"memory-{method}")
+        bodies[method] = f"dm.merge({arguments}, {method!r}, device='{device}', output={output!r})"
+    peaks = {}
+    for label, body in bodies.items():
+        run = subprocess.run(
+            [sys.executable, "-c", script.format(body)], capture_output=True, text=True, check=True
+        )
+        peaks[label] = int(run.stdout) * 1024
+        shutil.rmtree(scratch / f"memory-{label}", ignore_errors=True)
+    return peaks

@@ -1,0 +1,64 @@
+"""The least time that a machine's copy and GEMM rates allow for the merge of a workload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from domerge_fast.bench import bounds
+from domerge_fast.bench.bounds import NOTHING, Rates, Work
+from domerge_fast.bench.cases import is_wide
+from domerge_fast.bench.workloads import Workload
+from domerge_fast.problem import Problem
+from domerge_fast.report import Report, SideReport
+
+
+def least(workload: Workload, report: Report, rates: Rates) -> dict[str, Any]:
+    """Seconds, what takes them, and what they follow from; the steps are those of the report."""
+    work = do_work(workload, report)
+    seconds, limit = rates.seconds(work)
+    return {
+        "seconds": seconds,
+        "limit": limit,
+        "bytes": work.bytes,
+        "flops": work.flops,
+        "copy": rates.copy,
+        "gemm": dict(rates.gemm),
+    }
+
+
+def do_work(workload: Workload, report: Report) -> Work:
+    """The flops of a `do` merge; factors are read once and results written once."""
+    ranks: dict[str, list[int]] = {}
+    for member in workload.members:
+        for shape in member.modules:
+            ranks.setdefault(shape.name, []).append(member.rank)
+    total = NOTHING
+    for shape in workload.modules:
+        done = report.modules[shape.name]
+        a = _problem(ranks[shape.name], shape.n, workload.dtype)
+        b = _problem(ranks[shape.name], shape.m, workload.dtype)
+        total += _side(a, done.a) + _side(b, done.b)
+        total += bounds.apply([_coefficients(b)], [b], workload.dtype)
+        total += bounds.block_gram([b])
+        total += bounds.apply_decouple([_coefficients(a)], [a], workload.dtype)
+    return Work(2 * workload.factor_bytes, total.flops_in)
+
+
+def _problem(ranks: list[int], d: int, dtype: torch.dtype) -> Problem:
+    blocks = tuple(torch.empty(r, d, dtype=dtype, device="meta") for r in ranks)
+    return Problem(blocks, (1.0,) * len(blocks))
+
+
+def _coefficients(p: Problem) -> torch.Tensor | None:
+    return None if is_wide(p) else torch.empty(p.rank, p.rank, device="meta")
+
+
+def _side(p: Problem, done: SideReport | None) -> Work:
+    """The descent of one side, and the Gram it starts from."""
+    if done is None:
+        return NOTHING
+    if is_wide(p):
+        return bounds.orthogonalize_factors([p], [done.steps])
+    return bounds.gram([p]) + bounds.orthogonalize([p.rank], [done.steps])
