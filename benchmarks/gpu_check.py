@@ -194,7 +194,7 @@ def stages(architecture: str) -> list[Stage]:
         bench("bench moe-30b-4 part", "moe-30b-4", all_three, "--modules", "256"),
         sanitize("memcheck", "cuda"),
         sanitize("racecheck", "cuda"),
-        script("files to files", 90, "run.py", "--no-rivals", *data),
+        script("files to files", 150, "run.py", "--no-rivals", *data),
         script("rivals", 90, "rivals.py", "--budget", "12"),
         tests("tests triton", 150, few),
         sanitize("memcheck", "triton"),

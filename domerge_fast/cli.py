@@ -185,6 +185,21 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _fill_methods(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from . import api
+
+    found = api.methods()
+    if args.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        _print_table(list(found.items()))
+    return 0
+
+
 def _fill_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -252,6 +267,7 @@ Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argpar
 COMMANDS: dict[str, Command] = {
     "merge": ("merge adapters into one", _fill_merge, _merge),
     "inspect": ("show how much adapters interfere", _fill_inspect, _inspect),
+    "methods": ("list the merge methods", _fill_methods, _methods),
     "bench": ("measure the ops beside what this machine could reach", _fill_bench, _bench),
     "doctor": ("show versions and backends, and why one is off", _fill_doctor, _doctor),
 }

@@ -197,6 +197,15 @@ def test_inspect_prints_the_tables_of_the_api(pair, capsys):
         assert re.search(rf"^{k + 1} +{pair[k]} +{numbers}$", shown, re.MULTILINE)
 
 
+def test_methods_lists_each_with_one_line(capsys):
+    assert cli.main(["methods", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {name: method.summary for name, method in TABLE.items()}
+    assert cli.main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [tuple(re.split(r"  +", line, maxsplit=1)) for line in lines] == list(found.items())
+
+
 def test_doctor_shows_versions_and_every_backend(capsys, monkeypatch):
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
     assert cli.main(["doctor", "--json"]) == 0
@@ -224,7 +233,7 @@ def test_doctor_says_why_a_backend_is_off_and_what_the_environment_chose(capsys,
 
 WRONG = {
     "": "the following arguments are required: COMMAND; see 'domerge-fast --help'",
-    "merg a b -o out": "invalid choice: 'merg' (choose from 'merge', 'inspect', 'bench', 'doctor')",
+    "merg a b -o out": "invalid choice: 'merg' (choose from 'merge', 'inspect', 'methods',",
     "merge a b": "-o/--output; see 'domerge-fast merge --help'",
     "merge -o out": "required: ADAPTER; see 'domerge-fast merge --help'",
     "merge a b -o out --gama 2": "'--gama' is not understood, did you mean '--gamma'?",

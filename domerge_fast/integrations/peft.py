@@ -1,0 +1,300 @@
+"""Merge adapters of a live PeftModel into a new adapter of it, by PEFT's own call.
+
+    from domerge_fast.integrations import peft
+
+    peft.add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "merged", combination_type="do")
+
+    peft.install()
+    model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "merged", combination_type="do")
+
+`add_weighted_adapter` here always runs a method of this package, also where PEFT has a type of the
+same name ("linear", "svd"). After `install`, PEFT's names mean what they mean in PEFT.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import api
+from ..adapters import Adapter, from_model
+from ..errors import AdapterError, DomergeError, OptionError
+from ..merged import Merged
+from ..methods import TABLE
+from ..options import check, choose
+from ..outputs.peft import rank_fields
+from ..report import Report
+
+try:
+    from peft import LoraConfig, LoraModel, PeftModel
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+except ImportError as error:
+    raise DomergeError(f"{__name__} needs PEFT ({error}); pip install peft") from error
+
+_ELEMENTWISE = ("dare_linear", "dare_ties", "magnitude_prune", "ties")
+PEFT_TYPES = frozenset(
+    {"cat", "linear", "svd", *_ELEMENTWISE, *(f"{kind}_svd" for kind in _ELEMENTWISE)}
+)
+"""PEFT's own combination types; those a newer PEFT declares are found by `install`."""
+
+_OF_BASE: dict[str, Any] = {
+    "base_model_name_or_path": None,
+    "revision": None,
+    "fan_in_fan_out": False,
+    "layer_replication": None,
+}
+_ELSEWHERE = {
+    "method": "say combination_type",
+    "rank": "say svd_rank",
+    "output": "save the new adapter with the model's save_pretrained",
+    "overwrite": "save the new adapter with the model's save_pretrained",
+    "base_model": "leave it out, adapters of one model have one base",
+}
+
+
+def add_weighted_adapter(
+    model: PeftModel | LoraModel,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str = "do",
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
+    **options: Any,
+) -> Report:
+    """Merge LoRA adapters of a live model into a new adapter, called `adapter_name`.
+
+    adapters: names of adapters of the model. weights: one number each, negative to subtract; "do"
+        uses w_i / sum |w| over the adapters that have a module, the other methods the weights as
+        they are (`domerge_fast.merge`). One adapter alone is reweighted: its weight is the factor
+        on what the method makes of it.
+    combination_type: a name from `domerge_fast.methods()`.
+    svd_rank: truncate every module to this rank, with any method; None: the method's own rank,
+        which is exact except for "svd".
+    density, majority_sign_method: options of the methods that have them.
+    svd_clamp, svd_full_matrices, svd_driver: refused unless they are PEFT's defaults; nothing here
+        takes a dense SVD.
+    options: the method's own, and `scale`, `energy`, `dtype`, `backend`, `device`,
+        `max_device_memory` and `progress` of `domerge_fast.merge`.
+
+    The new adapter is on the devices and in the dtype of those it is made of, frozen, with scaling
+    1. Nothing else changes: not the active adapter, nor what is trained. A module that adapters
+    save whole (modules_to_save) is kept where those that have it agree.
+
+    Returns the merge's report. Raises DomergeError (a ValueError), one line, for an unknown type,
+    option or adapter, a name that is taken, and whatever cannot be merged exactly; the model has no
+    new adapter then.
+    """
+    tuner = _tuner(model)
+    choose("combination_type", combination_type, TABLE)
+    _check_names(tuner, adapters, adapter_name)
+    if svd_rank is not None:
+        check("svd_rank", svd_rank, int, low=1)
+    for name, differs in (
+        ("svd_clamp", svd_clamp is not None),
+        ("svd_full_matrices", svd_full_matrices is not True),
+        ("svd_driver", svd_driver is not None),
+    ):
+        if differs:
+            raise OptionError(name, "is for PEFT's dense SVD, there is none here", "leave it out")
+    for name in options.keys() & _ELSEWHERE.keys():
+        raise OptionError(name, "is not an option on a live model", _ELSEWHERE[name])
+    if density is not None:
+        options["density"] = density
+    if majority_sign_method != "total":
+        options["majority_sign_method"] = majority_sign_method
+    if len(adapters) == len(weights) == 1 and weights[0] != 0:
+        factor = check("weights", weights[0], float)
+        options["scale"] = check("scale", options.get("scale", 1.0), float) * factor
+        weights = [1.0]
+    whole = _saved_whole(tuner, adapters)
+    sources = _read(tuner, adapters)
+    merged = api.merge(sources, combination_type, weights=weights, rank=svd_rank, **options)
+    _add(tuner, adapter_name, merged, sources, whole)
+    return merged.report
+
+
+def install() -> None:
+    """Let `add_weighted_adapter` of PEFT's models take the methods of this package.
+
+    PEFT's own combination types, and calls that name none, go to PEFT as they are; every other
+    type comes here. Installing again changes nothing; `uninstall` takes it back.
+    """
+    original = LoraModel.add_weighted_adapter
+    if hasattr(original, "replaced_by_domerge_fast"):
+        return
+    hints = typing.get_type_hints(original)
+    theirs = {None, *PEFT_TYPES, *typing.get_args(hints.get("combination_type"))}
+
+    @functools.wraps(original)
+    def either(self: LoraModel, *args: Any, **kwargs: Any) -> Any:
+        kind = args[3] if len(args) > 3 else kwargs.get("combination_type")
+        add = original if kind in theirs else add_weighted_adapter
+        return add(self, *args, **kwargs)
+
+    either.replaced_by_domerge_fast = original  # type: ignore[attr-defined]
+    LoraModel.add_weighted_adapter = either  # type: ignore[method-assign]
+
+
+def uninstall() -> None:
+    """Undo `install`; nothing happens where it was not called."""
+    current = LoraModel.add_weighted_adapter
+    original = getattr(current, "replaced_by_domerge_fast", current)
+    LoraModel.add_weighted_adapter = original  # type: ignore[method-assign]
+
+
+class _Whole(nn.Module):
+    """A LoraModel under the names that its PeftModel gives its parts."""
+
+    def __init__(self, base_model: LoraModel) -> None:
+        super().__init__()
+        self.base_model = base_model
+        self.peft_config = base_model.peft_config
+
+
+def _tuner(model: Any) -> LoraModel:
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not isinstance(tuner, LoraModel):
+        problem = f"a {type(tuner).__name__} has no LoRA adapters"
+        raise OptionError("model", problem, "give a PeftModel or LoraModel")
+    return tuner
+
+
+def _check_names(tuner: LoraModel, adapters: Sequence[str], adapter_name: str) -> None:
+    if isinstance(adapters, str):
+        raise OptionError("adapters", "is one name, not a list", f"say [{adapters!r}]")
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
+        problem = f"{adapter_name!r} cannot be the name of a module"
+        raise OptionError("adapter_name", problem, "give a word without dots")
+    if adapter_name in tuner.peft_config:
+        remedy = "give another name, or delete it first (model.delete_adapter)"
+        raise OptionError("adapter_name", f"the model has {adapter_name!r} already", remedy)
+
+
+def _read(tuner: LoraModel, adapters: Sequence[str]) -> list[Adapter]:
+    """The adapters, without what they save whole, which is not merged.
+
+    What their configs say of the base is said for all by the first that says it: PEFT writes it
+    into the config of the adapter that was there first.
+    """
+    whole = _Whole(tuner)
+    found = [from_model(whole, name) for name in adapters]
+    of_base = {
+        field: next(filter(None, (getattr(x.config, field) for x in found)), default)
+        for field, default in _OF_BASE.items()
+    }
+    return [
+        dataclasses.replace(x, config=dataclasses.replace(x.config, **of_base), carried={})
+        for x in found
+    ]
+
+
+def _saved_whole(tuner: LoraModel, adapters: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules that the adapters save whole, by name; AdapterError where two differ.
+
+    PEFT allows one adapter to have such a module; here several may if it is the same in all.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, wrapper in tuner.model.named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        owners = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
+        for owner in owners:
+            saved = wrapper.modules_to_save[owner]
+            if not _equal(found.setdefault(name, saved), saved):
+                problem = f"saves it whole (modules_to_save), unlike it is in {owners[0]!r}"
+                remedy = "merge adapters of which one saves it, or train it as LoRA"
+                raise AdapterError(owner, name, problem, remedy)
+    return found
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    tensors = zip(one.state_dict().values(), other.state_dict().values())
+    return all(torch.equal(x.cpu(), y.cpu()) for x, y in tensors)
+
+
+def _add(
+    tuner: LoraModel,
+    name: str,
+    merged: Merged,
+    sources: Sequence[Adapter],
+    whole: Mapping[str, nn.Module],
+) -> None:
+    """Inject the adapter and fill it; an error leaves the model without it."""
+    ranks = {path: report.rank for path, report in merged.report.modules.items()}
+    saved = [module for source in sources for module in source.config.modules_to_save or ()]
+    fields: dict[str, Any] = dict(merged.target.config) | rank_fields(ranks)
+    fields["modules_to_save"] = list(dict.fromkeys(saved)) or None
+    if _ambiguous(tuner, merged.names) and fields["target_modules"] == sorted(merged.names):
+        fields["target_modules"] = "|".join(map(re.escape, merged.names))
+    replication = fields.pop("layer_replication")
+    config = LoraConfig(**fields)
+    with _same_trained(tuner):
+        tuner.peft_config[name] = config
+        try:
+            # On the meta device: the initial values would only be thrown away.
+            tuner.inject_adapter(tuner.model, name, low_cpu_mem_usage=True)
+            _fill(tuner, name, merged, sources)
+            for path, module in whole.items():
+                wrapper = tuner.model.get_submodule(path)
+                wrapper.modules_to_save[name].load_state_dict(module.state_dict())
+        except BaseException:
+            tuner.delete_adapter(name)
+            raise
+    # Only now: on injecting, PEFT would replicate the model's layers once more.
+    config.layer_replication = replication
+
+
+def _ambiguous(tuner: LoraModel, names: Sequence[str]) -> bool:
+    """Whether another module's name ends in one of these, which PEFT takes for the same."""
+    ends = tuple(f".{name}" for name in names)
+    others = {path for path, _ in tuner.model.named_modules()} - set(names)
+    return any(path.endswith(ends) for path in others)
+
+
+@contextmanager
+def _same_trained(tuner: LoraModel) -> Iterator[None]:
+    """Keep what is trained: PEFT 0.18 freezes the active adapters when it adds a frozen one."""
+    before = [(parameter, parameter.requires_grad) for parameter in tuner.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, trained in before:
+            parameter.requires_grad = trained
+
+
+def _fill(tuner: LoraModel, name: str, merged: Merged, sources: Sequence[Adapter]) -> None:
+    """Give every injected layer its factors, on the device of those they are made of."""
+    layers = {
+        path: layer
+        for path, layer in tuner.model.named_modules(remove_duplicate=False)
+        if isinstance(layer, LoraLayer) and name in layer.r
+    }
+    for path in sorted(layers.keys() ^ set(merged.names)):
+        problem = "the adapters' layers are not those that their configs select"
+        raise DomergeError(f"module {path!r}: {problem}; correct their target_modules")
+    for path, layer in layers.items():
+        layout = merged.target.layouts[path]
+        source = next(source for source in sources if path in source.modules)
+        device = source.factors(path)[0].device
+        a, b = (
+            nn.Parameter(factor.to(device), requires_grad=False)
+            for factor in layout.stored(*merged.factors(path))
+        )
+        if layout.kind == "embedding":
+            layer.lora_embedding_A[name], layer.lora_embedding_B[name] = a, b
+        else:
+            layer.lora_A[name].weight, layer.lora_B[name].weight = a, b
