@@ -21,6 +21,7 @@ AVAILABLE = [name for name, status in registry.backends().items() if status.avai
 FAST = [name for name in AVAILABLE if name != "reference"]
 GROUP = ("odd d", "d below R", "duplicated", "mixed sizes")  # of three adapters each
 WEIGHTS = [1.0, -0.5, 2.0]
+LEVELLING = ("iso_c", "iso_cts", "subspace_boost")  # these change the spectrum of one adapter too
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 every_backend = pytest.mark.parametrize("backend", AVAILABLE)
@@ -225,7 +226,7 @@ KINDS = {
 
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", TABLE)
+@pytest.mark.parametrize("method", [m for m in TABLE if m not in LEVELLING])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_adapter_comes_back_as_it_is(kind, method, dtype, backend):
     generator = torch.Generator().manual_seed(0)

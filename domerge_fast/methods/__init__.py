@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from . import do, linear, svd
+from . import cat, do, iso_c, iso_cts, linear, pico, subspace_boost, svd, tsvm, wudi
 from .base import Method
 
 TABLE: MappingProxyType[str, Method] = MappingProxyType(
-    {m.name: m for m in (do.METHOD, linear.METHOD, svd.METHOD)}
+    {
+        m.METHOD.name: m.METHOD
+        for m in (do, linear, cat, svd, tsvm, iso_c, iso_cts, subspace_boost, wudi, pico)
+    }
 )

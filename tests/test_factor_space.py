@@ -1,0 +1,311 @@
+"""Methods in orthonormal coordinates against their dense definitions in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+
+import pytest
+import torch
+from shapes import CASES, Case, random_case
+from torch import Tensor
+
+import domerge_fast as dm
+from domerge_fast import api
+from domerge_fast.adapters import Adapter, from_tensors
+from domerge_fast.backends import registry
+from domerge_fast.methods import TABLE, space
+from domerge_fast.methods.base import Settings
+from domerge_fast.methods.linear import LinearOptions
+from domerge_fast.methods.space import NOISE, SUPPORT
+
+AVAILABLE = [name for name, status in registry.backends().items() if status.available]
+SETTINGS = Settings(1.0, torch.float32, "auto")
+DENSE: dict[str, Callable[..., Tensor]] = {}
+OPTIONS = {
+    "tsvm": [{}],
+    "iso_c": [{}],
+    "iso_cts": [{}, {"common": 0.5}, {"common": 0.0}, {"common": 1.0}],
+    "subspace_boost": [{}, {"beta": 0.3}, {"beta": 0.0}],
+    "wudi": [{}, {"ridge": 0.5}, {"ridge": 0.0}],
+    "pico": [{}],
+    "cat": [{}],
+}
+RUNS = [pytest.param(m, o, id=f"{m} {o}") for m, options in OPTIONS.items() for o in options]
+
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def adapters(cases: dict[str, Case]) -> list[Adapter]:
+    """One adapter for each block of the cases, which are its modules."""
+    return [
+        from_tensors(
+            {name: (c.a[i], c.b[i]) for name, c in cases.items()},
+            {name: c.scalings[i] for name, c in cases.items()},
+            name=f"adapter-{i}",
+        )
+        for i in range(len(next(iter(cases.values())).ranks))
+    ]
+
+
+def product(merged: dm.Merged, name: str) -> Tensor:
+    a, b = merged.factors(name)
+    return b.double() @ a.double()
+
+
+def distance(result: Tensor, expected: Tensor) -> float:
+    """||result - expected||_F relative to ||expected||_F; 0 for two zeros."""
+    error = float((result - expected).norm())
+    return error / float(expected.norm()) if error else 0.0
+
+
+def updates(case: Case, weights: Sequence[float]) -> list[Tensor]:
+    return [w * delta for w, delta in zip(weights, case.deltas(), strict=True)]
+
+
+# The definitions, dense. Each takes the updates τ_i with the case's weights, and the case.
+
+
+def definition(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    DENSE[function.__name__] = function
+    return function
+
+
+def spectrum(update: Tensor, size: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V^T without the singular values that are noise of something of norm `size`."""
+    u, s, vh = torch.linalg.svd(update, full_matrices=False)
+    k = int((s > NOISE * size).sum())
+    return u[:, :k], s[:k], vh[:k]
+
+
+def orth(x: Tensor) -> Tensor:
+    """The nearest matrix with orthonormal columns, on the span of x."""
+    if not x.shape[1]:
+        return x
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)
+    k = int((s > SUPPORT * s[0]).sum())
+    return u[:, :k] @ vh[:k]
+
+
+def mean(s: Tensor) -> float:
+    return float(s.mean()) if len(s) else 0.0
+
+
+@definition
+def cat(deltas: Sequence[Tensor], case: Case) -> Tensor:
+    return torch.stack(list(deltas)).sum(0)
+
+
+@definition
+def tsvm(deltas: Sequence[Tensor], case: Case) -> Tensor:
+    u, s, vh = zip(*(spectrum(delta, delta.norm()) for delta in deltas))
+    return orth(torch.cat(u, 1)) @ torch.cat(s).diag() @ orth(torch.cat(vh).T).T
+
+
+@definition
+def iso_c(deltas: Sequence[Tensor], case: Case) -> Tensor:
+    u, s, vh = spectrum(cat(deltas, case), sum(delta.norm() for delta in deltas))
+    return mean(s) * u @ vh
+
+
+@definition
+def iso_cts(deltas: Sequence[Tensor], case: Case, common: float = 0.8) -> Tensor:
+    u, s, vh = spectrum(cat(deltas, case), sum(delta.norm() for delta in deltas))
+    own = min(round((len(s) - int(common * len(s))) / len(deltas)), len(s) // len(deltas))
+    k = len(s) - own * len(deltas)
+    parts = [(u[:, :k], s[:k], vh[:k])]
+    for delta in deltas:
+        rest = delta - u[:, :k] @ u[:, :k].T @ delta
+        ui, si, vhi = spectrum(rest, delta.norm())
+        parts.append((ui[:, :own], si[:own], vhi[:own]))
+    u, s, vh = zip(*parts)
+    return mean(torch.cat(s)) * orth(torch.cat(u, 1)) @ orth(torch.cat(vh).T).T
+
+
+@definition
+def subspace_boost(deltas: Sequence[Tensor], case: Case, beta: float = 0.01) -> Tensor:
+    u, s, vh = spectrum(cat(deltas, case), sum(delta.norm() for delta in deltas))
+    if not len(s):
+        return cat(deltas, case)
+    k = next(k for k in range(len(s)) if s[: k + 1].sum() >= beta * s.sum())
+    return u @ s.clamp_min(float(s[k])).diag() @ vh
+
+
+@definition
+def wudi(deltas: Sequence[Tensor], case: Case, ridge: float = 1e-3) -> Tensor:
+    units = [(delta, delta / delta.norm()) for delta in deltas if delta.norm() > 0]
+    pull = ridge * torch.eye(case.a[0].shape[1], dtype=torch.float64)
+    reads = sum((unit.T @ unit for _, unit in units), pull)
+    sums = sum((delta @ unit.T @ unit for delta, unit in units), ridge * cat(deltas, case))
+    return sums @ torch.linalg.pinv(reads, rtol=SUPPORT**2, hermitian=True)
+
+
+@definition
+def pico(deltas: Sequence[Tensor], case: Case) -> Tensor:
+    u, s, vh = torch.linalg.svd(torch.cat([b.double() for b in case.b], 1), full_matrices=False)
+    share = s.square() / s.square().sum() if s.any() else s
+    alpha = 1 / (1 + (len(deltas) - 1) * share)
+    b = (u @ (alpha * s).diag() @ vh).split(list(case.ranks), 1)
+    gains = [w * c for w, c in zip(case.weights, case.scalings, strict=True)]
+    merged = sum(g * bi @ a.double() for g, bi, a in zip(gains, b, case.a, strict=True))
+    size = torch.stack([delta.norm() for delta in deltas]).mean()
+    return merged * size / merged.norm() if merged.any() else merged
+
+
+# Against the definitions
+
+
+@pytest.mark.parametrize(("method", "options"), RUNS)
+@every_case
+def test_a_method_is_its_dense_definition(name, method, options):
+    case = CASES[name]
+    merged = dm.merge(
+        adapters({"x": case}), method, weights=case.weights, scale=-0.3, backend="torch", **options
+    )
+    expected = -0.3 * DENSE[method](updates(case, case.weights), case, **options)
+    assert distance(product(merged, "x"), expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("method", DENSE)
+def test_modules_of_any_shapes_and_backends_merge_together(method, backend):
+    """Some of the same ranks in one batch, some not."""
+    cases = {f"{n}x{m}": random_case((3, 5, 2), n, m, n) for n, m in ((61, 33), (40, 50), (7, 5))}
+    cases |= {name: CASES[name] for name in ("odd d", "d below R", "duplicated", "mixed sizes")}
+    merged = dm.merge(adapters(cases), method, weights=[1, -0.5, 2], backend=backend)
+    for name, case in cases.items():
+        expected = DENSE[method](updates(case, case.weights), case)
+        assert distance(product(merged, name), expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("method", ["tsvm", "iso_c", "iso_cts", "wudi"])
+def test_an_adapter_that_is_given_twice_adds_no_direction(method):
+    case = CASES["odd d"]
+    loaded = adapters({"x": case})
+    once = product(dm.merge(loaded, method, weights=[2, 1, 1]), "x")
+    twice = product(dm.merge([loaded[0], *loaded], method), "x")
+    for merged in (once, twice):
+        assert torch.linalg.matrix_rank(merged, rtol=1e-5) == sum(case.ranks)
+    if method == "iso_c":
+        assert distance(twice, once) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["tsvm", "wudi", "pico", "cat"])
+@pytest.mark.parametrize("name", ["one adapter", "one row"])
+def test_one_adapter_comes_back_with_its_weight(name, method):
+    case = CASES[name]
+    merged = dm.merge(adapters({"x": case}), method, weights=[-3])
+    assert distance(product(merged, "x"), -3 * case.deltas()[0]) < 1e-6
+    assert merged.report["x"].rank == case.ranks[0]
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_one_adapter_is_made_isotropic(method):
+    case = CASES["one adapter"]
+    merged = dm.merge(adapters({"x": case}), method, weights=[-3])
+    u, s, vh = torch.linalg.svd(-3 * case.deltas()[0], full_matrices=False)
+    expected = s[:4].mean() * u[:, :4] @ vh[:4]
+    assert distance(product(merged, "x"), expected) < 1e-6
+    assert merged.report["x"].rank == 4
+
+
+@pytest.mark.parametrize("method", ["tsvm", "iso_c", "iso_cts", "wudi"])
+def test_how_an_update_is_split_into_factors_does_not_matter(method):
+    case = CASES["usual"]
+    generator = torch.Generator().manual_seed(1)
+    mixed = Case([], [], case.scalings)
+    for a, b in zip(case.a, case.b, strict=True):
+        mixer = torch.randn(len(a), len(a), generator=generator, dtype=torch.float64)
+        mixed.a.append((mixer @ a.double()).float())
+        mixed.b.append((b.double() @ torch.linalg.inv(mixer)).float())
+    expected, result = (
+        product(dm.merge(adapters({"x": c}), method, dtype="float32"), "x") for c in (case, mixed)
+    )
+    assert distance(result, expected) < 1e-4
+
+
+def test_pico_depends_on_the_split():
+    case = CASES["usual"]
+    moved = Case([a / (i + 1) for i, a in enumerate(case.a)], [], case.scalings)
+    moved.b.extend((i + 1) * b for i, b in enumerate(case.b))
+    expected, result = (product(dm.merge(adapters({"x": c}), "pico"), "x") for c in (case, moved))
+    assert distance(result, expected) > 1e-2
+
+
+def test_wudi_is_the_minimum_and_its_ridge_leads_to_the_sum():
+    case = CASES["usual"]
+    loaded = adapters({"x": case})
+    deltas = case.deltas()
+    total = torch.stack(deltas).sum(0)
+
+    def interference(update: Tensor, ridge: float) -> Tensor:
+        parts = [((update - d) @ d.T).square().sum() / d.square().sum() for d in deltas]
+        return torch.stack(parts).sum() + ridge * (update - total).square().sum()
+
+    merged = product(dm.merge(loaded, "wudi", ridge=0.01), "x").requires_grad_()
+    (slope,) = torch.autograd.grad(interference(merged, 0.01), merged)
+    start = total.clone().requires_grad_()
+    (steepest,) = torch.autograd.grad(interference(start, 0.01), start)
+    assert slope.norm() < 1e-5 * steepest.norm()
+    assert distance(product(dm.merge(loaded, "wudi", ridge=1e6), "x"), total) < 1e-5
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_nothing_in_nothing_out(method):
+    merged = dm.merge(adapters({"x": CASES["all zero"]}), method)
+    assert not product(merged, "x").any()
+    assert TABLE[method].merge([], [], [], TABLE[method].options(), SETTINGS) == []
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_opposite_adapters_leave_no_noise_behind(method):
+    """τ - τ: the sums are nothing, and rounding noise is not blown up to the size of something."""
+    loaded = adapters({"x": CASES["one adapter"]})
+    merged = dm.merge([loaded[0], loaded[0]], method, weights=[1, -1], dtype="float32")
+    size = float(CASES["one adapter"].deltas()[0].norm())
+    assert float(product(merged, "x").norm()) < 1e-6 * size
+    if method in ("iso_c", "iso_cts", "subspace_boost"):
+        assert merged.report["x"].rank == 1
+
+
+def test_an_adapter_within_the_common_directions_has_none_of_its_own():
+    """Inputs and outputs apart: all of the strong adapter's directions are common, and no other."""
+    case = random_case((4, 4), 20, 16)
+    case.b[0][8:], case.b[1][:8] = 0, 0
+    case.a[0][:, 10:], case.a[1][:, :10] = 0, 0
+    case.a[1] *= 1e-3
+    merged = dm.merge(adapters({"x": case}), "iso_cts", common=0.5)
+    assert distance(product(merged, "x"), iso_cts(case.deltas(), case, 0.5)) < 1e-5
+    assert merged.report["x"].rank == 6
+
+
+def test_a_direction_without_strength_is_left_out():
+    """Three adapters that share their A: no more than its rank is left of the sum of theirs."""
+    merged = dm.merge(adapters({"x": CASES["shared A"]}), "iso_c")
+    a, b = merged.factors("x")
+    assert merged.report["x"].rank == len(a) == 4
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+
+
+@pytest.mark.parametrize("method", [name for name in DENSE if name != "cat"])
+@pytest.mark.parametrize(("n", "m"), [(7, 5), (5, 7), (6, 6), (30, 5)])
+def test_the_rank_is_never_above_the_module_s(n, m, method):
+    case = random_case((4, 5, 3), n, m)
+    merged = dm.merge(adapters({"x": case}), method, weights=case.weights)
+    expected = DENSE[method](updates(case, case.weights), case)
+    assert distance(product(merged, "x"), expected) < 1e-5
+    assert merged.report["x"].rank == min(n, m)
+
+
+def test_a_new_method_is_a_function_of_the_coordinates(monkeypatch):
+    """Adding one takes a function and a row: the plain sum, once more."""
+
+    def core(x: space.Coordinates, options: LinearOptions) -> tuple[Tensor, Tensor]:
+        return x.b.mT, x.a
+
+    row = space.method("sum", "the plain sum", LinearOptions, core)
+    monkeypatch.setattr(api, "TABLE", MappingProxyType({**api.TABLE, "sum": row}))
+    case = CASES["odd d"]
+    merged = dm.merge(adapters({"x": case}), "sum", weights=case.weights)
+    assert dm.methods()["sum"] == "the plain sum"
+    assert distance(product(merged, "x"), cat(updates(case, case.weights), case)) < 1e-6
