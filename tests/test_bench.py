@@ -73,12 +73,12 @@ def test_block_gram_counts_each_adapters_triangle_in_float64():
     assert work == Work(5 * 10 * 4 + 8 * (4 + 9), {"float64": (3 + 6) * 20})
 
 
-def test_the_descent_counts_seven_cubes_a_step():
+def test_the_descent_counts_seven_cubes_a_step_after_the_first():
     assert bounds.orthogonalize([4, 2], [3.0, 0.0]) == Work(
-        2 * 4 * (16 + 4), {"float32": 7 * 64 * 3}
+        2 * 4 * (16 + 4), {"float32": 64 * (3 + 7 + 7)}
     )
     work = bounds.orthogonalize_factors([problem((4, 6), 3, torch.bfloat16)], [2.0])
-    assert work == Work(10 * 3 * (2 + 4), {"float64": 10 * 9 * (1 + 5 * 2)})
+    assert work == Work(10 * 3 * (2 + 4), {"float32": 10 * 9 * (1 + 5 * 2)})
 
 
 def test_apply_counts_the_product_or_nothing():
@@ -97,10 +97,15 @@ def test_apply_decouple_adds_triangular_norms():
     )
 
 
+def test_block_products_read_both_grams():
+    work = bounds.block_products([torch.zeros(5, 5)] * 3, [torch.zeros(5, 5)] * 3, (2, 3))
+    assert work == Work(2 * 3 * 25 * 4 + 3 * 4 * 8, {"float64": 2 * 75})
+
+
 def test_truncate_and_all_finite():
     pair = (torch.zeros(5, 30), torch.zeros(20, 5))
     work = bounds.truncate([pair], 2, torch.float32)
-    assert work == Work(5 * 50 * 4 + 2 * 50 * 4, {"float64": (5 * 6 + 2 * 5 * 2) * 50})
+    assert work == Work(5 * 50 * 4 + 2 * 50 * 4, {"float64": 5 * 6 * 50, "float32": 2 * 5 * 2 * 50})
     assert bounds.all_finite([pair[0], pair[1].bfloat16()]) == Work(600 + 200, {})
 
 
@@ -154,7 +159,7 @@ def test_a_merge_reads_its_factors_once_and_writes_its_results_once():
     recorded = cases.record(stacks, torch.bfloat16, "torch", DoOptions())
     work = measure.merge_work(stacks, torch.bfloat16, recorded)
     assert work.bytes == 2 * SMALL.factor_bytes
-    timed = [c.work.flops for c in recorded if c.op not in ("truncate", "all_finite")]
+    timed = [c.work.flops for c in recorded if c.op not in cases.BESIDE]
     assert work.flops == pytest.approx(sum(timed))
 
 
@@ -326,7 +331,7 @@ def test_bench_measures_and_writes_every_figure(tmp_path, monkeypatch, capsys):
     assert printed.out.startswith("llama-tiny: 4 adapters, 3 of 14 modules, ")
     found = json.loads(Path("f.json").read_text())
     expected = {"gram", "orthogonalize", "apply", "block_gram", "apply_decouple"}
-    expected |= {"all_finite", "truncate", "merge"}
+    expected |= {"all_finite", "block_products", "truncate", "merge"}
     backends = set(measure.usable(CPU))
     assert {"cpu", "torch"} <= backends
     assert {(r["op"], r["backend"]) for r in found["rows"]} == {

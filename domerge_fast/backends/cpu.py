@@ -15,7 +15,7 @@ from .. import _C
 from ..problem import Problem
 from . import torch as library
 from .layout import DTYPES, addresses, arrange, dense, matrices
-from .torch import orthogonalize_factors, truncate
+from .torch import orthogonalize_factors
 
 __all__ = [
     "all_finite",
@@ -147,6 +147,17 @@ def apply_decouple(
         torch.get_num_threads(),
     )
     return out, norms
+
+
+def truncate(
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    rank: int | None,
+    energy: float | None,
+    out_dtype: torch.dtype,
+) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+    """The best approximation of every B A: R x R mathematics by the library, the rest by kernels."""
+    sides = [(Problem((a,), (1.0,)), Problem((b.T,), (1.0,))) for a, b in pairs]
+    return library.truncate_by(gram, apply, sides, rank, energy, out_dtype)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> list[bool]:

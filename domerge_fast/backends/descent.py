@@ -19,7 +19,7 @@ a few scalars and f cannot rise. X is normalised first: the factors' scale has n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,12 @@ PRECISION = 1e-9
 NEGLIGIBLE = 1e-6
 """Adapters below this share of the largest norm are left as they are: the condition of the problem
 grows with the spread of the norms."""
+LEAST_SHARE = 1e-3
+"""Of the sum over all pairs: where those of two adapters hold less, float32 lost their digits."""
+SQUARE_COLUMNS = 512
+"""Of a symmetric product, multiplied at a time."""
+PIECE = 1 << 20
+"""Numbers in a temporary product: what the allocator still keeps instead of returning it."""
 STATS = ("steps", "objective_before", "objective_after", "cross_left", "change")
 
 
@@ -94,14 +100,22 @@ class Line:
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y> per problem [P], in float64."""
-    return (x * y).flatten(1).sum(1, dtype=torch.float64)
+    """<x, y> per problem [P], the sums of the rows added in float64.
+
+    In pieces: a product as large as x would cost more in memory than in arithmetic.
+    """
+    rows = max(1, PIECE // x.shape[-1])
+    pieces = [(a * b).sum(-1) for a, b in zip(x.split(rows, 1), y.split(rows, 1))]
+    return torch.cat(pieces, 1).sum(1, dtype=torch.float64)
 
 
 class _Form(Protocol):
     """Where P problems stand, in one of the two formulations."""
 
-    c: Tensor  # what moves: C [P, R, R], or Xhat [1, T r, d]
+    c: Tensor  # what moves: C [P, R, R], or Xhat - X [1, T r, d]
+
+    def overlap(self) -> Tensor:
+        """The penalty's part of f [P], in float64."""
 
     def gradient(self) -> Tensor: ...
     def metric(self, p: Tensor) -> Tensor:
@@ -121,20 +135,19 @@ def _descend(form: _Form, steps: int, tol: float) -> tuple[Tensor, Tensor, Tenso
     """
     moved = torch.zeros(len(form.c), dtype=torch.float64, device=form.c.device)
     taken, still = torch.zeros_like(moved), torch.zeros_like(moved)
-    nowhere = torch.zeros_like(form.c)
-    before = after = form.line(nowhere, nowhere, moved).value(still)
+    before = after = form.overlap()
     running = torch.ones_like(moved, dtype=torch.bool)
-    pg_old = d = dg = nowhere
+    pg_old = d = dg = torch.zeros_like(form.c)
     norm_old = still
     for _ in range(steps):
         p = form.gradient()
         pg = form.metric(p)
         norm = _inner(p, pg)
         beta = torch.where(norm_old > 0, (norm - _inner(p, pg_old)) / norm_old, 0.0).clamp_min(0)
-        beta = beta.to(p.dtype)[:, None, None]
-        d, dg = beta * d - p, beta * dg - pg
-        uphill = (_inner(p, dg) >= 0)[:, None, None]
-        d, dg = torch.where(uphill, -p, d), torch.where(uphill, -pg, dg)
+        descends = beta * _inner(p, dg) < norm
+        factor = beta.where(descends, 0.0).to(p.dtype)[:, None, None]
+        d = (factor * d).sub_(p)
+        dg = d if pg is p else (factor * dg).sub_(pg)
         pg_old, norm_old = pg, norm
         line = form.line(d, dg, moved)
         eta = line.minimum().where(running & (norm > 0), 0.0)
@@ -200,6 +213,12 @@ class _GramForm:
         """Half the cross-adapter energy of H [P]."""
         return self._pair_sums(self.h, self.h).sum(1)
 
+    def overlap(self) -> Tensor:
+        squares = self._pair_sums(self.h, self.h)
+        if self.squared:
+            return 2 * (self.weight * squares).sum(1)
+        return 2 * (squares + self.smoothing).sqrt().where(self.weight > 0, 0.0).sum(1)
+
     def gradient(self) -> Tensor:
         if not self.squared:
             root = (self._pair_sums(self.h, self.h) + self.smoothing).sqrt()
@@ -241,25 +260,35 @@ def in_factor_form(
     """Descend on Xhat itself, squared penalty: O(R d^2) a step instead of O(R^3).
 
     x [R, d] -> Xhat [R, d], and the columns of `STATS` [5] in float64.
+
+    Products are in the dtype of x, what is summed from them for the line search in float64. For
+    float32 that leaves 1e-7 of the sum over all pairs to chance, and f cannot rise by more. It
+    is little beside `tol`, unless the pairs of two adapters are a small rest of that sum (one
+    adapter dominates, or next to nothing is left): then all is done again in float64.
     """
-    unit = x.square().sum(dtype=torch.float64) / len(x)
-    unit = unit.where(unit > 0, 1.0)
-    form = _FactorForm(x / unit.sqrt().to(x.dtype), ranks, gamma)
+    size = torch.linalg.vector_norm(x, dtype=torch.float64) / len(x) ** 0.5
+    size = size.where(size > 0, 1.0)
+    form = _FactorForm(x / size.to(x.dtype), ranks, gamma)
     if not form.interfere:
         return x, x.new_zeros(len(STATS), dtype=torch.float64)
-    cross, total = form.cross(), form.x.square().sum(dtype=torch.float64)
+    cross, total = form.cross(), _inner(form.x, form.x).sum()
+    if form.needs_float64:
+        return in_factor_form(x.double(), ranks, gamma, steps, tol)
     taken, before, after, moved = _descend(form, steps, tol)
     left, change = _ratio(form.cross(), cross), _ratio(moved, total).sqrt()
+    if form.needs_float64:
+        return in_factor_form(x.double(), ranks, gamma, steps, tol)
+    unit = size.square()
     stats = torch.cat([taken, before * unit, after * unit, left, change])
-    xhat = form.c.view_as(form.x)[form.real] * unit.sqrt().to(x.dtype)
-    return xhat, stats
+    return form.moved()[form.real] * size.to(x.dtype), stats
 
 
 class _FactorForm:
     """One problem, its blocks padded with zero rows to [T, r, d].
 
-    With Y_i = Xhat_i / sqrt(n_i) and S = sum_j Y_j^T Y_j:
-    sum_{i != j} ||Xhat_i Xhat_j^T||^2 / (n_i n_j) = ||S||^2 - sum_i ||Y_i Y_i^T||^2.
+    With Y_i = Xhat_i / sqrt(n_i), S = sum_j Y_j^T Y_j and K_i = Y_i Y_i^T:
+    sum_{i != j} ||Xhat_i Xhat_j^T||^2 / (n_i n_j) = ||S||^2 - sum_i ||K_i||^2.
+    S and the K_i are moved along with Xhat, by the products that the line search needs anyway.
     """
 
     def __init__(self, x: Tensor, ranks: tuple[int, ...], gamma: float) -> None:
@@ -267,60 +296,92 @@ class _FactorForm:
         self.real = torch.arange(max(ranks), device=x.device) < sizes[:, None]  # [T, r]
         self.x = x.new_zeros(*self.real.shape, x.shape[1])
         self.x[self.real] = x
-        norms = self.x.square().sum((1, 2), dtype=torch.float64).sqrt()
+        norms = _inner(self.x, self.x).sqrt()
         root = torch.where(_counts(norms), norms.rsqrt(), 0.0).to(x.dtype)
         self.root, self.gamma = root[:, None, None], gamma
         self.interfere = int(_counts(norms).sum()) > 1
-        self.c = self.x.reshape(1, -1, x.shape[1])
-        self.d = torch.zeros_like(self.c)
+        self.least_share = 1.0
+        self.c = torch.zeros_like(self.x).view(1, -1, x.shape[1])
+        self.y = self.root * self.x
+        self.h = _squares(self.y)
 
-    def _blocks(self, c: Tensor) -> Tensor:
-        return self.root * c.view_as(self.x)
+    @property
+    def needs_float64(self) -> bool:
+        return self.c.dtype == torch.float32 and self.least_share < LEAST_SHARE
 
-    def _sums(self, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """sum_i Y_i^T Z_i [d, d] and every Y_i Z_i^T [T, r, r]."""
-        return y.flatten(0, 1).T @ z.flatten(0, 1), y @ z.mT
+    def moved(self) -> Tensor:
+        """Xhat [T, r, d]."""
+        return self.x + self.c.view_as(self.x)
 
-    def _cross(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-        """Half of <S, S'> - sum_i <K_i, K'_i>, [1] in float64."""
-        whole, own = ((a * b).sum(dtype=torch.float64) for a, b in zip(first, second))
-        return ((whole - own) / 2)[None]
+    def _pairs(self, h: _Sums) -> Tensor:
+        """Half of ||S||^2 - sum_i ||K_i||^2, [1] in float64."""
+        difference = _cross(h, h)
+        share = 2 * difference / _inner(h.whole[None], h.whole[None])
+        self.least_share = min(self.least_share, float(share))
+        return difference
 
     def cross(self) -> Tensor:
         """Half the cross-adapter energy of H [1]."""
-        x = self.c.view_as(self.x)
-        sums = self._sums(x, x)
-        return self._cross(sums, sums)
+        return self._pairs(_squares(self.moved()))
+
+    def overlap(self) -> Tensor:
+        return 2 * self._pairs(self.h)
 
     def gradient(self) -> Tensor:
-        y = self._blocks(self.c)
-        s, own = self._sums(y, y)
-        pull = (y.flatten(0, 1) @ s).view_as(y) - own @ y
-        return (4 * self.root * pull).view_as(self.c) + 2 * self.gamma * self._shift()
-
-    def _shift(self) -> Tensor:
-        return self.c - self.x.view_as(self.c)
+        pull = (self.y.flatten(0, 1) @ self.h.whole).view_as(self.y)
+        pull.baddbmm_(self.h.own, self.y, alpha=-1).mul_(4 * self.root)
+        return pull.view_as(self.c).add_(self.c, alpha=2 * self.gamma)
 
     def metric(self, p: Tensor) -> Tensor:
         return p
 
     def line(self, d: Tensor, dg: Tensor, moved: Tensor) -> Line:
-        self.d = d
-        y, z = self._blocks(self.c), self._blocks(d)
-        h, mixed, f = self._sums(y, y), self._sums(y, z), self._sums(z, z)
-        e = (mixed[0] + mixed[0].mT, mixed[1] + mixed[1].mT)
+        self.d, self.z = d, self.root * d.view_as(self.x)
+        whole, own = self.y.flatten(0, 1).T @ self.z.flatten(0, 1), self.y @ self.z.mT
+        h, e, f = self.h, _Sums(whole + whole.mT, own + own.mT), _squares(self.z)
+        self.e, self.f = e, f
         quartic = [
-            self._cross(h, h),
-            2 * self._cross(h, e),
-            self._cross(e, e) + 2 * self._cross(h, f),
-            2 * self._cross(e, f),
-            self._cross(f, f),
+            self._pairs(h),
+            2 * _cross(h, e),
+            _cross(e, e) + 2 * _cross(h, f),
+            2 * _cross(e, f),
+            _cross(f, f),
         ]
-        quadratic = torch.stack([moved, 2 * _inner(d, self._shift()), _inner(d, d)], -1)
+        quadratic = torch.stack([moved, 2 * _inner(d, self.c), _inner(d, d)], -1)
         return Line(torch.stack(quartic, -1)[:, None], None, quadratic, self.gamma)
 
     def advance(self, eta: Tensor) -> None:
-        self.c = self.c + eta.to(self.c.dtype) * self.d
+        step = float(eta)
+        self.c.add_(self.d, alpha=step)
+        self.y.add_(self.z, alpha=step)
+        for h, e, f in zip(self.h, self.e, self.f):
+            h.add_(e, alpha=step).add_(f, alpha=step * step)
+
+
+class _Sums(NamedTuple):
+    """sum_i Y_i^T Z_i [d, d] and every Y_i Z_i^T [T, r, r]."""
+
+    whole: Tensor
+    own: Tensor
+
+
+def _squares(y: Tensor) -> _Sums:
+    """The sums for Z = Y [T, r, d]: of the whole, what lies below the diagonal is mirrored."""
+    rows = y.flatten(0, 1)
+    whole = y.new_empty(y.shape[2], y.shape[2])
+    for i in range(0, len(whole), SQUARE_COLUMNS):
+        j = i + SQUARE_COLUMNS
+        whole[i:, i:j] = rows[:, i:].T @ rows[:, i:j]
+        whole[i:j, j:] = whole[j:, i:j].T
+    return _Sums(whole, y @ y.mT)
+
+
+def _cross(first: _Sums, second: _Sums) -> Tensor:
+    """Half of <S, S'> - sum_i <K_i, K'_i>, [1] in float64."""
+    whole, own = (
+        _inner(a.flatten(0, -2)[None], b.flatten(0, -2)[None]) for a, b in zip(first, second)
+    )
+    return (whole - own) / 2
 
 
 def _counts(norms: Tensor) -> Tensor:

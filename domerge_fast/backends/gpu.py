@@ -223,7 +223,7 @@ class Gpu:
     def orthogonalize_factors(
         self, problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
     ) -> tuple[list[Tensor], Tensor]:
-        """Xhat [R, d] where R > d, and statistics [P, 5]: library calls in float64."""
+        """Xhat [R, d] where R > d, and statistics [P, 5]: library calls."""
         return library.orthogonalize_factors(problems, gamma, steps, tol)
 
     def apply(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,12 @@ from . import descent
 
 ZERO_COLUMN = 1e-6
 """A column of B_i A_i below this share of ||B_i|| ||a|| is rounding noise: its direction is 0."""
+
+NOISE = 2.0**-26
+"""Singular values below this share of ||B||_F ||A||_F are rounding noise of the float64 Grams."""
+
+CANCELS = 2.0**-8
+"""Where ||B A||_F is a smaller share of ||B||_F ||A||_F, float32 products would lose its digits."""
 
 BATCH_BYTES = 64 << 20
 """What one batch of problems may hold in each of its buffers."""
@@ -91,15 +97,16 @@ def _batches(kinds: Sequence[Hashable], sizes: Sequence[int]) -> list[list[int]]
     return batches
 
 
+@full_precision()
 def orthogonalize_factors(
     problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
 ) -> tuple[list[Tensor], Tensor]:
     """Xhat [R, d] in float32 (squared penalty) where R > d, and statistics [P, 5].
 
-    In float64: the overlap is a difference of sums that the largest adapter dominates.
+    In float32, or in float64 where that does not suffice (descent.LEAST_SHARE).
     """
     results = [
-        descent.in_factor_form(p.stack(torch.float64), p.ranks, gamma, steps, tol) for p in problems
+        descent.in_factor_form(p.stack(torch.float32), p.ranks, gamma, steps, tol) for p in problems
     ]
     stats = torch.stack([s for _, s in results]) if results else torch.zeros(0, 5).double()
     return [x.float().contiguous() for x, _ in results], stats
@@ -177,9 +184,9 @@ def _norms(square_root: Tensor, a: Tensor) -> Tensor:
 
 
 def root(gram: Tensor) -> Tensor:
-    """S with S^T S = gram [r, r], for a positive semidefinite gram in float64."""
+    """S with S^T S = gram [..., r, r], for a positive semidefinite gram in float64."""
     values, vectors = torch.linalg.eigh(gram)
-    return values.clamp_min(0).sqrt()[:, None] * vectors.T
+    return values.clamp_min(0).sqrt()[..., None] * vectors.mT
 
 
 def truncate(
@@ -193,33 +200,119 @@ def truncate(
     k is the smallest rank that keeps the share `energy` of ||B A||_F^2, at most `rank`. The
     result is balanced: with B A = U S V^T cut to k, B = U sqrt(S) and A = sqrt(S) V^T.
     """
-    results: list[tuple[Tensor, Tensor]] = list(pairs)
-    kept = [1.0] * len(pairs)
-    shapes = [(a.shape, b.shape) for a, b in pairs]
-    sizes = [8 * (a.numel() + b.numel()) for a, b in pairs]
-    for batch in _batches(shapes, sizes):
-        a = torch.stack([pairs[i][0] for i in batch]).double()
-        b = torch.stack([pairs[i][1] for i in batch]).double()
-        balance = _balance(a, b)
-        left = _Orthonormal(b * balance[:, None])
-        right = _Orthonormal((a / balance[..., None]).mT)
-        u, s, vh = torch.linalg.svd(left.core @ right.core.mT, full_matrices=False)
-        for k, (i, values) in enumerate(zip(batch, s.cpu())):
-            count, kept[i] = cut(values, rank, energy)
-            half = s[k, :count].sqrt()
-            results[i] = (
-                right.expand(k, vh[k, :count].T * half).T.to(out_dtype).contiguous(),
-                left.expand(k, u[k, :, :count] * half).to(out_dtype).contiguous(),
-            )
-    return results, kept
+    sides = [(Problem((a,), (1.0,)), Problem((b.T,), (1.0,))) for a, b in pairs]
+    return truncate_by(gram, apply, sides, rank, energy, out_dtype)
 
 
-def _balance(a: Tensor, b: Tensor) -> Tensor:
+Gram = Callable[[Sequence[Problem], torch.dtype], list[Tensor]]
+Apply = Callable[[Sequence[Tensor | None], Sequence[Problem], torch.dtype], list[Tensor]]
+
+
+def truncate_by(
+    gram: Gram,
+    apply: Apply,
+    sides: Sequence[tuple[Problem, Problem]],
+    rank: int | None,
+    energy: float | None,
+    out_dtype: torch.dtype,
+) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
+    """`truncate` of the A and B sides of modules, with a backend's own gram and apply.
+
+    Two reads of the factors, for float64 Grams and for the result's float32 products; what lies
+    between is R x R and in float64. Where R > m or R > n, B A is formed: it is then smaller than
+    its factors.
+    """
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    kept = [1.0] * len(sides)
+    for i, (a, b) in enumerate(sides):
+        if a.rank > min(a.d, b.d):
+            a_k, b_k, kept[i] = _truncate_dense(a, b, rank, energy)
+            results[i] = a_k.to(out_dtype).contiguous(), b_k.to(out_dtype).contiguous()
+    small = [i for i in range(len(sides)) if i not in results]
+    problems = [side for i in small for side in sides[i]]
+    grams = gram(problems, torch.float64)
+    coefficients = list(grams)
+    for batch in _batches([len(g) for g in grams[::2]], [2 * g.nbytes for g in grams[::2]]):
+        gram_a, gram_b = (torch.stack([grams[2 * p + side] for p in batch]) for side in (0, 1))
+        for p, (c_a, c_b, share) in zip(batch, _truncate_small(gram_a, gram_b, rank, energy)):
+            coefficients[2 * p : 2 * p + 2] = c_a, c_b
+            kept[small[p]] = share
+    factors = _products(apply, coefficients, problems, out_dtype)
+    for i, a_k, bt_k in zip(small, factors[::2], factors[1::2]):
+        results[i] = a_k.contiguous(), bt_k.T.contiguous()
+    return [results[i] for i in range(len(sides))], kept
+
+
+def _products(
+    apply: Apply, coefficients: Sequence[Tensor], problems: Sequence[Problem], dtype: torch.dtype
+) -> list[Tensor]:
+    """C X of every problem, in float64 where C is."""
+    results = {
+        i: (c @ p.stack(torch.float64)).to(dtype)
+        for i, (c, p) in enumerate(zip(coefficients, problems))
+        if c.dtype == torch.float64
+    }
+    rest = [i for i in range(len(problems)) if i not in results]
+    found = apply([coefficients[i] for i in rest], [problems[i] for i in rest], dtype)
+    results.update(zip(rest, found))
+    return [results[i] for i in range(len(problems))]
+
+
+def _truncate_small(
+    gram_a: Tensor, gram_b: Tensor, rank: int | None, energy: float | None
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """C_A [k, R] and C_B [k, R] with A_k = C_A A and B_k^T = C_B B^T, and the energy kept.
+
+    gram_a, gram_b [P, R, R]: A A^T and B^T B. With A A^T = L_A L_A^T and B^T B = L_B L_B^T there
+    are orthonormal Q_A, Q_B such that B A = Q_B (L_B^T L_A) Q_A^T, and the core's SVD U S V^T
+    gives C_A = S^(-1/2) U^T L_B^T, C_B = S^(-1/2) V^T L_A^T: neither Q nor an inverse is needed.
+    The coefficients are in the precision that their products with the factors need.
+    """
+    balance = _balance(gram_a, gram_b)
+    upper_a = _upper(balance[..., None] * gram_a * balance[:, None])
+    upper_b = _upper(gram_b / balance[..., None] / balance[:, None])
+    u, s, vh = torch.linalg.svd(upper_b @ upper_a.mT)
+    sizes = upper_a.norm(dim=(1, 2)) * upper_b.norm(dim=(1, 2))
+    inverse = torch.where(s > NOISE * sizes[:, None], s.rsqrt(), 0.0)[..., None]
+    shares = torch.where(sizes > 0, s.norm(dim=1) / sizes, 1.0).tolist()
+    for k, (values, share) in enumerate(zip(s.cpu(), shares)):
+        count, kept = cut(values, rank, energy)
+        c_a = inverse[k, :count] * (u[k, :, :count].T @ upper_b[k]) * balance[k]
+        c_b = inverse[k, :count] * (vh[k, :count] @ upper_a[k]) / balance[k]
+        dtype = torch.float64 if share < CANCELS else torch.float32
+        yield c_a.to(dtype), c_b.to(dtype), kept
+
+
+def _balance(gram_a: Tensor, gram_b: Tensor) -> Tensor:
     """What brings row k of A and column k of B to one norm, [P, R]: neither side alone may decide
     which part of B A is rounding noise."""
-    rows = torch.linalg.vector_norm(a, dim=2)
-    columns = torch.linalg.vector_norm(b, dim=1)
-    return torch.where((rows > 0) & (columns > 0), (rows / columns).sqrt(), 1.0)
+    rows, columns = (g.diagonal(dim1=1, dim2=2) for g in (gram_a, gram_b))
+    return torch.where((rows > 0) & (columns > 0), (columns / rows) ** 0.25, 1.0)
+
+
+def _upper(gram: Tensor) -> Tensor:
+    """L^T with L L^T = gram [P, R, R] in float64; any root where the gram is singular."""
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    singular = failed > 0
+    if singular.any():
+        lower[singular] = root(gram[singular]).mT
+    return lower.mT
+
+
+def _truncate_dense(
+    a: Problem, b: Problem, rank: int | None, energy: float | None
+) -> tuple[Tensor, Tensor, float]:
+    """A_k [k, n] and B_k [m, k] in float64, and the energy kept, from B A [m, n]."""
+    delta = b.stack(torch.float64).T @ a.stack(torch.float64)
+    tall = delta if len(delta) >= delta.shape[1] else delta.T
+    values, vectors = torch.linalg.eigh(tall.T @ tall)
+    s = values.flip(0).clamp_min(0).sqrt()
+    count, share = cut(s.cpu(), rank, energy)
+    half, v = s[:count].sqrt(), vectors.flip(1)[:, :count]
+    noise = NOISE * s[0]
+    left = tall @ v * torch.where(s[:count] > noise, 1 / half, 0.0)
+    right = (v * half).T
+    return (right, left, share) if tall is delta else (left.T, right.T, share)
 
 
 def cut(singular_values: Tensor, rank: int | None, energy: float | None) -> tuple[int, float]:
@@ -233,32 +326,6 @@ def cut(singular_values: Tensor, rank: int | None, energy: float | None) -> tupl
         k = min(k, rank)
     k = min(k, len(singular_values))
     return k, float(cumulative[k - 1]) / total if total > 0 else 1.0
-
-
-class _Orthonormal:
-    """X [P, d, R] in float64 as Q core, Q with orthonormal columns; Q is not formed if R <= d.
-
-    X = Q sqrt(L) W^T from the eigenvalues of X^T X = W L W^T. In float64 the squaring loses
-    singular values below 1e-8 of the largest, less than the float32 factors hold.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self.q = None
-        self.x = x
-        if x.shape[2] > x.shape[1]:
-            self.q, self.core = torch.linalg.qr(x)
-            return
-        values, vectors = torch.linalg.eigh(x.mT @ x)
-        support = values > values[:, -1:].clamp_min(0) * 1e-14
-        half = values.where(support, 0.0).sqrt()
-        self.core = half[..., None] * vectors.mT
-        self.back = vectors * torch.where(support, 1 / half, 0.0)[:, None]
-
-    def expand(self, k: int, y: Tensor) -> Tensor:
-        """Q y [d, columns] of the k-th X."""
-        if self.q is not None:
-            return self.q[k] @ y
-        return self.x[k] @ (self.back[k] @ y)
 
 
 def all_finite(tensors: Sequence[Tensor]) -> list[bool]:

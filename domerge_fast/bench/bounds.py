@@ -88,10 +88,11 @@ def block_gram(problems: Sequence[Problem]) -> Work:
 
 
 def orthogonalize(ranks: Sequence[int], steps: Sequence[float]) -> Work:
-    """7 R^3 a step: (V H) C, P G, (D G) C^T, and (D G) D^T, which is symmetric."""
+    """7 R^3 a step: (V H) C, P G, (D G) C^T, and (D G) D^T, which is symmetric; 3 R^3 for the
+    first, where C is I."""
     total = NOTHING
     for rank, count in zip(ranks, steps):
-        total += Work(8 * rank**2, {"float32": 7 * rank**3 * count})
+        total += Work(8 * rank**2, {"float32": rank**3 * max(7 * count - 4, 0)})
     return total
 
 
@@ -100,7 +101,7 @@ def orthogonalize_factors(problems: Sequence[Problem], steps: Sequence[float]) -
     total = NOTHING
     for p, count in zip(problems, steps):
         flops = p.rank * p.d**2 * (1 + 5 * count)
-        total += Work(_bytes(p.blocks) + 4 * p.rank * p.d, {"float64": flops})
+        total += Work(_bytes(p.blocks) + 4 * p.rank * p.d, {"float32": flops})
     return total
 
 
@@ -130,14 +131,21 @@ def apply_decouple(
 
 
 def truncate(pairs: Sequence[tuple[Tensor, Tensor]], rank: int, dtype: torch.dtype) -> Work:
-    """Both Grams and the two products of the factors with [R, k] matrices, in float64."""
+    """Both Grams in float64, and the products of the factors with [k, R] matrices."""
     total = NOTHING
     for a, b in pairs:
         full, length = len(a), a.shape[1] + len(b)
         k = min(rank, full)
-        flops = (full * (full + 1) + 2 * full * k) * length
-        total += Work(_bytes((a, b)) + k * length * dtype.itemsize, {"float64": flops})
+        products = "mixed" if a.element_size() == b.element_size() == 2 else "float32"
+        flops = {"float64": full * (full + 1) * length, products: 2 * full * k * length}
+        total += Work(_bytes((a, b)) + k * length * dtype.itemsize, flops)
     return total
+
+
+def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Work:
+    """Every pair of entries is multiplied and added, in float64."""
+    entries = sum(m.numel() for m in x)
+    return Work(_bytes((*x, *y)) + 8 * len(x) * len(ranks) ** 2, {"float64": 2 * entries})
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Work:

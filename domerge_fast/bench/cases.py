@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..engine import MOST_COMPARED
 from ..methods.do import DoOptions
 from ..plan import Plan, Stack
 from ..problem import Problem
@@ -17,6 +18,9 @@ from . import bounds
 from .bounds import Work
 
 Call = Callable[..., Any]
+BESIDE = ("all_finite", "block_products", "truncate")
+"""Ops that are recorded and are no part of the compute of a merge."""
+
 TRUNCATED = 4
 """Modules that truncate is run on."""
 
@@ -89,9 +93,15 @@ def merge(
 def record(
     stacks: Sequence[Stack], dtype: torch.dtype, backend: str, options: DoOptions
 ) -> list[Case]:
-    """The calls of a merge, then all_finite on its results and truncate on some of them."""
+    """The calls of a merge, then what is done beside it: the interference of modules of the same
+    ranks, all_finite on the results, and truncate on some of them."""
     call = Recorder(backend)
     merged = merge(stacks, dtype, call, options)
+    ranks = stacks[0].a.ranks
+    if len(ranks) <= MOST_COMPARED:
+        alike = [s for s in stacks if s.a.ranks == ranks]
+        grams = [ops.gram([getattr(s, side) for s in alike], backend=backend) for side in "ab"]
+        call("block_products", *grams, ranks)
     call("all_finite", [x for pair in merged for x in pair])
     pairs = [(a.float(), b.T.float()) for a, b in merged[:TRUNCATED]]
     rank = max(r for s in stacks for r in s.a.ranks)

@@ -259,7 +259,7 @@ def _captures(op: str, backend: str, device: torch.device, small: bool) -> bool:
 
 def merge_work(stacks: Sequence[Stack], dtype: torch.dtype, recorded: Sequence[Case]) -> Work:
     """The flops of a merge's ops, with its factors read once and its results written once."""
-    ops = [case.work for case in recorded if case.op not in ("all_finite", "truncate")]
+    ops = [case.work for case in recorded if case.op not in cases.BESIDE]
     flops = sum(ops, NOTHING).flops_in
     problems = [p for s in stacks for p in (s.a, s.b)]
     read = sum(x.numel() * x.element_size() for p in problems for x in p.blocks)
