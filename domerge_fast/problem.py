@@ -8,8 +8,7 @@ X_i = B_i.T, a view of the stored [m, r_i] matrix, and d = m.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,24 +16,22 @@ from torch import Tensor
 FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)  # not frozen: every op makes them again, 18,000 modules long
 class Problem:
     """Blocks X_i [r_i, d] and the scale that is multiplied into each on reading.
 
     The memory of a block is row-major [r_i, d] ("rows") or the transpose of a row-major
-    [d, r_i] matrix ("columns").
+    [d, r_i] matrix ("columns"). ranks: the r_i; rank: R.
     """
 
     blocks: tuple[Tensor, ...]
     scales: tuple[float, ...]
+    ranks: tuple[int, ...] = field(init=False)
+    rank: int = field(init=False)
 
-    @cached_property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(block.shape[0] for block in self.blocks)
-
-    @cached_property
-    def rank(self) -> int:
-        return sum(self.ranks)
+    def __post_init__(self) -> None:
+        self.ranks = tuple([block.shape[0] for block in self.blocks])
+        self.rank = sum(self.ranks)
 
     @property
     def d(self) -> int:
@@ -47,8 +44,7 @@ class Problem:
     @property
     def in_columns(self) -> bool:
         """Whether the first block is the transpose of a row-major [d, r] matrix."""
-        block = self.blocks[0]
-        return block.stride(0) == 1 and block.shape[1] > 1
+        return self.blocks[0].stride()[0] == 1 and self.d > 1
 
     def stack(self, dtype: torch.dtype) -> Tensor:
         """X [R, d] with the scales multiplied in, in the memory layout of the first block."""
@@ -62,10 +58,11 @@ def check_problems(problems: Sequence[Problem]) -> None:
     for p in problems:
         if not p.blocks or len(p.blocks) != len(p.scales):
             raise ValueError(f"a problem needs one scale a block, got {len(p.blocks)} blocks")
-        for block in p.blocks:
-            if block.ndim != 2 or block.shape[1] != p.d or not len(block):
-                raise ValueError(f"blocks must be [r_i, {p.d}], got {tuple(block.shape)}")
+        d, device = p.d, p.device
+        for block, rank in zip(p.blocks, p.ranks):
+            if block.shape != (rank, d) or not rank:
+                raise ValueError(f"blocks must be [r_i, {d}], got {tuple(block.shape)}")
             if block.dtype not in FACTOR_DTYPES and block.dtype != torch.float64:
                 raise ValueError(f"blocks must be floating point, got {block.dtype}")
-            if block.device != p.device:
-                raise ValueError(f"blocks on {p.device} and {block.device} in one problem")
+            if block.device != device:
+                raise ValueError(f"blocks on {device} and {block.device} in one problem")

@@ -254,7 +254,7 @@ CASES = {
         {"method": "svd", "dtype": "float16"},
     ),
     "method": option({"method": "linaer"}, "'linaer' is not known; did you mean 'linear'?"),
-    "method of PEFT": option({"method": "dare_svd"}, "'dare_svd' is not known", "do, linear, svd"),
+    "method of PEFT": option({"method": "dare_svd"}, "not known; use one of: do, linear, "),
     "option of another method": option(
         {"method": "linear", "gamma": 2.0}, "option 'gamma': method 'linear' has no such option"
     ),

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import AdapterError, DomergeError
+from ..garbage import uncollected
 from .adapter import Adapter, Module
 from .assemble import PREFIX
 from .lazy import LazyTensor
 
 
+@uncollected()
 def check_compatible(adapters: Sequence[Adapter], base_model: str | None = None) -> None:
     """Raise AdapterError unless the adapters fit one base model.
 

@@ -5,15 +5,14 @@ Neither ``peft`` nor ``transformers`` is imported; a model is read by PEFT's nam
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
+from ..garbage import uncollected
 from .adapter import Adapter
 from .assemble import PREFIX, assemble
 from .lazy import MemoryTensor
@@ -25,6 +24,7 @@ WEIGHTS = "adapter_model.safetensors"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
+@uncollected()
 def load_folder(folder: Path, name: str) -> Adapter:
     """The adapter in a folder, or in the only subfolder that has one (as PEFT saves adapters that
     are not called "default"). Config and header are read and checked; factors stay on disk.
@@ -43,9 +43,8 @@ def load_folder(folder: Path, name: str) -> Adapter:
         else:
             problem, remedy = f"has no {WEIGHTS}", "download or save it again"
         raise AdapterError(name, None, problem, remedy)
-    with _uncollected():
-        file = SafetensorsFile(weights, name)
-        return assemble(name, config, file.tensors, scalings(raw, name), file)
+    file = SafetensorsFile(weights, name)
+    return assemble(name, config, file.tensors(), scalings(raw, name), file)
 
 
 def from_model(peft_model: Any, adapter_name: str = "default", name: str | None = None) -> Adapter:
@@ -81,19 +80,6 @@ def from_model(peft_model: Any, adapter_name: str = "default", name: str | None 
         part = "" if match[2] == "modules_to_save" else f".{match[2]}"
         tensors[f"{match[1]}{part}{match[3] or ''}"] = MemoryTensor(tensor)
     return assemble(name, config, tensors, lambda module, rank: float(scaling[module]))
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Keep the garbage collector out: none of what is made here is garbage, and its full passes
-    over torch's objects would double the time to load an adapter of 18,000 modules."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _find(folder: Path, name: str) -> Path:

@@ -42,27 +42,31 @@ _AGAIN = "download or save the adapter again"
 
 
 class SafetensorsFile:
-    """The tensors of one file, by key, in ``tensors``.
-
-    The file is mapped as a whole at the first read and unmapped by ``release`` (once no tensor
+    """One file, mapped as a whole at the first read and unmapped by ``release`` (once no tensor
     that was read from it is alive). Mapping keeps no file descriptor, so thousands of files can be
     open at once.
-
-    Raises AdapterError if the file cannot be read, is truncated, or has a header that is not
-    exactly what the format allows.
     """
 
     def __init__(self, path: Path, adapter: str):
         self.path = path
         self._adapter = adapter
+        self._state = (0, 0)
+        self._data = 0
         self._views: dict[torch.dtype, torch.Tensor] = {}
+
+    def tensors(self) -> dict[str, FileTensor]:
+        """The tensors by key. The file does not hold on to them, because they do to the file.
+
+        Raises AdapterError if the file cannot be read, is truncated, or has a header that is not
+        exactly what the format allows.
+        """
         try:
-            with path.open("rb") as stream:
+            with self.path.open("rb") as stream:
                 self._state = _state(os.fstat(stream.fileno()))
                 header, self._data = self._read_header(stream)
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror})", "check the file") from error
-        self.tensors = self._check_entries(header)
+        return self._check_entries(header)
 
     def read(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor that starts at byte ``begin`` of the data section: mapped, not copied."""

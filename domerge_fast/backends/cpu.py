@@ -155,7 +155,7 @@ def truncate(
     energy: float | None,
     out_dtype: torch.dtype,
 ) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
-    """The best approximation of every B A: R x R mathematics by the library, the rest by kernels."""
+    """The best approximation of every B A: R x R by the library, the rest by kernels."""
     sides = [(Problem((a,), (1.0,)), Problem((b.T,), (1.0,))) for a, b in pairs]
     return library.truncate_by(gram, apply, sides, rank, energy, out_dtype)
 

@@ -23,14 +23,15 @@ def arrange(
     brought to; None leaves each as it is, but for float64, which becomes float32.
     """
     blocks, pitches = [], []
-    for block in problem.blocks:
+    d = problem.d
+    for block, rank in zip(problem.blocks, problem.ranks):
         wanted = dtype or (block.dtype if block.dtype in DTYPES else torch.float32)
         if block.dtype != wanted:
             block = block.to(wanted)
         pitch, step = block.stride()
         if in_columns:
             pitch, step = step, pitch
-        width = block.shape[not in_columns]
+        width = rank if in_columns else d
         if step != 1 or pitch < width:
             block = block.T.contiguous().T if in_columns else block.contiguous()
             pitch = width

@@ -96,7 +96,7 @@ def _orthogonalize(
     if wide:
         x, stats = ops.orthogonalize_factors([problems[i] for i in wide], backend=backend, **rule)
         for i, moved, row in zip(wide, x, stats.tolist()):
-            blocks = moved.split(list(problems[i].ranks))
+            blocks = moved.split_with_sizes(problems[i].ranks)
             problem = Problem(blocks, (1.0,) * len(blocks))
             sides[i] = _Side(problem, None, SideReport(int(row[0]), *row[1:]))
     return sides
@@ -115,7 +115,8 @@ def _decouple(
     settings: Settings,
 ) -> tuple[list[Tensor], list[Sequence[float] | None]]:
     merged_b = [
-        Problem(x.split(list(s.b.ranks)), (1.0,) * len(s.adapters)) for s, x in zip(stacks, b_hat)
+        Problem(x.split_with_sizes(s.b.ranks), (1.0,) * len(s.adapters))
+        for s, x in zip(stacks, b_hat)
     ]
     full = None
     if options.renormalize:

@@ -21,8 +21,9 @@ def block_products(
 
     x, y: P matrices [R, R] each. ranks: r_i of the adapters of all of them, summing to R.
     """
+    size = (sum(ranks), sum(ranks))
     for m in (*x, *y):
-        if m.shape != (sum(ranks), sum(ranks)):
+        if m.shape != size:
             raise ValueError(f"a matrix of {tuple(m.shape)} does not fit the ranks {tuple(ranks)}")
     return _block_products(list(x), list(y), list(ranks), backend)
 

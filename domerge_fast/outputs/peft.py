@@ -115,8 +115,9 @@ def rank_fields(ranks: Mapping[str, int]) -> dict[str, object]:
     common = Counter(ranks.values()).most_common(1)[0][0]
     members: dict[int, list[str]] = {}
     for name, rank in ranks.items():
-        members.setdefault(rank, []).append(re.escape(name))
-    pattern = {f"^(?:{'|'.join(n)})": r for r, n in sorted(members.items()) if r != common}
+        if rank != common:
+            members.setdefault(rank, []).append(re.escape(name))
+    pattern = {f"^(?:{'|'.join(n)})": r for r, n in sorted(members.items())}
     return {"r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": pattern}
 
 
