@@ -53,10 +53,10 @@ def merge(
     """Merge LoRA adapters of one base model into one adapter.
 
     adapters: PEFT folders, or adapters from `load`, `from_model` or `from_tensors`.
-    method: "do", "linear" or "svd" (`methods()`); its own options are keyword arguments.
+    method: one of `methods()`; its own options are keyword arguments.
     weights: one number an adapter, negative to subtract, 0 to leave out; None is 1 for each.
-        "do" uses w_i / sum |w| over the adapters that have a module; "linear" and "svd" use the
-        weights as they are.
+        "do" uses w_i / sum |w| over the adapters that have a module; all others use the weights
+        as they are.
     scale: λ, a factor on the merged update.
     rank, energy: truncate every module to rank k, or to the smallest rank that keeps this share
         of ||ΔW||_F^2; with both, whichever is smaller. None: exact, rank sum r_i.

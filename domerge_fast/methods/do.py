@@ -5,7 +5,8 @@
     3. ΔW = λ (sum_i ω_i D_i) diag(sum_i |ω_i| mag_i),  ω_i = w_i / sum |w| of the module's adapters
 
 The result is exactly Bhat A' with A' [R, n]: a LoRA adapter of rank R, with no SVD. It follows
-arXiv 2505.15875, for which no code was published; what the paper leaves open is an option here.
+arXiv 2505.15875, for which no code was published; what the paper leaves open is an option here,
+and docs/algorithm.md says which measurement chose each default.
 Cost: two reads of the factors, 2 R^2 (m + n) flops and a few R x R products a step.
 """
 
