@@ -21,21 +21,22 @@ class Problem:
     """Blocks X_i [r_i, d] and the scale that is multiplied into each on reading.
 
     The memory of a block is row-major [r_i, d] ("rows") or the transpose of a row-major
-    [d, r_i] matrix ("columns"). ranks: the r_i; rank: R.
+    [d, r_i] matrix ("columns"). ranks: the r_i; rank: R. ValueError unless there is a scale for
+    every block, and a block.
     """
 
     blocks: tuple[Tensor, ...]
     scales: tuple[float, ...]
     ranks: tuple[int, ...] = field(init=False)
     rank: int = field(init=False)
+    d: int = field(init=False)
 
     def __post_init__(self) -> None:
+        if not self.blocks or len(self.blocks) != len(self.scales):
+            raise ValueError(f"a problem needs one scale a block, got {len(self.blocks)} blocks")
+        self.d = self.blocks[0].shape[1]
         self.ranks = tuple([block.shape[0] for block in self.blocks])
         self.rank = sum(self.ranks)
-
-    @property
-    def d(self) -> int:
-        return self.blocks[0].shape[1]
 
     @property
     def device(self) -> torch.device:
@@ -56,8 +57,6 @@ class Problem:
 def check_problems(problems: Sequence[Problem]) -> None:
     """Raise ValueError unless every problem can be handed to a kernel."""
     for p in problems:
-        if not p.blocks or len(p.blocks) != len(p.scales):
-            raise ValueError(f"a problem needs one scale a block, got {len(p.blocks)} blocks")
         d, device = p.d, p.device
         for block, rank in zip(p.blocks, p.ranks):
             if block.shape != (rank, d) or not rank:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import peft
@@ -31,6 +33,8 @@ from domerge_fast.adapters import (
     load,
     peft_config,
 )
+from domerge_fast.errors import AdapterError
+from domerge_fast.garbage import uncollected
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -323,6 +327,29 @@ def test_release_unmaps_the_file_once_its_factors_are_gone(tmp_path):
     assert mappings(tmp_path) == 1
     del a, b
     assert mappings(tmp_path) == 0
+
+
+def test_a_dropped_adapter_is_freed_without_the_garbage_collector(tmp_path):
+    with uncollected():
+        adapter = load(write_adapter(tmp_path, random_factors(QV, 4)))
+        file = weakref.ref(adapter.file)
+        assert file() is not None
+        del adapter
+        assert file() is None
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loading_leaves_the_garbage_collector_as_it_was(enabled, tmp_path):
+    folder = write_adapter(tmp_path / "whole", random_factors(QV, 4))
+    (gc.enable if enabled else gc.disable)()
+    try:
+        load(folder)
+        assert gc.isenabled() == enabled
+        with pytest.raises(AdapterError):
+            load(tmp_path / "missing")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
 
 
 def test_a_header_without_padding_is_read(tmp_path):

@@ -21,6 +21,7 @@ from test_outputs import locked_folder, small_disk, unchanged
 import domerge_fast as dm
 from domerge_fast import AdapterError, DomergeError, OptionError, OutputError, cli, engine
 from domerge_fast.backends import registry
+from domerge_fast.plan import Plan
 
 Q, V = "layers.0.q_proj", "layers.1.v_proj"
 SHAPES = {Q: (6, 8), V: (5, 8)}
@@ -383,6 +384,18 @@ def test_no_method_lets_a_nan_through(count, method, refused):
     valued(V, float("nan"), 1)()
     message = refused(AdapterError, names, method=method)
     assert message.startswith(f"adapter 'two', module '{V}': NaN in lora_B; ")
+
+
+def test_an_overflow_beside_the_diagonal_alone_is_no_factors_fault():
+    plan = Plan.make([dm.load(name) for name in SPOILT], [1.0, 1.0])
+    stacks = [plan.stack(name) for name in plan.names]
+    grams_a, grams_b = engine.grams(stacks, [True, True], "torch")
+    grams_b[1][0, -1] = float("inf")
+    engine._check_factors(plan, stacks, grams_a, grams_b, "torch")
+    stacks[1].b.blocks[1][0, 0] = 1e30
+    grams_b[1][-1, -1] = float("inf")
+    with pytest.raises(AdapterError, match=f"'two', module '{V}': lora_B has values too large"):
+        engine._check_factors(plan, stacks, grams_a, grams_b, "torch")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])

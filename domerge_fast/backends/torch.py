@@ -54,7 +54,6 @@ def _parts(problem: Problem) -> zip[tuple[Tensor, float]]:
     return zip(problem.blocks, problem.scales)
 
 
-@full_precision()
 def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
     """Sums of x_ij y_ij over the block of every two adapters: [P, T, T] in float64."""
     owner = torch.repeat_interleave(torch.tensor(ranks, device=x[0].device))
@@ -62,6 +61,7 @@ def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int
     return member.T @ (torch.stack(list(x)).double() * torch.stack(list(y)).double()) @ member
 
 
+@full_precision()
 def orthogonalize(
     grams: Sequence[Tensor],
     ranks: Sequence[tuple[int, ...]],
