@@ -238,6 +238,7 @@ def test_no_symbol_of_one_instruction_set_can_be_linked_into_another(built):
             text=True,
             check=True,
         )
-        names = [line.split(maxsplit=2)[2] for line in listing.stdout.splitlines()]
+        symbols = [line.split(maxsplit=2)[2] for line in listing.stdout.splitlines()]
+        names = [s for s in symbols if not s.startswith("DW.ref.")]  # addresses, no code
         assert any(name.startswith(f"domerge::{isa}::kernels") for name in names)
         assert [name for name in names if f"domerge::{isa}::" not in name] == []

@@ -159,35 +159,34 @@ class TileRowProduct {
 // As ColumnProduct, for bfloat16 blocks and coefficients.
 class TileColumnProduct {
  public:
-    TileColumnProduct(const ApplyItem& item, Arena& arena) : problem_(*item.problem) {
-        const Parts parts = split(item, arena);
-        count_ = parts.count;
-        rows_ = parts.rows;
-        depth_ = parts.depth;
-        part_size_ = depth_ / 2 * ld();
-        c_ = static_cast<uint32_t*>(arena.take(count_ * part_size_ * 4));
-        for (int p = 0; p < count_; ++p)
-            transpose(reinterpret_cast<const float*>(parts.data + p * parts.size()), depth_ / 2,
-                      rows_, depth_ / 2, reinterpret_cast<float*>(c_ + p * part_size_), ld());
-        x_ = static_cast<uint16_t*>(arena.take(kApplyRows * ldx() * 2));
-        y_ = take_matrix(arena, kApplyRows, ld());
+    TileColumnProduct(const ApplyItem& item, Arena& arena)
+        : problem_(*item.problem),
+          parts_(split(item, arena)),
+          c_(static_cast<uint32_t*>(arena.take(parts_.count * part_size() * 4))),
+          x_(static_cast<uint16_t*>(arena.take(kApplyRows * ldx() * 2))),
+          y_(take_matrix(arena, kApplyRows, ld())) {
+        for (int p = 0; p < parts_.count; ++p)
+            transpose(reinterpret_cast<const float*>(parts_.data + p * parts_.size()),
+                      parts_.depth / 2, parts_.rows, parts_.depth / 2,
+                      reinterpret_cast<float*>(c_ + p * part_size()), ld());
     }
-    int64_t ld() const { return row_stride<float>(rows_); }
+    int64_t ld() const { return row_stride<float>(parts_.rows); }
     float* operator()(int64_t begin, int64_t n) {
         pack(begin, n);
-        const Operands operands{count_, x_, ldx(), 0, c_, ld(), part_size_};
-        for (int64_t j = 0; j < rows_; j += kSquare)
+        const Operands operands{parts_.count, x_, ldx(), 0, c_, ld(), part_size()};
+        for (int64_t j = 0; j < parts_.rows; j += kSquare)
             for (int64_t i = 0; i < n; i += kSquare)
-                multiply_parts(operands, i, j, depth_, y_, ld());
+                multiply_parts(operands, i, j, parts_.depth, y_, ld());
         return y_;
     }
 
  private:
-    int64_t ldx() const { return 2 * row_stride<float>(depth_ / 2); }
+    int64_t ldx() const { return 2 * row_stride<float>(parts_.depth / 2); }
+    int64_t part_size() const { return parts_.depth / 2 * ld(); }
 
     // Whole vectors are written, as in load_columns; zero beyond the rank.
     void pack(int64_t begin, int64_t n) {
-        const int64_t ld = ldx(), rank = problem_.rank, depth = depth_;
+        const int64_t ld = ldx(), rank = problem_.rank, depth = parts_.depth;
         uint16_t* to = x_;
         for (int64_t b = 0; b < problem_.count; to += problem_.blocks[b].rank, ++b) {
             const Block block = problem_.blocks[b];
@@ -207,9 +206,8 @@ class TileColumnProduct {
     }
 
     const Problem& problem_;
-    int count_;
-    int64_t rows_, depth_, part_size_;
-    uint32_t* c_;
+    const Parts parts_;
+    uint32_t* c_;  // the parts transposed, two neighbours of a row in a word
     uint16_t* x_;
     float* y_;
     const Tiles tiles_;

@@ -164,13 +164,13 @@ void apply_decouple_item(const DecoupleItem& item, Arena& arena) {
     const ApplyItem& apply = item.apply;
     const Problem& problem = *apply.problem;
     constexpr int64_t ld = Rows::kLd;
-    Rows product(apply, arena);
     DecoupleTile t{nullptr,
                    take_matrix(arena, problem.count, ld),
                    take_matrix(arena, 1, ld),
                    take_matrix(arena, 1, ld),
                    take_matrix(arena, 1, ld),
                    ld};
+    Rows product(apply, arena);
     for (int64_t begin = apply.begin; begin < apply.end; begin += kApplyColumns) {
         const int64_t n = least(apply.end - begin, kApplyColumns);
         t.values = product(begin, n);
