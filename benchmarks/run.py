@@ -1,7 +1,7 @@
 """Measures whole merges side by side with their rivals, then how the compute grows.
 
-    python benchmarks/run.py --quick           # small, all of it, in two minutes
-    python benchmarks/run.py --full --publish  # what README.md shows, in half an hour
+    python benchmarks/run.py --quick           # all of it, small
+    python benchmarks/run.py --full --publish  # what README.md shows
     python benchmarks/run.py moe-30b-4         # one workload, or "scaling", or "orthogonalize"
 
 Floor, backends and `svd` take turns in one process; rivals run in memory on one module of each

@@ -80,12 +80,6 @@ DOMERGE_INLINE FloatVec square_root(FloatVec v) {
     return v;
 }
 
-DOMERGE_INLINE IndexVec lane_numbers() {
-    IndexVec v;
-    for (int i = 0; i < kWidth; ++i) v[i] = i;
-    return v;
-}
-
 struct Widened {
     DoubleVec low, high;
 };
