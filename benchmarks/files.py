@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,9 @@ from domerge_fast.report import Report
 FLOOR = "copy floor"
 SVD = "svd"
 """After a backend's name: its `svd` to the adapters' rank. A backend's name alone is `do`."""
+
+RESET_PEAK = "5"
+"""What /proc/self/clear_refs takes to forget the peak (man 5 proc)."""
 
 PATIENCE = 60.0
 """Seconds after which a call is not repeated; one that takes longer is run once, unwarmed."""
@@ -51,19 +55,30 @@ def merge(
 
 @dataclass
 class Watched:
-    """`do` on a backend; keeps the report and the stages of its last merge."""
+    """`do` on a backend; keeps the report, the stages and the peak memory of its last merge."""
 
     paths: Sequence[Path]
     backend: str
     device: torch.device
     report: Report | None = None
     stages: Stages = field(default_factory=dict)
+    peak_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def __call__(self, output: Path) -> None:
+        Path("/proc/self/clear_refs").write_text(RESET_PEAK)
+        idle = _peak_bytes()
         merged, self.stages = stages.measure(
             lambda: merge(self.paths, output, "do", self.backend, self.device)
         )
         self.report = merged.report
+        self.peak_bytes = {"idle": idle, "do": _peak_bytes()}
+
+
+def _peak_bytes() -> int:
+    """Most resident bytes of this process since the last reset."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
 
 
 def calls(paths: Sequence[Path], first: Watched, others: bool) -> dict[str, Call]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from . import descent
+from .entries import entry_counts, entry_merge, entry_sums  # noqa: F401, the rest of the ops
 
 ZERO_COLUMN = 1e-6
 """A column of B_i A_i below this share of ||B_i|| ||a|| is rounding noise: its direction is 0."""

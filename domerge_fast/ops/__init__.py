@@ -4,6 +4,7 @@ from .all_finite import all_finite
 from .apply import apply
 from .apply_decouple import apply_decouple
 from .block_products import block_products
+from .entries import entry_counts, entry_merge, entry_sums
 from .gram import block_gram, gram
 from .orthogonalize import orthogonalize, orthogonalize_factors
 from .truncate import truncate
@@ -14,6 +15,9 @@ __all__ = [
     "apply_decouple",
     "block_gram",
     "block_products",
+    "entry_counts",
+    "entry_merge",
+    "entry_sums",
     "gram",
     "orthogonalize",
     "orthogonalize_factors",
