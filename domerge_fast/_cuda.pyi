@@ -1,4 +1,5 @@
-"""The CUDA extension: one launch an op. backends/gpu.py (`Kernels`) says what each does.
+"""The CUDA extension: one launch an op. backends/gpu.py (`Kernels`) and gpu_entries.py
+(`EntryKernels`) say what each does.
 
 Addresses are `tensor.data_ptr()`, dtypes the codes of backends/layout.py, a stream is its
 `cuda_stream`. A table is the addresses of its blocks, owner and problems, and its dtype; a list of
@@ -109,3 +110,38 @@ def apply_decouple(
     /,
 ) -> None: ...
 def all_finite(dtype: int, tiles: int, count: int, flags: int, stream: int, /) -> None: ...
+
+class Updates:
+    """The updates of one module: the address and number of their rows, and their shape."""
+
+    def __init__(self, rows: int, adapters: int, m: int, n: int) -> None: ...
+
+def entry_counts(
+    table: _Table, updates: Updates, prefixes: int, counts: int, stream: int, /
+) -> None:
+    """prefixes: 0 for none."""
+
+def entry_sums(
+    table: _Table,
+    updates: Updates,
+    trims: int,
+    draw: int,
+    rows: int,
+    totals: int,
+    stream: int,
+    /,
+) -> None: ...
+def entry_merge(
+    table: _Table,
+    updates: Updates,
+    trims: int,
+    draw: int,
+    weights: int,
+    sign: int,
+    weighted: bool,
+    mean: int,
+    scale: float,
+    out: int,
+    stream: int,
+    /,
+) -> None: ...

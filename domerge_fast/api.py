@@ -7,9 +7,10 @@ import itertools
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,10 +19,14 @@ from .adapters import Adapter, check_compatible, load
 from .backends import registry
 from .errors import OptionError
 from .interference import InterferenceSums
-from .merged import Merged
-from .methods import TABLE
-from .methods.base import Method, Settings
+from .merged import Merged, Target
+from .methods import TABLE, choose
+from .methods.base import Chosen, Method, Settings
+from .methods.steps import POST, PRE
 from .outputs import peft
+from .outputs.base import ModelFolder
+from .outputs.deltas import DeltaFolder
+from .outputs.merge_folder import MergeFolder
 from .plan import Plan
 from .progress import shown
 from .report import Interference, Report
@@ -29,7 +34,12 @@ from .report import Interference, Report
 Source = str | os.PathLike[str] | Adapter
 Progress = bool | Callable[[int, int], None]
 
+S = TypeVar("S")
+
 DTYPES = ("float32", "bfloat16", "float16")
+FORMS = ("adapter", "deltas", "model")
+PRE_STEPS = tuple(PRE)
+POST_STEPS = tuple(POST)
 
 
 def merge(
@@ -40,12 +50,16 @@ def merge(
     scale: float = 1.0,
     rank: int | None = None,
     energy: float | None = None,
+    pre: Sequence[str] = (),
+    post: Sequence[str] = (),
     backend: str = "auto",
     device: str = "auto",
     max_device_memory: int | str | None = None,
     progress: Progress = False,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    form: str = "adapter",
+    base: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
     base_model: str | None = None,
     **method_options: Any,
@@ -59,7 +73,11 @@ def merge(
         as they are.
     scale: λ, a factor on the merged update.
     rank, energy: truncate every module to rank k, or to the smallest rank that keeps this share
-        of ||ΔW||_F^2; with both, whichever is smaller. None: exact, rank sum r_i.
+        of ||ΔW||_F^2; with both, whichever is smaller. None: exact, rank sum r_i; a method whose
+        result is dense ("ties" and the like) is cut to the largest rank of the adapters, unless
+        the form keeps it whole. The report says what share was kept.
+    pre: steps on the adapters before the method, in order, of `PRE_STEPS`; e.g. ["canonicalize"].
+    post: steps on the merged factors after it, of `POST_STEPS`; e.g. ["norm_match"].
     backend, device: where the ops run; "auto" takes the fastest backend for the device, and the
         device the factors are on (files: the CPU). Factors of a merge in memory stay there.
     max_device_memory: bytes (or "4GiB") of that device that groups of modules may take at once,
@@ -67,6 +85,10 @@ def merge(
     progress: True for a bar on stderr, or a function of (modules done, modules in all).
     output: write a PEFT folder while merging, so that no more than a group of modules is in
         memory; an existing one is replaced only with `overwrite`.
+    form: what is written: "adapter", a PEFT folder; "deltas", ΔW of every module as dense tensors;
+        "model", the model in the folder `base` with ΔW added to its weights. In memory, "deltas"
+        keeps ΔW dense in float32: `Merged.delta` then gives it exactly.
+    base: the folder of the base model (safetensors), for form "model".
     dtype: of the merged factors, "float32", "bfloat16" or "float16"; None takes that of the
         inputs (float32 where they differ). Arithmetic is float32 throughout.
     base_model: says which base model all adapters belong to, where their configs disagree.
@@ -75,12 +97,13 @@ def merge(
     whatever cannot be merged exactly or written; nothing is left written then.
     """
     started = time.perf_counter()
-    row = TABLE[options.choose("method", method, TABLE)]
-    chosen: Any = options.build(row.options, method_options, f"method {method!r}")
+    chosen = choose(method, method_options)
+    steps = _steps("pre", pre, PRE), _steps("post", post, POST)
     scale = options.check("scale", scale, float)
     if scale == 0:
         raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
-    cut = _cut(row, rank, energy)
+    cut = _cut(rank, energy)
+    _check_form(form, output, base)
     loaded = _load(adapters, base_model)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
     out_dtype = _dtype(dtype, plan)
@@ -97,7 +120,7 @@ def merge(
             adapters=sums.names,
             weights=tuple(plan.weights),
             scale=scale,
-            options=dataclasses.asdict(chosen) | {"rank": rank, "energy": energy},
+            options=_recipe(chosen, rank, energy, pre, post, form),
             backend=settings.backend,
             device=str(place.device),
             dtype=str(out_dtype).removeprefix("torch."),
@@ -109,17 +132,27 @@ def merge(
 
     def run(sink: engine.Sink, to_host: bool) -> Report:
         with shown(progress, len(plan.names)) as show, torch.no_grad():
-            resolved = _resolve(cut, row, plan)
-            return finished(
-                engine.run(plan, row, chosen, settings, resolved, place, sums, sink, to_host, show)
+            usual = _largest_rank(plan)
+            work = engine.Work(
+                method=chosen,
+                settings=settings,
+                cut=usual if chosen.truncates and not cut else cut,
+                usual=usual,
+                pre=steps[0],
+                post=steps[1],
+                deltas=form != "adapter",
             )
+            return finished(engine.run(plan, work, place, sums, sink, to_host, show))
 
     if output is None:
-        pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        report = run(lambda name, a, b: pairs.__setitem__(name, (a, b.contiguous())), False)
-        return Merged(report, target, pairs)
+        results: dict[str, tuple[torch.Tensor, ...]] = {}
+
+        def keep(name: str, *tensors: torch.Tensor) -> None:
+            results[name] = tuple(x.contiguous() for x in tensors)
+
+        return Merged(run(keep, False), target, results)
     path = Path(output).absolute()
-    with peft.PeftFolder(path, target, overwrite) as folder:
+    with _folder(form, path, target, base, overwrite) as folder:
         report = run(folder.add, True)
         folder.finish(report)
     return Merged(report, target, {}, path)
@@ -148,9 +181,28 @@ def inspect(
     return sums.result()
 
 
-def methods() -> dict[str, str]:
-    """The merge methods by name, each with one line on what it does."""
-    return {name: row.summary for name, row in TABLE.items()}
+@dataclass(frozen=True)
+class MethodInfo:
+    """A merge method in a few words each: what it does, what it returns ("exact" factors of rank
+    R, factors cut to a "rank", "dense" ΔW, "inner": what the method inside it returns), what it
+    costs a module, what it needs besides adapters, and where it is from."""
+
+    summary: str
+    returns: str
+    cost: str
+    needs: str
+    source: str
+
+
+def methods() -> dict[str, MethodInfo]:
+    """The merge methods by name."""
+    return {name: _info(row) for name, row in TABLE.items()}
+
+
+def _info(row: Method) -> MethodInfo:
+    returns = "rank" if row.truncates else "dense" if row.dense else "exact"
+    returns = "inner" if row.dense is None else returns
+    return MethodInfo(row.summary, returns, row.cost, row.needs, row.source)
 
 
 def backends() -> dict[str, registry.BackendStatus]:
@@ -202,7 +254,60 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return checked
 
 
-def _cut(method: Method, rank: int | None, energy: float | None) -> engine.Cut:
+def _check_form(form: str, output: Any, base: Any) -> None:
+    options.choose("form", form, FORMS)
+    if (form == "model") != (base is not None):
+        problem = "'model' needs the base model" if base is None else f"{form!r} takes no base"
+        remedy = "give its folder as base" if base is None else "leave base out, or say 'model'"
+        raise OptionError("form", problem, remedy)
+    if form == "model" and output is None:
+        raise OptionError("form", "'model' is written, not kept in memory", "give an output")
+
+
+def _folder(
+    form: str,
+    path: Path,
+    target: Target,
+    base: str | os.PathLike[str] | None,
+    overwrite: bool,
+) -> MergeFolder:
+    if form == "adapter":
+        return peft.PeftFolder(path, target, overwrite)
+    if base is None:
+        return DeltaFolder(path, target, overwrite)
+    return ModelFolder(path, target, Path(base), overwrite)
+
+
+def _steps(option: str, names: Sequence[str], table: Mapping[str, S]) -> tuple[S, ...]:
+    if isinstance(names, str):
+        raise OptionError(option, "is one name, not a list", f"say [{names!r}]")
+    return tuple(table[options.choose(option, name, table)] for name in names)
+
+
+def _recipe(
+    chosen: Chosen,
+    rank: int | None,
+    energy: float | None,
+    pre: Sequence[str],
+    post: Sequence[str],
+    form: str,
+) -> dict[str, Any]:
+    """The options that repeat the merge."""
+    given: dict[str, Any] = {}
+    one: Chosen | None = chosen
+    while one:
+        given = dataclasses.asdict(one.options) | given
+        one = one.inner
+    return given | {
+        "rank": rank,
+        "energy": energy,
+        "pre": list(pre),
+        "post": list(post),
+        "form": form,
+    }
+
+
+def _cut(rank: int | None, energy: float | None) -> engine.Cut:
     if rank is not None:
         rank = options.check("rank", rank, int, low=1)
     if energy is not None:
@@ -212,10 +317,8 @@ def _cut(method: Method, rank: int | None, energy: float | None) -> engine.Cut:
     return engine.Cut(rank, energy)
 
 
-def _resolve(cut: engine.Cut, method: Method, plan: Plan) -> engine.Cut:
-    """The method's own truncation, where none was asked for."""
-    if cut or not method.truncates:
-        return cut
+def _largest_rank(plan: Plan) -> engine.Cut:
+    """To the largest rank of an adapter."""
     return engine.Cut(max(m.rank for name in plan.names for m in plan.modules(name)))
 
 

@@ -101,6 +101,7 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
 
 def _fill_merge(parser: argparse.ArgumentParser) -> None:
     from .methods import TABLE
+    from .methods.steps import POST, PRE
 
     _add_sources(parser)
     add = parser.add_argument
@@ -111,21 +112,37 @@ def _fill_merge(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=float, default=1.0, help="factor on the merged update (default: 1)")
     add("--rank", type=int, help="truncate every module to this rank (default: exact)")
     add("--energy", type=float, help="truncate to the least rank that keeps this share")
+    pre, post = ", ".join(PRE), ", ".join(POST)
+    add("--pre", nargs="+", default=(), metavar="STEP", help=f"before the method, of: {pre}")
+    add("--post", nargs="+", default=(), metavar="STEP", help=f"after the method, of: {post}")
+    add("--form", default="adapter", help="adapter, deltas (ΔW), or model (default: adapter)")
+    add("--base", metavar="FOLDER", help="the base model, for the form model")
     add("--max-device-memory", metavar="SIZE", help="of the device, e.g. 4GiB")
     add("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
-    seen: set[str] = set()
+    fields: dict[str, tuple[dataclasses.Field, type]] = {}
+    owners: dict[str, dict[str, typing.Any]] = {}
     for method in TABLE.values():
-        fields = [f for f in dataclasses.fields(method.options) if f.name not in seen]
-        if fields:
-            group = parser.add_argument_group(f"options of {method.name}")
-            for field in fields:
-                seen.add(field.name)
-                _add_option(group, field, typing.get_type_hints(method.options)[field.name])
+        kinds = typing.get_type_hints(method.options)
+        for field in dataclasses.fields(method.options):
+            fields.setdefault(field.name, (field, kinds[field.name]))
+            owners.setdefault(field.name, {})[method.name] = field.default
+    for methods in dict.fromkeys(tuple(o) for o in owners.values()):
+        group = parser.add_argument_group(f"options of {', '.join(methods)}")
+        for name, defaults in owners.items():
+            if tuple(defaults) == methods:
+                _add_option(group, *fields[name], defaults)
 
 
-def _add_option(group: argparse._ArgumentGroup, field: dataclasses.Field, kind: type) -> None:
+def _add_option(
+    group: argparse._ArgumentGroup,
+    field: dataclasses.Field,
+    kind: type,
+    defaults: dict[str, typing.Any],
+) -> None:
     flag = f"--{field.name.replace('_', '-')}"
-    help = f"{field.metadata['help']} (default: {field.default})"
+    alike = len(set(defaults.values())) == 1
+    default = field.default if alike else ", ".join(f"{v} {k}" for k, v in defaults.items())
+    help = f"{field.metadata['help']} (default: {default})"
     if kind is bool:
         action = argparse.BooleanOptionalAction
         group.add_argument(flag, action=action, default=argparse.SUPPRESS, help=help)
@@ -192,11 +209,13 @@ def _fill_methods(parser: argparse.ArgumentParser) -> None:
 def _methods(args: argparse.Namespace) -> int:
     from . import api
 
-    found = api.methods()
+    found = {name: dataclasses.asdict(row) for name, row in api.methods().items()}
     if args.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
-    else:
-        _print_table(list(found.items()))
+        return 0
+    head = ("method", "what it does", "returns", "cost", "needs", "source")
+    columns = ("summary", "returns", "cost", "needs", "source")
+    _print_table([head, *((name, *(row[c] for c in columns)) for name, row in found.items())])
     return 0
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +15,20 @@ from .backends.torch import full_precision
 from .errors import AdapterError, DomergeError, OptionError
 from .garbage import uncollected
 from .interference import InterferenceSums, own_norms
-from .methods.base import Factors, Method, Settings
+from .lowrank import compress
+from .methods.base import Chosen, Dense, Factors, Merged, Settings, grams
+from .methods.steps.base import PostStep, PreStep
 from .plan import GPU_GROUP_BYTES, GROUP_BYTES, Plan, Stack
 from .report import ModuleReport
 
 MOST_COMPARED = 64
 """Adapters up to which every merge also measures their pairwise interference."""
 
-Sink = Callable[[str, Tensor, Tensor], None]
+DENSE_BYTES = 256 << 20
+"""What the dense results of a group of modules may take; one module may take more."""
+
+Sink = Callable[..., None]
+"""(name, A [R, n], B [m, R]) or (name, ΔW [m, n] in float32) of every module."""
 Progress = Callable[[int, int], None]
 
 
@@ -46,13 +51,43 @@ class Place:
     most_bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class Work:
+    """What is done to every stack: steps before, the method, steps after, the truncation.
+
+    deltas: whether the sink takes ΔW instead of its factors. usual: the cut of a dense result
+    that must become factors where no cut was asked for.
+    """
+
+    method: Chosen
+    settings: Settings
+    cut: Cut = Cut()
+    usual: Cut = Cut()
+    pre: Sequence[PreStep] = ()
+    post: Sequence[PostStep] = ()
+    deltas: bool = False
+
+    @property
+    def inner(self) -> Settings:
+        """Settings of what comes before the last step, which is in float32."""
+        last = not (self.cut or self.post or self.deltas)
+        return self.settings if last else replace(self.settings, dtype=torch.float32)
+
+    @property
+    def dense(self) -> bool:
+        """Whether matrices [m, n] are formed."""
+        return self.deltas or self.method.dense
+
+    def before(self, stacks: Sequence[Stack]) -> Sequence[Stack]:
+        for step in self.pre:
+            stacks = step.run(stacks, self.settings)
+        return stacks
+
+
 @uncollected()
 def run(
     plan: Plan,
-    method: Method,
-    options: Any,
-    settings: Settings,
-    cut: Cut,
+    work: Work,
     place: Place,
     sums: InterferenceSums,
     sink: Sink,
@@ -67,35 +102,91 @@ def run(
     """
     reports: dict[str, ModuleReport] = {}
     compare = len(plan.adapters) <= MOST_COMPARED
-    inner = Settings(settings.scale, torch.float32, settings.backend) if cut else settings
+    backend = work.settings.backend
     streams = _streams(plan, place)
+    method = work.method.prepared(_Whole(plan, place, work, streams), work.inner)
     written: Future[None] | None = None
     with ThreadPoolExecutor(1, "domerge-write") as writer:
-        for stacks in _stacks(plan, place, settings.dtype, streams):
-            wanted = [compare or method.needs_grams(s, options) for s in stacks]
-            grams_a, grams_b = grams(stacks, wanted, settings.backend)
-            host_a, host_b = transfer.gather(grams_a), transfer.gather(grams_b)
-            _check_factors(plan, stacks, host_a, host_b, settings.backend)
-            merged = method.merge(stacks, grams_a, grams_b, options, inner)
-            kept = [1.0] * len(stacks)
-            energy = [0.0] * len(stacks)
-            if cut:
-                merged, kept, energy = _truncate(merged, cut, settings)
-            _check_results(stacks, merged, settings.backend)
+        for stacks in _stacks(plan, place, work, streams):
+            wanted = [compare or (not work.pre and method.wants_grams(s)) for s in stacks]
+            found = grams(stacks, wanted, backend)
+            host_a, host_b = transfer.gather(found[0]), transfer.gather(found[1])
+            _check_factors(plan, stacks, host_a, host_b, backend)
+            ready_stacks = work.before(stacks)
+            merged = method(ready_stacks, work.inner, None if work.pre else found)
+            results = _settle(work, stacks, merged)
+            _check_results(stacks, results, backend)
             if compare:
                 norms = sums.add(stacks, _present(host_a), _present(host_b))
             else:
-                norms = own_norms(stacks, settings.backend)
-            for k, (s, f) in enumerate(zip(stacks, merged)):
-                reports[s.name] = _report(plan, s, f, norms[k], kept[k], energy[k])
+                norms = own_norms(stacks, backend)
+            for s, result, own in zip(stacks, results, norms):
+                reports[s.name] = _report(plan, s, result, own)
             if written:
                 written.result()
             ready = transfer.ready_event(place.device) if to_host else None
-            written = writer.submit(_give, sink, [s.name for s in stacks], merged, ready, streams)
+            tensors = [r.tensors for r in results]
+            written = writer.submit(_give, sink, [s.name for s in stacks], tensors, ready, streams)
             progress(len(reports), len(plan.names))
         if written:
             written.result()
     return reports
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The model's groups of stacks as the method sees them, read once more on every pass."""
+
+    plan: Plan
+    place: Place
+    work: Work
+    streams: Sequence[torch.cuda.Stream]
+
+    def __iter__(self) -> Iterator[Sequence[Stack]]:
+        return map(self.work.before, _stacks(self.plan, self.place, self.work, self.streams))
+
+
+@dataclass(frozen=True, eq=False)
+class _Result:
+    """A merged module as the sink takes it, and for its report: what the method says of it, its
+    rank, the energy kept and that before."""
+
+    tensors: tuple[Tensor, ...]
+    made: Factors | Dense
+    rank: int
+    kept: float = 1.0
+    energy: float = 0.0
+
+
+def _settle(work: Work, stacks: Sequence[Stack], merged: Merged) -> list[_Result]:
+    """Dense results as they are, or cut to factors where the sink or a step wants these; steps
+    after the method, the truncation, and ΔW of factors where the sink wants that."""
+    cut = work.cut
+    dense = [x for x in merged if isinstance(x, Dense)]
+    factors = [x for x in merged if isinstance(x, Factors)]
+    if dense and work.deltas and not cut and not work.post:
+        return [_Result((x.delta,), x, min(x.delta.shape)) for x in dense]
+    kept, energy = [1.0] * len(merged), [0.0] * len(merged)
+    if dense:
+        cut = cut or work.usual
+        cuts = [compress(x.delta, cut.rank, cut.energy) for x in dense]
+        factors = [Factors(c[0], c[1], *x.reports) for x, c in zip(dense, cuts)]
+        kept, energy = [c[2] for c in cuts], [c[3] for c in cuts]
+    for step in work.post:
+        factors = step.run(stacks, factors, work.inner)
+    if cut and not dense:
+        factors, kept, energy = _truncate(factors, cut, work)
+    dtype = work.settings.dtype
+    tensors: list[tuple[Tensor, ...]] = [(x.a.to(dtype), x.b.to(dtype)) for x in factors]
+    if work.deltas:
+        tensors = [(_product(x.a, x.b),) for x in factors]
+    ranks = [x.a.shape[0] for x in factors]
+    return [_Result(*row) for row in zip(tensors, factors, ranks, kept, energy)]
+
+
+@full_precision()
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return b.float() @ a.float()
 
 
 def survey(
@@ -103,7 +194,7 @@ def survey(
 ) -> None:
     """Only the Grams, only counted into `sums`."""
     done = 0
-    for stacks in _stacks(plan, place, plan.dtype(), _streams(plan, place)):
+    for stacks in _stacks(plan, place, None, _streams(plan, place)):
         grams_a, grams_b = (
             transfer.gather(g) for g in grams(stacks, [True] * len(stacks), backend)
         )
@@ -120,12 +211,12 @@ def _streams(plan: Plan, place: Place) -> list[torch.cuda.Stream]:
 
 
 def _stacks(
-    plan: Plan, place: Place, dtype: torch.dtype, streams: Sequence[torch.cuda.Stream]
+    plan: Plan, place: Place, work: Work | None, streams: Sequence[torch.cuda.Stream]
 ) -> Iterator[list[Stack]]:
     """The plan's groups, each read and copied while the one before it is worked on."""
     with ThreadPoolExecutor(1, "domerge-read") as reader:
         ahead: Future[transfer.Upload] | None = None
-        for names in _groups(plan, place, dtype):
+        for names in _groups(plan, place, work):
             following = reader.submit(_read, plan, names, place.device, streams)
             if ahead:
                 yield ahead.result().wait()
@@ -134,22 +225,31 @@ def _stacks(
             yield ahead.result().wait()
 
 
-def _groups(plan: Plan, place: Place, dtype: torch.dtype) -> Iterator[list[str]]:
+def _groups(plan: Plan, place: Place, work: Work | None) -> Iterator[list[str]]:
     usual = GPU_GROUP_BYTES if place.device.type == "cuda" else GROUP_BYTES
+    dtype = work.settings.dtype if work else plan.dtype()
+    dense = work is not None and work.dense
     most = place.most_bytes
     if most is None and place.device.type == "cuda":
         most = int(0.8 * transfer.free_bytes(place.device))
 
     def share(name: str) -> float:
         part = plan.factor_bytes(name) / usual
-        return part if most is None else max(part, plan.device_bytes(name, dtype) / most)
+        if dense:
+            part = max(part, plan.dense_bytes(name) / DENSE_BYTES)
+        return part if most is None else max(part, needed(name) / most)
+
+    def needed(name: str) -> int:
+        """Of the device: two dense results, one computed while another is copied."""
+        extra = 2 * plan.dense_bytes(name) if dense else 0
+        return plan.device_bytes(name, dtype) + extra
 
     if most is not None:
         for name in plan.names:
-            needed = plan.device_bytes(name, dtype)
-            if needed > most:
+            if needed(name) > most:
                 problem = (
-                    f"module {name!r} alone takes {needed >> 20} MiB, {most >> 20} are allowed"
+                    f"module {name!r} alone takes {needed(name) >> 20} MiB, "
+                    f"{most >> 20} are allowed"
                 )
                 raise OptionError("max_device_memory", problem, "allow more, or merge on the CPU")
     return plan.groups(share)
@@ -163,17 +263,6 @@ def _read(
     for adapter in plan.adapters:
         adapter.release()
     return found
-
-
-def grams(
-    stacks: Sequence[Stack], wanted: Sequence[bool], backend: str
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Grams of both sides of the wanted stacks, None for the others."""
-    chosen = [s for s, want in zip(stacks, wanted) if want]
-    found = ops.gram([*(s.a for s in chosen), *(s.b for s in chosen)], backend=backend)
-    a, b = iter(found[: len(chosen)]), iter(found[len(chosen) :])
-    pairs = [(next(a), next(b)) if want else (None, None) for want in wanted]
-    return [x for x, _ in pairs], [x for _, x in pairs]
 
 
 def _check_factors(
@@ -225,19 +314,18 @@ def _not_finite(plan: Plan, stack: Stack) -> AdapterError:
 
 
 def _truncate(
-    merged: Sequence[Factors], cut: Cut, settings: Settings
+    merged: Sequence[Factors], cut: Cut, work: Work
 ) -> tuple[list[Factors], list[float], list[float]]:
     pairs = [(f.a, f.b) for f in merged]
     smaller, kept = ops.truncate(
         pairs,
         rank=cut.rank,
         energy=cut.energy,
-        out_dtype=settings.dtype,
-        backend=settings.backend,
+        out_dtype=torch.float32 if work.deltas else work.settings.dtype,
+        backend=work.settings.backend,
     )
     energy = [_energy(a, b) for a, b in pairs]
-    results = [Factors(a, b, f.a_side, f.b_side, f.norms) for (a, b), f in zip(smaller, merged)]
-    return results, kept, energy
+    return [replace(f, a=a, b=b) for (a, b), f in zip(smaller, merged)], kept, energy
 
 
 @full_precision()
@@ -246,40 +334,39 @@ def _energy(a: Tensor, b: Tensor) -> float:
     return float(((a @ a.T).double() * (b.T @ b).double()).sum())
 
 
-def _check_results(stacks: Sequence[Stack], merged: Sequence[Factors], backend: str) -> None:
-    results = [x for f in merged for x in (f.a, f.b)]
-    for k, finite in enumerate(ops.all_finite(results, backend=backend)):
-        if not finite:
-            side, dtype = "AB"[k % 2], str(results[k].dtype).removeprefix("torch.")
+def _check_results(stacks: Sequence[Stack], results: Sequence[_Result], backend: str) -> None:
+    tensors = [
+        (s.name, "ΔW" if len(r.tensors) == 1 else what, t)
+        for s, r in zip(stacks, results)
+        for what, t in zip(("lora_A", "lora_B"), r.tensors)
+    ]
+    finite = ops.all_finite([t for _, _, t in tensors], backend=backend)
+    for (name, what, tensor), whole in zip(tensors, finite):
+        if not whole:
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise DomergeError(
-                f"module {stacks[k // 2].name!r}: merged lora_{side} does not fit in {dtype}; "
+                f"module {name!r}: merged {what} does not fit in {dtype}; "
                 "write it with dtype='float32'"
             )
 
 
-def _report(
-    plan: Plan,
-    stack: Stack,
-    factors: Factors,
-    norms: Sequence[float],
-    kept: float,
-    energy: float,
-) -> ModuleReport:
+def _report(plan: Plan, stack: Stack, result: _Result, norms: Sequence[float]) -> ModuleReport:
     names = [plan.adapters[i].name for i in stack.adapters]
-    magnitudes = dict(zip(names, factors.norms or norms))
-    rank = factors.a.shape[0]
-    return ModuleReport(stack.name, rank, factors.a_side, factors.b_side, magnitudes, kept, energy)
+    made = result.made
+    magnitudes = dict(zip(names, made.norms or norms))
+    sides = made.a_side, made.b_side
+    return ModuleReport(stack.name, result.rank, *sides, magnitudes, result.kept, result.energy)
 
 
 def _give(
     sink: Sink,
     names: Sequence[str],
-    merged: Sequence[Factors],
+    results: Sequence[tuple[Tensor, ...]],
     ready: torch.cuda.Event | None,
     streams: Sequence[torch.cuda.Stream],
 ) -> None:
-    pairs = [x for f in merged for x in (f.a, f.b)]
+    tensors = [t for result in results for t in result]
     with transfer.on(streams):
-        arrived = iter(transfer.download(pairs, ready) if ready else pairs)
-        for name in names:
-            sink(name, next(arrived), next(arrived))
+        arrived = iter(transfer.download(tensors, ready) if ready else tensors)
+        for name, result in zip(names, results):
+            sink(name, *islice(arrived, len(result)))

@@ -48,12 +48,12 @@ class Target:
 
 @dataclass(frozen=True, eq=False)
 class Merged:
-    """A merged adapter. `pairs` holds A [R, n] and B [m, R] of every module, or nothing where
-    the merge was streamed to `path`."""
+    """A merge. `results` holds A [R, n] and B [m, R] of every module, or ΔW [m, n] alone where it
+    was kept dense, or nothing where the merge was streamed to `path`."""
 
     report: Report
     target: Target
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
+    results: Mapping[str, tuple[Tensor, ...]]
     path: Path | None = None
 
     @property
@@ -64,14 +64,26 @@ class Merged:
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """A [R, n] and B [m, R] with ΔW = B A, in the output dtype; scaling is 1.
 
-        Read from the written file where the merge was streamed. OptionError for an unknown name.
+        Read from the written file where the merge was streamed. OptionError for an unknown name,
+        or a merge of another form than "adapter".
         """
+        self._check(name)
+        if self._form != "adapter":
+            problem = f"the merge has the form {self._form!r}, which has no factors"
+            raise OptionError("form", problem, "merge with form='adapter'")
+        if self.path is None:
+            a, b = self.results[name]
+            return a, b
+        return self._written.factors(name)
+
+    @property
+    def _form(self) -> str:
+        return str(self.report.options.get("form", "adapter"))
+
+    def _check(self, name: str) -> None:
         if name not in self.report.modules:
             problem = f"no merged module is called {name!r}"
             raise OptionError("name", problem, suggest(name, self.names))
-        if self.path is None:
-            return self.pairs[name]
-        return self._written.factors(name)
 
     @cached_property
     def _written(self) -> Adapter:
@@ -81,13 +93,24 @@ class Merged:
 
     def delta(self, name: str) -> Tensor:
         """ΔW = B A [m, n] in float32, out x in whatever way the base stores its weight."""
+        self._check(name)
+        if self._form == "deltas" and self.path is None:
+            return self.results[name][0]
         a, b = self.factors(name)
         return b.float() @ a.float()
 
     def save(self, output: str | os.PathLike[str], overwrite: bool = False) -> None:
-        """Write a PEFT adapter folder: whole or not at all. OutputError if it cannot be."""
+        """Write the folder of the merge's form, a PEFT adapter or dense deltas: whole or not at
+        all. OutputError if it cannot be."""
+        from .outputs.deltas import DeltaFolder
         from .outputs.peft import PeftFolder
 
+        if self._form == "deltas":
+            with DeltaFolder(Path(output), self.target, overwrite) as deltas:
+                for name in self.names:
+                    deltas.add(name, self.delta(name))
+                deltas.finish(self.report)
+            return
         with PeftFolder(Path(output), self.target, overwrite) as folder:
             for name in self.names:
                 folder.add(name, *self.factors(name))

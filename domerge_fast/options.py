@@ -20,10 +20,16 @@ from .errors import OptionError
 T = TypeVar("T")
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = (), low: float = -math.inf) -> Any:
-    """A dataclass field with its help text, its allowed words, or its least value."""
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Any:
+    """A dataclass field with its help text, its allowed words, or its least and largest value."""
     return dataclasses.field(
-        default=default, metadata={"help": help, "choices": choices, "low": low}
+        default=default, metadata={"help": help, "choices": choices, "low": low, "high": high}
     )
 
 
@@ -64,8 +70,10 @@ def size(name: str, value: int | str | None) -> int | None:
     return int(float(parts[1]) * UNITS[parts[2]])
 
 
-def build(cls: type[T], given: Mapping[str, Any], owner: str) -> T:
+def build(cls: type[T], given: Mapping[str, Any], owner: str, others: Iterable[str] = ()) -> T:
     """An options dataclass from keyword arguments, every name and value checked.
+
+    others: names that the user might have meant besides.
 
     Raises OptionError for a name that `owner` does not have, a wrong type or a wrong value.
     """
@@ -73,7 +81,8 @@ def build(cls: type[T], given: Mapping[str, Any], owner: str) -> T:
     types = typing.get_type_hints(cls)
     for name in given:
         if name not in fields:
-            remedy = suggest(name, fields) if fields else "leave it out"
+            known = [*fields, *others]
+            remedy = suggest(name, known) if known else "leave it out"
             raise OptionError(name, f"{owner} has no such option", remedy)
     values = {
         name: check(name, value, types[name], **fields[name].metadata)
@@ -89,6 +98,7 @@ def check(
     help: str = "",
     choices: tuple[str, ...] = (),
     low: float = -math.inf,
+    high: float = math.inf,
 ) -> Any:
     """`value` as the type `kind`, or an OptionError."""
     if choices:
@@ -102,5 +112,7 @@ def check(
             raise OptionError(name, f"{value!r} is not {word}", "give one")
         if value < low:
             raise OptionError(name, f"{value!r} is too small", f"use at least {low:g}")
+        if value > high:
+            raise OptionError(name, f"{value!r} is too large", f"use at most {high:g}")
         return kind(value)
     return value

@@ -84,6 +84,11 @@ class Plan:
         module = self.module(name)
         return self.rank(name) * (module.m + module.n) * module.dtype.itemsize
 
+    def dense_bytes(self, name: str) -> int:
+        """Bytes of a module's ΔW in float32."""
+        module = self.module(name)
+        return 4 * module.m * module.n
+
     def device_bytes(self, name: str, dtype: torch.dtype) -> int:
         """Device memory that merging a module to factors of this dtype takes: the factors and the
         results, each twice (one group computes while another is copied), and R x R matrices.

@@ -10,10 +10,12 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import test_entries_gpu
 import test_ops
 import torch
 from shapes import CASES, random_case
@@ -93,7 +95,7 @@ def run_tests(extension: Path, *selection: str) -> None:
 @pytest.mark.slow
 @from_outside
 def test_the_kernels_pass_the_tests_of_the_ops(extension):
-    run_tests(extension, "tests/test_ops.py", "-k", "cuda")
+    run_tests(extension, "tests/test_ops.py", "tests/test_entries_gpu.py", "-k", "cuda")
 
 
 @pytest.mark.slow
@@ -124,19 +126,29 @@ def run(op: str) -> list[torch.Tensor]:
     return [x for results in found for x in results]
 
 
+def run_both_ways(make: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The results, which must be the same with the threads forwards and backwards."""
+    from domerge_fast import _cuda
+
+    forwards = make()
+    _cuda.set_backwards(True)
+    try:
+        backwards = make()
+    finally:
+        _cuda.set_backwards(False)
+    assert all(map(torch.equal, forwards, backwards))
+    return forwards
+
+
 @inside
 @pytest.mark.parametrize("op", test_ops.OPS)
 def test_the_order_of_threads_has_no_influence(op):
-    from domerge_fast import _cuda
+    assert len(run_both_ways(lambda: run(op))) >= len(CASES) - 1
 
-    forwards = run(op)
-    _cuda.set_backwards(True)
-    try:
-        backwards = run(op)
-    finally:
-        _cuda.set_backwards(False)
-    assert len(forwards) >= len(CASES) - 1
-    assert all(map(torch.equal, forwards, backwards))
+
+@inside
+def test_the_order_of_threads_has_no_influence_on_entries():
+    run_both_ways(lambda: test_entries_gpu.run("cuda"))
 
 
 @pytest.fixture

@@ -9,10 +9,12 @@ import torch
 from make import random_factors, write_adapter
 from on_device import move
 from shapes import CASES
+from test_entries_gpu import DRAW, TRIMS, WEIGHTS, gaussian, module, run
 
 import domerge_fast as dm
 from domerge_fast import ops
 from domerge_fast.backends import registry
+from domerge_fast.entries import Election
 
 pytestmark = [
     pytest.mark.gpu,
@@ -156,6 +158,39 @@ def test_ops_in_a_cuda_graph(backend):
     graph.replay()
     torch.cuda.synchronize()
     assert all(map(torch.equal, captured, expected))
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_entries_have_the_bits_of_the_cpu(backend):
+    for found, expected in zip(run(f"{backend}:cuda"), run("cpu"), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_entries_in_a_cuda_graph(backend):
+    """Captured once, replayed on other numbers in the same memory."""
+    a, b = (move(x, "cuda") for x in module(70, 300, gaussian))
+
+    def merge() -> list[torch.Tensor]:
+        rule = (WEIGHTS, Election("total"), DRAW, 1.0)
+        return [
+            ops.entry_counts(a, b, backend=backend),
+            ops.entry_sums(a, b, TRIMS, DRAW, backend=backend),
+            ops.entry_merge(a, b, TRIMS, *rule, backend=backend),
+        ]
+
+    before = merge()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+        captured = merge()
+    for block in a.blocks:
+        block.mul_(2)
+    expected = merge()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, expected))
+    assert not any(map(torch.equal, captured, before))
 
 
 @pytest.mark.parametrize("backend", ON_GPU)

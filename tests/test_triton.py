@@ -27,10 +27,14 @@ KERNELS = {
     "apply_decouple_kernel",
     "apply_kernel",
     "block_gram_kernel",
+    "entry_counts_kernel",
+    "entry_merge_kernel",
     "gram_kernel",
     "orthogonalize_kernel",
     "roots_kernel",
+    "row_sums_kernel",
     "sum_kernel",
+    "total_kernel",
 }
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST = {"gram": 128, "apply": 128, "apply_decouple": 256}
@@ -38,6 +42,7 @@ EVERYWHERE = [
     *((op, rank, dtype) for op, rank in LARGEST.items() for dtype in ("float32", "bfloat16")),
     ("block_gram", 16, "float32"),
     ("all_finite", 16, "float32"),
+    ("entries", 16, "bfloat16"),
     ("squared", 128, "float32"),
     ("frobenius", 128, "float32"),
 ]
@@ -45,6 +50,7 @@ MORE = [
     *((op, rank, "float32") for op in LARGEST for rank in (16, 64)),
     *((op, 64, dtype) for op in LARGEST for dtype in ("bfloat16", "float16")),
     *((op, 16, dtype) for op in ("block_gram", "all_finite") for dtype in ("bfloat16", "float16")),
+    *(("entries", 16, dtype) for dtype in ("float32", "float16")),
     ("squared", 16, "float32"),
     ("squared", 64, "float32"),
     ("frobenius", 256, "float32"),
@@ -90,6 +96,7 @@ def compile_launches(architecture: int) -> None:
 
 def launch(op: str, rank: int, dtype: torch.dtype) -> None:
     from domerge_fast.backends import triton as backend
+    from domerge_fast.entries import Draw, Election, Trim
 
     half = rank // 2
     case = random_case((half, half), 4104, 8)
@@ -102,6 +109,14 @@ def launch(op: str, rank: int, dtype: torch.dtype) -> None:
         backend.block_gram([rows])
     elif op == "all_finite":
         backend.all_finite(rows.blocks)
+    elif op == "entries":
+        factors, draw = (rows, case.columns(dtype)), Draw(1, 2, (0, 1))
+        for prefixes in (None, [1, 2]):
+            backend.entry_counts(*factors, prefixes)
+        backend.entry_sums(*factors, [Trim()] * 2, draw)
+        for sign in ("none", "total", "frequency"):
+            election = Election(sign, weighted=True, mean="weight")
+            backend.entry_merge(*factors, [Trim()] * 2, [1.0, 0.5], election, draw, 1.0)
     elif op == "apply_decouple":
         blocks = torch.zeros(2 * half * half, dtype=torch.float64)
         backend.apply_decouple([None], [rows], [blocks], [[0.5, 0.5]], 1.0, dtype)
@@ -142,14 +157,15 @@ def test_every_kernel_compiles_within_the_shared_memory(architecture, compilers)
 
 @pytest.mark.slow
 def test_every_op_in_the_interpreter():
-    """tests/test_ops.py on the Triton backend: the variable must be set before Triton starts.
+    """The tests of the ops on the Triton backend: the variable must be set before Triton starts.
 
     Without what is a library's work there, float16, which takes the way of bfloat16, and what
     takes the interpreter longest.
     """
     long = "twice or it_stops or (frobenius and (arrives or never_rises)) or (256 and dtype1)"
+    long += " or 1100-2"
     selected = f"triton and not (truncate or on_the_factors or dtype2 or {long})"
-    files = ["tests/test_ops.py", "tests/test_library.py"]
+    files = ["tests/test_ops.py", "tests/test_library.py", "tests/test_entries_gpu.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", selected],
         cwd=ROOT,

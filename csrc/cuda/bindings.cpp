@@ -49,4 +49,12 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("roots", domerge::roots, Unlocked());
     m.def("apply_decouple", domerge::apply_decouple, Unlocked());
     m.def("all_finite", domerge::all_finite, Unlocked());
+    py::class_<domerge::UpdateNumbers>(m, "Updates")
+        .def(py::init([](domerge::Address rows, int64_t adapters, int64_t m, int64_t n) {
+                 return domerge::UpdateNumbers{rows, adapters, m, n};
+             }),
+             py::arg("rows"), py::arg("adapters"), py::arg("m"), py::arg("n"));
+    m.def("entry_counts", domerge::entry_counts, Unlocked());
+    m.def("entry_sums", domerge::entry_sums, Unlocked());
+    m.def("entry_merge", domerge::entry_merge, Unlocked());
 }

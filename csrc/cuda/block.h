@@ -68,6 +68,15 @@ DOMERGE_DEVICE int opaque(int number) {
     return number;
 }
 
+// Adds to a number that other threads and blocks may add to as well. For integers: the order of
+// additions, which differs from run to run, would show in a sum of floats.
+DOMERGE_DEVICE void add_atomically(uint32_t* to, uint32_t number) {
+    atomicAdd(to, number);
+}
+DOMERGE_DEVICE void add_atomically(uint64_t* to, uint64_t number) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(number));
+}
+
 // One T a thread, kept in registers.
 template <class T, int kThreads>
 struct PerThread {
@@ -137,6 +146,11 @@ struct Block {
 
 inline int opaque(int number) {
     return number;
+}
+
+template <class T>
+void add_atomically(T* to, T number) {
+    *to += number;
 }
 
 // Full of NaN at first, as registers may be of anything.

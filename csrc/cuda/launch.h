@@ -1,5 +1,6 @@
-// The launches, one an op: domerge_fast/backends/gpu.py (`Kernels`) says what each reads and
-// writes. Lists of rows are an address and a count. Nothing waits for a launch.
+// The launches, one an op: domerge_fast/backends/gpu.py (`Kernels`) and gpu_entries.py
+// (`EntryKernels`) say what each reads and writes. Lists of rows are an address and a count.
+// Nothing waits for a launch.
 #pragma once
 
 #include <string>
@@ -45,6 +46,22 @@ void apply_decouple(const TableNumbers& table, int64_t size, Address tiles, int6
                     const Decoupling& numbers, Address out, int out_dtype, Stream stream);
 
 void all_finite(int dtype, Address tiles, int64_t count, Address flags, Stream stream);
+
+// The updates of one module: where their rows begin, how many there are, and their shape.
+struct UpdateNumbers {
+    Address rows;
+    int64_t adapters;
+    int64_t m;
+    int64_t n;
+};
+
+void entry_counts(const TableNumbers& table, const UpdateNumbers& updates, Address prefixes,
+                  Address counts, Stream stream);
+void entry_sums(const TableNumbers& table, const UpdateNumbers& updates, Address trims,
+                Address draw, Address rows, Address totals, Stream stream);
+void entry_merge(const TableNumbers& table, const UpdateNumbers& updates, Address trims,
+                 Address draw, Address weights, int sign, bool weighted, int mean, double scale,
+                 Address out, Stream stream);
 
 // What the CUDA runtime finds here. `error` is empty, or says why there are no devices or why the
 // kernels run on none of them. Versions as CUDA counts them: 1000 * major + 10 * minor; 0 when

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import _cuda
+from ..entries import Election
 from .gpu import Gpu
+from .gpu_entries import MEANS, SIGNS, GpuEntries, Updates
 from .layout import DTYPES
 from .tables import Table
 
 
 class _Kernels:
-    """gpu.Kernels by the launches of the extension."""
+    """gpu.Kernels and gpu_entries.EntryKernels by the launches of the extension."""
 
     def sizes(self, op: str) -> tuple[int, ...]:
         return tuple(getattr(_cuda, f"{op}_sizes")())
@@ -98,6 +100,40 @@ class _Kernels:
     def all_finite(self, dtype: torch.dtype, tiles: Tensor, flags: Tensor) -> None:
         _cuda.all_finite(DTYPES[dtype], *_rows(tiles), _at(flags), _stream(flags))
 
+    def entry_counts(self, updates: Updates, prefixes: Tensor | None, out: Tensor) -> None:
+        behind = 0 if prefixes is None else _at(prefixes)
+        _cuda.entry_counts(*_updates(updates), behind, _at(out), _stream(out))
+
+    def entry_sums(
+        self, updates: Updates, trims: Tensor, draw: Tensor, rows: Tensor, out: Tensor
+    ) -> None:
+        _cuda.entry_sums(
+            *_updates(updates), _at(trims), _at(draw), _at(rows), _at(out), _stream(out)
+        )
+
+    def entry_merge(
+        self,
+        updates: Updates,
+        trims: Tensor,
+        draw: Tensor,
+        weights: Tensor,
+        election: Election,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        _cuda.entry_merge(
+            *_updates(updates),
+            _at(trims),
+            _at(draw),
+            _at(weights),
+            SIGNS[election.sign],
+            election.weighted,
+            MEANS[election.mean],
+            scale,
+            _at(out),
+            _stream(out),
+        )
+
 
 def _at(x: Tensor) -> int:
     return x.data_ptr()
@@ -110,6 +146,11 @@ def _rows(table: Tensor) -> tuple[int, int]:
 
 def _numbers(table: Table) -> tuple[int, int, int, int]:
     return _at(table.blocks), _at(table.owner), _at(table.problems), DTYPES[table.dtype]
+
+
+def _updates(updates: Updates) -> tuple[tuple[int, int, int, int], _cuda.Updates]:
+    rows, adapters = _rows(updates.rows)
+    return _numbers(updates.table), _cuda.Updates(rows, adapters, updates.m, updates.n)
 
 
 def _stream(x: Tensor) -> int:
@@ -127,3 +168,8 @@ apply = _gpu.apply
 apply_decouple = _gpu.apply_decouple
 truncate = _gpu.truncate
 all_finite = _gpu.all_finite
+
+_entries = GpuEntries(_Kernels)
+entry_counts = _entries.entry_counts
+entry_sums = _entries.entry_sums
+entry_merge = _entries.entry_merge

@@ -139,14 +139,14 @@ class Gpu:
         if dtype == torch.float64 or not problems:
             return library.gram(problems, dtype)
         kernels = self.load()
-        with _region("gram", problems[0].device) as device:
+        with region("gram", problems[0].device) as device:
             host = tables.describe(problems)
             grams, offsets = _results([(p.rank, p.rank) for p in problems], torch.float32, device)
             plans = [
                 (size, *tables.gram_tiles(problems, members, offsets, size, GRAM_CHUNK))
                 for size, members in _by_rank(problems, kernels.sizes("gram")).items()
             ]
-            table, rest = _upload(host, [x for _, *pair, _ in plans for x in pair])
+            table, rest = upload_table(host, [x for _, *pair, _ in plans for x in pair])
             for size, _, _, count in plans:
                 parts = torch.empty(count, size, size, device=device)
                 kernels.gram(table, size, next(rest), next(rest), parts, grams[0])
@@ -157,7 +157,7 @@ class Gpu:
         if not problems:
             return []
         kernels = self.load()
-        with _region("block_gram", problems[0].device) as device:
+        with region("block_gram", problems[0].device) as device:
             host = tables.describe(problems)
             sizes = [(sum(r * r for r in p.ranks),) for p in problems]
             packed, offsets = _results(sizes, torch.float64, device)
@@ -170,7 +170,7 @@ class Gpu:
                     block += 1
             jobs = tables.numbers(work, 4)
             cost = host.problems[jobs[:, 0], 2] * jobs[:, 2] ** 2
-            table, rest = _upload(host, [tables.largest_first(jobs, cost)])
+            table, rest = upload_table(host, [tables.largest_first(jobs, cost)])
             kernels.block_gram(table, next(rest), packed[0])
         return packed
 
@@ -193,7 +193,7 @@ class Gpu:
             return library.orthogonalize(grams, ranks, penalty, gamma, steps, tol)
         kernels = self.load()
         results: list[Tensor] = list(grams)
-        with _region("orthogonalize", grams[0].device) as device:
+        with region("orthogonalize", grams[0].device) as device:
             stats = torch.empty(len(grams), len(STATS), dtype=torch.float64, device=device)
             if large:
                 found, stats[large] = library.orthogonalize(
@@ -236,7 +236,7 @@ class Gpu:
         if not problems:
             return []
         kernels = self.load()
-        with _region("apply", problems[0].device) as device:
+        with region("apply", problems[0].device) as device:
             host = tables.describe(problems)
             cs = matrices(coefficients)
             counts = [p.rank if c is None else len(c) for c, p in zip(cs, problems)]
@@ -254,7 +254,7 @@ class Gpu:
                 )[:, :3]
                 for size, members in groups.items()
             ]
-            table, rest = _upload(host, [work, *tiles])
+            table, rest = upload_table(host, [work, *tiles])
             work_of = next(rest)
             for size in groups:
                 kernels.apply(table, size, next(rest), work_of, results[0])
@@ -283,7 +283,7 @@ class Gpu:
                 coefficients, problems, blocks, omegas, scale, out_dtype, full
             )
         kernels = self.load()
-        with _region("apply_decouple", problems[0].device) as device:
+        with region("apply_decouple", problems[0].device) as device:
             host = tables.describe(problems, rows_only=True)
             cs = matrices(coefficients)
             packed = [k.contiguous() for k in blocks]
@@ -311,7 +311,7 @@ class Gpu:
             ]
             slots = 1 + max(int(t[:, 2].max()) for t in tiles)
             numbers = [work, roots_of, tables.numbers(places), weights]
-            table, rest = _upload(host, [*numbers, *tiles])
+            table, rest = upload_table(host, [*numbers, *tiles])
             work_of, roots_work, root_at, bits = (next(rest) for _ in numbers)
             roots = torch.empty(root_total, device=device)
             norms = torch.empty(len(squares), device=device)
@@ -356,7 +356,7 @@ class Gpu:
         if not tensors:
             return []
         kernels = self.load()
-        with _region("all_finite", tensors[0].device) as device:
+        with region("all_finite", tensors[0].device) as device:
             pieces = [dense(x) for x in tensors]
             flags = torch.ones(len(pieces), dtype=torch.int32, device=device)
             groups: dict[torch.dtype, list[tuple[int, int, int]]] = {}
@@ -384,7 +384,7 @@ def _by_rank(problems: Sequence[Problem], sizes: Sequence[int]) -> dict[int, lis
     return tables.buckets({k: p.rank for k, p in enumerate(problems)}, sizes)
 
 
-def _upload(host: Table, others: list[Tensor]) -> tuple[Table, Iterator[Tensor]]:
+def upload_table(host: Table, others: list[Tensor]) -> tuple[Table, Iterator[Tensor]]:
     """The table and others on the device of the table's blocks."""
     device = host.alive[0].device
     first, *rest = tables.upload(device, [host.blocks, host.owner, host.problems, *others])
@@ -393,7 +393,7 @@ def _upload(host: Table, others: list[Tensor]) -> tuple[Table, Iterator[Tensor]]
 
 
 @contextlib.contextmanager
-def _region(name: str, device: torch.device) -> Iterator[torch.device]:
+def region(name: str, device: torch.device) -> Iterator[torch.device]:
     """The device made current, and an NVTX range around the launches of an op."""
     if device.type != "cuda":
         yield device

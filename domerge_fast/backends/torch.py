@@ -159,7 +159,9 @@ def _decouple(
 ) -> tuple[Tensor, Tensor]:
     owner = torch.repeat_interleave(torch.tensor(ranks, device=a.device))
     grams = [k.view(r, r) for k, r in zip(packed.split([r * r for r in ranks]), ranks)]
-    magnitudes = torch.stack([_norms(root(g), x) for g, x in zip(grams, a.split(list(ranks)))])
+    magnitudes = torch.stack(
+        [column_norms(root(g), x) for g, x in zip(grams, a.split(list(ranks)))]
+    )
     present = magnitudes > 0  # [T, n]
     inverse = torch.where(present, 1 / magnitudes, 0.0)
     signed = torch.tensor(omega, dtype=a.dtype, device=a.device)[:, None]
@@ -177,7 +179,7 @@ def _decouple(
     return result.to(out_dtype).contiguous(), magnitudes.square().sum(1, dtype=torch.float64).sqrt()
 
 
-def _norms(square_root: Tensor, a: Tensor) -> Tensor:
+def column_norms(square_root: Tensor, a: Tensor) -> Tensor:
     """||S a_c|| of every column, 0 where it is rounding noise."""
     norms = torch.linalg.vector_norm(square_root.to(a.dtype) @ a, dim=0)
     floor = ZERO_COLUMN * square_root.norm().to(a.dtype) * torch.linalg.vector_norm(a, dim=0)

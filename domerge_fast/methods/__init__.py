@@ -2,14 +2,73 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
-from . import cat, do, iso_c, iso_cts, linear, pico, subspace_boost, svd, tsvm, wudi
-from .base import Method
+from .. import options
+from . import (
+    breadcrumbs,
+    cat,
+    core,
+    dare,
+    dare_ties,
+    della,
+    do,
+    iso_c,
+    iso_cts,
+    knots,
+    lego,
+    linear,
+    magnitude_prune,
+    multislerp,
+    opcm,
+    pico,
+    robust,
+    slerp,
+    subspace_boost,
+    svd,
+    ties,
+    tsvm,
+    wudi,
+)
+from .base import Chosen, Method
 
 TABLE: MappingProxyType[str, Method] = MappingProxyType(
     {
         m.METHOD.name: m.METHOD
-        for m in (do, linear, cat, svd, tsvm, iso_c, iso_cts, subspace_boost, wudi, pico)
+        for m in (
+            *(do, linear, cat, svd, tsvm, iso_c, iso_cts, subspace_boost, wudi, pico),
+            *(slerp, multislerp, robust, lego, core, knots, opcm),
+            *(ties, dare, dare_ties, della, breadcrumbs, magnitude_prune),
+        )
     }
 )
+
+
+def choose(name: str, given: Mapping[str, Any], option: str = "method") -> Chosen:
+    """A method with its options, and the one that works inside it, from keyword arguments.
+
+    Raises OptionError for an unknown method, option or value.
+    """
+    row = TABLE[options.choose(option, name, TABLE)]
+    inner = None
+    known: list[str] = []
+    theirs: dict[str, Any] = {}
+    if row.inner:
+        own = {f.name: f.default for f in dataclasses.fields(row.options)}
+        chosen = given.get(row.inner, own[row.inner])
+        options.choose(row.inner, chosen, TABLE)
+        known = [n for n in _names(TABLE[chosen], given) if n not in own]
+        theirs = {k: v for k, v in given.items() if k in known}
+        inner = choose(chosen, theirs, row.inner)
+    mine = {k: v for k, v in given.items() if k not in theirs}
+    return Chosen(row, options.build(row.options, mine, f"method {name!r}", known), inner)
+
+
+def _names(row: Method, given: Mapping[str, Any]) -> list[str]:
+    """The names of a method's options and of those of the one inside it."""
+    own = {f.name: f.default for f in dataclasses.fields(row.options)}
+    inner = TABLE.get(given.get(row.inner, own[row.inner])) if row.inner else None
+    return [*own, *(_names(inner, {}) if inner else ())]

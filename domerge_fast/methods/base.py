@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..plan import Stack
 from ..report import SideReport
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every method is given: λ, the dtype of its results, and where its ops run."""
+    """What every method is given: λ, the dtype of its results, where its ops run, and, for
+    `prepare`, the method that works inside this one."""
 
     scale: float
     dtype: torch.dtype
     backend: str
+    inner: Chosen | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,22 +39,117 @@ class Factors:
     norms: Sequence[float] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A merged module that is no product of thin factors: ΔW [m, n] in float32."""
+
+    delta: Tensor
+    a_side: SideReport | None = None
+    b_side: SideReport | None = None
+    norms: Sequence[float] | None = None
+
+    @property
+    def reports(self) -> tuple[SideReport | None, SideReport | None, Sequence[float] | None]:
+        return self.a_side, self.b_side, self.norms
+
+
+Merged = Sequence[Factors | Dense]
+Merge = Callable[
+    [Sequence[Stack], Sequence[Tensor | None], Sequence[Tensor | None], Any, Settings],
+    Merged,
+]
+"""(stacks, grams_a, grams_b, options, settings) -> the merge of every stack.
+
+The Grams are [R, R] in float32, of the scaled factors, None where `needs_grams(stack, options)` is
+false and nobody else wanted them. options is the method's frozen dataclass.
+"""
+
+
+def _no_grams(stack: Stack, options: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table of methods.
 
-    merge(stacks, grams_a, grams_b, options, settings) -> Factors of every stack; the Grams are
-    [R, R] in float32, of the scaled factors, None where `needs_grams(stack, options)` is false
-    and nobody else wanted them. options is the method's frozen dataclass. truncates: with
-    neither rank nor energy given, cut to the largest rank of the adapters.
+    truncates: with neither rank nor energy given, cut to the largest rank of the adapters. dense:
+    whether it makes Dense results; None: if its inner method does. inner: the option that names
+    another method, which works inside this one; that one's options are given along with these.
+    prepare(groups, options, settings): for a method that may have to see the whole model first;
+    returns the merge to use. cost, source, needs: a few words each, for people who choose.
     """
 
     name: str
     summary: str
     options: type
-    merge: Callable[
-        [Sequence[Stack], Sequence[Tensor | None], Sequence[Tensor | None], Any, Settings],
-        list[Factors],
-    ]
-    needs_grams: Callable[[Stack, Any], bool]
+    merge: Merge
+    needs_grams: Callable[[Stack, Any], bool] = _no_grams
     truncates: bool = False
+    dense: bool | None = False
+    inner: str | None = None
+    prepare: Callable[[Iterable[Sequence[Stack]], Any, Settings], Merge] | None = None
+    cost: str = ""
+    source: str = ""
+    needs: str = ""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A method with its options, and the one inside it where it names one."""
+
+    method: Method
+    options: Any
+    inner: Chosen | None = None
+
+    @property
+    def truncates(self) -> bool:
+        return self.method.truncates or bool(self.inner and self.inner.truncates)
+
+    @property
+    def dense(self) -> bool:
+        """Whether it makes Dense results."""
+        if self.method.dense is None:
+            return self.inner is not None and self.inner.dense
+        return self.method.dense
+
+    def prepared(self, groups: Iterable[Sequence[Stack]], settings: Settings) -> Run:
+        """The method as a function of stacks and their Grams. groups: of the whole model, gone
+        through as often as need be."""
+        row = self.method
+        settings = replace(settings, inner=self.inner)
+        merge = row.prepare(groups, self.options, settings) if row.prepare else row.merge
+        return Run(self, merge)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A method that has seen what it has to see, and merges group by group."""
+
+    chosen: Chosen
+    merge: Merge
+
+    def wants_grams(self, stack: Stack) -> bool:
+        return self.chosen.method.needs_grams(stack, self.chosen.options)
+
+    def __call__(
+        self,
+        stacks: Sequence[Stack],
+        settings: Settings,
+        found: tuple[Sequence[Tensor | None], Sequence[Tensor | None]] | None = None,
+    ) -> Merged:
+        """Merge the stacks. found: their Grams, where they are there already."""
+        if found is None:
+            found = grams(stacks, [self.wants_grams(s) for s in stacks], settings.backend)
+        return self.merge(stacks, *found, self.chosen.options, settings)
+
+
+def grams(
+    stacks: Sequence[Stack], wanted: Sequence[bool], backend: str
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Grams of both sides of the wanted stacks, None for the others."""
+    chosen = [s for s, want in zip(stacks, wanted) if want]
+    found = ops.gram([*(s.a for s in chosen), *(s.b for s in chosen)], backend=backend)
+    a, b = iter(found[: len(chosen)]), iter(found[len(chosen) :])
+    pairs = [(next(a), next(b)) if want else (None, None) for want in wanted]
+    return [x for x, _ in pairs], [x for _, x in pairs]

@@ -12,7 +12,7 @@ Cost: two reads of the factors, 2 R^2 (m + n) flops and a few R x R products a s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,19 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..backends.torch import column_norms, full_precision, root
+from ..errors import OptionError
 from ..ops.orthogonalize import PENALTIES
 from ..options import option
 from ..plan import Stack
 from ..problem import Problem
 from ..report import SideReport
 from ..transfer import gather
-from .base import Factors, Method, Settings
+from . import linear
+from .base import Dense, Factors, Merge, Merged, Method, Settings, grams
+
+LINEAR = "linear"
+"""What merges the directions in DO-Merging itself: their weighted sum."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class DoOptions:
     steps: int = option(50, "most steps of the descent", low=0)
     tol: float = option(1e-3, "stop when a step lowers the objective by less, relatively", low=0.0)
     renormalize: bool = option(False, "bring the merged directions to unit length")
+    directions: str = option(LINEAR, "the method that merges the directions")
 
 
 def merge(
@@ -49,8 +56,8 @@ def merge(
     settings: Settings,
 ) -> list[Factors]:
     backend = settings.backend
-    a = _orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
-    b = _orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
+    a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
+    b = orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
     b_hat = ops.apply([x.c for x in b], [x.problem for x in b], settings.dtype, backend=backend)
     if options.decouple:
         a_new, norms = _decouple(stacks, a, b_hat, options, settings)
@@ -63,7 +70,7 @@ def merge(
 
 
 @dataclass(frozen=True, eq=False)
-class _Side:
+class Side:
     """Xhat = C X of one side: a problem and its C (None for the identity)."""
 
     problem: Problem
@@ -71,14 +78,18 @@ class _Side:
     report: SideReport | None
 
 
-def _orthogonalize(
+def orthogonalize(
     problems: Sequence[Problem],
     grams: Sequence[Tensor | None],
     side: str,
     options: DoOptions,
     backend: str,
-) -> list[_Side]:
-    sides = [_Side(p, None, None) for p in problems]
+) -> list[Side]:
+    """Xhat of A or B sides, where the options do not leave that side as it is.
+
+    grams: float32 ones, None where `METHOD.needs_grams` is false.
+    """
+    sides = [Side(p, None, None) for p in problems]
     if not options.orthogonalize or options.sides not in ("both", side):
         return sides
     rule: dict[str, Any] = {"gamma": options.gamma, "steps": options.steps, "tol": options.tol}
@@ -93,13 +104,13 @@ def _orthogonalize(
             **rule,
         )
         for i, matrix, row in zip(square, c, stats.tolist()):
-            sides[i] = _Side(problems[i], matrix, SideReport(int(row[0]), *row[1:]))
+            sides[i] = Side(problems[i], matrix, SideReport(int(row[0]), *row[1:]))
     if wide:
         x, stats = ops.orthogonalize_factors([problems[i] for i in wide], backend=backend, **rule)
         for i, moved, row in zip(wide, x, stats.tolist()):
             blocks = moved.split_with_sizes(problems[i].ranks)
             problem = Problem(blocks, (1.0,) * len(blocks))
-            sides[i] = _Side(problem, None, SideReport(int(row[0]), *row[1:]))
+            sides[i] = Side(problem, None, SideReport(int(row[0]), *row[1:]))
     return sides
 
 
@@ -110,7 +121,7 @@ def _is_wide(problem: Problem, options: DoOptions) -> bool:
 
 def _decouple(
     stacks: Sequence[Stack],
-    a: Sequence[_Side],
+    a: Sequence[Side],
     b_hat: Sequence[Tensor],
     options: DoOptions,
     settings: Settings,
@@ -136,7 +147,7 @@ def _decouple(
     return a_new, [n.tolist() for n in gather(norms)]
 
 
-def _weigh(stacks: Sequence[Stack], a: Sequence[_Side], settings: Settings) -> list[Tensor]:
+def _weigh(stacks: Sequence[Stack], a: Sequence[Side], settings: Settings) -> list[Tensor]:
     """λ ω_i Ahat_i: task arithmetic on the orthogonalized factors."""
     coefficients: list[Tensor | None] = []
     problems = []
@@ -153,6 +164,111 @@ def _weigh(stacks: Sequence[Stack], a: Sequence[_Side], settings: Settings) -> l
     return ops.apply(coefficients, problems, settings.dtype, backend=settings.backend)
 
 
+@dataclass(frozen=True, eq=False)
+class _Apart:
+    """A module's directions D_i = B_i (A_i diag(1 / mag_i)) as a stack with weights ω_i, and
+    sum_i |ω_i| mag_i [n]."""
+
+    stack: Stack
+    magnitudes: Tensor
+    sides: tuple[Side, Side]
+    norms: Sequence[float]
+
+
+@full_precision()
+def _take_apart(
+    stacks: Sequence[Stack],
+    grams_a: Sequence[Tensor | None],
+    grams_b: Sequence[Tensor | None],
+    options: DoOptions,
+    backend: str,
+) -> list[_Apart]:
+    a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
+    b = orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
+    sides = [*a, *b]
+    hats = ops.apply(
+        [x.c for x in sides], [x.problem for x in sides], torch.float32, backend=backend
+    )
+    found = []
+    for s, x, y, a_hat, b_hat in zip(stacks, a, b, hats, hats[len(stacks) :]):
+        ranks = list(s.a.ranks)
+        rows, columns = a_hat.split_with_sizes(ranks), b_hat.split_with_sizes(ranks)
+        roots = (root(c.double() @ c.double().T) for c in columns)
+        magnitudes = torch.stack([column_norms(r, block) for r, block in zip(roots, rows)])
+        inverse = torch.where(magnitudes > 0, 1 / magnitudes, 0.0)
+        directions = Problem(tuple(r * c for r, c in zip(rows, inverse)), (1.0,) * len(rows))
+        omegas = s.omegas
+        shares = torch.tensor(omegas).abs().to(magnitudes)
+        stack = Stack(
+            s.name, s.adapters, directions, Problem(columns, (1.0,) * len(columns)), tuple(omegas)
+        )
+        norms = magnitudes.square().sum(1, dtype=torch.float64).sqrt().tolist()
+        found.append(_Apart(stack, shares @ magnitudes, (x, y), norms))
+    return found
+
+
+@dataclass(frozen=True)
+class _Directions:
+    """The directions of groups, as often as they are wanted."""
+
+    groups: Iterable[Sequence[Stack]]
+    options: DoOptions
+    backend: str
+
+    def __iter__(self) -> Iterator[list[Stack]]:
+        for group in self.groups:
+            wanted = [METHOD.needs_grams(s, self.options) for s in group]
+            found = grams(group, wanted, self.backend)
+            yield [x.stack for x in _take_apart(group, *found, self.options, self.backend)]
+
+
+def prepare(groups: Iterable[Sequence[Stack]], options: DoOptions, settings: Settings) -> Merge:
+    """`merge`, or with another method for the directions: its result on the D_i, brought to the
+    norm of sum_i ω_i D_i, so that λ means the same, times the merged magnitudes."""
+    if settings.inner is None or settings.inner.method.name == LINEAR:
+        return merge
+    if not options.decouple or options.renormalize:
+        problem = f"{options.directions!r} needs decouple, and sets the norm of directions itself"
+        raise OptionError("directions", problem, "leave decouple and renormalize as they are")
+    plain = Settings(1.0, torch.float32, settings.backend)
+    inner = settings.inner.prepared(_Directions(groups, options, settings.backend), plain)
+
+    def merge_directions(
+        stacks: Sequence[Stack],
+        grams_a: Sequence[Tensor | None],
+        grams_b: Sequence[Tensor | None],
+        options: DoOptions,
+        settings: Settings,
+    ) -> Merged:
+        apart = _take_apart(stacks, grams_a, grams_b, options, settings.backend)
+        given = [x.stack for x in apart]
+        wanted = _norms_of(linear.merge(given, [], [], linear.LinearOptions(), plain))
+        merged = inner(given, plain)
+        gains = [w / n if n else 0.0 for w, n in zip(wanted, _norms_of(merged))]
+        return [_together(x, m, settings.scale * g) for x, m, g in zip(apart, merged, gains)]
+
+    return merge_directions
+
+
+@full_precision()
+def _norms_of(merged: Merged) -> list[float]:
+    return [
+        float(x.delta.norm())
+        if isinstance(x, Dense)
+        else float(((x.a @ x.a.T).double() * (x.b.T @ x.b).double()).sum().clamp_min(0).sqrt())
+        for x in merged
+    ]
+
+
+def _together(apart: _Apart, merged: Factors | Dense, scale: float) -> Factors | Dense:
+    """The merged directions with the merged magnitudes on their columns."""
+    magnitudes = scale * apart.magnitudes
+    reports = (apart.sides[0].report, apart.sides[1].report, apart.norms)
+    if isinstance(merged, Dense):
+        return Dense(merged.delta * magnitudes, *reports)
+    return Factors(merged.a * magnitudes, merged.b, *reports)
+
+
 METHOD = Method(
     "do",
     "DO-Merging: orthogonalize, then merge directions and magnitudes apart",
@@ -161,4 +277,9 @@ METHOD = Method(
     lambda stack, options: (
         options.orthogonalize and not (_is_wide(stack.a, options) and _is_wide(stack.b, options))
     ),
+    dense=None,
+    inner="directions",
+    prepare=prepare,
+    cost="two reads, 2 R^2 (m + n) flops, R x R steps",
+    source="arXiv 2505.15875",
 )

@@ -28,4 +28,10 @@ def core(x: space.Coordinates, options: IsoCOptions) -> tuple[Tensor, Tensor]:
     return space.level(s) * u, v.mT
 
 
-METHOD = space.method("iso_c", "the sum with all its singular values made equal", IsoCOptions, core)
+METHOD = space.method(
+    "iso_c",
+    "the sum with all its singular values made equal",
+    IsoCOptions,
+    core,
+    source="arXiv 2502.04959",
+)

@@ -50,5 +50,9 @@ def _first(triplets: tuple[Tensor, Tensor, Tensor], count: Tensor) -> tuple[Tens
 
 
 METHOD = space.method(
-    "iso_cts", "common and own directions of the adapters, equally strong", IsoCtsOptions, core
+    "iso_cts",
+    "common and own directions of the adapters, equally strong",
+    IsoCtsOptions,
+    core,
+    source="arXiv 2502.04959",
 )

@@ -68,10 +68,10 @@ Core = Callable[[Coordinates, Any], tuple[Tensor, Tensor]]
 """(coordinates, options) -> left [P, K_B, q], right [P, q, K_A]: ΔW = Q_B left right Q_A^T."""
 
 
-def method(name: str, summary: str, options: type, core: Core) -> Method:
+def method(name: str, summary: str, options: type, core: Core, **row: Any) -> Method:
     """The row of a method that is `core` in orthonormal coordinates."""
-    merge = functools.partial(_merge, core)
-    return Method(name, summary, options, merge, lambda stack, options: False)
+    row.setdefault("cost", "two reads, R x R decompositions")
+    return Method(name, summary, options, functools.partial(_merge, core), **row)
 
 
 def norm(b: Tensor, a: Tensor) -> Tensor:
@@ -124,16 +124,9 @@ def _merge(
     settings: Settings,
 ) -> list[Factors]:
     count = len(stacks)
-    bare = [Problem(s.b.blocks, (1.0,) * len(s.b.blocks)) for s in stacks]
-    problems = [*(s.a for s in stacks), *bare]
-    grams = ops.gram(problems, dtype=torch.float64, backend=settings.backend)
+    problems = sides(stacks)
     coefficients: list[Tensor | None] = [None] * len(problems)
-    for members in _alike(stacks):
-        first = stacks[members[0]]
-        a, to_a = _side(torch.stack([grams[k] for k in members]), first.a.d)
-        b, to_b = _side(torch.stack([grams[count + k] for k in members]), first.b.d)
-        gains = torch.tensor([_gains(stacks[k]) for k in members], dtype=torch.float64)
-        x = Coordinates(a, b, gains[..., None].to(b.device), first.a.ranks)
+    for members, x, to_a, to_b in coordinates(stacks, settings.backend):
         left, right = core(x, options)
         for p, k in enumerate(members):
             columns, rows = _balanced(left[p], right[p])
@@ -141,6 +134,27 @@ def _merge(
             coefficients[count + k] = (settings.scale * columns @ to_b[p]).float()
     found = ops.apply(coefficients, problems, settings.dtype, backend=settings.backend)
     return [Factors(a, bt.T) for a, bt in zip(found, found[count:])]
+
+
+def sides(stacks: Sequence[Stack]) -> list[Problem]:
+    """A of every stack, then B^T of every stack without scalings."""
+    bare = [Problem(s.b.blocks, (1.0,) * len(s.b.blocks)) for s in stacks]
+    return [*(s.a for s in stacks), *bare]
+
+
+def coordinates(
+    stacks: Sequence[Stack], backend: str
+) -> Iterator[tuple[list[int], Coordinates, Tensor, Tensor]]:
+    """Batches of positions of stacks with their coordinates, and E_A, E_B [P, K, R] with
+    Q_A^T = E_A A and Q_B^T = E_B B^T (B without scalings)."""
+    count = len(stacks)
+    grams = ops.gram(sides(stacks), dtype=torch.float64, backend=backend)
+    for members in _alike(stacks):
+        first = stacks[members[0]]
+        a, to_a = _side(torch.stack([grams[k] for k in members]), first.a.d)
+        b, to_b = _side(torch.stack([grams[count + k] for k in members]), first.b.d)
+        gains = torch.tensor([_gains(stacks[k]) for k in members], dtype=torch.float64)
+        yield members, Coordinates(a, b, gains[..., None].to(b.device), first.a.ranks), to_a, to_b
 
 
 def _alike(stacks: Sequence[Stack]) -> list[list[int]]:

@@ -37,4 +37,5 @@ METHOD = space.method(
     "the sum with its weak singular values raised to a strong one",
     SubspaceBoostOptions,
     core,
+    source="arXiv 2506.16506",
 )

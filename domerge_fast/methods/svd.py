@@ -15,4 +15,6 @@ METHOD = dataclasses.replace(
     name="svd",
     summary="exact weighted sum, truncated to rank k by its SVD",
     truncates=True,
+    cost="two reads, R x R decompositions",
+    source="Eckart and Young",
 )

@@ -31,5 +31,9 @@ def core(x: space.Coordinates, options: TsvmOptions) -> tuple[Tensor, Tensor]:
 
 
 METHOD = space.method(
-    "tsvm", "singular vectors of all updates, orthogonalized together", TsvmOptions, core
+    "tsvm",
+    "singular vectors of all updates, orthogonalized together",
+    TsvmOptions,
+    core,
+    source="arXiv 2412.00081",
 )

@@ -40,5 +40,9 @@ def core(x: space.Coordinates, options: WudiOptions) -> tuple[Tensor, Tensor]:
 
 
 METHOD = space.method(
-    "wudi", "the update that interferes least with every adapter's inputs", WudiOptions, core
+    "wudi",
+    "the update that interferes least with every adapter's inputs",
+    WudiOptions,
+    core,
+    source="arXiv 2503.08099",
 )

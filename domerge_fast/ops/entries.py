@@ -93,7 +93,10 @@ def _rule(
     numbers: Sequence[float], rescales: Sequence[bool], seed: int, module: int, adapters: list[int]
 ) -> tuple[list[Trim], Draw]:
     rows = zip(*[iter(numbers)] * 5)
-    trims = [Trim(*row, rescale=rescale) for row, rescale in zip(rows, rescales, strict=True)]
+    trims = [
+        Trim(low, high, keep, spread, gain, rescale)
+        for (low, high, keep, spread, gain), rescale in zip(rows, rescales, strict=True)
+    ]
     return trims, Draw(seed, module, tuple(adapters))
 
 

@@ -1,23 +1,41 @@
-"""The model card beside a merged adapter: what it is made of, and how to make it again."""
+"""The model card beside a merge: what it is made of, and how to make it again."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from ..report import Interference, Report
 
+CARD = "README.md"
+_TAGS = "tags: [lora, merge, domerge_fast]"
 
-def model_card(report: Report, base_model: str | None) -> str:
+
+@dataclass(frozen=True)
+class Heading:
+    """What a card says of the form it stands beside; `library` is the Hub's name of what loads
+    it, `note` a sentence on what the files hold."""
+
+    title: str
+    library: str | None = None
+    note: str = ""
+
+
+def model_card(heading: Heading, report: Report, base_model: str | None) -> str:
     """README.md with the Hub's front matter, the recipe, versions and the interference table."""
-    front = ["---", "library_name: peft", "tags: [lora, merge, domerge_fast]"]
+    front = ["---", _TAGS, "---"]
+    if heading.library:
+        front.insert(1, f"library_name: {heading.library}")
     if base_model:
         front.insert(1, f"base_model: {json.dumps(base_model)}")
+    made = f"Made by domerge_fast from {len(report.adapters)} adapters"
+    made += f" of `{base_model}`." if base_model else "."
     parts = [
-        "\n".join([*front, "---"]),
-        "# Merged LoRA adapter",
-        f"Made by domerge_fast from {len(report.adapters)} adapters"
-        + (f" of `{base_model}`." if base_model else "."),
+        "\n".join(front),
+        f"# {heading.title}",
+        " ".join([made, heading.note]).strip(),
         "## Recipe",
         "```json\n" + json.dumps(recipe(report), indent=2, ensure_ascii=False) + "\n```",
         "## Result",
@@ -27,6 +45,12 @@ def model_card(report: Report, base_model: str | None) -> str:
         parts += ["## Interference before merging", *_interference(report.interference)]
     parts += ["## Versions", _table(("package", "version"), list(report.versions.items()))]
     return "\n\n".join(parts) + "\n"
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the card in a folder is one of these."""
+    card = folder / CARD
+    return card.is_file() and _TAGS in card.read_text(encoding="utf-8", errors="replace")
 
 
 def recipe(report: Report) -> dict[str, object]:

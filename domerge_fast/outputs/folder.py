@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from ..errors import OutputError
@@ -17,9 +18,10 @@ from ..errors import OutputError
 def whole_folder(target: Path, overwrite: bool, ours: Collection[str]) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when the block ends without an error.
 
-    An existing target is replaced only with `overwrite`, and only if it holds nothing but files
-    named in `ours`. After an error or Ctrl-C the new folder is removed and the target is as it
-    was; after a kill only the new folder, with a hidden name, is left over. Raises OutputError.
+    An existing target is replaced only with `overwrite`, and only if all names in it match one of
+    the patterns `ours` (as of the shell). After an error or Ctrl-C the new folder is removed and
+    the target is as it was; after a kill only the new folder, with a hidden name, is left over.
+    Raises OutputError.
     """
     check_target(target, overwrite, ours)
     target = Path(os.path.realpath(target))  # a link stays, what it points to is replaced
@@ -53,7 +55,7 @@ def check_target(target: Path, overwrite: bool, ours: Collection[str]) -> None:
         inside = sorted(entry.name for entry in target.iterdir())
     except OSError as error:
         raise cannot_write(target, error) from error
-    foreign = [name for name in inside if name not in ours]
+    foreign = [n for n in inside if not any(fnmatchcase(n, pattern) for pattern in ours)]
     if foreign:
         problem = f"holds other files ({', '.join(foreign[:3])}{', …' if foreign[3:] else ''})"
         raise OutputError(str(target), problem, "give another folder, or move them away")

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from ..adapters import Adapter, AdapterConfig
 from ..adapters.peft import CONFIG, WEIGHTS
-from ..errors import OutputError
 from ..merged import Layout, Target
 from ..plan import Plan
 from ..report import Report
-from .card import model_card
-from .folder import whole_folder
+from .card import CARD, Heading
+from .merge_folder import MergeFolder
 from .stream import SafetensorsWriter
 
-CARD = "README.md"
 FILES = (CONFIG, WEIGHTS, CARD)
 PREFIX = "base_model.model."
 
@@ -121,26 +117,18 @@ def rank_fields(ranks: Mapping[str, int]) -> dict[str, object]:
     return {"r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": pattern}
 
 
-class PeftFolder:
-    """Writes a merged adapter module by module; the folder appears when `finish` was called and
-    the block ends without an error."""
+class PeftFolder(MergeFolder):
+    """Writes a merged adapter module by module."""
+
+    heading = Heading("Merged LoRA adapter", "peft")
 
     def __init__(self, path: Path, target: Target, overwrite: bool) -> None:
-        if Path(os.path.realpath(path)) in target.inputs:
-            raise OutputError(str(path), "is one of the adapters to merge", "give another folder")
-        self._target = target
+        super().__init__(path, target, overwrite, FILES)
         self._ranks: dict[str, int] = {}
-        self._context = whole_folder(path, overwrite, FILES)
         self._shapes = dict(_largest(target))
 
-    def __enter__(self) -> PeftFolder:
-        self._folder = self._context.__enter__()
-        try:
-            self._writer = SafetensorsWriter(self._folder / WEIGHTS, self._shapes)
-        except BaseException as error:
-            self._context.__exit__(type(error), error, error.__traceback__)
-            raise
-        return self
+    def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
+        self._writer = files.enter_context(SafetensorsWriter(folder / WEIGHTS, self._shapes))
 
     def add(self, name: str, a: Tensor, b: Tensor) -> None:
         """A [k, n] and B [m, k] of a module, with ΔW = B A."""
@@ -153,24 +141,8 @@ class PeftFolder:
         """Everything but the merged factors: carried tensors, config and card."""
         for key, tensor in self._target.carried.items():
             self._writer.add(key, tensor.read())
-        config = dict(self._target.config) | rank_fields(self._ranks)
-        text = json.dumps(config, indent=2, ensure_ascii=False)
-        (self._folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-        base = self._target.config["base_model_name_or_path"]
-        card = model_card(report, None if base is None else str(base))
-        (self._folder / CARD).write_text(card, encoding="utf-8")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool | None:
-        try:
-            self._writer.__exit__(kind, error, trace)
-        except OSError as failed:
-            kind, error, trace = type(failed), failed, failed.__traceback__
-        return self._context.__exit__(kind, error, trace)
+        self._write_json(CONFIG, dict(self._target.config) | rank_fields(self._ranks))
+        self._write_card(report)
 
 
 def _largest(target: Target) -> Iterable[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 
@@ -46,23 +47,15 @@ class SafetensorsWriter:
         self._room = room + (-room % 8)
         self._entries: list[str] = []
         self._end = 0
-        self._file = path.open("wb", buffering=0)
+        self._file = FileIO(path, "w")
         self._file.seek(8 + self._room)
 
     def add(self, key: str, tensor: Tensor) -> None:
         """Append a tensor; it is written before this returns."""
-        tensor = tensor.detach().cpu().contiguous()
         end = self._end + tensor.nbytes
         self._entries.append(_entry(key, tensor.dtype, tensor.shape, self._end, end))
         self._end = end
-        if tensor.nbytes:
-            buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-            self._write(memoryview(buffer))
-
-    def _write(self, data: memoryview | bytes) -> None:
-        view = memoryview(data).cast("B")
-        while view:
-            view = view[self._file.write(view) :]
+        write_tensor(self._file, tensor)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -76,8 +69,23 @@ class SafetensorsWriter:
         with self._file:
             if kind is None:
                 self._file.seek(0)
-                self._write(self._room.to_bytes(8, "little"))
-                self._write(_header(self._entries).ljust(self._room))
+                write(self._file, self._room.to_bytes(8, "little"))
+                write(self._file, _header(self._entries).ljust(self._room))
+
+
+def write_tensor(file: FileIO, tensor: Tensor) -> None:
+    """Write a tensor's elements, row-major, at the file's position."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.nbytes:
+        buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        write(file, memoryview(buffer))
+
+
+def write(file: FileIO, data: memoryview | bytes) -> None:
+    """Write all of it: a system call may take less than it is given."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[file.write(view) :]
 
 
 def _count(shape: Sequence[int]) -> int:

@@ -6,6 +6,7 @@ With TRITON_INTERPRET=1 set before the first import of triton they run on the CP
 from __future__ import annotations
 
 from ..gpu import Gpu
+from ..gpu_entries import GpuEntries
 from .kernels import TritonKernels
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "apply_decouple",
     "block_gram",
     "block_products",
+    "entry_counts",
+    "entry_merge",
+    "entry_sums",
     "gram",
     "orthogonalize",
     "orthogonalize_factors",
@@ -31,3 +35,9 @@ gram = _gpu.gram
 orthogonalize = _gpu.orthogonalize
 orthogonalize_factors = _gpu.orthogonalize_factors
 truncate = _gpu.truncate
+
+_entries = GpuEntries(TritonKernels)
+
+entry_counts = _entries.entry_counts
+entry_merge = _entries.entry_merge
+entry_sums = _entries.entry_sums

@@ -1,12 +1,12 @@
-"""The launches of the Triton backend, as backends/gpu.py wants them."""
+"""The launches of the Triton backend, as backends/gpu.py and gpu_entries.py want them."""
 
 from __future__ import annotations
 
-from . import all_finite, apply, apply_decouple, block_gram, gram, orthogonalize, roots
+from . import all_finite, apply, apply_decouple, block_gram, entries, gram, orthogonalize, roots
 
 
 class TritonKernels:
-    """See backends.gpu.Kernels."""
+    """See backends.gpu.Kernels and backends.gpu_entries.EntryKernels."""
 
     gram = staticmethod(gram.gram)
     block_gram = staticmethod(block_gram.block_gram)
@@ -15,6 +15,9 @@ class TritonKernels:
     roots = staticmethod(roots.roots)
     apply_decouple = staticmethod(apply_decouple.apply_decouple)
     all_finite = staticmethod(all_finite.all_finite)
+    entry_counts = staticmethod(entries.entry_counts)
+    entry_sums = staticmethod(entries.entry_sums)
+    entry_merge = staticmethod(entries.entry_merge)
 
     def sizes(self, op: str) -> tuple[int, ...]:
         return {

@@ -1,0 +1,45 @@
+"""What a step before or after a merge method is, and how steps put modules into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from ...plan import Stack
+from ..base import Factors, Settings
+
+
+@dataclass(frozen=True)
+class PreStep:
+    """A row of `PRE`.
+
+    run(stacks, settings) -> stacks of the same modules, adapters, ranks and weights in the same
+    order, with other updates. Blocks that it makes are float32.
+    """
+
+    name: str
+    summary: str
+    run: Callable[[Sequence[Stack], Settings], list[Stack]]
+
+
+@dataclass(frozen=True)
+class PostStep:
+    """A row of `POST`.
+
+    run(stacks, merged, settings) -> other factors of every stack with the same reports, in the
+    dtype of the settings. stacks: as they were read, before any step. merged: in float32, as the
+    rounding noise of smaller types would be taken for directions. settings: the method's; their
+    scale is in the merged factors already.
+    """
+
+    name: str
+    summary: str
+    run: Callable[[Sequence[Stack], Sequence[Factors], Settings], list[Factors]]
+
+
+def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
+    """Positions of the same kind."""
+    found: dict[Hashable, list[int]] = {}
+    for k, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(k)
+    return list(found.values())

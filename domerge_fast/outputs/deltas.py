@@ -1,0 +1,97 @@
+"""A folder of dense updates: ΔW of every module under the base model's own parameter name."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import DomergeError
+from ..merged import Layout, Target
+from ..report import Report
+from . import weights
+from .card import CARD, Heading
+from .merge_folder import MergeFolder
+from .stream import SafetensorsWriter
+
+WEIGHTS = "deltas.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+FILES = (WEIGHTS, "deltas-*-of-*.safetensors", INDEX, CARD)
+SHARD_BYTES = 5 * 10**9
+
+
+class DeltaFolder(MergeFolder):
+    """Writes ΔW module by module, in the shape and orientation of the base's weight and the
+    target's dtype: deltas.safetensors, or shards with an index as Hugging Face's where that would
+    be larger than SHARD_BYTES.
+
+    Without the base model the orientation of linear weights is what the adapters' config says
+    (`fan_in_fan_out`), for all of them. Raises DomergeError for what no update can hold: tensors
+    that adapters save whole, and replicated layers.
+    """
+
+    note = "`W + ΔW` is the merged weight of every parameter in these files."
+    heading = Heading("Merged weight updates (ΔW)", note=note)
+
+    def __init__(self, path: Path, target: Target, overwrite: bool) -> None:
+        weights.check_no_replication(target)
+        for key in target.carried:
+            problem = f"{key!r} is saved whole by the adapters, which is no update"
+            raise DomergeError(f"{problem}; write an adapter, or a model on its base")
+        super().__init__(path, target, overwrite, FILES)
+
+    def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
+        layouts = self._target.layouts.values()
+        shapes = {parameter(x): weights.stored_shape(x, self._turned(x)) for x in layouts}
+        sizes = {
+            key: math.prod(shape) * self._target.dtype.itemsize for key, shape in shapes.items()
+        }
+        self._total = sum(sizes.values())
+        self._shards = shards(sizes)
+        self._writers: dict[str, SafetensorsWriter] = {}
+        for name, keys in self._shards.items():
+            largest = {key: (self._target.dtype, shapes[key]) for key in keys}
+            writer = files.enter_context(SafetensorsWriter(folder / name, largest))
+            self._writers |= dict.fromkeys(keys, writer)
+
+    def add(self, name: str, delta: Tensor) -> None:
+        """ΔW [m, n] of a module, in any order of modules."""
+        layout = self._target.layouts[name]
+        stored = weights.stored(layout, delta, self._turned(layout))
+        key = parameter(layout)
+        self._writers[key].add(key, weights.rounded(name, stored, self._target.dtype))
+
+    def finish(self, report: Report) -> None:
+        """The index, if there are several shards, and the card."""
+        if len(self._shards) > 1:
+            where = {key: shard for shard, keys in self._shards.items() for key in keys}
+            total = {"total_size": self._total}
+            self._write_json(INDEX, {"metadata": total, "weight_map": where})
+        self._write_card(report)
+
+    def _turned(self, layout: Layout) -> bool:
+        return weights.is_turned(layout, self._target)
+
+
+def parameter(layout: Layout) -> str:
+    """The base model's name for a module's weight."""
+    return f"{layout.name}.weight"
+
+
+def shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Keys by file: in order, as many to a file as SHARD_BYTES hold, at least one."""
+    parts: list[list[str]] = []
+    room = 0
+    for key, size in sizes.items():
+        if size > room:
+            parts.append([])
+            room = SHARD_BYTES
+        parts[-1].append(key)
+        room -= size
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
+    names = (f"deltas-{k:05d}-of-{len(parts):05d}.safetensors" for k in range(1, len(parts) + 1))
+    return dict(zip(names, parts))

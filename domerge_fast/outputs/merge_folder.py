@@ -1,0 +1,70 @@
+"""What all forms of a written merge have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from ..errors import OutputError
+from ..merged import Target
+from ..report import Report
+from .card import CARD, Heading, model_card
+from .folder import whole_folder
+
+Folder = TypeVar("Folder", bound="MergeFolder")
+
+
+class MergeFolder(ABC):
+    """A merge written module by module. The folder appears when `finish`
+    was called and the block ends without an error; otherwise nothing does.
+
+    ours: patterns of the names in an earlier output that may be replaced.
+    """
+
+    heading: Heading
+    add: Callable[..., None]
+    """Write one module: its name, and what the form keeps of it (A and B, or ΔW)."""
+
+    def __init__(self, path: Path, target: Target, overwrite: bool, ours: Collection[str]) -> None:
+        if Path(os.path.realpath(path)) in target.inputs:
+            raise OutputError(str(path), "is one of the adapters to merge", "give another folder")
+        self._target = target
+        self._whole = whole_folder(path, overwrite, ours)
+
+    def __enter__(self: Folder) -> Folder:
+        with contextlib.ExitStack() as stack:
+            self._folder = stack.enter_context(self._whole)
+            self._open(self._folder, stack)
+            self._opened = stack.pop_all()
+        return self
+
+    @abstractmethod
+    def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
+        """Start the files that modules are added to; they are closed with `files`."""
+
+    @abstractmethod
+    def finish(self, report: Report) -> None:
+        """Write everything but the modules, which have all been added."""
+
+    def _write_json(self, name: str, value: Mapping[str, object]) -> None:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        (self._folder / name).write_text(text + "\n", encoding="utf-8")
+
+    def _write_card(self, report: Report) -> None:
+        base = self._target.config["base_model_name_or_path"]
+        card = model_card(self.heading, report, None if base is None else str(base))
+        (self._folder / CARD).write_text(card, encoding="utf-8")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        return self._opened.__exit__(kind, error, trace)

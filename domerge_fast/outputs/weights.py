@@ -1,0 +1,44 @@
+"""How ΔW [m, n] of a module lies in the weight of the base model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import DomergeError
+from ..merged import Layout, Target
+
+
+def is_turned(layout: Layout, target: Target) -> bool:
+    """Whether the base stores the weight as [n, m]: embeddings do, and GPT-2's Conv1D, which PEFT
+    calls `fan_in_fan_out` and states once for all linear modules of an adapter."""
+    linear = layout.kind == "linear"
+    return layout.kind == "embedding" or (linear and bool(target.config["fan_in_fan_out"]))
+
+
+def stored_shape(layout: Layout, turned: bool) -> tuple[int, ...]:
+    return (*layout.inputs, layout.m) if turned else (layout.m, *layout.inputs)
+
+
+def stored(layout: Layout, delta: Tensor, turned: bool) -> Tensor:
+    """ΔW [m, n] in the weight's shape: a view."""
+    return (delta.T if turned else delta).reshape(stored_shape(layout, turned))
+
+
+def rounded(module: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype of the output; DomergeError if it is not finite there."""
+    x = x.to(dtype)
+    if not all(math.isfinite(end) for end in torch.aminmax(x)):
+        name = str(dtype).removeprefix("torch.")
+        problem = f"module {module!r}: the result has values that are not finite in {name}"
+        raise DomergeError(f"{problem}; merge with a smaller scale, or into a wider dtype")
+    return x
+
+
+def check_no_replication(target: Target) -> None:
+    """DomergeError for replicated layers: each has its own update of a weight that they share."""
+    if target.config["layer_replication"]:
+        problem = "the adapters replicate layers (layer_replication), which then share base weights"
+        raise DomergeError(f"{problem}; write an adapter")

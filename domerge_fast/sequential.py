@@ -1,0 +1,325 @@
+"""A merge that grows by one adapter at a time and lives in a folder: the method `opcm` for
+adapters that are trained one after the other.
+
+The folder holds the running sum S of methods/opcm.py, as float32 factors of its numerical support
+under PEFT's keys, and what was added to it. `add` reads the sum and one adapter, group by group,
+and replaces the folder whole or not at all. Time, memory and disk do not grow with the adapters
+that were added, only with the rank of their sum: min(m, n) at most, or `rank`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import api, engine, options
+from .adapters import Adapter, check_compatible, load
+from .adapters.assemble import assemble
+from .adapters.peft_config import read_config
+from .adapters.safetensors_file import SafetensorsFile
+from .backends import registry
+from .errors import DomergeError, OptionError, OutputError
+from .interference import InterferenceSums, own_norms
+from .merged import Merged, Target
+from .methods import opcm
+from .methods.base import Chosen, Settings
+from .outputs import peft
+from .outputs.folder import whole_folder
+from .outputs.stream import SafetensorsWriter
+from .plan import Plan, Stack
+from .problem import Problem
+from .progress import shown
+from .report import ModuleReport, Report
+
+STATE = "sequential.json"
+FACTORS = "running_sum.safetensors"
+FILES = (STATE, FACTORS)
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """An adapter that was added: its weight w, ||w ΔW||_F over the whole model, and the share of
+    the running sum's squared norm that was left by the cap on its rank."""
+
+    adapter: str
+    weight: float
+    norm: float
+    energy_kept: float
+
+
+@dataclass(frozen=True)
+class State:
+    """What the folder says beside the factors.
+
+    alpha: of `opcm`. rank: the cap on every module's rank, or None. base_model: as stated for all
+    adapters, or None. dtype: that of all factors added, float32 where they differ. norm: ||S||_F
+    over the whole model. config: PEFT's, without ranks. versions: of who wrote it.
+    """
+
+    alpha: float
+    rank: int | None
+    base_model: str | None
+    dtype: str | None = None
+    norm: float = 0.0
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
+    versions: Mapping[str, str] = dataclasses.field(default_factory=api.versions)
+
+    def write(self, folder: Path) -> None:
+        plain = {"format": FORMAT, **dataclasses.asdict(self)}
+        text = json.dumps(plain, indent=2, ensure_ascii=False)
+        (folder / STATE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> State:
+        """OptionError unless a sequential merge of this format is there."""
+        where = repr(str(folder))
+        try:
+            plain = json.loads((folder / STATE).read_bytes())
+            written = plain.pop("format")
+            steps = tuple(Step(**step) for step in plain.pop("steps"))
+            found = cls(steps=steps, **plain) if written == FORMAT else None
+        except OSError as error:
+            problem = f"{where} holds no sequential merge ({STATE}: {error.strerror})"
+            raise OptionError("folder", problem, "check the path, or start one there") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            problem = f"{STATE} in {where} is damaged ({error})"
+            raise OptionError("folder", problem, "restore the folder, or start again") from error
+        if found is None:
+            problem = f"{where} is in format {written}, this version reads {FORMAT}"
+            raise OptionError("folder", problem, "use the version that wrote it")
+        return found
+
+
+class Sequential:
+    """The merge in a folder; from `start` or `open`."""
+
+    def __init__(self, folder: Path, state: State) -> None:
+        self.folder = folder
+        self.state = state
+
+    @classmethod
+    def start(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        alpha: float = opcm.OpcmOptions.alpha,
+        rank: int | None = None,
+        base_model: str | None = None,
+        overwrite: bool = False,
+    ) -> Sequential:
+        """A merge of no adapters yet, written to a new folder.
+
+        alpha: as the option of `opcm`. rank: truncate the running sum to this rank in every add;
+        None: exact. base_model: says which base model all adapters belong to, where their configs
+        disagree. Raises OptionError or OutputError.
+        """
+        chosen = options.build(opcm.OpcmOptions, {"alpha": alpha}, "a sequential merge")
+        if rank is not None:
+            rank = options.check("rank", rank, int, low=1)
+        made = cls(Path(folder).absolute(), State(chosen.alpha, rank, base_model))
+        with whole_folder(made.folder, overwrite, FILES) as fresh:
+            made.state.write(fresh)
+        return made
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Sequential:
+        """The merge that was started in this folder, with all that was added. OptionError."""
+        path = Path(folder).absolute()
+        return cls(path, State.read(path))
+
+    def add(
+        self,
+        adapter: str | os.PathLike[str] | Adapter,
+        weight: float = 1.0,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        progress: api.Progress = False,
+    ) -> Step:
+        """Add an adapter, off the spectrum of what there is; afterwards the folder is up to date.
+
+        Modules that it lacks stay as they are; modules that no adapter before it has are taken as
+        they are. weight: may be negative. backend, device, progress: as in `merge`. Raises
+        AdapterError, OptionError or OutputError, and the folder is as it was.
+        """
+        weight = options.check("weight", weight, float)
+        if weight == 0:
+            raise OptionError("weight", "0 adds nothing", "give another, or leave the adapter out")
+        new = adapter if isinstance(adapter, Adapter) else load(adapter)
+        sources = [*self._running(), new]
+        check_compatible(sources, self.state.base_model)
+        plan = Plan.make(sources, [*[1.0] * (len(sources) - 1), weight])
+        target = peft.target(plan, torch.float32, self.state.base_model)
+        sums = InterferenceSums([source.name for source in sources])
+        with whole_folder(self.folder, True, FILES) as fresh:
+            with SafetensorsWriter(fresh / FACTORS, dict(peft._largest(target))) as writer:
+                sink = _Sink(writer, target)
+                modules = self._run(plan, sums, sink, backend, device, progress)
+                for key, tensor in target.carried.items():
+                    writer.add(key, tensor.read())
+            norm = abs(weight) * sums.result().norms[-1]
+            state = dataclasses.replace(
+                self.state,
+                dtype=_shared_dtype(self.state.dtype, new),
+                norm=math.sqrt(sink.energy),
+                config=target.config,
+                steps=(*self.state.steps, Step(new.name, weight, norm, _energy_kept(modules))),
+                versions=api.versions(),
+            )
+            state.write(fresh)
+            if State.read(self.folder) != self.state:
+                problem = "was changed by someone else, and is as they left it"
+                raise OutputError(str(self.folder), problem, "open it again, then add once more")
+        self.state = State.read(self.folder)
+        return self.state.steps[-1]
+
+    def merged(self, *, scale: float = 1.0, dtype: str | None = None) -> Merged:
+        """The merged adapter g λ S, in memory. scale: λ. dtype: None takes that of the adapters.
+
+        Raises OptionError, also if nothing was added yet.
+        """
+        report, target, results = self._result(scale, dtype)
+        return Merged(report, target, dict(results))
+
+    def save(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        scale: float = 1.0,
+        dtype: str | None = None,
+        overwrite: bool = False,
+    ) -> Merged:
+        """Write the merged adapter as a PEFT folder, module by module: whole or not at all.
+
+        Raises OptionError or OutputError.
+        """
+        report, target, results = self._result(scale, dtype)
+        Merged(report, target, results).save(output, overwrite)
+        return Merged(report, target, {}, Path(output).absolute())
+
+    def _running(self) -> list[Adapter]:
+        """S as an adapter of scaling 1; none before the first add."""
+        if not self.state.steps:
+            return []
+        name = str(self.folder)
+        file = SafetensorsFile(self.folder / FACTORS, name)
+        config = read_config(self.state.config, name)
+        return [assemble(name, config, file.tensors(), lambda module, rank: 1.0, file)]
+
+    def _run(
+        self,
+        plan: Plan,
+        sums: InterferenceSums,
+        sink: engine.Sink,
+        backend: str,
+        device: str,
+        progress: api.Progress,
+    ) -> Mapping[str, ModuleReport]:
+        place = engine.Place(api._device(device, plan.adapters))
+        settings = Settings(1.0, torch.float32, registry.choose(backend, place.device.type))
+        chosen = Chosen(opcm.SUM, opcm.OpcmOptions(self.state.alpha))
+        work = engine.Work(chosen, settings, engine.Cut(self.state.rank))
+        with shown(progress, len(plan.names)) as show, torch.no_grad():
+            return engine.run(plan, work, place, sums, sink, True, show)
+
+    def _result(self, scale: float, dtype: str | None) -> tuple[Report, Target, _Scaled]:
+        """g λ S: its factors are read from the folder when they are asked for."""
+        started = time.perf_counter()
+        scale = options.check("scale", scale, float)
+        if scale == 0:
+            raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
+        running, steps = self._running(), self.state.steps
+        if not running:
+            problem = f"nothing was added to {str(self.folder)!r} yet"
+            raise OptionError("folder", problem, "add an adapter first")
+        word = options.choose("dtype", dtype or self.state.dtype, api.DTYPES)
+        plan = Plan.make(running, [1.0])
+        target = peft.target(plan, getattr(torch, word), self.state.base_model)
+        gain = scale * opcm.gain([step.norm for step in steps], self.state.norm)
+        report = Report(
+            method="opcm",
+            adapters=tuple(step.adapter for step in steps),
+            weights=tuple(step.weight for step in steps),
+            scale=scale,
+            options={
+                "alpha": self.state.alpha,
+                "rank": self.state.rank,
+                "energy_kept": [step.energy_kept for step in steps],
+            },
+            backend="torch",
+            device="cpu",
+            dtype=word,
+            versions=api.versions(),
+            modules={
+                name: ModuleReport(name, plan.rank(name), None, None, {}, 1.0, 0.0)
+                for name in plan.names
+            },
+            interference=None,
+            seconds=time.perf_counter() - started,
+        )
+        return report, target, _Scaled(running[0], gain, target.dtype)
+
+
+class _Sink:
+    """Writes factors as they come; `energy` is ||B A||_F^2 of all of them."""
+
+    def __init__(self, writer: SafetensorsWriter, target: Target) -> None:
+        self._writer = writer
+        self._layouts = target.layouts
+        self.energy = 0.0
+
+    def __call__(self, name: str, a: Tensor, b: Tensor) -> None:
+        layout = self._layouts[name]
+        for key, tensor in zip(peft.keys(layout), layout.stored(a, b)):
+            self._writer.add(key, tensor)
+        whole = Stack(name, (0,), Problem((a,), (1.0,)), Problem((b.T,), (1.0,)), (1.0,))
+        self.energy += own_norms([whole], "auto")[0][0] ** 2
+
+
+class _Scaled(Mapping[str, tuple[Tensor, Tensor]]):
+    """A [R, n] and B [m, R] of every module of an adapter, with B times a gain."""
+
+    def __init__(self, adapter: Adapter, gain: float, dtype: torch.dtype) -> None:
+        self._adapter, self._gain, self._dtype = adapter, gain, dtype
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        a, b = self._adapter.factors(name)
+        pair = a.to(self._dtype, copy=True), (self._gain * b).to(self._dtype)
+        self._adapter.release()
+        for side, factor in zip("AB", pair):
+            if not torch.isfinite(factor).all():
+                dtype = str(self._dtype).removeprefix("torch.")
+                problem = f"module {name!r}: merged lora_{side} does not fit in {dtype}"
+                raise DomergeError(f"{problem}; write it with dtype='float32'")
+        return pair
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapter.modules)
+
+    def __len__(self) -> int:
+        return len(self._adapter.modules)
+
+
+def _shared_dtype(so_far: str | None, new: Adapter) -> str:
+    dtypes = {str(module.dtype).removeprefix("torch.") for module in new.modules.values()}
+    dtypes |= {so_far} if so_far else set()
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+
+def _energy_kept(modules: Mapping[str, ModuleReport]) -> float:
+    """Share of the squared norm that truncation left, over all modules."""
+    total = math.fsum(m.energy for m in modules.values())
+    kept = math.fsum(m.energy * m.energy_kept for m in modules.values())
+    return kept / total if total else 1.0

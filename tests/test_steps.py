@@ -1,0 +1,348 @@
+"""Steps before and after a merge against their dense definitions in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from shapes import CASES, Case, random_case
+from torch import Tensor
+
+from domerge_fast.backends import reference, registry
+from domerge_fast.methods import TABLE
+from domerge_fast.methods.base import Factors, Settings, grams
+from domerge_fast.methods.space import NOISE
+from domerge_fast.methods.steps import POST, PRE
+from domerge_fast.plan import Stack
+from domerge_fast.report import SideReport
+
+AVAILABLE = [name for name, status in registry.backends().items() if status.available]
+GROUP = ("odd d", "d below R", "duplicated", "mixed sizes")
+LAMBDA = -0.3
+
+every_backend = pytest.mark.parametrize("backend", AVAILABLE)
+every_case = pytest.mark.parametrize("name", CASES)
+
+
+def settings(backend: str, scale: float = 1.0) -> Settings:
+    return Settings(scale, torch.float32, backend)
+
+
+def stack(name: str, case: Case, dtype: torch.dtype = torch.float32) -> Stack:
+    adapters = tuple(range(len(case.ranks)))
+    return Stack(name, adapters, case.rows(dtype), case.columns(dtype), tuple(case.weights))
+
+
+def merge(method: str, stacks: Sequence[Stack], given: Settings, **options: Any) -> list[Factors]:
+    row = TABLE[method]
+    found = grams(stacks, [True] * len(stacks), given.backend)
+    return row.merge(stacks, *found, row.options(**options), given)
+
+
+def factors(s: Stack) -> list[tuple[Tensor, Tensor]]:
+    """A_i [r_i, n] and B_i [m, r_i] in float64, scaled."""
+    a = [c * x.double() for x, c in zip(s.a.blocks, s.a.scales, strict=True)]
+    b = [c * x.double().T for x, c in zip(s.b.blocks, s.b.scales, strict=True)]
+    return list(zip(a, b, strict=True))
+
+
+def updates(s: Stack) -> list[Tensor]:
+    return [b @ a for a, b in factors(s)]
+
+
+def dense(merged: Factors) -> Tensor:
+    return merged.b.double() @ merged.a.double()
+
+
+def distance(result: Tensor, expected: Tensor, size: float | None = None) -> float:
+    """||result - expected||_F relative to a size, by default ||expected||_F; 0 for two zeros."""
+    error = float((result.double() - expected).norm())
+    size = float(expected.norm()) if size is None else size
+    return error / size if error else 0.0
+
+
+def sizes(case: Case) -> list[float]:
+    """||A_i||_F ||B_i||_F, scaled."""
+    pairs = zip(case.a, case.exact_b(), strict=True)
+    return [float(a.double().norm() * b.norm()) for a, b in pairs]
+
+
+def mean_norm(case: Case, weights: Sequence[float]) -> float:
+    norms = [abs(w) * float(x.norm()) for w, x in zip(weights, case.deltas(), strict=True)]
+    return sum(norms) / len(norms)
+
+
+def mixed(case: Case) -> Case:
+    """The same updates from other factors."""
+    generator = torch.Generator().manual_seed(1)
+    found = Case([], [], case.scalings)
+    for a, b in zip(case.a, case.b, strict=True):
+        mixer = torch.randn(len(a), len(a), generator=generator, dtype=torch.float64)
+        found.a.append((mixer @ a.double()).float())
+        found.b.append((b.double() @ torch.linalg.inv(mixer)).float())
+    return found
+
+
+# All of them
+
+
+def test_the_names():
+    assert tuple(PRE) == ("orthogonalize", "pico", "canonicalize", "equalize")
+    assert tuple(POST) == ("subspace_boost", "norm_match")
+    assert all(row.name == name and row.summary for name, row in (*PRE.items(), *POST.items()))
+
+
+@every_backend
+@pytest.mark.parametrize("step", PRE)
+def test_a_step_before_keeps_what_a_stack_is_and_leaves_the_given_one_alone(step, backend):
+    """Also of factors in half precision: what is made of them is float32."""
+    given = [stack(name, CASES[name], torch.bfloat16) for name in GROUP]
+    before = [updates(s) for s in given]
+    for s, old, kept in zip(PRE[step].run(given, settings(backend)), given, before, strict=True):
+        assert (s.name, s.adapters, s.weights) == (old.name, old.adapters, old.weights)
+        assert s.a.ranks == s.b.ranks == old.a.ranks
+        assert (s.a.d, s.b.d) == (old.a.d, old.b.d)
+        for side, was in ((s.a, old.a), (s.b, old.b)):
+            unchanged = all(x is y for x, y in zip(side.blocks, was.blocks, strict=True))
+            assert unchanged or {x.dtype for x in side.blocks} == {torch.float32}
+        assert all(map(torch.equal, updates(old), kept))
+    assert PRE[step].run([], settings(backend)) == []
+
+
+@every_backend
+@pytest.mark.parametrize("step", POST)
+def test_a_step_after_keeps_the_reports_and_gives_the_dtype_asked_for(step, backend):
+    stacks = [stack(name, CASES[name]) for name in GROUP]
+    side = SideReport(3, 2.0, 1.0, 0.5, 0.25)
+    given = [
+        dataclasses.replace(f, a_side=side, b_side=side, norms=[1.0])
+        for f in merge("linear", stacks, settings(backend))
+    ]
+    single = POST[step].run(stacks, given, settings(backend))
+    half = POST[step].run(
+        stacks, given, dataclasses.replace(settings(backend), dtype=torch.bfloat16)
+    )
+    for f, x, y in zip(given, single, half, strict=True):
+        assert x.a_side is x.b_side is side
+        assert x.norms is f.norms
+        assert {x.a.dtype, x.b.dtype} == {torch.float32}
+        assert {y.a.dtype, y.b.dtype} == {torch.bfloat16}
+        torch.testing.assert_close(y.a, x.a.bfloat16())
+        torch.testing.assert_close(y.b, x.b.bfloat16())
+    assert POST[step].run([], [], settings(backend)) == []
+
+
+# orthogonalize
+
+
+@every_backend
+def test_orthogonalize_is_the_descent_on_both_sides(backend):
+    """The number of steps may differ by rounding, and the result with it, but little."""
+    stacks = [stack(name, CASES[name]) for name in GROUP]
+    for s in PRE["orthogonalize"].run(stacks, settings(backend)):
+        case = CASES[s.name]
+        a, _ = reference.descend([x.double() for x in case.a])
+        bt, _ = reference.descend([x.T for x in case.exact_b()])
+        for (x, y), a_hat, bt_hat in zip(factors(s), a, bt, strict=True):
+            assert distance(x, a_hat) < 1e-4, s.name
+            assert distance(y, bt_hat.T) < 1e-4, s.name
+
+
+@every_backend
+@pytest.mark.parametrize("name", [name for name in CASES if name != "64 adapters"])
+def test_do_after_orthogonalize_does_not_do_it_again(name, backend):
+    stacks = [stack(name, CASES[name])]
+    given = settings(backend, LAMBDA)
+    apart = PRE["orthogonalize"].run(stacks, given)
+    for decouple in (True, False):
+        (whole,) = merge("do", stacks, given, decouple=decouple)
+        (rest,) = merge("do", apart, given, decouple=decouple, orthogonalize=False)
+        assert distance(dense(rest), dense(whole)) < 1e-6
+
+
+# pico
+
+
+@every_backend
+@every_case
+def test_pico_calibrates_what_the_bs_share(name, backend):
+    case = CASES[name]
+    (s,) = PRE["pico"].run([stack(name, case)], settings(backend))
+    together = torch.cat([b.double() for b in case.b], 1)
+    values, u = torch.linalg.eigh(together @ together.T)
+    share = values / values.sum() if values.any() else values
+    calibration = u @ (1 / (1 + (len(case.b) - 1) * share)).diag() @ u.T
+    assert s.a.blocks == tuple(case.a)
+    assert s.b.scales == tuple(case.scalings)
+    for x, b in zip(s.b.blocks, case.b, strict=True):
+        assert distance(x.T, calibration @ b.double()) < 1e-5
+
+
+@every_backend
+@every_case
+def test_the_method_pico_is_the_step_and_the_sum_brought_to_the_mean_norm(name, backend):
+    stacks, given = [stack(name, CASES[name])], settings(backend, LAMBDA)
+    (whole,) = merge("pico", stacks, given)
+    summed = merge("linear", PRE["pico"].run(stacks, given), given)
+    (parts,) = POST["norm_match"].run(stacks, summed, given)
+    assert distance(dense(parts), dense(whole)) < 1e-5
+
+
+# canonicalize
+
+
+@every_backend
+@every_case
+def test_canonicalize_balances_every_update_and_keeps_it(name, backend):
+    case = CASES[name]
+    (s,) = PRE["canonicalize"].run([stack(name, case)], settings(backend))
+    assert {*s.a.scales, *s.b.scales} == {1.0}
+    for (a, b), delta, size in zip(factors(s), case.deltas(), sizes(case), strict=True):
+        assert distance(b @ a, delta, size) < 1e-6
+        values = torch.zeros(len(a), dtype=torch.float64)
+        found = torch.linalg.svdvals(delta)[: len(a)]
+        values[: len(found)] = found
+        assert distance(a @ a.T, values.diag(), size) < 1e-5
+        assert distance(b.T @ b, values.diag(), size) < 1e-5
+        rank = torch.linalg.matrix_rank(delta)
+        assert not a[rank:].any()
+        assert not b[:, rank:].any()
+
+
+@every_backend
+def test_canonicalize_keeps_a_direction_whose_size_sits_in_one_factor(backend):
+    case = random_case((2, 3), 41, 29)
+    unbalanced = Case([a.clone() for a in case.a], [b.clone() for b in case.b], case.scalings)
+    for a, b in zip(unbalanced.a, unbalanced.b, strict=True):
+        a[0] *= 2.0**30
+        b[:, 0] /= 2.0**30
+    (s,) = PRE["canonicalize"].run([stack("x", unbalanced)], settings(backend))
+    for (a, b), delta in zip(factors(s), case.deltas(), strict=True):
+        assert distance(b @ a, delta) < 1e-6
+        assert distance(a @ a.T, torch.linalg.svdvals(delta)[: len(a)].diag()) < 1e-5
+
+
+@every_backend
+@every_case
+def test_the_sum_is_that_of_canonicalized_updates(name, backend):
+    case = CASES[name]
+    stacks, given = [stack(name, case)], settings(backend, LAMBDA)
+    (expected,) = merge("linear", stacks, given)
+    (result,) = merge("linear", PRE["canonicalize"].run(stacks, given), given)
+    assert distance(dense(result), dense(expected), sum(sizes(case))) < 1e-6
+
+
+@every_backend
+@pytest.mark.parametrize(("method", "options"), [("pico", {}), ("do", {"steps": 2, "tol": 0.0})])
+def test_canonicalized_adapters_merge_alike_however_they_are_split(method, options, backend):
+    case, given = CASES["odd d"], settings(backend)
+    both = [stack("as it is", case), stack("mixed", mixed(case))]
+    as_they_are = [dense(f) for f in merge(method, both, given, **options)]
+    expected, result = merge(method, PRE["canonicalize"].run(both, given), given, **options)
+    assert distance(as_they_are[1], as_they_are[0]) > 1e-2
+    assert distance(dense(result), dense(expected)) < 1e-4
+
+
+# equalize
+
+
+@every_backend
+@every_case
+def test_equalize_brings_every_update_to_the_mean_norm(name, backend):
+    case = CASES[name]
+    given = stack(name, case)
+    (s,) = PRE["equalize"].run([given], settings(backend))
+    assert s.a is given.a
+    assert s.b.blocks is given.b.blocks
+    size = mean_norm(case, [1.0] * len(case.a))
+    for update, delta in zip(updates(s), case.deltas(), strict=True):
+        expected = delta * size / delta.norm() if delta.any() else delta
+        assert distance(update, expected) < 1e-6
+
+
+def test_equalize_leaves_an_update_alone_that_is_only_rounding_noise():
+    """Two parts of an adapter that cancel, in factors that are far from zero."""
+    case = random_case((4, 4), 41, 29)
+    case.a[0][2:] = case.a[0][:2] * 1.1
+    case.b[0][:, 2:] = -case.b[0][:, :2] / 1.1
+    (s,) = PRE["equalize"].run([stack("x", case)], settings("torch"))
+    assert s.b.scales[0] == case.scalings[0]
+    noise, other = updates(s)
+    assert noise.norm() < 1e-6 * sizes(case)[0]
+    assert float(other.norm()) == pytest.approx(float(case.deltas()[1].norm()) / 2)
+
+
+# subspace_boost
+
+
+@every_backend
+@every_case
+def test_subspace_boost_raises_the_weak_singular_values_of_what_was_merged(name, backend):
+    stacks, given = [stack(name, CASES[name])], settings(backend, LAMBDA)
+    for method in ("linear", "tsvm"):
+        merged = merge(method, stacks, given)
+        (boosted,) = POST["subspace_boost"].run(stacks, merged, given)
+        update = dense(merged[0])
+        u, s, vh = torch.linalg.svd(update, full_matrices=False)
+        strong = s[(s.cumsum(0) < 0.01 * s.sum()).sum().clamp_max(len(s) - 1)]
+        raised = torch.where(s > 2 * NOISE * s.norm(), s.maximum(strong), 0.0)
+        assert distance(dense(boosted), u @ raised.diag() @ vh) < 1e-5
+
+
+# norm_match
+
+
+@every_backend
+@every_case
+def test_norm_match_brings_a_merge_to_the_adapters_mean_norm(name, backend):
+    case = CASES[name]
+    stacks, given = [stack(name, case)], settings(backend, LAMBDA)
+    wanted = abs(LAMBDA) * mean_norm(case, case.weights)
+    for method in ("linear", "iso_c"):
+        merged = merge(method, stacks, given)
+        (matched,) = POST["norm_match"].run(stacks, merged, given)
+        update = dense(merged[0])
+        expected = update * wanted / update.norm() if update.any() else update
+        assert distance(dense(matched), expected) < 1e-6
+
+
+@every_backend
+def test_norm_match_leaves_nothing_as_it_is(backend):
+    """A merge in which all cancels is not blown up."""
+    case = CASES["one adapter"]
+    twice = Case([case.a[0]] * 2, [case.b[0]] * 2, case.scalings * 2)
+    opposite = dataclasses.replace(stack("x", twice), weights=(1.0, -1.0))
+    merged = merge("linear", [opposite], settings(backend))
+    (matched,) = POST["norm_match"].run([opposite], merged, settings(backend))
+    assert dense(matched).norm() < 1e-6 * sizes(case)[0]
+
+
+def test_norm_match_takes_the_norms_of_the_stacks_that_it_is_given():
+    """Those from before the steps, which may shrink updates."""
+    case, given = CASES["odd d"], settings("torch")
+    stacks = [stack("x", case)]
+    merged = merge("do", PRE["orthogonalize"].run(stacks, given), given, orthogonalize=False)
+    (matched,) = POST["norm_match"].run(stacks, merged, given)
+    assert float(dense(matched).norm()) == pytest.approx(mean_norm(case, case.weights), rel=1e-6)
+
+
+# Together
+
+
+@every_backend
+def test_steps_follow_each_other(backend):
+    """Equal norms survive new factors, and modules of many shapes go through in one group."""
+    given = settings(backend)
+    stacks = [stack(name, case) for name, case in CASES.items() if name != "64 adapters"]
+    steps = [PRE["equalize"], PRE["canonicalize"]]
+    moved: Sequence[Stack] = stacks
+    for step in steps:
+        moved = step.run(moved, given)
+    for s in moved:
+        norms = [float(x.norm()) for x in updates(s) if x.any()]
+        assert norms == pytest.approx(
+            [mean_norm(CASES[s.name], [1.0] * len(s.adapters))] * len(norms)
+        )
