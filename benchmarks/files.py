@@ -66,15 +66,15 @@ class Watched:
 
     def __call__(self, output: Path) -> None:
         Path("/proc/self/clear_refs").write_text(RESET_PEAK)
-        idle = _peak_bytes()
+        idle = peak_bytes()
         merged, self.stages = stages.measure(
             lambda: merge(self.paths, output, "do", self.backend, self.device)
         )
         self.report = merged.report
-        self.peak_bytes = {"idle": idle, "do": _peak_bytes()}
+        self.peak_bytes = {"idle": idle, "do": peak_bytes()}
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
     """Most resident bytes of this process since the last reset."""
     found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
     assert found

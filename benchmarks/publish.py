@@ -12,11 +12,13 @@ from typing import Any
 
 import plots
 import tables
+from pages import fill
 
 from domerge_fast.bench.workloads import WORKLOADS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "cpu"
+OTHERS = ("scaling", "orthogonalize", "methods")
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
 
 Results = Mapping[str, Mapping[str, Any]]
@@ -29,7 +31,7 @@ def keep(name: str, result: Mapping[str, Any]) -> None:
 
 def load() -> Results:
     """All results that are kept, workloads in their usual order."""
-    names = [*WORKLOADS, "scaling", "orthogonalize"]
+    names = [*WORKLOADS, *OTHERS]
     paths = {name: RESULTS / f"{name}.json" for name in names}
     return {name: json.loads(p.read_text()) for name, p in paths.items() if p.exists()}
 
@@ -42,22 +44,12 @@ def sections(results: Results) -> dict[str, str]:
         for name in compared
     ]
     found = {"workloads": "\n\n".join(parts), "stages": tables.stages(compared)}
-    for name in ("scaling", "orthogonalize"):
+    for name in OTHERS:
         if name in results:
             found[name] = tables.one(name, results[name])
     if tables.HEADLINE in results:
         found["headline"] = tables.headline(results[tables.HEADLINE])
     return found
-
-
-def fill(page: str, sections: Mapping[str, str]) -> str:
-    """The page with the text between `<!-- name -->` and `<!-- end name -->` replaced."""
-    for name, text in sections.items():
-        start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-        before, found, rest = page.partition(start)
-        if found:
-            page = f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}"
-    return page
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ import mergekit_cli
 import publish
 import rivals
 import scaling
+import suite
 import tables
 import torch
 
@@ -87,7 +88,7 @@ FULL = (
     Setting("library-1000", 8.0, others=False, rivals=FEW_RIVALS),
 )
 SETTINGS = {setting.workload: setting for setting in (*QUICK, *FULL)}
-GROWTH = {"scaling": scaling.run, "orthogonalize": descent.run}
+GROWTH = {"scaling": scaling.run, "orthogonalize": descent.run, "methods": suite.run}
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def first_backend(result: Result) -> str:
 
 def one(name: str, result: Result) -> str:
     """The table of a workload's result, of the scaling or of `orthogonalize`."""
-    special = {"scaling": growth, "orthogonalize": descent}
+    special = {"scaling": growth, "orthogonalize": descent, "methods": methods}
     return special.get(name, workload)(result)
 
 
@@ -167,6 +167,29 @@ def descent(result: Result) -> str:
             f"| {100 * rate / sgemm:.0f} % |"
         )
     return "\n".join([*lines, "", f"Backend `{result['backend']}`; {where(result['machine'])}."])
+
+
+def methods(result: Result) -> str:
+    """Seconds and peak memory of methods and of their dense forms."""
+    lines = [
+        "| method | seconds | dense form | ratio | peak MiB | dense form | ratio | of |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in result["methods"].items():
+        # The largest module that both have run.
+        shared = [m for m in row["dense_peak_bytes"] if m in row["peak_bytes"]][-1]
+        mine, theirs = row["peak_bytes"][shared], row["dense_peak_bytes"][shared]
+        scaled = f"; {row['scaled']} modules scaled" if row["scaled"] else ""
+        lines.append(
+            f"| `{name}` | {digits(row['seconds'])} | {digits(row['dense'])}{scaled} "
+            f"| {_ratio(row['dense'] / row['seconds'])} | {mine >> 20} | {theirs >> 20} "
+            f"| {_ratio(theirs / max(mine, 1))} | {shared} |"
+        )
+    usual = (
+        f"`{result['workload']}`, {result['modules']} modules, extrapolated from one of each "
+        f"shape; backend `{result['backend']}`; {where(result['machine'])}."
+    )
+    return "\n".join([*lines, "", usual])
 
 
 def headline(result: Result) -> str:

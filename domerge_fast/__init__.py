@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import AdapterError, DomergeError, OptionError, OutputError
     from .merged import Merged
     from .report import Interference, Report
+    from .sequential import Sequential
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ _HOME = {
     "OptionError": "errors",
     "OutputError": "errors",
     "Report": "report",
+    "Sequential": "sequential",
     "backends": "api",
     "from_model": "adapters",
     "from_tensors": "adapters",
@@ -50,6 +52,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "Report",
+    "Sequential",
     "backends",
     "from_model",
     "from_tensors",

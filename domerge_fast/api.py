@@ -108,7 +108,7 @@ def merge(
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
     out_dtype = _dtype(dtype, plan)
     place = engine.Place(
-        _device(device, loaded), options.size("max_device_memory", max_device_memory)
+        choose_device(device, loaded), options.size("max_device_memory", max_device_memory)
     )
     settings = Settings(scale, out_dtype, registry.choose(backend, place.device.type))
     target = peft.target(plan, out_dtype, base_model)
@@ -173,7 +173,7 @@ def inspect(
     """
     loaded = _load(adapters, base_model)
     plan = Plan.make(loaded, [1.0] * len(loaded))
-    where = _device(device, loaded)
+    where = choose_device(device, loaded)
     sums = InterferenceSums([a.name for a in loaded])
     with shown(progress, len(plan.names)) as show, torch.no_grad():
         chosen = registry.choose(backend, where.type)
@@ -328,7 +328,7 @@ def _dtype(dtype: str | None, plan: Plan) -> torch.dtype:
     return getattr(torch, options.choose("dtype", dtype, DTYPES))
 
 
-def _device(device: str, adapters: Sequence[Adapter]) -> torch.device:
+def choose_device(device: str, adapters: Sequence[Adapter]) -> torch.device:
     if device == "auto":
         homes = {device for a in adapters for device in a.devices}
         return homes.pop() if len(homes) == 1 else torch.device("cpu")

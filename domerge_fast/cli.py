@@ -202,6 +202,57 @@ def _inspect(args: argparse.Namespace) -> int:
     return 0
 
 
+def _fill_sequential(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
+    start = actions.add_parser("start", help="start a merge of no adapters yet")
+    start.add_argument("folder", metavar="STATE", help="folder to write")
+    start.add_argument("--alpha", type=float, default=0.5, help="as for the method opcm")
+    start.add_argument("--rank", type=int, help="truncate the sum in every add (default: exact)")
+    start.add_argument("--base-model", help="the base model, where the configs disagree")
+    start.add_argument("--overwrite", action="store_true", help="replace what is there")
+    start.set_defaults(run=_start)
+    add = actions.add_parser("add", help="add adapters, in the order given")
+    add.add_argument("folder", metavar="STATE", help="folder of the merge")
+    add.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT adapter folder")
+    add.add_argument("--weight", type=float, default=1.0, help="of each (default: 1)")
+    add.set_defaults(run=_add_to)
+    save = actions.add_parser("save", help="write the merged adapter")
+    save.add_argument("folder", metavar="STATE", help="folder of the merge")
+    save.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
+    save.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    save.add_argument("--scale", type=float, default=1.0, help="factor on the merged update")
+    save.add_argument("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
+    save.set_defaults(run=_save)
+
+
+def _start(args: argparse.Namespace) -> int:
+    from .sequential import Sequential
+
+    given = {k: v for k, v in vars(args).items() if k not in _OWN}
+    Sequential.start(given.pop("folder"), **given)
+    return 0
+
+
+def _add_to(args: argparse.Namespace) -> int:
+    from .sequential import Sequential
+
+    state = Sequential.open(args.folder)
+    for adapter in args.adapters:
+        step = state.add(adapter, args.weight)
+        print(f"{step.adapter}: norm {step.norm:.4g}, energy kept {100 * step.energy_kept:.2f} %")
+    return 0
+
+
+def _save(args: argparse.Namespace) -> int:
+    from .sequential import Sequential
+
+    given = {"scale": args.scale, "dtype": args.dtype, "overwrite": args.overwrite}
+    merged = Sequential.open(args.folder).save(args.output, **given)
+    _print_table(merged.report.summary())
+    print(f"written to {args.output}")
+    return 0
+
+
 def _fill_methods(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -286,6 +337,7 @@ Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argpar
 COMMANDS: dict[str, Command] = {
     "merge": ("merge adapters into one", _fill_merge, _merge),
     "inspect": ("show how much adapters interfere", _fill_inspect, _inspect),
+    "sequential": ("merge adapters one at a time, by opcm", _fill_sequential, _start),
     "methods": ("list the merge methods", _fill_methods, _methods),
     "bench": ("measure the ops beside what this machine could reach", _fill_bench, _bench),
     "doctor": ("show versions and backends, and why one is off", _fill_doctor, _doctor),

@@ -143,7 +143,10 @@ class _Whole:
     streams: Sequence[torch.cuda.Stream]
 
     def __iter__(self) -> Iterator[Sequence[Stack]]:
-        return map(self.work.before, _stacks(self.plan, self.place, self.work, self.streams))
+        for stacks in _stacks(self.plan, self.place, self.work, self.streams):
+            unknown = [None] * len(stacks)
+            _check_factors(self.plan, stacks, unknown, unknown, self.work.settings.backend)
+            yield self.work.before(stacks)
 
 
 @dataclass(frozen=True, eq=False)

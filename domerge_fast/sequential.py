@@ -164,7 +164,7 @@ class Sequential:
         target = peft.target(plan, torch.float32, self.state.base_model)
         sums = InterferenceSums([source.name for source in sources])
         with whole_folder(self.folder, True, FILES) as fresh:
-            with SafetensorsWriter(fresh / FACTORS, dict(peft._largest(target))) as writer:
+            with SafetensorsWriter(fresh / FACTORS, dict(peft.largest(target))) as writer:
                 sink = _Sink(writer, target)
                 modules = self._run(plan, sums, sink, backend, device, progress)
                 for key, tensor in target.carried.items():
@@ -227,7 +227,7 @@ class Sequential:
         device: str,
         progress: api.Progress,
     ) -> Mapping[str, ModuleReport]:
-        place = engine.Place(api._device(device, plan.adapters))
+        place = engine.Place(api.choose_device(device, plan.adapters))
         settings = Settings(1.0, torch.float32, registry.choose(backend, place.device.type))
         chosen = Chosen(opcm.SUM, opcm.OpcmOptions(self.state.alpha))
         work = engine.Work(chosen, settings, engine.Cut(self.state.rank))

@@ -30,6 +30,7 @@ import gate  # noqa: E402
 import gpu_check  # noqa: E402
 import least  # noqa: E402
 import mergekit_cli  # noqa: E402
+import pages  # noqa: E402
 import publish  # noqa: E402
 import rivals  # noqa: E402
 import run  # noqa: E402
@@ -477,7 +478,7 @@ def test_the_tables_of_both_pages_are_those_of_the_results_that_are_kept():
     texts = publish.sections(results)
     for page in publish.PAGES:
         text = page.read_text()
-        assert publish.fill(text, texts) == text
+        assert pages.fill(text, texts) == text
     headline, benchmarks = (page.read_text() for page in reversed(publish.PAGES))
     assert texts["headline"] in headline
     assert all(texts[name] in benchmarks for name in texts if name != "headline")

@@ -23,7 +23,9 @@ GROUP = ("odd d", "d below R", "duplicated", "mixed sizes")  # of three adapters
 WEIGHTS = [1.0, -0.5, 2.0]
 LEVELLING = ("iso_c", "iso_cts", "subspace_boost")  # these change the spectrum of one adapter too
 # Two adapters, or equal ranks: tests/test_weighted_and_clustered.py asks the same of these.
-GENERAL = [m for m in TABLE if m not in ("slerp", "robust")]
+ENTRIES = [m for m, row in TABLE.items() if row.dense]  # test_elementwise.py
+APART = ("slerp", "robust", "opcm")  # two adapters; equal ranks; in order, over the whole model
+GENERAL = [m for m in TABLE if m not in (*APART, *ENTRIES)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 every_backend = pytest.mark.parametrize("backend", AVAILABLE)
@@ -228,7 +230,7 @@ KINDS = {
 
 @every_backend
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", [m for m in TABLE if m not in LEVELLING])
+@pytest.mark.parametrize("method", [m for m in TABLE if m not in (*LEVELLING, *ENTRIES, "knots")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_adapter_comes_back_as_it_is(kind, method, dtype, backend):
     generator = torch.Generator().manual_seed(0)

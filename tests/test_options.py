@@ -88,7 +88,7 @@ WRONG = {
         ([True, 1, 1], "True is not a finite number"),
     ],
     "method": [
-        ("dare", "option 'method': 'dare' is not known; use one of: do, linear,"),
+        ("fisher", "option 'method': 'fisher' is not known; use one of: do, linear,"),
         ("lineer", "did you mean 'linear'?"),
         (None, "None is not known"),
     ],

@@ -39,16 +39,16 @@ class Candidate:
     mean: bool = False
     balanced: bool = False
 
-    def merge(self, adapters: Sequence[Path]) -> dm.Merged:
+    def merge(self, adapters: Sequence[Path], form: str = "adapter") -> dm.Merged:
         weights = [1 / len(adapters)] * len(adapters) if self.mean else None
         given = [balanced(path) for path in adapters] if self.balanced else adapters
         stop = {"tol": TO_THE_END} if self.method == "do" else {}
         options = {**stop, **self.options}
-        return dm.merge(given, self.method, weights=weights, dtype="float32", **options)
+        return dm.merge(given, self.method, weights=weights, dtype="float32", form=form, **options)
 
     def deltas(self, adapters: Sequence[Path]) -> Deltas:
         """ΔW of every module in float32, at scale 1."""
-        merged = self.merge(adapters)
+        merged = self.merge(adapters, "deltas")
         return {name: merged.delta(name) for name in merged.names}
 
 
@@ -93,6 +93,29 @@ CANDIDATES = (
     Candidate("do, tol 1e-3", options={"tol": 1e-3}),
     Candidate("do, tol 1e-4", options={"tol": 1e-4}),
 )
+
+
+ADDING = ("linear", "svd", "tsvm", "iso_c", "iso_cts", "subspace_boost", "wudi", "pico")
+ADDING += ("core", "robust", "dare", "breadcrumbs", "magnitude_prune")
+AVERAGING = ("multislerp", "lego", "knots", "opcm", "ties", "dare_ties", "della")
+"""All methods but `do`, and `slerp`, which takes two adapters: those that add the updates up, which
+are given weights 1 / T, and those that divide by their number themselves."""
+
+ORTHOGONALIZED, DIRECTIONS = "orthogonalized, ", "do on directions by "
+
+
+def _with_parts(method: str) -> tuple[Candidate, ...]:
+    """The method alone, on adapters that were orthogonalized, and on `do`'s directions."""
+    mean = method in ADDING
+    candidates = [Candidate(method, method, mean=mean)]
+    if method not in ("linear", "svd"):  # these two would be `orthogonalize` and `do`
+        before = {"pre": ["orthogonalize"]}
+        candidates.append(Candidate(f"{ORTHOGONALIZED}{method}", method, before, mean=mean))
+        candidates.append(Candidate(f"{DIRECTIONS}{method}", options={"directions": method}))
+    return tuple(candidates)
+
+
+METHODS = tuple(c for method in (*ADDING, *AVERAGING) for c in _with_parts(method))
 
 
 @dataclass(frozen=True)

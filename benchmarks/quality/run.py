@@ -2,6 +2,7 @@
 
     python benchmarks/quality/run.py            # trains what is not there yet, then scores
     python benchmarks/quality/run.py --seeds 1  # a first look
+    python benchmarks/quality/run.py --missing  # scores only candidates without figures
     python benchmarks/quality/run.py --tables   # writes the tables and the plot anew, no more
 
 Trained models are kept under benchmarks/data/quality; results go to benchmarks/results/quality.
@@ -11,20 +12,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import digits
-import language
-import tables
-import torch
-from merges import CANDIDATES, RULES, scaled_by_rule
-from score import SCALES, Training, curve
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
 
-HERE = Path(__file__).parent.parent
+import digits  # noqa: E402
+import language  # noqa: E402
+import tables  # noqa: E402
+import torch  # noqa: E402
+from merges import CANDIDATES, METHODS, RULES, scaled_by_rule  # noqa: E402
+from pages import fill  # noqa: E402
+from score import SCALES, Training, curve  # noqa: E402
+
 DATA = HERE / "data" / "quality"
 RESULTS = HERE / "results" / "quality"
+METHODS_PAGE = HERE.parent / "docs" / "methods.md"
 
 SETS = {
     "language": (language.bench, language.adapters(language.apart)),
@@ -36,8 +43,9 @@ SETS = {
 }
 
 
-def measure(name: str, seeds: int) -> list[dict[str, Any]]:
-    """What one set's adapters and merges are worth, by training."""
+def measure(name: str, seeds: int, known: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What one set's adapters and merges are worth, by training. known: entries of these trainings
+    whose figures stand."""
     make_bench, make_adapters = SETS[name]
     bench = make_bench(DATA)
     entries = []
@@ -45,13 +53,17 @@ def measure(name: str, seeds: int) -> list[dict[str, Any]]:
         adapters = make_adapters(DATA, seed)
         started = time.perf_counter()
         training = Training.measure(bench, adapters)
+        before = known[seed] if seed < len(known) else {"curves": {}, "rules": {}}
+        curves, rules = before["curves"], before["rules"]
         entry = {
             "adapters": [a.label for a in adapters],
             "gains": [b - o for b, o in zip(training.base, training.own)],
             "norms": training.norms,
             "likeness": training.likeness(),
-            "curves": {c.name: curve(training, c) for c in CANDIDATES},
-            "rules": {rule: _by_rule(training, rule) for rule in RULES},
+            "curves": {
+                c.name: curves.get(c.name) or curve(training, c) for c in (*CANDIDATES, *METHODS)
+            },
+            "rules": {rule: rules.get(rule) or _by_rule(training, rule) for rule in RULES},
         }
         entries.append(entry)
         print(f"{name}, training {seed}: {time.perf_counter() - started:.0f} s", flush=True)
@@ -77,6 +89,7 @@ def publish(found: dict[str, Any]) -> None:
     result = {"scales": SCALES, "torch": torch.__version__, "sets": found}
     (RESULTS / "quality.json").write_text(json.dumps(result, indent=1) + "\n")
     (RESULTS / "README.md").write_text(tables.page(found))
+    METHODS_PAGE.write_text(fill(METHODS_PAGE.read_text(), {"quality": tables.ranking(found)}))
     tables.plot(found, RESULTS / "share.png")
 
 
@@ -84,12 +97,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--missing", action="store_true", help="keep the figures that are there")
     parser.add_argument("--tables", action="store_true", help="of the figures that are there")
     args = parser.parse_args()
     DATA.mkdir(parents=True, exist_ok=True)
     found = known()
     for name in () if args.tables else args.sets:
-        found[name] = measure(name, args.seeds)
+        found[name] = measure(name, args.seeds, found.get(name, []) if args.missing else [])
         publish(found)
     publish(found)
     print((RESULTS / "README.md").read_text())

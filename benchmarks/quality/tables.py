@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from merges import CANDIDATES, DO, PLAIN, RULES
+from merges import ADDING, AVERAGING, CANDIDATES, DIRECTIONS, DO, ORTHOGONALIZED, PLAIN, RULES
 
 Sets = dict[str, list[dict[str, Any]]]
 Cell = Callable[[list[dict[str, Any]], str], str]
@@ -36,6 +36,11 @@ SECTIONS: tuple[tuple[str, str], ...] = (
 RULES_TEXT = """`do` with λ of every module set from norms alone. "Of its best": the share kept in
 parts of what `do` keeps at its best λ on that set, mean over the sets."""
 
+RANKING_TEXT = """Each at its best λ, alone, on adapters that `do`'s descent has orthogonalized, and
+in place of the weighted sum of `do`'s directions. Every share is divided by what `do` keeps in the
+same training; mean over the sets of the mean over trainings, with the range over the sets. Dense
+results are not truncated."""
+
 SHOWN_BY_ADAPTER = ("mean", "orthogonalize", "decouple", "do")
 EACH_TEXT = """What each gains on its own, and the shares kept at the best λ of each merge (which is
 chosen for all eight): means over the trainings, in which every adapter had another effort."""
@@ -48,6 +53,7 @@ def page(found: Sets) -> str:
     for (title, text), cell in zip(SECTIONS, cells, strict=True):
         parts += [f"## {title}", *([text] if text else []), _candidates(found, cell)]
     parts += ["## Rules for λ", RULES_TEXT, _rules(found)]
+    parts += ["## All methods", RANKING_TEXT, ranking(found)]
     parts += ["## Adapter by adapter", EACH_TEXT]
     parts += [f"### {name}\n\n{_each(entries)}" for name, entries in found.items()]
     return "\n\n".join(parts) + "\n"
@@ -124,6 +130,33 @@ def _rules(found: Sets) -> str:
         for rule, row in shares.items()
     ]
     return _table(["λ", *found, "of its best"], rows)
+
+
+def ranking(found: Sets) -> str:
+    """All methods with and without the parts of `do`, the best first."""
+    rows = {}
+    for method in (*ADDING, *AVERAGING):
+        names = [method, f"{ORTHOGONALIZED}{method}", f"{DIRECTIONS}{method}"]
+        if method in ("linear", "svd"):
+            names = [method]
+        rows[method] = [_of_do(found, name) for name in names]
+    rows["do"] = [_of_do(found, DO.name)]
+    order = sorted(rows, key=lambda method: -max(row[0] for row in rows[method]))
+    shown = [
+        [f"`{method}`", *(f"{x:.2f} ({low:.2f} to {high:.2f})" for x, low, high in rows[method])]
+        for method in order
+    ]
+    head = ["method", "alone", "orthogonalized first", "on `do`'s directions"]
+    return _table(head, [row + [""] * (len(head) - len(row)) for row in shown])
+
+
+def _of_do(found: Sets, name: str) -> tuple[float, float, float]:
+    """The share kept by a candidate over that kept by `do`: mean, least and most of the sets."""
+    ratios = [
+        _mean(e["curves"][name]["best"] / e["curves"][DO.name]["best"] for e in entries)
+        for entries in found.values()
+    ]
+    return _mean(ratios), min(ratios), max(ratios)
 
 
 def _each(entries: list[dict[str, Any]]) -> str:

@@ -48,7 +48,7 @@ def bench(
     if to_plot is not None:
         plot.figure()
     loaded = api._load(adapters, None) if adapters else []
-    where = api._device(device, loaded)
+    where = api.choose_device(device, loaded)
     chosen = [registry.choose(name, where.type) for name in backends] or measure.usable(where)
     if loaded:
         source = "adapters"

@@ -125,7 +125,7 @@ class PeftFolder(MergeFolder):
     def __init__(self, path: Path, target: Target, overwrite: bool) -> None:
         super().__init__(path, target, overwrite, FILES)
         self._ranks: dict[str, int] = {}
-        self._shapes = dict(_largest(target))
+        self._shapes = dict(largest(target))
 
     def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
         self._writer = files.enter_context(SafetensorsWriter(folder / WEIGHTS, self._shapes))
@@ -145,7 +145,7 @@ class PeftFolder(MergeFolder):
         self._write_card(report)
 
 
-def _largest(target: Target) -> Iterable[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
+def largest(target: Target) -> Iterable[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
     for layout in target.layouts.values():
         key_a, key_b = keys(layout)
         rank, ones = layout.largest_rank, (1,) * (len(layout.inputs) - 1)
