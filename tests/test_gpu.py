@@ -9,7 +9,7 @@ import torch
 from make import random_factors, write_adapter
 from on_device import move
 from shapes import CASES
-from test_entries_gpu import DRAW, TRIMS, WEIGHTS, gaussian, module, run
+from test_entries_gpu import DRAW, TRIMS, WEIGHTS, fine, module, run
 
 import domerge_fast as dm
 from domerge_fast import ops
@@ -169,7 +169,7 @@ def test_entries_have_the_bits_of_the_cpu(backend):
 @pytest.mark.parametrize("backend", ON_GPU)
 def test_entries_in_a_cuda_graph(backend):
     """Captured once, replayed on other numbers in the same memory."""
-    a, b = (move(x, "cuda") for x in module(70, 300, gaussian))
+    a, b = (move(x, "cuda") for x in module(70, 300, fine))
 
     def merge() -> list[torch.Tensor]:
         rule = (WEIGHTS, Election("total"), DRAW, 1.0)

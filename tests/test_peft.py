@@ -432,6 +432,21 @@ def test_adapters_that_name_the_same_modules_keep_their_way_of_naming_them(tmp_p
     assert set(adapted(loaded(base("gpt2"), tmp_path / "out"))) == set(dm.load(folders[0]).modules)
 
 
+def test_two_adapters_of_one_gpt2_of_which_peft_sets_fan_in_fan_out_in_the_first_only(tmp_path):
+    settings = CASES["gpt2"][1]
+    model = adapter_model(base("gpt2"), settings[0], seed=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
+        model.add_adapter("second", peft.LoraConfig(init_lora_weights=False, **settings[1]))
+    stated = [model.peft_config[name].fan_in_fan_out for name in ("default", "second")]
+    adapters = [dm.from_model(model, name) for name in ("default", "second")]
+    for order in (adapters, adapters[::-1]):
+        merged = dm.merge(order, method="linear", output=tmp_path / "out", overwrite=True)
+        written = json.loads((tmp_path / "out/adapter_config.json").read_text())
+        assert written["fan_in_fan_out"] == any(stated)
+        assert merged.names
+
+
 def test_a_merged_adapter_is_an_adapter_to_peft_and_to_us(saved, tmp_path):
     folders = saved("llama")
     dm.merge(folders[:2], method="linear", output=tmp_path / "first")

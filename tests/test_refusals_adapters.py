@@ -297,7 +297,6 @@ SAVED = ["score", "q_proj"]
 PAIRS = {
     "base": ({"base_model_name_or_path": ("a", "b")}, "two", None, ["'b'", "'one' is 'a'"]),
     "revision": ({"revision": ("v1", "v2")}, "two", None, ["revision is 'v2'", "base_model=..."]),
-    "fan": ({"fan_in_fan_out": (True, False)}, "two", None, ["fan_in_fan_out", "'one'"]),
     "replication": (
         {"layer_replication": (None, [[0, 1]])},
         "two",

@@ -226,6 +226,18 @@ def test_canonicalize_keeps_a_direction_whose_size_sits_in_one_factor(backend):
 
 
 @every_backend
+def test_canonicalize_leaves_no_noise_where_an_adapter_has_less_rank_than_rows(backend):
+    case = random_case((4, 3), 141, 129)
+    case.a[0][2:] = 2 * case.a[0][:2]
+    (s,) = PRE["canonicalize"].run([stack("x", case)], settings(backend))
+    (a, b), _ = factors(s)
+    assert distance(b @ a, case.deltas()[0]) < 1e-6
+    assert a[:2].any(dim=1).all()
+    assert not a[2:].any()
+    assert not b[:, 2:].any()
+
+
+@every_backend
 @every_case
 def test_the_sum_is_that_of_canonicalized_updates(name, backend):
     case = CASES[name]

@@ -237,7 +237,7 @@ def test_multislerp_is_its_dense_definition(name, backend):
 
 
 @every_backend
-@pytest.mark.parametrize("density", [0.2, 0.05, 1.0])
+@pytest.mark.parametrize("density", [0.2, 0.0, 1.0])
 @pytest.mark.parametrize("name", EQUAL)
 def test_robust_is_its_dense_definition(name, density, backend):
     case = EQUAL[name]
@@ -450,9 +450,9 @@ def test_robust_refuses_different_ranks():
         dm.merge(adapters({"x": CASES["odd d"]}), "robust")
 
 
-@pytest.mark.parametrize("density", [0.0, 1.5, -1.0])
-def test_a_density_that_is_no_share_is_refused(density):
-    with pytest.raises(dm.OptionError, match=r"'density': .* is not a share; give one in \(0, 1\]"):
+@pytest.mark.parametrize(("density", "problem"), [(-1.0, "small"), (1.5, "large")])
+def test_a_density_that_is_no_share_is_refused(density, problem):
+    with pytest.raises(dm.OptionError, match=f"'density': .* is too {problem}; use at"):
         dm.merge(adapters({"x": EQUAL["odd d"]}), "robust", density=density)
 
 

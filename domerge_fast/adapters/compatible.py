@@ -18,9 +18,11 @@ def check_compatible(adapters: Sequence[Adapter], base_model: str | None = None)
     """Raise AdapterError unless the adapters fit one base model.
 
     Same base model and revision where both are stated (``base_model`` states it for all, and the
-    adapters' own statements are then not compared), same ``fan_in_fan_out`` and
-    ``layer_replication``, same kind and shape for every shared module, and carried tensors that are
-    bitwise the same in all adapters. Modules may be missing. Reads carried tensors, nothing else.
+    adapters' own statements are then not compared), same ``layer_replication``, same kind and shape
+    for every shared module, and carried tensors that are bitwise the same in all adapters. Modules
+    may be missing. ``fan_in_fan_out`` says how the base stores its weights, not what an update is,
+    and PEFT sets it in the first adapter of a model only: it is not compared. Reads carried
+    tensors, nothing else.
     """
     if not adapters:
         raise DomergeError("no adapters given; give at least one")
@@ -30,8 +32,7 @@ def check_compatible(adapters: Sequence[Adapter], base_model: str | None = None)
             ("revision", "base model revision"),
         ):
             _check_stated(adapters, field, what)
-    for field in ("fan_in_fan_out", "layer_replication"):
-        _check_same_field(adapters, field)
+    _check_replication(adapters)
     _check_modules(adapters)
     first = adapters[0]
     for other in adapters[1:]:
@@ -50,14 +51,14 @@ def _check_stated(adapters: Sequence[Adapter], field: str, what: str) -> None:
             raise AdapterError(adapter.name, None, problem, remedy)
 
 
-def _check_same_field(adapters: Sequence[Adapter], field: str) -> None:
+def _check_replication(adapters: Sequence[Adapter]) -> None:
     first = adapters[0]
-    expected = getattr(first.config, field) or None
+    expected = first.config.layer_replication or None
     for adapter in adapters[1:]:
-        value = getattr(adapter.config, field) or None
+        value = adapter.config.layer_replication or None
         if value != expected:
-            problem = f"{field} is {value}, in adapter {first.name!r} it is {expected}"
-            remedy = f"merge adapters with one {field} (see adapter_config.json)"
+            problem = f"layer_replication is {value}, in adapter {first.name!r} it is {expected}"
+            remedy = "merge adapters with one layer_replication (see adapter_config.json)"
             raise AdapterError(adapter.name, None, problem, remedy)
 
 

@@ -49,7 +49,6 @@ PEFT_TYPES = frozenset(
 _OF_BASE: dict[str, Any] = {
     "base_model_name_or_path": None,
     "revision": None,
-    "fan_in_fan_out": False,
     "layer_replication": None,
 }
 _ELSEWHERE = {

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.torch import column_norms, full_precision, root
 from ..errors import OptionError
 from ..ops.orthogonalize import PENALTIES
 from ..options import option
@@ -28,8 +27,8 @@ from ..plan import Stack
 from ..problem import Problem
 from ..report import SideReport
 from ..transfer import gather
-from . import linear
-from .base import Dense, Factors, Merge, Merged, Method, Settings, grams
+from . import directions
+from .base import Factors, Merge, Method, Settings, grams
 
 LINEAR = "linear"
 """What merges the directions in DO-Merging itself: their weighted sum."""
@@ -164,109 +163,35 @@ def _weigh(stacks: Sequence[Stack], a: Sequence[Side], settings: Settings) -> li
     return ops.apply(coefficients, problems, settings.dtype, backend=settings.backend)
 
 
-@dataclass(frozen=True, eq=False)
-class _Apart:
-    """A module's directions D_i = B_i (A_i diag(1 / mag_i)) as a stack with weights ω_i, and
-    sum_i |ω_i| mag_i [n]."""
-
-    stack: Stack
-    magnitudes: Tensor
-    sides: tuple[Side, Side]
-    norms: Sequence[float]
-
-
-@full_precision()
-def _take_apart(
-    stacks: Sequence[Stack],
-    grams_a: Sequence[Tensor | None],
-    grams_b: Sequence[Tensor | None],
-    options: DoOptions,
-    backend: str,
-) -> list[_Apart]:
-    a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
-    b = orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
-    sides = [*a, *b]
-    hats = ops.apply(
-        [x.c for x in sides], [x.problem for x in sides], torch.float32, backend=backend
-    )
-    found = []
-    for s, x, y, a_hat, b_hat in zip(stacks, a, b, hats, hats[len(stacks) :]):
-        ranks = list(s.a.ranks)
-        rows, columns = a_hat.split_with_sizes(ranks), b_hat.split_with_sizes(ranks)
-        roots = (root(c.double() @ c.double().T) for c in columns)
-        magnitudes = torch.stack([column_norms(r, block) for r, block in zip(roots, rows)])
-        inverse = torch.where(magnitudes > 0, 1 / magnitudes, 0.0)
-        directions = Problem(tuple(r * c for r, c in zip(rows, inverse)), (1.0,) * len(rows))
-        omegas = s.omegas
-        shares = torch.tensor(omegas).abs().to(magnitudes)
-        stack = Stack(
-            s.name, s.adapters, directions, Problem(columns, (1.0,) * len(columns)), tuple(omegas)
-        )
-        norms = magnitudes.square().sum(1, dtype=torch.float64).sqrt().tolist()
-        found.append(_Apart(stack, shares @ magnitudes, (x, y), norms))
-    return found
-
-
-@dataclass(frozen=True)
-class _Directions:
-    """The directions of groups, as often as they are wanted."""
-
-    groups: Iterable[Sequence[Stack]]
-    options: DoOptions
-    backend: str
-
-    def __iter__(self) -> Iterator[list[Stack]]:
-        for group in self.groups:
-            wanted = [METHOD.needs_grams(s, self.options) for s in group]
-            found = grams(group, wanted, self.backend)
-            yield [x.stack for x in _take_apart(group, *found, self.options, self.backend)]
-
-
 def prepare(groups: Iterable[Sequence[Stack]], options: DoOptions, settings: Settings) -> Merge:
-    """`merge`, or with another method for the directions: its result on the D_i, brought to the
-    norm of sum_i ω_i D_i, so that λ means the same, times the merged magnitudes."""
+    """`merge`, or another method for the directions."""
     if settings.inner is None or settings.inner.method.name == LINEAR:
         return merge
     if not options.decouple or options.renormalize:
         problem = f"{options.directions!r} needs decouple, and sets the norm of directions itself"
         raise OptionError("directions", problem, "leave decouple and renormalize as they are")
-    plain = Settings(1.0, torch.float32, settings.backend)
-    inner = settings.inner.prepared(_Directions(groups, options, settings.backend), plain)
+    backend = settings.backend
 
-    def merge_directions(
+    def take_apart(
         stacks: Sequence[Stack],
         grams_a: Sequence[Tensor | None],
         grams_b: Sequence[Tensor | None],
-        options: DoOptions,
-        settings: Settings,
-    ) -> Merged:
-        apart = _take_apart(stacks, grams_a, grams_b, options, settings.backend)
-        given = [x.stack for x in apart]
-        wanted = _norms_of(linear.merge(given, [], [], linear.LinearOptions(), plain))
-        merged = inner(given, plain)
-        gains = [w / n if n else 0.0 for w, n in zip(wanted, _norms_of(merged))]
-        return [_together(x, m, settings.scale * g) for x, m, g in zip(apart, merged, gains)]
+    ) -> list[directions.Apart]:
+        a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
+        b = orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
+        sides = [*a, *b]
+        hats = ops.apply(
+            [x.c for x in sides], [x.problem for x in sides], torch.float32, backend=backend
+        )
+        rows = zip(stacks, hats, hats[len(stacks) :], a, b)
+        return [directions.apart(s, x, yt, (p.report, q.report)) for s, x, yt, p, q in rows]
 
-    return merge_directions
+    def whole() -> Iterator[list[Stack]]:
+        for group in groups:
+            found = grams(group, [METHOD.needs_grams(s, options) for s in group], backend)
+            yield [x.stack for x in take_apart(group, *found)]
 
-
-@full_precision()
-def _norms_of(merged: Merged) -> list[float]:
-    return [
-        float(x.delta.norm())
-        if isinstance(x, Dense)
-        else float(((x.a @ x.a.T).double() * (x.b.T @ x.b).double()).sum().clamp_min(0).sqrt())
-        for x in merged
-    ]
-
-
-def _together(apart: _Apart, merged: Factors | Dense, scale: float) -> Factors | Dense:
-    """The merged directions with the merged magnitudes on their columns."""
-    magnitudes = scale * apart.magnitudes
-    reports = (apart.sides[0].report, apart.sides[1].report, apart.norms)
-    if isinstance(merged, Dense):
-        return Dense(merged.delta * magnitudes, *reports)
-    return Factors(merged.a * magnitudes, merged.b, *reports)
+    return directions.prepare(whole, take_apart, settings)
 
 
 METHOD = Method(

@@ -33,6 +33,7 @@ from .. import ops
 from ..options import option
 from ..plan import Stack
 from ..transfer import gather
+from . import elementwise
 from .base import Factors, Method, Settings
 from .space import BATCH_BYTES, SUPPORT
 
@@ -43,7 +44,7 @@ class LegoOptions:
         0, "ranks of a merged module; 0 for the largest rank of its adapters", low=0
     )
     balance: bool = option(False, "bring both vectors of every unit to one length first")
-    seed: int = option(0, "seed of the random numbers", low=0)
+    seed: int = elementwise.seed()
 
 
 def merge(

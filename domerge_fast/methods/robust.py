@@ -1,6 +1,6 @@
 """RobustMerge: prune the factors, make up for it rank by rank, and add A to A and B to B.
 
-    A'_i, B'_i: the entries of A_i and of B_i that are among their largest in size; the others zero
+    A'_i, B'_i: the largest entries of A_i and of B_i, `density` of each; zero in place of the others
     p_i[k] = sum |A_i[k]| / sum |A'_i[k]|, raised to at least its own 80th percentile over k
     ΔW = 4 λ (sum_i w_i s_i B'_i diag(p_i / sum_j p_j)) (sum_i A'_i)
 
@@ -22,9 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import DomergeError, OptionError
-from ..options import option
+from ..errors import DomergeError
 from ..plan import Stack
+from . import elementwise
 from .base import Factors, Method, Settings
 from .combination import combine
 
@@ -37,11 +37,7 @@ LEVEL = 0.8
 
 @dataclass(frozen=True)
 class RobustOptions:
-    density: float = option(0.2, "share of the entries that are kept")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise OptionError("density", f"{self.density!r} is not a share", "give one in (0, 1]")
+    density: float = elementwise.density(0.2)
 
 
 def merge(

@@ -2,8 +2,8 @@
 
     τ_i = U t_i V^T  ->  ΔW = U merge(t_1 .. t_T) V^T
 
-with orthonormal columns in U [m, K_B] and V [n, K_A], or V = I. The t_i are stacks of factors again,
-K_B x K_A instead of m x n large, so that the inner method is any method there is.
+with orthonormal columns in U [m, K_B] and V [n, K_A], or V = I. The t_i are stacks of factors
+again, K_B x K_A instead of m x n large, so that the inner method is any method there is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .base import Dense, Factors, Merge, Method, Run, Settings
 
 Spectra = Callable[[Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor | None]]
 """(b [P, R, K_B] with the scalings s_i, a [P, R, K_A], ranks) -> symmetric [P, K_B, K_B] and
-[P, K_A, K_A] (None: A stays) whose eigenvectors are the bases wanted, in orthonormal coordinates."""
+[P, K_A, K_A] (None: A stays) whose eigenvectors are the bases, in orthonormal coordinates."""
 
 
 def method(name: str, summary: str, options: type, spectra: Spectra, **row: Any) -> Method:

@@ -66,7 +66,7 @@ def _config(
         "revision": stated("revision"),
         "inference_mode": True,
         "bias": "none",
-        "fan_in_fan_out": first.fan_in_fan_out,
+        "fan_in_fan_out": any(c.fan_in_fan_out for c in configs),
         "init_lora_weights": True,
         "layer_replication": first.layer_replication,
         "lora_dropout": 0.0,

@@ -57,13 +57,13 @@ def _update(blocks, problems, updates, i, rows, columns, ELEMENT: tl.constexpr):
 @triton.jit
 def _uniform(draw, number, rows, first_column, COLUMNS: tl.constexpr):
     """The numbers in [0, 1) of entries [rows, COLUMNS]; first_column: a multiple of four."""
-    shape: tl.constexpr = (rows.shape[0], COLUMNS // 4)
+    zero = tl.zeros((rows.shape[0], COLUMNS // 4), tl.uint32)
     group = first_column // 4 + tl.arange(0, COLUMNS // 4)
     w0, w1, w2, w3 = tl.philox_impl(
-        tl.broadcast_to(group.to(tl.uint32)[None, :], shape),
-        tl.broadcast_to(rows.to(tl.uint32)[:, None], shape),
-        tl.full(shape, 0, tl.uint32) + number.to(tl.uint32),
-        tl.full(shape, 0, tl.uint32) + tl.load(draw + 2).to(tl.uint32),
+        zero + group.to(tl.uint32)[None, :],
+        zero + rows.to(tl.uint32)[:, None],
+        zero + number.to(tl.uint32),
+        zero + tl.load(draw + 2).to(tl.uint32),
         tl.load(draw).to(tl.uint32),
         tl.load(draw + 1).to(tl.uint32),
     )
