@@ -35,4 +35,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("apply_decouple", on_cpu(domerge::apply_decouple));
     m.def("block_products", on_cpu(domerge::block_products));
     m.def("all_finite", on_cpu(domerge::all_finite));
+    m.def("entry_counts", on_cpu(domerge::entry_counts));
+    m.def("entry_sums", on_cpu(domerge::entry_sums));
+    m.def("entry_merge", on_cpu(domerge::entry_merge));
 }

@@ -89,3 +89,43 @@ def all_finite(
     data: Sequence[int], counts: Sequence[int], dtypes: Sequence[int], threads: int, /
 ) -> list[bool]:
     """Whether each array of `counts` numbers holds neither NaN nor Inf."""
+
+def entry_counts(
+    a: Problems, b: Problems, prefixes: Sequence[int], out: int, threads: int, /
+) -> None:
+    """a, b: one problem each, a in rows. out: int64 [T, 2^16], or [T, 2^15] with prefixes; of zeros,
+    which the counts are added to.
+    """
+
+def entry_sums(
+    a: Problems,
+    b: Problems,
+    trims: Sequence[float],
+    rescales: Sequence[bool],
+    seed: int,
+    module: int,
+    adapters: Sequence[int],
+    out: int,
+    threads: int,
+    /,
+) -> None:
+    """trims: low, high, keep, spread and gain of every adapter. out: float64 [T, 2] of zeros."""
+
+def entry_merge(
+    a: Problems,
+    b: Problems,
+    trims: Sequence[float],
+    rescales: Sequence[bool],
+    seed: int,
+    module: int,
+    adapters: Sequence[int],
+    weights: Sequence[float],
+    sign: int,
+    weighted: bool,
+    mean: int,
+    scale: float,
+    out: int,
+    threads: int,
+    /,
+) -> None:
+    """sign and mean: codes of csrc/cpu/kernels.h. out: float32 [m, n]."""

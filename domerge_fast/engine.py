@@ -53,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Work:
-    """What is done to every stack: steps before, the method, steps after, the truncation.
+    """What is done to every stack: steps before, the method, the truncation, steps after.
 
     deltas: whether the sink takes ΔW instead of its factors. usual: the cut of a dense result
     that must become factors where no cut was asked for.
@@ -162,8 +162,8 @@ class _Result:
 
 
 def _settle(work: Work, stacks: Sequence[Stack], merged: Merged) -> list[_Result]:
-    """Dense results as they are, or cut to factors where the sink or a step wants these; steps
-    after the method, the truncation, and ΔW of factors where the sink wants that."""
+    """Dense results as they are, or cut to factors where the sink or a step wants these; the
+    truncation of factors, the steps after it, and ΔW where the sink wants that."""
     cut = work.cut
     dense = [x for x in merged if isinstance(x, Dense)]
     factors = [x for x in merged if isinstance(x, Factors)]
@@ -175,10 +175,10 @@ def _settle(work: Work, stacks: Sequence[Stack], merged: Merged) -> list[_Result
         cuts = [compress(x.delta, cut.rank, cut.energy) for x in dense]
         factors = [Factors(c[0], c[1], *x.reports) for x, c in zip(dense, cuts)]
         kept, energy = [c[2] for c in cuts], [c[3] for c in cuts]
+    elif cut:
+        factors, kept, energy = _truncate(factors, cut, work)
     for step in work.post:
         factors = step.run(stacks, factors, work.inner)
-    if cut and not dense:
-        factors, kept, energy = _truncate(factors, cut, work)
     dtype = work.settings.dtype
     tensors: list[tuple[Tensor, ...]] = [(x.a.to(dtype), x.b.to(dtype)) for x in factors]
     if work.deltas:
@@ -324,7 +324,7 @@ def _truncate(
         pairs,
         rank=cut.rank,
         energy=cut.energy,
-        out_dtype=torch.float32 if work.deltas else work.settings.dtype,
+        out_dtype=torch.float32 if work.deltas or work.post else work.settings.dtype,
         backend=work.settings.backend,
     )
     energy = [_energy(a, b) for a, b in pairs]

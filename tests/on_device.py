@@ -27,6 +27,8 @@ def _places() -> Iterator[Any]:
 
 AVAILABLE = list(_places())
 FAST = [place for place in AVAILABLE if "reference" not in str(place)]
+GPU = [place for place in FAST if not any(name in str(place) for name in ("cpu", "torch"))]
+"""Kernels for GPUs, wherever they run."""
 
 
 def split(place: str) -> tuple[str, str]:

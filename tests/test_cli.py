@@ -137,13 +137,18 @@ def test_names_are_those_of_the_api(capsys):
     shown = flags("merge", capsys)
     for name in given:
         assert re.search(rf"--{name.replace('_', '-')}\b", shown), name
+    defaults: dict[str, dict[str, object]] = {}
     for method in TABLE.values():
         assert method.name in shown
         for field in dataclasses.fields(method.options):
-            described = f"{field.metadata['help']} (default: {field.default})"
-            assert re.search(rf"--{field.name}\b", shown), field.name
-            assert described in shown
+            defaults.setdefault(field.name, {})[method.name] = field.default
+            assert re.search(rf"--{field.name.replace('_', '-')}\b", shown), field.name
+            assert f"{field.metadata['help']} (default: " in shown
             assert all(choice in shown for choice in field.metadata["choices"])
+    for values in defaults.values():
+        alike = len(set(values.values())) == 1
+        each = ", ".join(f"{default} {method}" for method, default in values.items())
+        assert f"(default: {next(iter(values.values())) if alike else each})" in shown
     shown = flags("inspect", capsys)
     for name in inspect.signature(dm.inspect).parameters.keys() - {"adapters", "progress"}:
         assert re.search(rf"--{name.replace('_', '-')}\b", shown), name
@@ -200,10 +205,17 @@ def test_inspect_prints_the_tables_of_the_api(pair, capsys):
 def test_methods_lists_each_with_one_line(capsys):
     assert cli.main(["methods", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found == {name: method.summary for name, method in TABLE.items()}
+    assert list(found) == list(TABLE)
+    for name, row in found.items():
+        method = TABLE[name]
+        assert (row["summary"], row["cost"]) == (method.summary, method.cost)
+        assert row["cost"] and row["source"]
+        assert row["returns"] in ("exact", "rank", "dense", "inner")
     assert cli.main(["methods"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [tuple(re.split(r"  +", line, maxsplit=1)) for line in lines] == list(found.items())
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split()[0] == "method"
+    for line, (name, row) in zip(lines, found.items(), strict=True):
+        assert re.split(r"  +", line)[:4] == [name, row["summary"], row["returns"], row["cost"]]
 
 
 def test_doctor_shows_versions_and_every_backend(capsys, monkeypatch):
@@ -233,7 +245,7 @@ def test_doctor_says_why_a_backend_is_off_and_what_the_environment_chose(capsys,
 
 WRONG = {
     "": "the following arguments are required: COMMAND; see 'domerge-fast --help'",
-    "merg a b -o out": "invalid choice: 'merg' (choose from 'merge', 'inspect', 'methods',",
+    "merg a b -o out": "invalid choice: 'merg' (choose from 'merge', 'inspect', 'sequential',",
     "merge a b": "-o/--output; see 'domerge-fast merge --help'",
     "merge -o out": "required: ADAPTER; see 'domerge-fast merge --help'",
     "merge a b -o out --gama 2": "'--gama' is not understood, did you mean '--gamma'?",
@@ -277,7 +289,7 @@ def test_help_and_version_are_printed(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
     for name, (summary, *_) in cli.COMMANDS.items():
-        assert re.search(rf"^ +{name} +{summary}", shown, re.MULTILINE)
+        assert re.search(rf"^ +{name}\s+{summary}", shown, re.MULTILINE)
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"domerge-fast {dm.__version__}\n"
 

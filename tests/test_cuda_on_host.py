@@ -95,7 +95,8 @@ def run_tests(extension: Path, *selection: str) -> None:
 @pytest.mark.slow
 @from_outside
 def test_the_kernels_pass_the_tests_of_the_ops(extension):
-    run_tests(extension, "tests/test_ops.py", "tests/test_entries_gpu.py", "-k", "cuda")
+    files = [f"tests/test_{name}.py" for name in ("ops", "entries", "entries_exact", "entries_gpu")]
+    run_tests(extension, *files, "-k", "cuda")
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import MappingProxyType
 
 import pytest
 import torch
@@ -11,12 +10,10 @@ from shapes import CASES, Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast import api
 from domerge_fast.adapters import Adapter, from_tensors
 from domerge_fast.backends import registry
-from domerge_fast.methods import TABLE, space
+from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Settings
-from domerge_fast.methods.linear import LinearOptions
 from domerge_fast.methods.space import NOISE, SUPPORT
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
@@ -295,17 +292,3 @@ def test_the_rank_is_never_above_the_module_s(n, m, method):
     expected = DENSE[method](updates(case, case.weights), case)
     assert distance(product(merged, "x"), expected) < 1e-5
     assert merged.report["x"].rank == min(n, m)
-
-
-def test_a_new_method_is_a_function_of_the_coordinates(monkeypatch):
-    """Adding one takes a function and a row: the plain sum, once more."""
-
-    def core(x: space.Coordinates, options: LinearOptions) -> tuple[Tensor, Tensor]:
-        return x.b.mT, x.a
-
-    row = space.method("sum", "the plain sum", LinearOptions, core)
-    monkeypatch.setattr(api, "TABLE", MappingProxyType({**api.TABLE, "sum": row}))
-    case = CASES["odd d"]
-    merged = dm.merge(adapters({"x": case}), "sum", weights=case.weights)
-    assert dm.methods()["sum"] == "the plain sum"
-    assert distance(product(merged, "x"), cat(updates(case, case.weights), case)) < 1e-6

@@ -149,6 +149,20 @@ def test_linear_is_the_weighted_sum_of_the_deltas_peft_computes(case):
     check_deltas(peft_deltas(model, "new").__getitem__, expected, 1e-6)
 
 
+# PEFT refuses a module that no adapter has.
+@pytest.mark.parametrize("case", [case for case in CASES if case != "missing modules"])
+def test_ties_is_what_peft_truncates(case):
+    model, names = of_case(case)
+    weights = WEIGHTS[: len(names)]
+    options = {"svd_rank": 3, "density": 0.2, "majority_sign_method": "frequency"}
+    live.add_weighted_adapter(model, names, weights, "ours", "ties", **options)
+    model.add_weighted_adapter(names, weights, "theirs", "ties_svd", **options)
+    # PEFT applies the scaling of its rsLoRA result to factors that are scaled already.
+    scalings = {name: layer.scaling["theirs"] for name, layer in adapted(model).items()}
+    expected = {name: x / scalings[name] for name, x in peft_deltas(model, "theirs").items()}
+    check_deltas(peft_deltas(model, "ours").__getitem__, expected, 1e-5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_else_changes(case):
     model, names = of_case(case)

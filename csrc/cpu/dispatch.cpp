@@ -15,11 +15,6 @@ constexpr int64_t kBundle = 16;  // ranks that one tile of double sums holds
 constexpr int64_t kApplyChunk = 3072;
 constexpr int64_t kFiniteChunk = int64_t{1} << 20;
 
-template <class T>
-T* at(uint64_t address) {
-    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
-
 // Positions by falling cost.
 std::vector<int64_t> largest_first(const std::vector<double>& cost) {
     std::vector<int64_t> order(cost.size());

@@ -33,6 +33,11 @@ std::vector<std::string> supported_isas();
 
 using Addresses = std::vector<uint64_t>;
 
+template <class T>
+T* at(uint64_t address) {
+    return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+
 void gram(const Kernels&, const Problems&, const Addresses& out, bool wide, int threads);
 void block_gram(const Kernels&, const Problems&, const Addresses& out, int threads);
 void orthogonalize(const Kernels&, const Addresses& grams, const std::vector<int64_t>& ranks,
@@ -50,5 +55,19 @@ void block_products(const Kernels&, const Addresses& x, const Addresses& y,
 std::vector<bool> all_finite(const Kernels&, const Addresses& data,
                              const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
                              int threads);
+
+// Entrywise ops on one module's updates: `a` and `b` hold one problem. out: int64 [T, bins].
+void entry_counts(const Kernels&, const Problems& a, const Problems& b,
+                  const std::vector<int64_t>& prefixes, uint64_t out, int threads);
+// trims: low, high, keep, spread and gain of every adapter. out: float64 [T, 2].
+void entry_sums(const Kernels&, const Problems& a, const Problems& b,
+                const std::vector<double>& trims, const std::vector<bool>& rescales, int64_t seed,
+                int64_t module, const std::vector<int64_t>& adapters, uint64_t out, int threads);
+// out: float32 [m, n].
+void entry_merge(const Kernels&, const Problems& a, const Problems& b,
+                 const std::vector<double>& trims, const std::vector<bool>& rescales, int64_t seed,
+                 int64_t module, const std::vector<int64_t>& adapters,
+                 const std::vector<double>& weights, int sign, bool weighted, int mean,
+                 double scale, uint64_t out, int threads);
 
 }  // namespace domerge

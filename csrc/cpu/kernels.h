@@ -68,6 +68,44 @@ struct DecoupleItem {
     double* energies;  // [count]: sum of the squared magnitudes of these columns
 };
 
+// Rows [begin, end) of the updates s_i B_i A_i: `a` holds the A_i [r_i, n] in rows, `b` the B_i^T
+// [r_i, m] and the s_i.
+struct UpdateItem {
+    const Problem* a;
+    const Problem* b;
+    int64_t begin;
+    int64_t end;
+};
+
+// What domerge_fast/entries.py says of an adapter's entries, and of all of them.
+struct Trim {
+    float low;
+    float high;
+    float keep;
+    float spread;
+    float gain;
+    bool rescale;
+};
+
+struct Draw {
+    uint32_t key[2];
+    uint32_t adapter;
+    uint32_t module;
+};
+
+enum class Sign : int { none = 0, total = 1, frequency = 2 };
+enum class Mean : int { sum = 0, count = 1, weight = 2 };
+
+struct MergeRule {
+    const Trim* trims;  // these three: one an adapter
+    const Draw* draws;
+    const float* weights;
+    Sign sign;
+    bool weighted;
+    Mean mean;
+    float scale;
+};
+
 struct Kernels {
     const char* name;
     // sum [R, R] += X X^T (or = when `first`) over columns [begin, end), lower triangle only.
@@ -85,6 +123,12 @@ struct Kernels {
     void (*block_products)(const float* x, const float* y, int64_t rank, const int64_t* ranks,
                            int64_t count, double* out, Arena&);
     bool (*all_finite)(const void* data, int64_t count, DType);
+    // counts [2, bins], of one adapter, += how often the upper bits of the magnitudes occur, or the
+    // lower bits behind *prefix; the sum of both rows is what is asked for.
+    void (*entry_counts)(const UpdateItem&, const uint32_t* prefix, uint32_t* counts, Arena&);
+    // sums [end - begin, 2]: every row's magnitudes of one adapter, all and kept.
+    void (*entry_sums)(const UpdateItem&, const Trim&, const Draw&, double* sums, Arena&);
+    void (*entry_merge)(const UpdateItem&, const MergeRule&, float* out, Arena&);  // out: all rows
 };
 
 }  // namespace domerge

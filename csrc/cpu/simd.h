@@ -29,6 +29,7 @@ typedef float FloatVec __attribute__((vector_size(kVectorBytes)));
 typedef double DoubleVec __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t BitsVec __attribute__((vector_size(kVectorBytes)));
 typedef int32_t IndexVec __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t WideVec __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t HalfVec __attribute__((vector_size(kVectorBytes / 2)));
 typedef float HalfFloatVec __attribute__((vector_size(kVectorBytes / 2)));
 
@@ -73,6 +74,48 @@ DOMERGE_INLINE FloatVec where(IndexVec mask, FloatVec yes, FloatVec no) {
 
 DOMERGE_INLINE BitsVec where(IndexVec mask, BitsVec yes, BitsVec no) {
     return (yes & bits<BitsVec>(mask)) | (no & ~bits<BitsVec>(mask));
+}
+
+// (Subtracting zero changes no float; adding it does.)
+DOMERGE_INLINE FloatVec broadcast(float x) {
+    return x - FloatVec{};
+}
+
+// a b + c, rounded once.
+DOMERGE_INLINE FloatVec multiply_add(FloatVec a, FloatVec b, FloatVec c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    for (int i = 0; i < kWidth; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
+}
+
+// The products of the lower halves of the lanes.
+DOMERGE_INLINE WideVec multiply_low(WideVec a, WideVec b) {
+#if defined(__AVX512F__)
+    return bits<WideVec>(_mm512_mul_epu32(bits<__m512i>(a), bits<__m512i>(b)));
+#elif defined(__AVX2__)
+    return bits<WideVec>(_mm256_mul_epu32(bits<__m256i>(a), bits<__m256i>(b)));
+#else
+    return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// Whether a lane of the mask is set.
+DOMERGE_INLINE bool any(IndexVec mask) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask(bits<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+    return _mm256_movemask_ps(bits<__m256>(mask)) != 0;
+#else
+    const WideVec wide = bits<WideVec>(mask);
+    uint64_t all = 0;
+    for (int i = 0; i < kWidth / 2; ++i) all |= wide[i];
+    return all != 0;
+#endif
 }
 
 DOMERGE_INLINE FloatVec square_root(FloatVec v) {

@@ -3,6 +3,7 @@
 
 #include "apply_decouple.h"
 #include "block_products.h"
+#include "entries.h"
 #include "gram.h"
 #include "orthogonalize.h"
 
@@ -25,6 +26,9 @@ const Kernels kernels = {
     make_root,
     block_products,
     all_finite,
+    entry_counts,
+    entry_sums,
+    entry_merge,
 };
 
 }  // namespace DOMERGE_ISA

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..entries import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..problem import Problem
 from . import torch as library
 from .layout import DTYPES, addresses, arrange, dense, matrices
@@ -23,11 +24,18 @@ __all__ = [
     "apply_decouple",
     "block_gram",
     "block_products",
+    "entry_counts",
+    "entry_merge",
+    "entry_sums",
     "gram",
     "orthogonalize",
     "orthogonalize_factors",
     "truncate",
 ]
+
+SIGNS = {"none": 0, "total": 1, "frequency": 2}
+MEANS = {"sum": 0, "count": 1, "weight": 2}
+"""The numbers by which csrc/cpu/kernels.h knows them."""
 
 MAX_DESCENT_RANK = 1024
 """Above it the library's blocked GEMM takes over: up to here the kernel was measured faster."""
@@ -169,6 +177,66 @@ def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
     codes = [DTYPES[x.dtype] for x in pieces]
     counts = [x.numel() for x in pieces]
     return _C.all_finite(addresses(pieces), counts, codes, torch.get_num_threads())
+
+
+def entry_counts(a: Problem, b: Problem, prefixes: Sequence[int] | None = None) -> Tensor:
+    """Counts of the upper 16 bits of |τ_i|, or of the lower 15 behind a prefix: [T, bins]."""
+    (table_a, table_b), _alive = _sides(a, b)
+    bins = 1 << (HIGH_BITS if prefixes is None else LOW_BITS)
+    counts = torch.zeros(len(a.blocks), bins, dtype=torch.int64)
+    threads = torch.get_num_threads()
+    _C.entry_counts(table_a, table_b, list(prefixes or ()), counts.data_ptr(), threads)
+    return counts
+
+
+def entry_sums(a: Problem, b: Problem, trims: Sequence[Trim], draw: Draw) -> Tensor:
+    """sum |τ_i| over all entries and over those that are kept: [T, 2] in float64."""
+    (table_a, table_b), _alive = _sides(a, b)
+    sums = torch.zeros(len(a.blocks), 2, dtype=torch.float64)
+    threads = torch.get_num_threads()
+    _C.entry_sums(table_a, table_b, *_rules(trims, draw), sums.data_ptr(), threads)
+    return sums
+
+
+def entry_merge(
+    a: Problem,
+    b: Problem,
+    trims: Sequence[Trim],
+    weights: Sequence[float],
+    election: Election,
+    draw: Draw,
+    scale: float,
+) -> Tensor:
+    """The merged ΔW [m, n] in float32."""
+    (table_a, table_b), _alive = _sides(a, b)
+    merged = torch.empty(b.d, a.d)
+    _C.entry_merge(
+        table_a,
+        table_b,
+        *_rules(trims, draw),
+        list(weights),
+        SIGNS[election.sign],
+        election.weighted,
+        MEANS[election.mean],
+        scale,
+        merged.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return merged
+
+
+def _sides(a: Problem, b: Problem) -> tuple[tuple[_C.Problems, _C.Problems], list[Tensor]]:
+    """The kernels' tables of A and of B, and the tensors to keep alive."""
+    table_a, alive_a = _describe([a], rows_only=True)
+    table_b, alive_b = _describe([b])
+    return (table_a, table_b), alive_a + alive_b
+
+
+def _rules(
+    trims: Sequence[Trim], draw: Draw
+) -> tuple[list[float], list[bool], int, int, list[int]]:
+    numbers = [x for t in trims for x in (t.low, t.high, t.keep, t.spread, t.gain)]
+    return numbers, [t.rescale for t in trims], draw.seed, draw.module, list(draw.adapters)
 
 
 def _describe(

@@ -5,8 +5,8 @@
 
 U and V are the singular vectors of the stacked factors without those below 1e-6 of the strongest,
 so that the result depends on how an update is split into B_i and A_i where the inner method depends
-on the basis (`tsvm` and `svd` do not, `ties` does). Where singular values are equal the basis is not
-determined. The inner method works on R x R matrices: `tsvm` by default. Cost: two reads of the
+on the basis (`tsvm` and `svd` do not, `ties` does). Where singular values are equal the basis is
+not determined. The inner method works on R x R matrices: `tsvm` by default. Cost: two reads of the
 factors, 4 R^2 (m + n) flops, four eigenproblems of R x R, and the inner method. Returns the exact
 result, of rank R at most. Source: arXiv 2509.17786.
 """
@@ -23,7 +23,7 @@ from . import shared_basis
 
 @dataclass(frozen=True)
 class CoreOptions:
-    inner: str = option("tsvm", "the method that merges the updates in their shared space")
+    inner: str = option("tsvm", "the method that merges the updates in their shared basis")
 
 
 def spectra(b: Tensor, a: Tensor, ranks: tuple[int, ...]) -> tuple[Tensor, Tensor]:

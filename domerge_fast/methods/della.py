@@ -29,14 +29,15 @@ class DellaOptions:
 
 def rule(options: DellaOptions) -> elementwise.Rule:
     density, epsilon = options.density, options.epsilon
-    if density < 1 and not (density - epsilon > 0 and density + epsilon < 1):
+    spread = epsilon if 0 < density < 1 else 0.0
+    if spread and not (density - spread > 0 and density + spread < 1):
         problem = f"{epsilon} takes probabilities {density} ± {epsilon} out of (0, 1)"
         raise OptionError("epsilon", problem, "give a smaller one")
     weighted = options.conventions == "mergekit"
     return elementwise.Rule(
         Election(options.majority_sign_method, weighted, "weight" if weighted else "count"),
         keep=density,
-        spread=epsilon if density < 1 else 0.0,
+        spread=spread,
         rescale=rescale(options.conventions),
         seed=options.seed,
     )

@@ -5,9 +5,10 @@
     ΔW = λ D diag(sum_i |ω_i| mag_i)
 
 The norm makes λ mean what it means in `do`, whatever the method averages or drops; it is 0 where
-the weighted sum is. Where the inner method truncates ("svd"), ΔW is truncated, not D. Cost: factors
-[R, m + n] in float32, r_i^2 (m + n) flops an adapter, 2 R^2 (m + n) for the norms, and the inner
-method.
+the weighted sum is. Where the inner method truncates (`svd`), ΔW is truncated, not D. The columns
+of a D_i of rank 1 differ in sign alone: rounding decides which of its entries `ties` keeps. Cost:
+factors [R, m + n] in float32, r_i^2 (m + n) flops an adapter, 2 R^2 (m + n) for the norms, and the
+inner method.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def scope() -> str:
 
 
 def seed() -> int:
-    return option(0, "of the random choices", low=0)
+    return option(0, "of the random choices", low=0, high=2**63 - 1)
 
 
 Positions = Callable[[int], tuple[int, int]]

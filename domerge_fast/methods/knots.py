@@ -7,9 +7,9 @@ The inner method sees K rows instead of m: `ties` by default. U comes from the e
 sum_i τ_i τ_i^T, an R x R problem; K is the number of singular values above 1e-6 of the largest (the
 authors': above 1e-5), at most R. Where singular values are equal U is not determined, and with it
 the result of an inner method that works entry by entry. The authors' TIES seeks the largest entries
-in the whole model: `conventions` "paper". Cost: two reads of the factors, 4 R^2 (m + n) flops, three
-eigenproblems of R x R, and the inner method on [K, n]. Returns the exact result, of rank K at most.
-Source: arXiv 2410.19735 and the authors' code.
+in the whole model: `conventions` "paper". Cost: two reads of the factors, 4 R^2 (m + n) flops,
+three eigenproblems of R x R, and the inner method on [K, n]. Returns the exact result, of rank K at
+most. Source: arXiv 2410.19735 and the authors' code.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """RobustMerge: prune the factors, make up for it rank by rank, and add A to A and B to B.
 
-    A'_i, B'_i: the largest entries of A_i and of B_i, `density` of each; zero in place of the others
+    A'_i, B'_i: the largest entries of A_i and of B_i, `density` of each, the others zero
     p_i[k] = sum |A_i[k]| / sum |A'_i[k]|, raised to at least its own 80th percentile over k
     ΔW = 4 λ (sum_i w_i s_i B'_i diag(p_i / sum_j p_j)) (sum_i A'_i)
 

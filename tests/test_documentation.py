@@ -1,0 +1,150 @@
+"""What the documents say of methods and options, against those there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+import sys
+import textwrap
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+
+import pytest
+import torch
+from make import write_adapter
+from shapes import CASES
+from test_composition import INNER, smallest_kept, total
+from test_factor_space import adapters, distance, product
+
+import domerge_fast as dm
+from domerge_fast import api, cli
+from domerge_fast.methods import TABLE
+from domerge_fast.methods.base import Method
+from domerge_fast.methods.steps import POST, PRE
+
+ROOT = Path(__file__).parents[1]
+METHODS = ROOT / "docs" / "methods.md"
+CASE = CASES["odd d"]
+
+
+def options(row: Method) -> set[str]:
+    return {f.name for f in dataclasses.fields(row.options)}
+
+
+def rows(text: str, first: str) -> list[list[str]]:
+    """The cells of the table whose head starts with `first`, without head and rule."""
+    table = text[text.index(f"| {first} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in table]
+
+
+def method_rows() -> dict[str, list[str]]:
+    spaces, entries = METHODS.read_text(encoding="utf-8").split("## Entry by entry")
+    entries = entries.split("## When")[0]
+    return {c[0].strip("`"): c for text in (spaces, entries) for c in rows(text, "method")}
+
+
+def words(cell: str) -> set[str]:
+    return set(re.findall(r"`(\w+)`", cell))
+
+
+def test_the_list_of_methods_is_whole():
+    assert set(method_rows()) == set(TABLE)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_method_s_options_and_source_are_those_it_has(name):
+    _, *cells, source = method_rows()[name]
+    listed = next((words(c) for c in reversed(cells) if not c or c.startswith("`")), set())
+    assert listed == options(TABLE[name])
+    stated = TABLE[name].source.removeprefix("arXiv ")
+    assert stated in source
+    if TABLE[name].source.startswith("arXiv"):
+        assert f"https://arxiv.org/abs/{stated}" in source
+
+
+def test_steps_and_forms_are_those_there_are():
+    text = METHODS.read_text(encoding="utf-8")
+    assert [cells[0].strip("`") for cells in rows(text, "`pre`")] == list(PRE)
+    assert [cells[0].strip("`") for cells in rows(text, "`post`")] == list(POST)
+    assert [cells[0].strip('"') for cells in rows(text, "`form`")] == list(api.FORMS)
+
+
+@pytest.mark.parametrize("document", ["docs/methods.md", "README.md"])
+def test_the_commands_shown_are_understood(document, tmp_path, monkeypatch, capsys):
+    """Run on adapters of a small module; a base model is left to other tests."""
+    monkeypatch.chdir(tmp_path)
+    for name, a, b in zip(("a", "b", "adapters/p"), CASE.a, CASE.b, strict=True):
+        write_adapter(tmp_path / name, {"x": (a, b)})
+    lines = re.findall(
+        r"^    domerge-fast (merge .*?)(?:  +#.*)?$", (ROOT / document).read_text(), re.M
+    )
+    shown = [line for line in lines if "--base" not in line]
+    assert len(shown) >= 3
+    for k, line in enumerate(shown):
+        arguments = line.replace("adapters/*", "a b").split()
+        arguments[arguments.index("-o") + 1] = f"out{k}"
+        assert cli.main([*arguments, "--backend", "torch"]) == 0, line
+
+
+# CONTRIBUTING
+
+
+def blocks() -> list[str]:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    found = re.findall(r"^ *```python\n(.*?)^ *```$", text, re.M | re.S)
+    return [textwrap.dedent(block) for block in found]
+
+
+def added(block: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Method:
+    """The block as a file among the methods, and its entry in the table."""
+    file = folder / "new_method.py"
+    file.write_text(block, encoding="utf-8")
+    name = "domerge_fast.methods.new_method"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec
+    assert spec.loader
+    module: ModuleType = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    table = MappingProxyType({**TABLE, module.METHOD.name: module.METHOD})
+    for home in (api, sys.modules["domerge_fast.methods"]):
+        monkeypatch.setattr(home, "TABLE", table)
+    return module.METHOD
+
+
+def test_the_method_in_r_by_r_coordinates(monkeypatch, tmp_path):
+    row = added(blocks()[0], monkeypatch, tmp_path)
+    assert dm.methods()[row.name].summary == row.summary
+    merged = dm.merge(adapters({"x": CASE}), row.name, share=0.5, weights=CASE.weights)
+    u, s, vh = torch.linalg.svd(INNER["linear"](CASE.deltas(), CASE.weights))
+    k = int((s >= 0.5 * s[0]).sum())
+    assert 0 < k < sum(CASE.ranks)
+    assert distance(product(merged, "x"), u[:, :k] @ s[:k].diag() @ vh[:k]) < 1e-5
+    assert merged.report["x"].rank == k
+
+
+def test_the_method_that_is_a_rule_for_entries(monkeypatch, tmp_path):
+    row = added(blocks()[1], monkeypatch, tmp_path)
+    given = {"density": 0.3, "weights": CASE.weights, "form": "deltas", "backend": "torch"}
+    merged = dm.merge(adapters({"x": CASE}), row.name, **given)
+    deltas = CASE.deltas()
+    kept = [torch.where(v.abs() >= smallest_kept([v], 0.3), v, 0.0) for v in deltas]
+    sign = torch.where(total([v.sign() for v in kept]) >= 0, 1.0, -1.0)
+    agreeing = [(v.sign() == sign).double() for v in kept]
+    parts = zip(CASE.weights, kept, agreeing, strict=True)
+    expected = total([w * v * yes for w, v, yes in parts]) / total(agreeing).clamp_min(1)
+    assert distance(merged.delta("x").double(), expected) < 1e-6
+
+
+def test_a_new_method_has_its_flags_and_works_inside_others(monkeypatch, tmp_path, capsys):
+    row = added(blocks()[0], monkeypatch, tmp_path)
+    for name, a, b in zip("pqr", CASE.a, CASE.b, strict=True):
+        write_adapter(tmp_path / name, {"x": (a, b)})
+    folders = [str(tmp_path / name) for name in "pqr"]
+    out = str(tmp_path / "out")
+    arguments = ["--method", "core", "--inner", row.name, "--share", "0.5"]
+    assert cli.main(["merge", *folders, "-o", out, *arguments]) == 0
+    written = dm.load(out).factors("x")
+    expected = dm.merge(folders, "core", inner=row.name, share=0.5).factors("x")
+    assert all(map(torch.equal, written, expected))
