@@ -90,7 +90,7 @@ def base(folder: Path) -> Path:
     path = folder / "base"
     if not path.exists():
         model = new_base()
-        fit(model, [read(domain)[0] for domain in DOMAINS], BASE_STEPS, BASE_RATE, seed=0)
+        fit(model, [read(domain, folder)[0] for domain in DOMAINS], BASE_STEPS, BASE_RATE, seed=0)
         model.save_pretrained(path)
     return path
 
@@ -98,7 +98,9 @@ def base(folder: Path) -> Path:
 def bench(folder: Path) -> Bench:
     """The base with held-out windows of every domain."""
     generator = torch.Generator().manual_seed(0)
-    held = {domain: windows(read(domain)[1], HELD_OUT, LENGTH, generator) for domain in DOMAINS}
+    held = {
+        domain: windows(read(domain, folder)[1], HELD_OUT, LENGTH, generator) for domain in DOMAINS
+    }
     return Bench(LlamaForCausalLM.from_pretrained(base(folder)), held, loss)
 
 
@@ -200,5 +202,7 @@ def _train(folder: Path, lesson: Lesson) -> None:
             r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         adapted = get_peft_model(model, config)
-    fit(adapted, [read(lesson.domain)[0]], lesson.steps, lesson.rate, seed=lesson.order_seed)
+    fit(
+        adapted, [read(lesson.domain, folder)[0]], lesson.steps, lesson.rate, seed=lesson.order_seed
+    )
     adapted.save_pretrained(folder / lesson.folder)

@@ -6,6 +6,7 @@ import sysconfig
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
@@ -26,13 +27,27 @@ DOMAINS: dict[str, tuple[Path, str]] = {
 """A folder and a pattern for each kind."""
 
 
-def read(domain: str) -> tuple[Tensor, Tensor]:
-    """Bytes to train on and held-out bytes [length], from different parts of every file."""
+def read(domain: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Bytes to train on and held-out bytes [length], from different parts of every file.
+
+    They are gathered once and kept in the folder of the models that are trained on them: packages
+    that are installed later would change them.
+    """
+    path = folder / "text" / f"{domain}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept, held = _gather(domain)
+        save_file({"kept": kept, "held": held}, path)
+    found = load_file(path)
+    return found["kept"], found["held"]
+
+
+def _gather(domain: str) -> tuple[Tensor, Tensor]:
     folder, pattern = DOMAINS[domain]
     kept: list[bytes] = []
     held: list[bytes] = []
     size = 0
-    for path in sorted(folder.glob(pattern)):
+    for path in sorted(p for p in folder.glob(pattern) if p.is_file()):
         data = path.read_bytes()
         cut = int(len(data) * (1 - HELD_OUT))
         kept.append(data[:cut])
