@@ -19,12 +19,9 @@ demo: $(VENV)/ready
 	$(PY) examples/demo.py demo
 test: $(VENV)/ready
 	$(PY) -m pytest -n auto --dist loadfile
-# Both run mergekit as a rival.
 bench: $(VENV)/ready
-	$(PIP) mergekit
 	$(PY) benchmarks/run.py --quick
 bench-full: $(VENV)/ready
-	$(PIP) mergekit
 	$(PY) benchmarks/run.py --full --publish
 # Trains small models and adapters, half an hour and more; then scores every merge of them.
 quality: $(VENV)/ready

@@ -520,18 +520,20 @@ def test_steps_after_a_merge_are_taken_in_order(post, method):
     assert (float(result.norm()) == pytest.approx(wanted, rel=1e-5)) == (post[-1] == "norm_match")
 
 
-def test_a_truncation_comes_after_the_steps():
+def test_steps_after_a_merge_come_after_the_truncation():
+    """So that a norm that was matched stays matched."""
     case = CASES["odd d"]
     merged = dm.merge(adapters({"x": case}), "linear", rank=2, post=["norm_match"], **TORCH)
-    full = total(case.deltas())
-    norms = [float(delta.norm()) for delta in case.deltas()]
-    full *= sum(norms) / 3 / full.norm()
-    u, s, vh = torch.linalg.svd(full)
-    assert distance(product(merged, "x"), u[:, :2] @ s[:2].diag() @ vh[:2]) < 1e-5
+    u, s, vh = torch.linalg.svd(total(case.deltas()))
+    best = u[:, :2] @ s[:2].diag() @ vh[:2]
+    best *= sum(float(delta.norm()) for delta in case.deltas()) / 3 / best.norm()
+    assert distance(product(merged, "x"), best) < 1e-5
+    kept = float(s[:2].square().sum() / s.square().sum())
+    assert merged.report["x"].energy_kept == pytest.approx(kept)
 
 
 @pytest.mark.parametrize("form", ["adapter", "deltas"])
-def test_a_dense_result_is_cut_before_the_steps_after_it(form):
+def test_a_dense_result_is_cut_before_steps_in_any_form(form):
     case = CASES["odd d"]
     given = {"density": 0.5, "form": form, "post": ["norm_match"], **TORCH}
     merged = dm.merge(adapters({"x": case}), "ties", **given)
