@@ -14,7 +14,8 @@ from domerge_fast import ops
 from domerge_fast.bench import cases
 from domerge_fast.bench.gate import Gate
 from domerge_fast.bench.workloads import Member, Shape, Workload
-from domerge_fast.plan import Plan
+from domerge_fast.entries import Draw, Election, Trim
+from domerge_fast.plan import Plan, Stack
 
 SHAPES = (
     Shape("tiny", 5, 7),
@@ -39,7 +40,27 @@ def exercise(ranks: tuple[int, ...], dtype: torch.dtype, backend: str, device: t
         grams, [s.a.ranks for s in stacks], penalty="frobenius", steps=2, backend=backend
     )
     finite = ops.all_finite(found, backend=backend)
-    return verdict.refused or ("" if all(finite) else "orthogonalize (frobenius) is not finite")
+    if not all(finite):
+        return verdict.refused or "orthogonalize (frobenius) is not finite"
+    return verdict.refused or next(filter(None, (_entries(s, backend) for s in stacks)), "")
+
+
+def _entries(stack: Stack, backend: str) -> str:
+    """What is wrong with the elementwise ops, beside plain PyTorch, or ""."""
+    draw = Draw(1, 2, stack.adapters)
+    trims = [Trim(low=1e-4, keep=0.5, rescale=True) for _ in stack.adapters]
+    election = Election("total", True, "weight")
+    found = []
+    for name in (backend, "torch"):
+        arguments = (stack.a, stack.b, trims)
+        merged = ops.entry_merge(*arguments, stack.weights, election, draw, backend=name).double()
+        sums = ops.entry_sums(*arguments, draw, backend=name).flatten()
+        upper = ops.entry_counts(stack.a, stack.b, backend=name).double().flatten()
+        found.append((merged, sums, upper))
+    for what, one, other in zip(("entry_merge", "entry_sums", "entry_counts"), *found):
+        if not float((one - other).norm()) <= 0.02 * float(other.norm()):
+            return f"{what} of {stack.name} disagrees with plain PyTorch"
+    return ""
 
 
 def main() -> None:

@@ -178,6 +178,7 @@ def stages(architecture: str) -> list[Stage]:
         ]
         command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
         files = ("test_gpu.py", "test_ops.py", "test_library.py", "test_bench.py")
+        files += ("test_entries.py", "test_entries_exact.py", "test_entries_gpu.py")
         command += [str(ROOT / "tests" / file) for file in files]
         return Stage(name, command, limit, environment=installed)
 

@@ -93,7 +93,7 @@ def all_finite(
 def entry_counts(
     a: Problems, b: Problems, prefixes: Sequence[int], out: int, threads: int, /
 ) -> None:
-    """a, b: one problem each, a in rows. out: int64 [T, 2^16], or [T, 2^15] with prefixes; of zeros,
+    """a, b: one problem each, a in rows. out: int64 [T, 2^16], or [T, 2^15] with prefixes; zeros,
     which the counts are added to.
     """
 

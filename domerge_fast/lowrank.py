@@ -8,6 +8,8 @@ What is kept is measured, not estimated: ||ΔW||_F^2 is summed in float64. Cost:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,9 +29,13 @@ def compress(
 
     k is the smallest rank found to keep the share `energy` of the squared norm, at most `rank`.
     Balanced: with B A = U S V^T, B = U sqrt(S) and A = sqrt(S) V^T. The same delta gives the same
-    factors. Exact where the rank of delta is k + OVERSAMPLING at most.
+    factors. Exact where the rank of delta is k + OVERSAMPLING at most. NaN where delta has values
+    that are not finite.
     """
     total = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
+    if not math.isfinite(total):
+        m, n = delta.shape
+        return delta.new_full((1, n), math.nan), delta.new_full((m, 1), math.nan), math.nan, total
     least = min(delta.shape)
     count = min(FIRST_RANK if rank is None else rank, least)
     while True:

@@ -21,6 +21,9 @@ OPS = (
     "orthogonalize_factors",
     "apply",
     "apply_decouple",
+    "entry_counts",
+    "entry_sums",
+    "entry_merge",
 )
 
 every_op = pytest.mark.parametrize("op", OPS)
@@ -40,6 +43,10 @@ def arguments(op: str, layout: str, backend: str) -> tuple:
     ranks = [rank for p in problems for rank in p.ranks]
     c = [None, torch.ones(3, problems[1].rank), torch.eye(4)]
     packed = [torch.eye(sum(r * r for r in p.ranks)).double()[0] for p in problems]
+    case = CASES[NAMES[0]]
+    factors = ([a.float() for a in case.a], [b.float().T for b in case.b], case.scalings)
+    count = len(case.a)
+    rule = ([0.0, 1.0, 0.5, 0.0, 1.0] * count, [True] * count, 1, 2, list(range(count)))
     found = {
         "gram": (*flat, torch.float64, backend),
         "block_gram": (*flat, backend),
@@ -56,6 +63,9 @@ def arguments(op: str, layout: str, backend: str) -> tuple:
             [torch.eye(p.rank).double() for p in problems],
             backend,
         ),
+        "entry_counts": (*factors, [], backend),
+        "entry_sums": (*factors, *rule, backend),
+        "entry_merge": (*factors, *rule, [1.0] * count, "total", True, "count", 2.0, backend),
     }[op]
     return move(found, device)
 

@@ -145,3 +145,15 @@ def test_the_same_update_gives_the_same_factors_whatever_was_drawn_before():
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_stays_so_and_the_merge_is_refused(value):
+    delta = gaussian(5, 6)
+    delta[1, 2] = value
+    a, b, _, _ = compress(delta, 3, 0.5)
+    assert a.isnan().all()
+    assert b.isnan().all()
+    adapter = from_tensors({"x": (torch.ones(1, 6), torch.ones(5, 1))})
+    with pytest.raises(dm.DomergeError, match=r"module 'x': merged lora_A does not fit"):
+        dm.merge([adapter], "ties", density=1.0, scale=3e38, weights=[2.0])

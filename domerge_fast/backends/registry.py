@@ -28,6 +28,9 @@ OPS = (
     "apply_decouple",
     "truncate",
     "all_finite",
+    "entry_counts",
+    "entry_sums",
+    "entry_merge",
 )
 ENVIRONMENT = "DOMERGE_BACKEND"
 

@@ -40,7 +40,7 @@ from torch import Tensor
 from ..options import option
 from ..plan import Stack
 from . import space
-from .base import Dense, Factors, Merge, Settings
+from .base import Merge, Merged, Settings
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -115,7 +115,7 @@ def prepare(groups: Iterable[Sequence[Stack]], options: OpcmOptions, settings: S
         grams_b: Sequence[Tensor | None],
         options: OpcmOptions,
         settings: Settings,
-    ) -> list[Factors] | list[Dense]:
+    ) -> Merged:
         scaled = dataclasses.replace(settings, scale=settings.scale * found)
         return SUM.merge(stacks, grams_a, grams_b, options, scaled)
 
@@ -128,7 +128,7 @@ def _alone(
     grams_b: Sequence[Tensor | None],
     options: OpcmOptions,
     settings: Settings,
-) -> list[Factors] | list[Dense]:
+) -> Merged:
     """Of a model that consists of these modules."""
     return prepare([stacks], options, settings)(stacks, grams_a, grams_b, options, settings)
 
