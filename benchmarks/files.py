@@ -55,7 +55,8 @@ def merge(
 
 @dataclass
 class Watched:
-    """`do` on a backend; keeps the report, the stages and the peak memory of its last merge."""
+    """`do` on a backend; keeps the report, the stages, the peak memory and the seconds of all cores
+    of its last merge."""
 
     paths: Sequence[Path]
     backend: str
@@ -63,13 +64,15 @@ class Watched:
     report: Report | None = None
     stages: Stages = field(default_factory=dict)
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
+    core_seconds: float = 0.0
 
     def __call__(self, output: Path) -> None:
         Path("/proc/self/clear_refs").write_text(RESET_PEAK)
-        idle = peak_bytes()
+        idle, start = peak_bytes(), time.process_time()
         merged, self.stages = stages.measure(
             lambda: merge(self.paths, output, "do", self.backend, self.device)
         )
+        self.core_seconds = time.process_time() - start
         self.report = merged.report
         self.peak_bytes = {"idle": idle, "do": peak_bytes()}
 

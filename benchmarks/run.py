@@ -145,6 +145,7 @@ def _measure(
         else:
             result["peak_bytes"] = files.peak_memory(paths, methods, scratch, device)
     result["stages"] = first.stages
+    result["core_seconds"] = first.core_seconds
     assert first.report is not None
     result["least"] = least.least(workload, first.report, bounds.measure(device))
     if setting.rivals:
@@ -195,6 +196,7 @@ def main(words: Sequence[str] | None = None) -> None:
     home = shared if shared.is_dir() else Path(tempfile.gettempdir())
     parser.add_argument("--output", type=Path, default=home, help="where the merges are written")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--note", help="a sentence to keep with the figures")
     parser.add_argument("--json", type=Path, help="where to write the figures of one workload")
     args = parser.parse_args(words)
     if args.quick and args.publish:
@@ -210,6 +212,7 @@ def main(words: Sequence[str] | None = None) -> None:
     place = Place(args.data.absolute(), args.output.absolute(), args.device)
 
     def keep(name: str, result: dict[str, Any]) -> None:
+        result |= {"note": args.note} if args.note else {}
         print(tables.one(name, result), flush=True)
         if args.json:
             args.json.write_text(json.dumps(result, indent=2) + "\n")

@@ -94,15 +94,20 @@ def caption(result: Result) -> str:
         if method != "idle"
     )
     bound = result["least"]
+    busy = ""
+    if "core_seconds" in result:
+        cores = result["core_seconds"] / sum(result["stages"]["main"].values())
+        busy = f" Its last run kept {cores:.2f} of {result['machine']['threads']} cores busy."
     gemm = ", ".join(f"{rate / 1e9:.0f} ({name})" for name, rate in bound["gemm"].items())
     return (
         f"`{result['workload']}`: {result['adapters']} adapters of rank {result['rank']} at most, "
         f"{part}{of} modules, {result['factor_bytes'] / 1e9:.3g} GB of bfloat16 factors; "
         f"{where(result['machine'])}. Largest relative error of ΔW against the float64 reference: "
         f"{max(result['errors'].values()):.1e}. Peak memory over an idle process: "
-        f"{over}, in groups of {result['group_bytes'] >> 20} MiB. `do` takes "
+        f"{over}, in groups of {result['group_bytes'] >> 20} MiB.{busy} `do` takes "
         f"{bound['flops'] / 1e9:.3g} GFLOP and {bound['bytes'] / 1e9:.3g} GB at least; measured in "
         f"the same run: copy {bound['copy'] / 1e9:.3g} GB/s; GEMM GFLOP/s: {gemm}."
+        f"{' ' + result['note'] if 'note' in result else ''}"
     )
 
 

@@ -38,22 +38,23 @@ parts of what `do` keeps at its best λ on that set, mean over the sets."""
 
 RANKING_TEXT = """Each at its best λ, alone, on adapters that `do`'s descent has orthogonalized, and
 in place of the weighted sum of `do`'s directions. Every share is divided by what `do` keeps in the
-same training; mean over the sets of the mean over trainings, with the range over the sets. Dense
-results are not truncated."""
+same training: the mean of three trainings on each set, and the mean of the sets, which orders the
+rows by the best of the three. Dense results are not truncated; options are the defaults; updates
+that a method adds up are given weights 1/8."""
 
 SHOWN_BY_ADAPTER = ("mean", "orthogonalize", "decouple", "do")
 EACH_TEXT = """What each gains on its own, and the shares kept at the best λ of each merge (which is
 chosen for all eight): means over the trainings, in which every adapter had another effort."""
 
 
-def page(found: Sets) -> str:
-    """The whole page of a set of measurements."""
+def page(found: Sets, ranking: str) -> str:
+    """The whole page of a set of measurements, with the table of all methods."""
     cells: tuple[Cell, ...] = (_best, _against_do, _at_one, _best_scale, _norm)
     parts = [HEAD, "## The sets", _sets(found)]
     for (title, text), cell in zip(SECTIONS, cells, strict=True):
         parts += [f"## {title}", *([text] if text else []), _candidates(found, cell)]
     parts += ["## Rules for λ", RULES_TEXT, _rules(found)]
-    parts += ["## All methods", RANKING_TEXT, ranking(found)]
+    parts += ["## All methods", RANKING_TEXT, ranking]
     parts += ["## Adapter by adapter", EACH_TEXT]
     parts += [f"### {name}\n\n{_each(entries)}" for name, entries in found.items()]
     return "\n\n".join(parts) + "\n"
@@ -133,30 +134,33 @@ def _rules(found: Sets) -> str:
 
 
 def ranking(found: Sets) -> str:
-    """All methods with and without the parts of `do`, the best first."""
-    rows = {}
+    """All methods with and without the parts of `do`, the best first: in each cell the mean over
+    the sets, and in brackets that of each set."""
+    rows = {"do": [_of_do(found, DO.name)]}
     for method in (*ADDING, *AVERAGING):
-        names = [method, f"{ORTHOGONALIZED}{method}", f"{DIRECTIONS}{method}"]
-        if method in ("linear", "svd"):
-            names = [method]
-        rows[method] = [_of_do(found, name) for name in names]
-    rows["do"] = [_of_do(found, DO.name)]
-    order = sorted(rows, key=lambda method: -max(row[0] for row in rows[method]))
+        parts = ("", ORTHOGONALIZED, DIRECTIONS)
+        names = [f"{part}{method}" for part in parts]
+        known = [n for n in names if all(n in e["curves"] for x in found.values() for e in x)]
+        rows[method] = [_of_do(found, name) for name in known]
+    order = sorted(rows, key=lambda method: -max(_mean(row) for row in rows[method]))
     shown = [
-        [f"`{method}`", *(f"{x:.2f} ({low:.2f} to {high:.2f})" for x, low, high in rows[method])]
+        [
+            f"`{method}`",
+            *(f"{_mean(row):.2f} ({', '.join(f'{x:.2f}' for x in row)})" for row in rows[method]),
+        ]
         for method in order
     ]
     head = ["method", "alone", "orthogonalized first", "on `do`'s directions"]
-    return _table(head, [row + [""] * (len(head) - len(row)) for row in shown])
+    sets = f"In brackets: {', '.join(found)}."
+    return _table(head, [row + [""] * (len(head) - len(row)) for row in shown]) + f"\n\n{sets}"
 
 
-def _of_do(found: Sets, name: str) -> tuple[float, float, float]:
-    """The share kept by a candidate over that kept by `do`: mean, least and most of the sets."""
-    ratios = [
+def _of_do(found: Sets, name: str) -> list[float]:
+    """The share kept by a candidate over that kept by `do`, in the same training: means by set."""
+    return [
         _mean(e["curves"][name]["best"] / e["curves"][DO.name]["best"] for e in entries)
         for entries in found.values()
     ]
-    return _mean(ratios), min(ratios), max(ratios)
 
 
 def _each(entries: list[dict[str, Any]]) -> str:

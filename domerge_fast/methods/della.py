@@ -2,10 +2,10 @@
 
     p = density + epsilon (2 q - 1),  q = rank of |τ| in its row, from 0 (smallest) to 1 (largest)
     v_i = τ_i / p with probability p, else 0;  then as in `ties`
-    density 0 keeps nothing, 1 everything
 
-"mergekit" rescales every update to the L1 norm that it had instead of dividing by p, elects by
-sum_i w_i v_i and divides by the sum of the w_i that agree. Source: arXiv 2406.11617.
+Density 0 keeps nothing, 1 everything. "mergekit" rescales every update to the L1 norm that it had
+instead of dividing by p, elects by sum_i w_i v_i and divides by the sum of the w_i that agree.
+Source: arXiv 2406.11617.
 """
 
 from __future__ import annotations

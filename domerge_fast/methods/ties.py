@@ -7,8 +7,8 @@
 Where definitions differ: "paper" seeks the largest entries in the whole model, "peft" and
 "mergekit" in each tensor (`scope` overrules both). "mergekit" elects by sum_i w_i v_i and divides
 by the sum of the w_i that agree; the others elect unweighted and divide by their number. Entries
-equal to the smallest one kept are kept too. (The authors' code keeps int(density N) + 1 entries,
-and lets 0 elect the sign that most entries have.) Source: arXiv 2306.01708.
+equal to the smallest one kept are kept too. (The authors' code keeps int(density N) + 1 entries
+and lets a sum of 0 elect the sign that most entries have.) Source: arXiv 2306.01708.
 """
 
 from __future__ import annotations
