@@ -349,7 +349,7 @@ VALUES = {
     "signs": integers(1),
     "mostly zeros": integers(1) * integers(2) * (integers(5) > 3),
     "zeros": torch.zeros(5, 4),
-    "denormal": integers(50) * 2.0**-149,
+    "denormal": integers((1 << 16) - 1) * 2.0**-149,
     "around the least normal": integers(500) * 2.0**-134,
     "all sizes": of_bits((40, 30)),
     "one row": integers(100, (1, 65)),

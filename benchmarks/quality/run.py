@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE))
 
 import digits  # noqa: E402
 import language  # noqa: E402

@@ -141,7 +141,8 @@ def ranking(found: Sets) -> str:
         parts = ("", ORTHOGONALIZED, DIRECTIONS)
         names = [f"{part}{method}" for part in parts]
         known = [n for n in names if all(n in e["curves"] for x in found.values() for e in x)]
-        rows[method] = [_of_do(found, name) for name in known]
+        if known:
+            rows[method] = [_of_do(found, name) for name in known]
     order = sorted(rows, key=lambda method: -max(_mean(row) for row in rows[method]))
     shown = [
         [
