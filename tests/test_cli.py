@@ -209,7 +209,8 @@ def test_methods_lists_each_with_one_line(capsys):
     for name, row in found.items():
         method = TABLE[name]
         assert (row["summary"], row["cost"]) == (method.summary, method.cost)
-        assert row["cost"] and row["source"]
+        assert row["cost"]
+        assert row["source"]
         assert row["returns"] in ("exact", "rank", "dense", "inner")
     assert cli.main(["methods"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()

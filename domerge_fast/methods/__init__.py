@@ -70,5 +70,7 @@ def choose(name: str, given: Mapping[str, Any], option: str = "method") -> Chose
 def _names(row: Method, given: Mapping[str, Any]) -> list[str]:
     """The names of a method's options and of those of the one inside it."""
     own = {f.name: f.default for f in dataclasses.fields(row.options)}
-    inner = TABLE.get(given.get(row.inner, own[row.inner])) if row.inner else None
-    return [*own, *(_names(inner, {}) if inner else ())]
+    if row.inner is None:
+        return [*own]
+    inner = options.choose(row.inner, given.get(row.inner, own[row.inner]), TABLE)
+    return [*own, *_names(TABLE[inner], {})]
