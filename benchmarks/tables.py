@@ -185,10 +185,11 @@ def methods(result: Result) -> str:
         shared = [m for m in row["dense_peak_bytes"] if m in row["peak_bytes"]][-1]
         mine, theirs = row["peak_bytes"][shared], row["dense_peak_bytes"][shared]
         scaled = f"; {row['scaled']} modules scaled" if row["scaled"] else ""
+        less = _ratio(theirs / mine) if mine >= 1 << 20 else ""
         lines.append(
             f"| `{name}` | {digits(row['seconds'])} | {digits(row['dense'])}{scaled} "
             f"| {_ratio(row['dense'] / row['seconds'])} | {mine >> 20} | {theirs >> 20} "
-            f"| {_ratio(theirs / max(mine, 1))} | {shared} |"
+            f"| {less} | {shared} |"
         )
     usual = (
         f"`{result['workload']}`, {result['modules']} modules, extrapolated from one of each "
