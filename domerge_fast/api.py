@@ -120,7 +120,7 @@ def merge(
             adapters=sums.names,
             weights=tuple(plan.weights),
             scale=scale,
-            options=_recipe(chosen, rank, energy, pre, post, form),
+            options=_recipe(chosen, rank, energy, pre, post, form, base),
             backend=settings.backend,
             device=str(place.device),
             dtype=str(out_dtype).removeprefix("torch."),
@@ -256,6 +256,8 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 def _check_form(form: str, output: Any, base: Any) -> None:
     options.choose("form", form, FORMS)
+    if base is not None and not isinstance(base, (str, os.PathLike)):
+        raise OptionError("base", f"{base!r} is no folder", "give the path of the base model")
     if (form == "model") != (base is not None):
         problem = "'model' needs the base model" if base is None else f"{form!r} takes no base"
         remedy = "give its folder as base" if base is None else "leave base out, or say 'model'"
@@ -281,6 +283,8 @@ def _folder(
 def _steps(option: str, names: Sequence[str], table: Mapping[str, S]) -> tuple[S, ...]:
     if isinstance(names, str):
         raise OptionError(option, "is one name, not a list", f"say [{names!r}]")
+    if not isinstance(names, Iterable):
+        raise OptionError(option, f"{names!r} is no list of names", "give one, or leave it out")
     return tuple(table[options.choose(option, name, table)] for name in names)
 
 
@@ -291,6 +295,7 @@ def _recipe(
     pre: Sequence[str],
     post: Sequence[str],
     form: str,
+    base: str | os.PathLike[str] | None,
 ) -> dict[str, Any]:
     """The options that repeat the merge."""
     given: dict[str, Any] = {}
@@ -304,6 +309,7 @@ def _recipe(
         "pre": list(pre),
         "post": list(post),
         "form": form,
+        "base": None if base is None else os.fspath(base),
     }
 
 

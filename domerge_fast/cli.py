@@ -110,7 +110,7 @@ def _fill_merge(parser: argparse.ArgumentParser) -> None:
     add("--method", default="do", help=f"{', '.join(TABLE)} (default: do)")
     add("--weights", nargs="+", type=float, metavar="W", help="one an adapter (default: 1 each)")
     add("--scale", type=float, default=1.0, help="factor on the merged update (default: 1)")
-    add("--rank", type=int, help="truncate every module to this rank (default: exact)")
+    add("--rank", type=int, help="truncate every module to this rank (default: the method's own)")
     add("--energy", type=float, help="truncate to the least rank that keeps this share")
     pre, post = ", ".join(PRE), ", ".join(POST)
     add("--pre", nargs="+", default=(), metavar="STEP", help=f"before the method, of: {pre}")

@@ -115,7 +115,7 @@ def run(
             ready_stacks = work.before(stacks)
             merged = method(ready_stacks, work.inner, None if work.pre else found)
             results = _settle(work, stacks, merged)
-            _check_results(stacks, results, backend)
+            _check_finite(stacks, [r.tensors for r in results], backend)
             if compare:
                 norms = sums.add(stacks, _present(host_a), _present(host_b))
             else:
@@ -175,7 +175,10 @@ def _settle(work: Work, stacks: Sequence[Stack], merged: Merged) -> list[_Result
         cuts = [compress(x.delta, cut.rank, cut.energy) for x in dense]
         factors = [Factors(c[0], c[1], *x.reports) for x, c in zip(dense, cuts)]
         kept, energy = [c[2] for c in cuts], [c[3] for c in cuts]
-    elif cut:
+    if cut or work.post:
+        # No decomposition takes what is not finite.
+        _check_finite(stacks, [(x.a, x.b) for x in factors], work.settings.backend)
+    if cut and not dense:
         factors, kept, energy = _truncate(factors, cut, work)
     for step in work.post:
         factors = step.run(stacks, factors, work.inner)
@@ -337,20 +340,21 @@ def _energy(a: Tensor, b: Tensor) -> float:
     return float(((a @ a.T).double() * (b.T @ b).double()).sum())
 
 
-def _check_results(stacks: Sequence[Stack], results: Sequence[_Result], backend: str) -> None:
+def _check_finite(
+    stacks: Sequence[Stack], results: Sequence[tuple[Tensor, ...]], backend: str
+) -> None:
     tensors = [
-        (s.name, "ΔW" if len(r.tensors) == 1 else what, t)
-        for s, r in zip(stacks, results)
-        for what, t in zip(("lora_A", "lora_B"), r.tensors)
+        (s.name, "ΔW" if len(found) == 1 else what, t)
+        for s, found in zip(stacks, results)
+        for what, t in zip(("lora_A", "lora_B"), found)
     ]
     finite = ops.all_finite([t for _, _, t in tensors], backend=backend)
     for (name, what, tensor), whole in zip(tensors, finite):
         if not whole:
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise DomergeError(
-                f"module {name!r}: merged {what} does not fit in {dtype}; "
-                "write it with dtype='float32'"
-            )
+            wide = tensor.dtype == torch.float32
+            remedy = "use a smaller scale or weights" if wide else "write it with dtype='float32'"
+            raise DomergeError(f"module {name!r}: merged {what} does not fit in {dtype}; {remedy}")
 
 
 def _report(plan: Plan, stack: Stack, result: _Result, norms: Sequence[float]) -> ModuleReport:

@@ -29,8 +29,8 @@ def compress(
 
     k is the smallest rank found to keep the share `energy` of the squared norm, at most `rank`.
     Balanced: with B A = U S V^T, B = U sqrt(S) and A = sqrt(S) V^T. The same delta gives the same
-    factors. Exact where the rank of delta is k + OVERSAMPLING at most. NaN where delta has values
-    that are not finite.
+    factors on the same number of threads. Exact where the rank of delta is k + OVERSAMPLING at
+    most. NaN where delta has values that are not finite.
     """
     total = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
     if not math.isfinite(total):

@@ -336,6 +336,7 @@ WRONG = {
     "svd_driver": ({"svd_driver": "gesvd"}, "option 'svd_driver': is for PEFT's dense SVD"),
     "rank": ({"rank": 2}, "option 'rank': is not an option on a live model; say svd_rank"),
     "output": ({"output": "out"}, "option 'output': is not an option on a live model; save"),
+    "form": ({"form": "deltas"}, "option 'form': is not an option on a live model; leave"),
     "mistyped": ({"gama": 2.0}, "option 'gama': method 'do' has no such option; did you mean"),
 }
 

@@ -222,9 +222,6 @@ CASES = {
         "has no LoRA factors",
         "leave it out",
     ),
-    "fan_in_fan_out": adapter(
-        configured(fan_in_fan_out=True), "fan_in_fan_out is True", "in adapter 'one' it is None"
-    ),
     "modules_to_save of one": adapter(
         lambda: make("one", SCORE, modules_to_save=["score"]),
         "'base_model.model.score.weight', which adapter 'one' saves whole",
@@ -254,8 +251,20 @@ CASES = {
         (f"module '{V}': merged lora_", "does not fit in float16", "dtype='float32'"),
         {"method": "svd", "dtype": "float16"},
     ),
+    "float32 overflow before it is truncated": Case(
+        lambda: valued(V, 1e14, 1)(),
+        DomergeError,
+        (f"module '{V}': merged lora_B does not fit in float32", "use a smaller scale"),
+        {"method": "svd", "scale": 1e30},
+    ),
+    "float32 overflow before a step": Case(
+        lambda: valued(V, 1e14, 1)(),
+        DomergeError,
+        (f"module '{V}': merged lora_", "does not fit in float32", "use a smaller scale"),
+        {"method": "ties", "density": 1.0, "scale": 1e30, "post": ["subspace_boost"]},
+    ),
     "method": option({"method": "linaer"}, "'linaer' is not known; did you mean 'linear'?"),
-    "method of PEFT": option({"method": "dare_svd"}, "not known; use one of: do, linear, "),
+    "method of PEFT": option({"method": "dare_svd"}, "not known; did you mean 'dare_ties'? use"),
     "option of another method": option(
         {"method": "linear", "gamma": 2.0}, "option 'gamma': method 'linear' has no such option"
     ),

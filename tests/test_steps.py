@@ -248,9 +248,12 @@ def test_the_sum_is_that_of_canonicalized_updates(name, backend):
 
 
 @every_backend
-@pytest.mark.parametrize(("method", "options"), [("pico", {}), ("do", {"steps": 2, "tol": 0.0})])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("pico", {}), ("do", {"steps": 2, "tol": 0.0}), ("robust", {}), ("lego", {})],
+)
 def test_canonicalized_adapters_merge_alike_however_they_are_split(method, options, backend):
-    case, given = CASES["odd d"], settings(backend)
+    case, given = random_case((4, 4, 4), 33, 29), settings(backend)
     both = [stack("as it is", case), stack("mixed", mixed(case))]
     as_they_are = [dense(f) for f in merge(method, both, given, **options)]
     expected, result = merge(method, PRE["canonicalize"].run(both, given), given, **options)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..entries import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..problem import Problem
 
-TILE_BYTES = 64 << 20
+TILE_BYTES = 2 << 20
 """What a tile of rows of one τ_i may take in float32."""
 
 LANES = 16

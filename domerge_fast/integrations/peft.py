@@ -57,6 +57,8 @@ _ELSEWHERE = {
     "output": "save the new adapter with the model's save_pretrained",
     "overwrite": "save the new adapter with the model's save_pretrained",
     "base_model": "leave it out, adapters of one model have one base",
+    "form": "leave it out, what is added is an adapter",
+    "base": "leave it out, what is added is an adapter",
 }
 
 
@@ -86,7 +88,7 @@ def add_weighted_adapter(
     density, majority_sign_method: options of the methods that have them.
     svd_clamp, svd_full_matrices, svd_driver: refused unless they are PEFT's defaults; nothing here
         takes a dense SVD.
-    options: the method's own, and `scale`, `energy`, `dtype`, `backend`, `device`,
+    options: the method's own, and `scale`, `energy`, `pre`, `post`, `dtype`, `backend`, `device`,
         `max_device_memory` and `progress` of `domerge_fast.merge`.
 
     The new adapter is on the devices and in the dtype of those it is made of, frozen, with scaling

@@ -3,13 +3,14 @@
     s_i B_i A_i = U S V^T,  B'_i = U sqrt(S),  A'_i = sqrt(S) V^T,  s'_i = 1
 
 (B_i M, M^-1 A_i) is the same adapter for every invertible M: after this step, methods that look at
-factors (`do`, `pico`) depend on the updates alone. With X^T X = A A^T, Y^T Y = B^T B and the SVD
-Y X^T = W S Z^T, which has the singular values of B A,
+factors (`do`, `pico`, `core`, `lego`, `robust`) depend on the updates alone. With X^T X = A A^T,
+Y^T Y = B^T B and the SVD Y X^T = W S Z^T, which has the singular values of B A,
 
     A' = S^(-1/2) W^T Y A,  B'^T = S^(-1/2) Z^T X B^T
 
-and no factor is inverted. Ranks stay r_i: rows for directions that are rounding noise are zero.
-Cost: two reads of the factors, 4 r_i^2 (m + n) flops and three decompositions of r_i x r_i.
+and no factor is inverted. Of the two signs of a pair of singular vectors, that is taken with which
+the row of A' has a positive sum. Ranks stay r_i: directions that are rounding noise are rows of
+zeros. Cost: two reads of the factors, 4 r_i^2 (m + n) flops and three decompositions of r_i x r_i.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
             coefficients[k], coefficients[count + k] = c_a, c_b
     problems = [Problem((x,), (c,)) for side in sides for x, c in zip(side.blocks, side.scales)]
     found = ops.apply(coefficients, problems, torch.float32, backend=settings.backend)
+    for rows, columns in zip(found[:count], found[count:]):
+        sign = torch.where(rows.sum(1, keepdim=True) < 0, -1.0, 1.0)
+        rows *= sign
+        columns *= sign
     a, b = iter(found[:count]), iter(found[count:])
     return [
         dataclasses.replace(s, a=_joined(a, len(s.a.blocks)), b=_joined(b, len(s.b.blocks)))
