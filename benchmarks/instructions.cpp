@@ -58,15 +58,16 @@ int main(int argc, char** argv) {
     std::vector<uint16_t> out(rank * d);
     gram(kernels, rows, {address(gram_of_rows.data())}, false, 1);
     block_gram(kernels, columns, {address(blocks.data())}, 1);
-    const auto descend = [&](int64_t steps) {
+    const auto descend = [&](int64_t steps, double tol = 0.0) {
         orthogonalize(kernels, {address(gram_of_rows.data())}, ranks, {count}, {address(c.data())},
-                      address(stats.data()), false, 1.0, steps, 0.0, 1);
+                      address(stats.data()), false, 1.0, steps, tol, 1);
     };
     descend(1);
     const int bfloat16 = static_cast<int>(DType::bfloat16);
     const std::map<std::string, std::function<void()>> ops = {
         {"gram", [&] { gram(kernels, rows, {address(gram_of_rows.data())}, false, 1); }},
         {"block_gram", [&] { block_gram(kernels, columns, {address(blocks.data())}, 1); }},
+        {"orthogonalize", [&] { descend(50, 1e-3); }},
         {"orthogonalize, 1 step", [&] { descend(1); }},
         {"orthogonalize, 4 steps", [&] { descend(4); }},
         {"apply",
@@ -83,5 +84,6 @@ int main(int argc, char** argv) {
     const auto found = ops.find(op);
     if (found == ops.end()) return std::fprintf(stderr, "no op %s\n", op.c_str()), 2;
     measured(found->second);
+    std::printf("steps %g\n", stats[0]);
     return 0;
 }

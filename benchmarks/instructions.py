@@ -2,6 +2,7 @@
 
     python benchmarks/instructions.py                   # the working tree
     python benchmarks/instructions.py --against dd3f2e2 # beside another revision
+    python benchmarks/instructions.py --descent         # the parts of orthogonalize
 
 Needs valgrind and g++. Valgrind knows no AVX-512: the AVX2 kernels are counted.
 """
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +30,36 @@ OPS = (
 )
 SHAPES = ((8, 16, 2048), (64, 2, 2048))
 """Adapters, their rank, and the width of the module."""
-FLAGS = ["-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-DDOMERGE_X86"]
+DESCENT_RANKS = (64, 128, 256, 512)
+PARTS = {
+    "add_product": "products",
+    "find_quartics": "line search",
+    "make_line": "line search",
+    "best_step": "line search",
+    "find_gradient": "sums and stores of a product's tiles",
+    "find_gradient_products": "sums and stores of a product's tiles",
+    "find_change": "sums and stores of a product's tiles",
+    "find_second_change": "sums and stores of a product's tiles",
+    "weigh": "passes over matrices",
+    "copy_matrix": "passes over matrices",
+    "turn": "passes over matrices",
+    "find_first_change": "passes over matrices",
+    "take_step": "passes over matrices",
+    "make_matrices": "beginning and end",
+    "begin_descent": "beginning and end",
+    "orthogonalize_item": "beginning and end",
+}
+"""A function of orthogonalize.h or tile.h -> what its instructions are counted as."""
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g",
+    "-no-pie",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-pthread",
+    "-DDOMERGE_X86",
+]
 ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -74,6 +105,65 @@ def count(program: Path, op: str, shape: tuple[int, int, int], folder: Path) -> 
     return int(found[1])
 
 
+def count_parts(program: Path, rank: int, folder: Path) -> tuple[str, Counter[str]]:
+    """The steps of one call of orthogonalize on 8 adapters, and its instructions by part."""
+    out = folder / "callgrind.out"
+    command = ["valgrind", "--tool=callgrind", "--toggle-collect=measured", "--dump-instr=yes"]
+    command += ["--compress-pos=no", "--compress-strings=no", f"--callgrind-out-file={out}"]
+    environment = os.environ | {"DOMERGE_CPU_ISA": "avx2"}
+    shape = map(str, (8, rank // 8, 4 * rank))
+    said = run([*command, str(program), "orthogonalize", *shape], env=environment)
+    costs = costs_of_addresses(out.read_text(), program)
+    parts = parts_of_addresses(program, list(costs))
+    found: Counter[str] = Counter()
+    for address, cost in costs.items():
+        found[parts.get(address, "other")] += cost
+    return said.split("steps ")[1].split()[0], found
+
+
+def costs_of_addresses(profile: str, program: Path) -> Counter[str]:
+    """Instructions by address in the program; those of libraries at address 0."""
+    costs: Counter[str] = Counter()
+    inside = called = False
+    for line in profile.splitlines():
+        if line.startswith("ob="):
+            inside = line == f"ob={program}"
+        elif line.startswith("calls="):
+            called = True
+        elif line.startswith("0x"):
+            address, _, cost = line.split()
+            if not called:  # else it is what the callee took, which is listed there
+                costs[address if inside else "0x0"] += int(cost)
+            called = False
+    return costs
+
+
+def parts_of_addresses(program: Path, addresses: list[str]) -> dict[str, str]:
+    """The part of the innermost function, inlined or not, that is of one."""
+    names = re.compile(rf"\b({'|'.join(PARTS)})\b")
+    parts: dict[str, str] = {}
+    address = ""
+    for line in run(["addr2line", "-aifCe", str(program), *addresses]).splitlines():
+        if line.startswith("0x"):
+            address = hex(int(line, 16))
+        elif found := names.search(line):
+            parts.setdefault(address, PARTS[found[1]])
+    return parts
+
+
+def print_parts() -> None:
+    parts = [*dict.fromkeys(PARTS.values()), "other"]
+    print("| R | steps | million instructions (AVX2) | " + " | ".join(parts) + " |")
+    print("|---" * (len(parts) + 3) + "|")
+    with tempfile.TemporaryDirectory() as name:
+        program = build(ROOT, Path(name))
+        for rank in DESCENT_RANKS:
+            steps, found = count_parts(program, rank, Path(name))
+            total = found.total()
+            shares = " | ".join(f"{100 * found[part] / total:.1f} %" for part in parts)
+            print(f"| {rank} | {steps} | {total / 1e6:.1f} | {shares} |")
+
+
 def counts(tree: Path) -> dict[tuple[int, int, int], dict[str, int]]:
     with tempfile.TemporaryDirectory() as name:
         program = build(tree, Path(name))
@@ -83,7 +173,11 @@ def counts(tree: Path) -> dict[tuple[int, int, int], dict[str, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--against", metavar="REVISION", help="a git revision to compare with")
+    parser.add_argument("--descent", action="store_true", help="the parts of orthogonalize")
     args = parser.parse_args()
+    if args.descent:
+        print_parts()
+        return
     now = counts(ROOT)
     before = None
     if args.against:

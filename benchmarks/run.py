@@ -89,6 +89,7 @@ FULL = (
 )
 SETTINGS = {setting.workload: setting for setting in (*QUICK, *FULL)}
 GROWTH = {"scaling": scaling.run, "orthogonalize": descent.run, "methods": suite.run}
+QUICK_GROWTH = ("scaling", "orthogonalize")
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def main(words: Sequence[str] | None = None) -> None:
         parser.error("--publish keeps results of whole workloads: give --full, or their names")
     settings, growth = _chosen(args.what or ["llama3-8b-8"], parser)
     if args.quick or args.full:
-        settings, growth = (QUICK if args.quick else FULL), tuple(GROWTH)
+        settings, growth = (QUICK, QUICK_GROWTH) if args.quick else (FULL, tuple(GROWTH))
     if args.json and len(settings) + len(growth) != 1:
         parser.error("--json takes the figures of one")
     mergekit = None if args.no_mergekit or args.no_rivals else args.mergekit.absolute()
