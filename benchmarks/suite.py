@@ -8,6 +8,7 @@ memory is the process's most resident bytes in the call, beyond those before it.
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import files
+import gate
 import rivals
 import torch
 from rivals import Modules, Size
@@ -24,6 +26,7 @@ import domerge_fast as dm
 from domerge_fast.bench import machine, measure
 from domerge_fast.bench.workloads import WORKLOADS
 
+CPU = torch.device("cpu")
 WORKLOAD = "llama3-8b-8"
 BUDGET = 20.0
 """Seconds for each dense form."""
@@ -95,8 +98,9 @@ FORMS = {
 
 def run(rounds: int) -> dict[str, Any]:
     """Seconds of all modules and peak bytes of the largest one, ours and of the dense forms."""
-    device = torch.device("cpu")
+    device = CPU
     adapters = WORKLOADS[WORKLOAD].adapters(device)
+    errors = gate.check(adapters, device) | {"ties": _ties_error(adapters)}
     room = 0.9 * machine.free_bytes(device)
     rows = {}
     for method, form in FORMS.items():
@@ -118,8 +122,29 @@ def run(rounds: int) -> dict[str, Any]:
         "modules": len(WORKLOADS[WORKLOAD].modules),
         "backend": measure.usable(device)[0],
         "machine": machine.describe(device),
+        "errors": errors,
         "methods": rows,
     }
+
+
+def _ties_error(adapters: Sequence[dm.Adapter]) -> float:
+    """Relative error of `ties` beside PEFT's function on the smallest module, or an exit."""
+    name = rivals.one_of_each_shape(adapters)[0][0]
+    expected = ties([b @ a.float() for a, b in rivals.factors(adapters, name, CPU)])
+    found = dm.merge(_only(adapters, name), "ties", density=DENSITY, form="deltas").delta(name)
+    error = float((found - expected).norm() / expected.norm())
+    if not error < gate.TOLERANCE:
+        sys.exit(f"ties disagrees with PEFT: ΔW is off by {error:.1e}; nothing to report")
+    return error
+
+
+def _only(adapters: Sequence[dm.Adapter], name: str) -> list[dm.Adapter]:
+    """The adapters with this module alone."""
+    return [
+        dm.from_tensors({name: a.factors(name)}, a.modules[name].scaling, name=a.name)
+        for a in adapters
+        if name in a.modules
+    ]
 
 
 class _Ours:
@@ -133,11 +158,7 @@ class _Ours:
         self.peaks: dict[str, int] = {}
 
     def __call__(self, name: str) -> float:
-        only = [
-            dm.from_tensors({name: a.factors(name)}, a.modules[name].scaling, name=a.name)
-            for a in self._adapters
-            if name in a.modules
-        ]
+        only = _only(self._adapters, name)
 
         def call() -> object:
             return dm.merge(only, self._method, **self._options)
@@ -158,7 +179,7 @@ class _Dense:
         self.peaks: dict[str, int] = {}
 
     def __call__(self, name: str) -> float:
-        factors: Modules = rivals.factors(self._adapters, name, torch.device("cpu"))
+        factors: Modules = rivals.factors(self._adapters, name, CPU)
 
         def call() -> object:
             return self._form.merge([b @ a.float() for a, b in factors])

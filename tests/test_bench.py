@@ -168,7 +168,8 @@ def test_a_merge_reads_its_factors_once_and_writes_its_results_once():
 
 def test_the_gate_passes_what_is_right_and_covers_every_op():
     checker = gate.Gate(plan_of(SMALL), torch.bfloat16)
-    assert {case.op for case in checker.cases} == set(ops.__all__)
+    assert {case.op for case in checker.cases} == set(gate.GATED)
+    assert set(ops.__all__) - set(gate.GATED) == {"entry_counts", "entry_merge", "entry_sums"}
     for backend in ("cpu", "torch"):
         verdict = checker.check(backend, CPU)
         assert verdict.refused is None
@@ -186,7 +187,7 @@ def _scaled(factor: float):
     return wrong
 
 
-@pytest.mark.parametrize("op", ops.__all__)
+@pytest.mark.parametrize("op", gate.GATED)
 def test_the_gate_refuses_a_wrong_result_of_any_op(op, monkeypatch):
     checker = gate.Gate(plan_of(SMALL), torch.float32)
     right = getattr(cpu, op)

@@ -440,8 +440,13 @@ def test_the_report_tells_the_recipe():
         "steps": 50,
         "tol": 1e-3,
         "renormalize": False,
+        "directions": "linear",
         "rank": 3,
         "energy": None,
+        "pre": [],
+        "post": [],
+        "form": "adapter",
+        "base": None,
     }
     assert json.loads(json.dumps(report.to_dict()))["modules"]["x"]["rank"] == 3
     summary = dict(report.summary())

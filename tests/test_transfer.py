@@ -53,7 +53,7 @@ def plan_of(modules: int, rank: int = 4, n: int = 64, m: int = 32) -> Plan:
 
 
 def groups(plan: Plan, most: int | None) -> list[int]:
-    found = engine._groups(plan, engine.Place(CPU, most), torch.float32)
+    found = engine._groups(plan, engine.Place(CPU, most), None)
     return [len(group) for group in found]
 
 

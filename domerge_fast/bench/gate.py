@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import registry
 from ..backends.torch import root
 from ..methods.do import DoOptions
 from ..plan import Plan, Stack
@@ -22,6 +23,10 @@ TOLERANCE = 1e-5
 
 OPTIONS = DoOptions(steps=2, tol=0.0)
 """A fixed number of steps: where the descent stops may depend on rounding."""
+
+GATED = tuple(op for op in registry.OPS if not op.startswith("entry_"))
+"""The ops that are held against the oracle: no figure here is about the elementwise ones, whose
+results jump where an entry is on a threshold."""
 
 MODULES = 3
 FEW_ADAPTERS = 16
