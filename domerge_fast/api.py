@@ -69,8 +69,8 @@ def merge(
     adapters: PEFT folders, or adapters from `load`, `from_model` or `from_tensors`.
     method: one of `methods()`; its own options are keyword arguments.
     weights: one number an adapter, negative to subtract, 0 to leave out; None is 1 for each.
-        "do" uses w_i / sum |w| over the adapters that have a module; all others use the weights
-        as they are.
+        "do" uses w_i / sum |w| over the adapters that have a module, "slerp" and "multislerp"
+        w_i / sum w; all others use the weights as they are.
     scale: λ, a factor on the merged update.
     rank, energy: truncate every module to rank k, or to the smallest rank that keeps this share
         of ||ΔW||_F^2; with both, whichever is smaller. None: exact, rank sum r_i; a method whose
@@ -83,7 +83,7 @@ def merge(
     max_device_memory: bytes (or "4GiB") of that device that groups of modules may take at once,
         besides the kernels' scratch memory (256 MiB at most); None: 80 % of what is free on a GPU.
     progress: True for a bar on stderr, or a function of (modules done, modules in all).
-    output: write a PEFT folder while merging, so that no more than a group of modules is in
+    output: write a folder while merging, so that no more than a group of modules is in
         memory; an existing one is replaced only with `overwrite`.
     form: what is written: "adapter", a PEFT folder; "deltas", ΔW of every module as dense tensors;
         "model", the model in the folder `base` with ΔW added to its weights. In memory, "deltas"
@@ -132,7 +132,7 @@ def merge(
 
     def run(sink: engine.Sink, to_host: bool) -> Report:
         with shown(progress, len(plan.names)) as show, torch.no_grad():
-            usual = _largest_rank(plan)
+            usual = _largest_rank(plan) if chosen.truncates or chosen.dense else engine.Cut()
             work = engine.Work(
                 method=chosen,
                 settings=settings,

@@ -183,9 +183,11 @@ def _settle(work: Work, stacks: Sequence[Stack], merged: Merged) -> list[_Result
     for step in work.post:
         factors = step.run(stacks, factors, work.inner)
     dtype = work.settings.dtype
-    tensors: list[tuple[Tensor, ...]] = [(x.a.to(dtype), x.b.to(dtype)) for x in factors]
-    if work.deltas:
-        tensors = [(_product(x.a, x.b),) for x in factors]
+    tensors: list[tuple[Tensor, ...]] = (
+        [(_product(x.a, x.b),) for x in factors]
+        if work.deltas
+        else [(x.a.to(dtype), x.b.to(dtype)) for x in factors]
+    )
     ranks = [x.a.shape[0] for x in factors]
     return [_Result(*row) for row in zip(tensors, factors, ranks, kept, energy)]
 
