@@ -2,7 +2,8 @@
 //
 // Stored transposed where that makes every product a plain or a transposed-left one: with Ct = C^T,
 // M = V o H and Q = D G,  Pt = Ct M + 2 gamma (Ct - I),  Qt = G Dt,  E = Qt^T Ct + Ct^T Qt,
-// F = Qt^T Dt. H, E and F are kept only where they are used: below the diagonal blocks.
+// F = Qt^T Dt. H, E and F are kept only where they are used: below the diagonal blocks. What lies
+// beyond a matrix in its last vectors and tiles is zero: sums run over it.
 #pragma once
 
 #include "kernels.h"
@@ -22,12 +23,16 @@ struct Segments {
     double* factor_norm;  // [count]: n_i, 0 if negligible
 };
 
+// Above it the left operand of a product is read along its rows, which the prefetcher follows.
+constexpr int64_t kDownColumns = 256;
+
 struct Matrices {
     int64_t rank, rows, columns, ld;
     float *gram, *h, *ct, *pt, *pt_old, *dt, *qt, *qpt, *e, *f;
-    float* m;       // shares memory with e: M is used up before E is made
-    double* sums;   // [5, ld]
-    float* weight;  // [count, ld]: row j is V_ij over the columns of every earlier segment i
+    float* m;         // shares memory with e: M is used up before E is made
+    float* diagonal;  // of Ct - I, exactly; ct itself holds Ct or Ct - I: see set_diagonal
+    double* sums;     // [5, ld]
+    float* weight;    // [count, ld]: row j is V_ij over the columns of every earlier segment i
 };
 
 // <A, B>_G = tr(A G B^T), kept up to date instead of being computed anew.
@@ -54,13 +59,15 @@ inline Matrices make_matrices(int64_t rank, int64_t count, Arena& arena) {
     m.rows = pad_rows(rank);
     m.columns = round_up(rank, kWidth);
     m.ld = row_stride<float>(rank);
-    const int64_t size = round_up(rank, 16) * m.ld;
+    const int64_t rows = round_up(rank, 16);
     float** all[] = {&m.gram, &m.h, &m.ct, &m.pt, &m.pt_old, &m.dt, &m.qt, &m.qpt, &m.e, &m.f};
     for (float** matrix : all) {
-        *matrix = static_cast<float*>(arena.take(size * sizeof(float)));
-        for (int64_t i = 0; i < size; ++i) (*matrix)[i] = 0.0f;
+        *matrix = static_cast<float*>(arena.take(rows * m.ld * sizeof(float)));
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = i < rank ? rank : 0; j < m.columns; ++j) (*matrix)[i * m.ld + j] = 0.0f;
     }
     m.m = m.e;
+    m.diagonal = static_cast<float*>(arena.take(rank * sizeof(float)));
     m.sums = static_cast<double*>(arena.take(5 * m.ld * sizeof(double)));
     m.weight = static_cast<float*>(arena.take(count * m.ld * sizeof(float)));
     for (int64_t i = 0; i < count * m.ld; ++i) m.weight[i] = 0.0f;
@@ -98,23 +105,26 @@ inline Pairs make_pairs(const Segments& s, Arena& arena) {
 }
 
 // Adds to m.sums (or sets it, when `first`) the columns' sums of the coefficients' terms over rows
-// [begin, end).
+// [begin, end); of one coefficient, only that of the energies: E and F count as zero.
+template <int kCoefficients>
 inline void add_quartics(const Matrices& m, int64_t begin, int64_t end, int64_t columns,
                          bool first) {
     for (int64_t c = 0; c < columns; c += kWidth) {
-        FloatVec part[5] = {};
+        FloatVec part[kCoefficients] = {};
         for (int64_t r = begin; r < end; ++r) {
             const int64_t at = r * m.ld + c;
-            const FloatVec h = load<FloatVec>(m.h + at), e = load<FloatVec>(m.e + at),
-                           f = load<FloatVec>(m.f + at);
+            const FloatVec h = load<FloatVec>(m.h + at);
             part[0] += h * h;
-            part[1] += h * e;
-            part[2] += e * e;
-            part[2] += (h + h) * f;
-            part[3] += e * f;
-            part[4] += f * f;
+            if constexpr (kCoefficients == 5) {
+                const FloatVec e = load<FloatVec>(m.e + at), f = load<FloatVec>(m.f + at);
+                part[1] += h * e;
+                part[2] += e * e;
+                part[2] += (h + h) * f;
+                part[3] += e * f;
+                part[4] += f * f;
+            }
         }
-        for (int k = 0; k < 5; ++k) {
+        for (int k = 0; k < kCoefficients; ++k) {
             double* sum = m.sums + k * m.ld + c;
             Widened wide = widen(part[k]);
             if (!first) {
@@ -128,6 +138,7 @@ inline void add_quartics(const Matrices& m, int64_t begin, int64_t end, int64_t 
 }
 
 // Coefficients of ||H_ij + eta E_ij + eta^2 F_ij||^2 for all i of one j after the other.
+template <int kCoefficients>
 inline void find_quartics(const Matrices& m, const Segments& s, const Pairs& pairs) {
     constexpr int64_t kRows = 32;  // summed in float, then in double
     int64_t p = 0;
@@ -135,11 +146,11 @@ inline void find_quartics(const Matrices& m, const Segments& s, const Pairs& pai
         if (!(s.factor_norm[j] > 0)) continue;
         const int64_t columns = s.start[j];
         for (int64_t begin = s.start[j]; begin < s.start[j + 1]; begin += kRows)
-            add_quartics(m, begin, least(begin + kRows, s.start[j + 1]), columns,
-                         begin == s.start[j]);
+            add_quartics<kCoefficients>(m, begin, least(begin + kRows, s.start[j + 1]), columns,
+                                        begin == s.start[j]);
         for (int64_t i = 0; i < j; ++i) {
             if (!(s.factor_norm[i] > 0)) continue;
-            for (int k = 0; k < 5; ++k) {
+            for (int k = 0; k < kCoefficients; ++k) {
                 double sum = 0.0;
                 for (int64_t c = s.start[i]; c < s.start[i + 1]; ++c) sum += m.sums[k * m.ld + c];
                 pairs.quartic[k][p] = k == 1 || k == 3 ? 2 * sum : sum;
@@ -160,8 +171,8 @@ inline void set_weights(const Matrices& m, const Segments& s, const Pairs& pairs
     });
 }
 
-// M = V o H, both triangles.
-inline void weigh(const Matrices& m, const Segments& s) {
+// out = M = V o H, both triangles.
+inline void weigh(const Matrices& m, const Segments& s, float* out) {
     for (int64_t i = 0; i < m.columns; i += kWidth) {
         for (int64_t j = 0; j <= i; j += kWidth) {
             FloatVec square[kWidth], flipped[kWidth];
@@ -174,50 +185,55 @@ inline void weigh(const Matrices& m, const Segments& s) {
             transpose_square(flipped);
 #pragma GCC unroll 16
             for (int k = 0; k < kWidth; ++k) {
-                store(m.m + (i + k) * m.ld + j, i == j ? square[k] + flipped[k] : square[k]);
-                if (i != j) store(m.m + (j + k) * m.ld + i, flipped[k]);
+                store(out + (i + k) * m.ld + j, i == j ? square[k] + flipped[k] : square[k]);
+                if (i != j) store(out + (j + k) * m.ld + i, flipped[k]);
             }
         }
     }
 }
 
-// Ct - I, exactly: the difference is what the change is measured by.
-DOMERGE_INLINE FloatVec change_at(const Matrices& m, int64_t i, int64_t j) {
-    FloatVec c = load<FloatVec>(m.ct + i * m.ld + j);
-    const int64_t lane = i - j;
-    if (lane >= 0 && lane < kWidth && i < m.rank) c[lane] -= 1.0f;
-    return c;
+// Makes ct hold Ct (identity 1) or Ct - I (identity 0), by which the change is measured.
+inline void set_diagonal(const Matrices& m, float identity) {
+    for (int64_t i = 0; i < m.rank; ++i) m.ct[i * m.ld + i] = identity + m.diagonal[i];
 }
 
-inline void copy_matrix(const Matrices& m, const float* from, float* to) {
-    for (int64_t i = 0; i < m.rows * m.ld; ++i) to[i] = from[i];
-}
-
-// Pt = Ct M + 2 gamma (Ct - I)
+// Pt = Ct M + 2 gamma (Ct - I) = M + (Ct - I) M + 2 gamma (Ct - I), of ct = Ct - I.
 inline void find_gradient(const Matrices& m, double gamma) {
     const float pull = static_cast<float>(2 * gamma);
     const auto all = [&](int64_t) { return m.columns; };
     for_tiles<float>(m.rows, m.columns, m.rank, all, [&](auto tile, int64_t i, int64_t j) {
         constexpr int vectors = sizeof(tile.sum[0]) / sizeof(FloatVec);
-        tile.clear();
-        tile.template add_product<false>(m.ct + i * m.ld, m.ld, m.m + j, m.ld, m.rank);
 #pragma GCC unroll 8
         for (int k = 0; k < kTileRows; ++k)
 #pragma GCC unroll 8
-            for (int v = 0; v < vectors; ++v)
-                tile.sum[k][v] += change_at(m, i + k, j + v * kWidth) * pull;
+            for (int v = 0; v < vectors; ++v) {
+                const int64_t at = (i + k) * m.ld + j + v * kWidth;
+                tile.sum[k][v] = load<FloatVec>(m.m + at) + load<FloatVec>(m.ct + at) * pull;
+            }
+        tile.template add_product<false>(m.ct + i * m.ld, m.ld, m.m + j, m.ld, m.rank);
         tile.store_to(m.pt + i * m.ld + j, m.ld);
     });
 }
 
-// Qpt = G Pt, and the products of P with what is known.
+// Adds rows [i, i + kTileRows) of L Y to the tile at y: L is `along`, its transpose is `down`.
+template <class T>
+DOMERGE_INLINE void add_product(const Matrices& m, T& tile, const float* along, const float* down,
+                                int64_t i, const float* y) {
+    if (m.rank > kDownColumns)
+        tile.template add_product<false>(along + i * m.ld, m.ld, y, m.ld, m.rank);
+    else
+        tile.template add_product<true>(down + i, m.ld, y, m.ld, m.rank);
+}
+
+// Qpt = G Pt, and the products of P with what is known, of ct = Ct - I; `kFirst`: C = I, D = 0.
+template <bool kFirst>
 inline void find_gradient_products(const Matrices& m, Products& products) {
     double sum[4] = {};
     const auto all = [&](int64_t) { return m.columns; };
     for_tiles<float>(m.rows, m.columns, m.rank, all, [&](auto tile, int64_t i, int64_t j) {
         constexpr int vectors = sizeof(tile.sum[0]) / sizeof(FloatVec);
         tile.clear();
-        tile.template add_product<true>(m.gram + i, m.ld, m.pt + j, m.ld, m.rank);
+        add_product(m, tile, m.gram, m.gram, i, m.pt + j);
         tile.store_to(m.qpt + i * m.ld + j, m.ld);
         FloatVec part[4] = {};
         for (int k = 0; k < kTileRows; ++k) {
@@ -225,12 +241,14 @@ inline void find_gradient_products(const Matrices& m, Products& products) {
                 const int64_t at = (i + k) * m.ld + j + v * kWidth;
                 const FloatVec q = load<FloatVec>(m.qpt + at);
                 part[0] += q * load<FloatVec>(m.pt + at);
-                part[1] += q * load<FloatVec>(m.pt_old + at);
-                part[2] += q * load<FloatVec>(m.dt + at);
-                part[3] += q * change_at(m, i + k, j + v * kWidth);
+                if constexpr (!kFirst) {
+                    part[1] += q * load<FloatVec>(m.pt_old + at);
+                    part[2] += q * load<FloatVec>(m.dt + at);
+                    part[3] += q * load<FloatVec>(m.ct + at);
+                }
             }
         }
-        for (int k = 0; k < 4; ++k) sum[k] += sum_lanes(part[k]);
+        for (int k = 0; k < (kFirst ? 1 : 4); ++k) sum[k] += sum_lanes(part[k]);
     });
     products.pp = sum[0];
     products.p_old_p = sum[1];
@@ -238,35 +256,45 @@ inline void find_gradient_products(const Matrices& m, Products& products) {
     products.p_change = sum[3];
 }
 
-// D = -P + beta D by Polak and Ribiere, and Q = D G by the same recurrence.
+// D = -P + beta D by Polak and Ribiere, and Q = D G by the same recurrence; `kFirst`: beta = 0.
+template <bool kFirst>
 inline void turn(const Matrices& m, Products& products, double pp_old) {
     double beta = pp_old > 0 ? (products.pp - products.p_old_p) / pp_old : 0.0;
     if (!(beta > 0) || -products.pp + beta * products.p_d >= 0) beta = 0;
     products.dd = products.pp - 2 * beta * products.p_d + beta * beta * products.dd;
     products.d_change = -products.p_change + beta * products.d_change;
     const float b = static_cast<float>(beta);
+    const auto turned = [&](const float* old, const float* gradient) {
+        const FloatVec g = load<FloatVec>(gradient);
+        return kFirst ? -g : load<FloatVec>(old) * b - g;
+    };
     for (int64_t i = 0; i < m.rank; ++i) {
         for (int64_t j = 0; j < m.columns; j += kWidth) {
             const int64_t at = i * m.ld + j;
-            store(m.dt + at, load<FloatVec>(m.dt + at) * b - load<FloatVec>(m.pt + at));
-            store(m.qt + at, load<FloatVec>(m.qt + at) * b - load<FloatVec>(m.qpt + at));
+            store(m.dt + at, turned(m.dt + at, m.pt + at));
+            store(m.qt + at, turned(m.qt + at, m.qpt + at));
         }
     }
 }
 
-// E = D G C^T + C G D^T, where C = I.
+// E = D G C^T + C G D^T, where C = I. Leaves Q in qpt as `find_change` does.
 inline void find_first_change(const Matrices& m) {
-    transpose(m.qt, m.ld, m.columns, m.columns, m.e, m.ld);
-    for (int64_t i = 0; i < m.rank * m.ld; ++i) m.e[i] += m.qt[i];
+    transpose(m.qt, m.ld, m.columns, m.columns, m.qpt, m.ld);
+    for (int64_t i = 0; i < m.rank * m.ld; ++i) m.e[i] = m.qt[i] + m.qpt[i];
 }
 
-// E = D G C^T + C G D^T
+// E = D G C^T + C G D^T, of ct = Ct. Leaves Q and C in qpt and pt_old where they are read along
+// their rows.
 inline void find_change(const Matrices& m, const Segments& s) {
+    if (m.rank > kDownColumns) {
+        transpose(m.qt, m.ld, m.columns, m.columns, m.qpt, m.ld);
+        transpose(m.ct, m.ld, m.columns, m.columns, m.pt_old, m.ld);
+    }
     const auto lower = [&](int64_t i) { return earlier(s, m.rank, i + kTileRows - 1); };
     for_tiles<float>(m.rows, m.columns, m.rank, lower, [&](auto tile, int64_t i, int64_t j) {
         tile.clear();
-        tile.template add_product<true>(m.qt + i, m.ld, m.ct + j, m.ld, m.rank);
-        tile.template add_product<true>(m.ct + i, m.ld, m.qt + j, m.ld, m.rank);
+        add_product(m, tile, m.qpt, m.qt, i, m.ct + j);
+        add_product(m, tile, m.pt_old, m.ct, i, m.qt + j);
         tile.store_to(m.e + i * m.ld + j, m.ld);
     });
 }
@@ -276,19 +304,27 @@ inline void find_second_change(const Matrices& m, const Segments& s) {
     const auto lower = [&](int64_t i) { return earlier(s, m.rank, i + kTileRows - 1); };
     for_tiles<float>(m.rows, m.columns, m.rank, lower, [&](auto tile, int64_t i, int64_t j) {
         tile.clear();
-        tile.template add_product<true>(m.qt + i, m.ld, m.dt + j, m.ld, m.rank);
+        add_product(m, tile, m.qpt, m.qt, i, m.dt + j);
         tile.store_to(m.f + i * m.ld + j, m.ld);
     });
 }
 
-// C += eta D and H += eta E + eta^2 F.
-inline void take_step(const Matrices& m, const Segments& s, double step) {
-    const float eta = static_cast<float>(step), square = static_cast<float>(step * step);
+// C += eta D, of ct = Ct.
+inline void move_c(const Matrices& m, double step) {
+    const float eta = static_cast<float>(step);
     for (int64_t i = 0; i < m.rank; ++i) {
+        m.diagonal[i] += eta * m.dt[i * m.ld + i];
         for (int64_t j = 0; j < m.columns; j += kWidth) {
             const int64_t at = i * m.ld + j;
             store(m.ct + at, load<FloatVec>(m.ct + at) + load<FloatVec>(m.dt + at) * eta);
         }
+    }
+}
+
+// H += eta E + eta^2 F.
+inline void move_h(const Matrices& m, const Segments& s, double step) {
+    const float eta = static_cast<float>(step), square = static_cast<float>(step * step);
+    for (int64_t i = 0; i < m.rank; ++i) {
         for (int64_t j = 0; j < earlier(s, m.rank, i); j += kWidth) {
             const int64_t at = i * m.ld + j;
             store(m.h + at, load<FloatVec>(m.h + at) + load<FloatVec>(m.e + at) * eta +
@@ -312,13 +348,16 @@ inline void move_energies(const Pairs& pairs, double eta) {
     }
 }
 
-// Ct = I, H = G / scale, the factors' norms.
+// C = I, H = G / scale, the factors' norms.
 inline void begin_descent(const float* gram, double scale, const Matrices& m, const Segments& s) {
+    const double unit = 1.0 / scale;
     for (int64_t i = 0; i < m.rank; ++i) {
-        m.ct[i * m.ld + i] = 1.0f;
-        for (int64_t j = 0; j < m.rank; ++j)
+        m.diagonal[i] = 0.0f;
+        for (int64_t j = 0; j < m.rank; ++j) {
+            m.ct[i * m.ld + j] = 0.0f;
             m.gram[i * m.ld + j] = m.h[i * m.ld + j] =
-                static_cast<float>(gram[i * m.rank + j] / scale);
+                static_cast<float>(gram[i * m.rank + j] * unit);
+        }
     }
     for (int64_t j = 0; j < s.count; ++j) {
         double trace = 0;
@@ -332,10 +371,12 @@ inline void begin_descent(const float* gram, double scale, const Matrices& m, co
         if (s.factor_norm[j] <= kNegligible * largest) s.factor_norm[j] = 0.0;
 }
 
-// The descent from C = I; leaves C in m.ct. Objectives are those of G / scale.
+// The descent from C = I; leaves C^T in m.ct. Objectives are those of G / scale.
 inline DescentStats descend(Matrices& m, const Segments& s, const Pairs& pairs,
                             const DescentOptions& options) {
-    find_quartics(m, s, pairs);  // E = F = 0: the energies at the start
+    for (double* coefficient : pairs.quartic)
+        for (int64_t p = 0; p < pairs.count; ++p) coefficient[p] = 0.0;
+    find_quartics<1>(m, s, pairs);
     move_energies(pairs, 0.0);
     const double energy_before = total_energy(pairs);
     double moved = 0.0, pp_old = 0.0;
@@ -346,38 +387,44 @@ inline DescentStats descend(Matrices& m, const Segments& s, const Pairs& pairs,
     Products products{};
     for (int64_t step = 0; energy_before > 0 && step < options.steps; ++step) {
         if (options.frobenius) set_weights(m, s, pairs, true);
-        weigh(m, s);
-        if (step == 0)
-            copy_matrix(m, m.m, m.pt);  // C = I
-        else
-            find_gradient(m, options.gamma);
-        find_gradient_products(m, products);
-        if (!(products.pp > 0)) break;
-        turn(m, products, pp_old);
-        pp_old = products.pp;
-        if (step == 0)
+        if (step == 0) {
+            weigh(m, s, m.pt);  // P = M where C = I
+            find_gradient_products<true>(m, products);
+            if (!(products.pp > 0)) break;
+            turn<true>(m, products, pp_old);
             find_first_change(m);
-        else
+        } else {
+            weigh(m, s, m.m);
+            set_diagonal(m, 0.0f);
+            find_gradient(m, options.gamma);
+            find_gradient_products<false>(m, products);
+            if (!(products.pp > 0)) break;
+            turn<false>(m, products, pp_old);
+            set_diagonal(m, 1.0f);
             find_change(m, s);
+        }
+        pp_old = products.pp;
         find_second_change(m, s);
-        find_quartics(m, s, pairs);
+        find_quartics<5>(m, s, pairs);
         const Line line = make_line(pairs, options.frobenius, options.gamma, moved,
                                     2 * products.d_change, products.dd);
         const double before = line.at(0.0).value;
         double after = before;
         const double eta = best_step(line, &after);
         if (!(eta > 0)) break;
-        take_step(m, s, eta);
+        move_c(m, eta);
         move_energies(pairs, eta);
         moved += eta * (2 * products.d_change + eta * products.dd);
         products.d_change += eta * products.dd;
         stats.steps += 1;
         stats.objective_after = after;
         if (before - after <= options.tol * before) break;
+        move_h(m, s, eta);
         float* used = m.pt_old;
         m.pt_old = m.pt;
         m.pt = used;
     }
+    set_diagonal(m, 1.0f);
     stats.cross_left = energy_before > 0 ? total_energy(pairs) / energy_before : 0.0;
     stats.change = __builtin_sqrt(moved > 0 ? moved : 0.0);
     return stats;
@@ -397,8 +444,9 @@ inline void orthogonalize_item(const float* gram, int64_t rank, const int64_t* r
     stats->objective_before *= scale;
     stats->objective_after *= scale;
     if (trace > 0) stats->change /= __builtin_sqrt(static_cast<double>(rank));
+    transpose(m.ct, m.ld, m.columns, m.columns, m.e, m.ld);
     for (int64_t i = 0; i < rank; ++i)
-        for (int64_t j = 0; j < rank; ++j) coefficients[i * rank + j] = m.ct[j * m.ld + i];
+        __builtin_memcpy(coefficients + i * rank, m.e + i * m.ld, rank * sizeof(float));
 }
 
 }  // namespace DOMERGE_ISA

@@ -17,6 +17,7 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
 constexpr int64_t kLeftBytes = 1 << 20;
+constexpr int64_t kRowsAhead = 8;  // of a right operand that may lie in L2, fetched into L1
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
@@ -57,7 +58,10 @@ struct Tile {
         for (int64_t k = 0; k < depth; ++k, b += ldb) {
             Vec<T> row[NV];
 #pragma GCC unroll 8
-            for (int j = 0; j < NV; ++j) row[j] = load<Vec<T>>(b + j * kLanes<T>);
+            for (int j = 0; j < NV; ++j) {
+                row[j] = load<Vec<T>>(b + j * kLanes<T>);
+                if (!Transposed) __builtin_prefetch(b + kRowsAhead * ldb + j * kLanes<T>);
+            }
 #pragma GCC unroll 8
             for (int i = 0; i < kTileRows; ++i) {
                 const T left = Transposed ? a[k * lda + i] : a[i * lda + k];
@@ -95,10 +99,12 @@ DOMERGE_INLINE void for_tiles(int64_t rows, int64_t columns, int64_t depth, Limi
     const int64_t part = pad_rows(kLeftBytes / static_cast<int64_t>(sizeof(T)) / depth + 1);
     for (int64_t begin = 0; begin < rows; begin += part) {
         const int64_t end = begin + part < rows ? begin + part : rows;
-        for (int64_t j = 0; j < columns; j += kTileVectors * lanes) {
+        for (int64_t j = 0, width; j < columns; j += width * lanes) {
+            // Two tiles of two vectors take less time than one of three and one of one.
+            width = columns - j > 3 * lanes && columns - j <= 4 * lanes ? 2 : kTileVectors;
             for (int64_t i = begin; i < end; i += kTileRows) {
-                const int64_t vectors = (limit(i) - j + lanes - 1) / lanes;
-                if (vectors >= kTileVectors)
+                const int64_t vectors = least((limit(i) - j + lanes - 1) / lanes, width);
+                if (vectors == 3)
                     body(Tile<T, kTileVectors>{}, i, j);
                 else if (vectors == 2)
                     body(Tile<T, 2>{}, i, j);
@@ -116,7 +122,11 @@ inline void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t colu
         for (int64_t j = 0; j < columns; j += kWidth) {
             FloatVec square[kWidth];
 #pragma GCC unroll 16
-            for (int k = 0; k < kWidth; ++k) square[k] = load<FloatVec>(in + (i + k) * ld_in + j);
+            for (int k = 0; k < kWidth; ++k) {
+                square[k] = load<FloatVec>(in + (i + k) * ld_in + j);
+                __builtin_prefetch(in + (i + k) * ld_in + j + 2 * kWidth);
+                __builtin_prefetch(out + (j + 2 * kWidth + k) * ld_out + i, 1);
+            }
             transpose_square(square);
 #pragma GCC unroll 16
             for (int k = 0; k < kWidth; ++k) store(out + (j + k) * ld_out + i, square[k]);
