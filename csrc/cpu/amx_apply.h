@@ -144,6 +144,10 @@ class TileRowProduct {
                                : _mm512_setzero_si512();
                 };
                 store_pairs(read(k), read(k + 1), x_ + k / 2 * kLd + c);
+                if (k + kRowsAhead < problem_.rank) {
+                    __builtin_prefetch(lines_[k + kRowsAhead - 1] + begin + c);
+                    __builtin_prefetch(lines_[k + kRowsAhead] + begin + c);
+                }
             }
         }
     }
@@ -193,6 +197,7 @@ class TileColumnProduct {
             const auto* data = static_cast<const uint16_t*>(block.data) + begin * block.pitch;
             const int64_t end = (problem_.d - 1 - begin) * block.pitch + block.rank;
             for (int64_t c = 0; c < n; ++c) {
+                __builtin_prefetch(data + (c + kColumnsAhead) * block.pitch);
                 for (int64_t i = 0; i < block.rank; i += kTile) {
                     const int64_t at = c * block.pitch + i;
                     const __mmask16 mask = end - at >= kTile ? 0xffff : (1u << (end - at)) - 1;

@@ -72,6 +72,7 @@ inline void pack_columns(const Problem& problem, int64_t begin, int64_t n, int64
         const int64_t end = (problem.d - 1) * block.pitch + block.rank;
         for (int64_t c = 0; c < n; c += 2) {
             const int64_t row = (begin + c) * block.pitch;
+            __builtin_prefetch(data + row + kColumnsAhead * block.pitch);
             for (int64_t i = 0; i < block.rank; i += kWidth) {
                 const int64_t at = row + i, next = at + block.pitch;
                 const FloatVec low = load_some<BFloat16>(data + at, end - at);

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kGramChunk = 4096;
 constexpr int64_t kBundle = 16;  // ranks that one tile of double sums holds
+constexpr int64_t kCached = 512;  // columns of all blocks that block_gram keeps in L2
 constexpr int64_t kApplyChunk = 3072;
 constexpr int64_t kFiniteChunk = int64_t{1} << 20;
 
@@ -148,6 +149,19 @@ std::vector<double> balance(const double* matrix, const Problem& problem, const 
     return result;
 }
 
+// The same blocks in smaller problems: neighbours whose ranks add up to `most`, or single ones.
+std::vector<Problem> bundles_of(const Problem& problem, int64_t most) {
+    std::vector<Problem> found;
+    for (int64_t b = 0; b < problem.count; ++b) {
+        const Block& block = problem.blocks[b];
+        if (b == 0 || found.back().rank + block.rank > most)
+            found.push_back(Problem{&block, 0, 0, problem.d, problem.columns});
+        found.back().count += 1;
+        found.back().rank += block.rank;
+    }
+    return found;
+}
+
 // Packs the blocks on the diagonal of a Gram one after the other; returns the end.
 double* copy_diagonal_blocks(const Problem& problem, const double* gram, double* out) {
     int64_t first = 0;
@@ -178,20 +192,6 @@ Problems::Problems(const std::vector<uint64_t>& data, const std::vector<int64_t>
     }
 }
 
-std::vector<Problem> Problems::bundles(int64_t most) const {
-    std::vector<Problem> found;
-    for (const Problem& p : problems_) {
-        for (int64_t b = 0; b < p.count; ++b) {
-            const Block& block = p.blocks[b];
-            if (b == 0 || found.back().rank + block.rank > most)
-                found.push_back(Problem{&block, 0, 0, p.d, p.columns});
-            found.back().count += 1;
-            found.back().rank += block.rank;
-        }
-    }
-    return found;
-}
-
 void gram(const Kernels& kernels, const Problems& problems, const Addresses& out, bool wide,
           int threads) {
     if (wide)
@@ -200,22 +200,44 @@ void gram(const Kernels& kernels, const Problems& problems, const Addresses& out
         gram_all(kernels, problems.list(), pointers<float>(out), threads);
 }
 
+// Neighbours in memory belong to different bundles: all of them take their part of some columns
+// while these are in cache.
 void block_gram(const Kernels& kernels, const Problems& problems, const Addresses& out,
                 int threads) {
-    const std::vector<Problem> bundles = problems.bundles(kBundle);
-    std::vector<std::vector<double>> grams;
-    std::vector<double*> places;
-    for (const Problem& bundle : bundles) {
-        grams.emplace_back(bundle.rank * bundle.rank);
-        places.push_back(grams.back().data());
+    std::vector<std::vector<Problem>> bundles;
+    std::vector<int64_t> sizes;
+    for (const Problem& problem : problems.list()) {
+        bundles.push_back(bundles_of(problem, kBundle));
+        sizes.push_back(0);
+        for (const Problem& bundle : bundles.back()) sizes.back() += bundle.rank * bundle.rank;
     }
-    gram_all(kernels, bundles, places, threads);
-    size_t next = 0;
-    for (int64_t p = 0; p < problems.size(); ++p) {
+    const std::vector<Chunk> chunks = chunks_of(problems.list(), kGramChunk);
+    std::vector<std::vector<double>> parts(chunks.size());
+    parallel_for(chunks.size(), threads, [&](int64_t item, Arena& arena) {
+        const Chunk& chunk = chunks[item];
+        parts[item].resize(sizes[chunk.problem]);
+        for (int64_t begin = chunk.begin; begin < chunk.end; begin += kCached) {
+            double* sum = parts[item].data();
+            for (const Problem& bundle : bundles[chunk.problem]) {
+                arena.reset();
+                kernels.gram_double(bundle, begin, std::min(begin + kCached, chunk.end),
+                                    begin == chunk.begin, sum, arena);
+                sum += bundle.rank * bundle.rank;
+            }
+        }
+    });
+    for (size_t c = 0; c < chunks.size();) {
+        const int64_t p = chunks[c].problem;
+        std::vector<double>& sum = parts[c];
+        for (++c; c < chunks.size() && chunks[c].problem == p; ++c)
+            for (size_t i = 0; i < sum.size(); ++i) sum[i] += parts[c][i];
+        double* gram = sum.data();
         double* place = at<double>(out[p]);
-        const Block* end = problems[p].blocks + problems[p].count;
-        for (; next < bundles.size() && bundles[next].blocks < end; ++next)
-            place = copy_diagonal_blocks(bundles[next], grams[next].data(), place);
+        for (const Problem& bundle : bundles[p]) {
+            mirror(gram, bundle.rank);
+            place = copy_diagonal_blocks(bundle, gram, place);
+            gram += bundle.rank * bundle.rank;
+        }
     }
 }
 

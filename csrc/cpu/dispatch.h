@@ -18,8 +18,6 @@ class Problems {
              const std::vector<int64_t>& dims, const std::vector<bool>& columns);
     const Problem& operator[](int64_t i) const { return problems_[i]; }
     int64_t size() const { return static_cast<int64_t>(problems_.size()); }
-    // The same blocks in smaller problems: neighbours whose ranks add up to `most`, or single ones.
-    std::vector<Problem> bundles(int64_t most) const;
     const std::vector<Problem>& list() const { return problems_; }
 
  private:

@@ -6,6 +6,10 @@
 namespace domerge {
 namespace DOMERGE_ISA {
 
+// Of a block in columns, how far ahead of its use a column is fetched: its neighbours in memory
+// belong to other blocks, which no prefetcher expects.
+constexpr int64_t kColumnsAhead = 16;
+
 // tile [R, ld] = columns [begin, begin + n) of X; zero up to a whole vector. For blocks in rows.
 inline void load_rows(const Problem& problem, int64_t begin, int64_t n, float* tile, int64_t ld,
                       bool scaled) {
@@ -48,6 +52,7 @@ void load_columns(const Problem& problem, int64_t begin, int64_t n, T* tile, int
             const int64_t end = (problem.d - 1) * pitch + rank;
             for (int64_t c = 0; c < n; ++c) {
                 const int64_t row = (begin + c) * pitch;
+                __builtin_prefetch(data + row + kColumnsAhead * pitch);
                 for (int64_t i = 0; i < rank; i += kWidth)
                     store_scaled(tile + c * ld + i,
                                  load_some<Format>(data + row + i, end - row - i), scale, rank - i);
