@@ -8,7 +8,7 @@ namespace DOMERGE_ISA {
 
 // Of a block in columns, how far ahead of its use a column is fetched: its neighbours in memory
 // belong to other blocks, which no prefetcher expects.
-constexpr int64_t kColumnsAhead = 16;
+constexpr int64_t kColumnsAhead = 64;
 
 // tile [R, ld] = columns [begin, begin + n) of X; zero up to a whole vector. For blocks in rows.
 inline void load_rows(const Problem& problem, int64_t begin, int64_t n, float* tile, int64_t ld,
