@@ -63,8 +63,10 @@ inline Matrices make_matrices(int64_t rank, int64_t count, Arena& arena) {
     float** all[] = {&m.gram, &m.h, &m.ct, &m.pt, &m.pt_old, &m.dt, &m.qt, &m.qpt, &m.e, &m.f};
     for (float** matrix : all) {
         *matrix = static_cast<float*>(arena.take(rows * m.ld * sizeof(float)));
-        for (int64_t i = 0; i < rows; ++i)
-            for (int64_t j = i < rank ? rank : 0; j < m.columns; ++j) (*matrix)[i * m.ld + j] = 0.0f;
+        for (int64_t i = 0; i < rows; ++i) {
+            float* row = *matrix + i * m.ld;
+            for (int64_t j = i < rank ? rank : 0; j < m.columns; ++j) row[j] = 0.0f;
+        }
     }
     m.m = m.e;
     m.diagonal = static_cast<float*>(arena.take(rank * sizeof(float)));
@@ -280,7 +282,9 @@ inline void turn(const Matrices& m, Products& products, double pp_old) {
 // E = D G C^T + C G D^T, where C = I. Leaves Q in qpt as `find_change` does.
 inline void find_first_change(const Matrices& m) {
     transpose(m.qt, m.ld, m.columns, m.columns, m.qpt, m.ld);
-    for (int64_t i = 0; i < m.rank * m.ld; ++i) m.e[i] = m.qt[i] + m.qpt[i];
+    for (int64_t i = 0; i < m.rank; ++i)
+        for (int64_t j = 0; j < m.columns; ++j)
+            m.e[i * m.ld + j] = m.qt[i * m.ld + j] + m.qpt[i * m.ld + j];
 }
 
 // E = D G C^T + C G D^T, of ct = Ct. Leaves Q and C in qpt and pt_old where they are read along
