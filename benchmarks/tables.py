@@ -68,20 +68,26 @@ def workload(result: Result) -> str:
         f"| | seconds | spread | how | × copy floor | × `do`, {first} |",
         "|---|---|---|---|---|---|",
     ]
-    bound = result["least"]
-    least = Row(
-        "least for `do`",
-        bound["seconds"],
-        "",
-        f"{bound['limit']} at this machine's rate",
-    )
-    for row in (least, *found.values()):
+    for row in (*_least(result, floor), *found.values()):
         ratios = ["", ""]
         if row.seconds is not None:
             ratios = [_ratio(row.seconds / floor), _ratio(row.seconds / best)]
         shown = "" if row.seconds is None else digits(row.seconds)
         lines.append(f"| {row.name} | {shown} | {row.spread} | {row.how} | {' | '.join(ratios)} |")
     return "\n".join([*lines, "", caption(result)])
+
+
+def _least(result: Result, floor: float) -> list[Row]:
+    """The bound of the arithmetic; where it is flops on a CPU, also that with the floor's work,
+    which takes the same cores, shared out among them."""
+    bound, machine = result["least"], result["machine"]
+    how = f"{bound['limit']} at this machine's rate"
+    found = [Row("least for `do`", bound["seconds"], "", how)]
+    if bound["limit"] == "flops" and "gpu" not in machine:
+        how = f"the same and the copy floor's work, on {machine['threads']} threads"
+        both = bound["seconds"] + floor / machine["threads"]
+        found.append(Row("least for `do` and its files", both, "", how))
+    return found
 
 
 def caption(result: Result) -> str:

@@ -519,6 +519,8 @@ def published() -> dict:
 def test_a_table_shows_every_contender_and_says_what_is_extrapolated():
     lines = tables.workload(published()).splitlines()
     assert "| least for `do` | 0.5 |  | flops at this machine's rate | 0.25 | 0.12 |" in lines
+    how = "the same and the copy floor's work, on 2 threads"
+    assert f"| least for `do` and its files | 1.5 |  | {how} | 0.75 | 0.38 |" in lines
     assert "| copy floor | 2 | 1 to 3 | files, 3 runs | 1.00 | 0.50 |" in lines
     assert "| `do`, cpu | 4 | 4 to 5 | files, 3 runs | 2.00 | 1.00 |" in lines
     assert "| `svd` to rank 16, cpu | 8 |  | files, one run | 4.00 | 2.00 |" in lines
