@@ -11,7 +11,7 @@ namespace domerge {
 namespace {
 
 constexpr int64_t kGramChunk = 4096;
-constexpr int64_t kBundle = 16;  // ranks that one tile of double sums holds
+constexpr int64_t kBundle = 16;   // ranks that one tile of double sums holds
 constexpr int64_t kCached = 512;  // columns of all blocks that block_gram keeps in L2
 constexpr int64_t kApplyChunk = 3072;
 constexpr int64_t kFiniteChunk = int64_t{1} << 20;
