@@ -313,7 +313,7 @@ inline void find_second_change(const Matrices& m, const Segments& s) {
     });
 }
 
-// C += eta D, of ct = Ct.
+// C += eta D. The diagonal of ct itself is made anew by set_diagonal.
 inline void move_c(const Matrices& m, double step) {
     const float eta = static_cast<float>(step);
     for (int64_t i = 0; i < m.rank; ++i) {

@@ -17,7 +17,8 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
 constexpr int64_t kLeftBytes = 1 << 20;
-constexpr int64_t kRowsAhead = 8;  // of a right operand that may lie in L2, fetched into L1
+// How many rows before its use a row is fetched: of a right operand in L2, of factors in memory.
+constexpr int64_t kRowsAhead = 8;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
