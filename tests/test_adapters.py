@@ -14,8 +14,8 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from make import PREFIX, lora_tensors, random_factors, write_adapter, write_folder
 from peft.utils.other import get_pattern_key
+from support.make import PREFIX, lora_tensors, random_factors, write_adapter, write_folder
 from torch import nn
 from transformers import (
     GPT2Config,

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from make import random_factors, write_adapter
+from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
 from domerge_fast import cli

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from make import write_adapter
 from safetensors.torch import load_file, save_file
-from shapes import CASES, Case, random_case
-from test_factor_space import adapters, distance, orth, product, spectrum
+from support.close import distance
+from support.make import write_adapter
+from support.merges import adapters, dense
+from support.shapes import CASES, Case, random_case
+from test_factor_space import orth, spectrum
 from torch import Tensor
 
 import domerge_fast as dm
@@ -172,7 +174,7 @@ def test_a_method_in_a_shared_basis_is_its_dense_definition(method, inner, backe
     )
     for name in merged.names:
         expected = -0.3 * shared(cases[name], method, inner, WEIGHTS, module=name)
-        assert distance(product(merged, name), expected) < 1e-5, name
+        assert distance(dense(merged, name), expected) < 1e-5, name
 
 
 @every_case
@@ -180,7 +182,7 @@ def test_a_method_in_a_shared_basis_is_its_dense_definition(method, inner, backe
 def test_ties_in_a_shared_basis(method, name):
     case = CASES[name]
     merged = dm.merge(adapters({"x": case}), method, inner="ties", weights=case.weights, **TORCH)
-    assert distance(product(merged, "x"), shared(case, method, "ties", case.weights)) < 1e-5
+    assert distance(dense(merged, "x"), shared(case, method, "ties", case.weights)) < 1e-5
     assert merged.report["x"].rank <= sum(case.ranks)
 
 
@@ -204,7 +206,7 @@ def test_what_does_not_depend_on_the_basis_is_the_same_in_any(method, inner, nam
     loaded = adapters({"x": case})
     result = dm.merge(loaded, method, inner=inner, weights=case.weights, **TORCH)
     expected = dm.merge(loaded, inner, weights=case.weights, **TORCH)
-    assert distance(product(result, "x"), product(expected, "x")) < 1e-5
+    assert distance(dense(result, "x"), dense(expected, "x")) < 1e-5
     assert result.report["x"].energy_kept == pytest.approx(expected.report["x"].energy_kept)
 
 
@@ -215,15 +217,13 @@ def test_do_in_a_shared_basis(backend):
         case = CASES[name]
         loaded = adapters({"x": case})
         given = {"weights": WEIGHTS, "backend": backend, **FEW}
-        expected = product(dm.merge(loaded, "do", **given), "x")
-        assert (
-            distance(product(dm.merge(loaded, "knots", inner="do", **given), "x"), expected) < 1e-5
-        )
+        expected = dense(dm.merge(loaded, "do", **given), "x")
+        assert distance(dense(dm.merge(loaded, "knots", inner="do", **given), "x"), expected) < 1e-5
         u, v = bases(case, "core")
         a = [x.double() @ v for x in case.a]
         small = reference.do_merging(a, [u.T @ b for b in case.exact_b()], case.omegas, **FEW)
         merged = dm.merge(loaded, "core", inner="do", **given)
-        assert distance(product(merged, "x"), u @ small @ v.T) < 1e-5, name
+        assert distance(dense(merged, "x"), u @ small @ v.T) < 1e-5, name
         assert merged.report["x"].rank == sum(case.ranks)
 
 
@@ -234,7 +234,7 @@ def test_what_the_signs_of_the_factors_and_their_split_change():
     scaled = Case([3 * case.a[0], *case.a[1:]], [case.b[0] / 3, *case.b[1:]], case.scalings)
     for method in ("knots", "core"):
         usual, turned, split = (
-            product(dm.merge(adapters({"x": c}), method, inner="ties", **TORCH), "x")
+            dense(dm.merge(adapters({"x": c}), method, inner="ties", **TORCH), "x")
             for c in (case, flipped, scaled)
         )
         assert distance(turned, usual) < 1e-6
@@ -245,10 +245,10 @@ def test_equal_singular_values_leave_the_basis_open_and_what_it_spans_not():
     """Updates without a preferred direction: the sum is theirs, and ties merges in some basis."""
     a, b = torch.eye(4, 9), torch.eye(7, 8)
     loaded = [from_tensors({"x": (a, b[:, :4])}), from_tensors({"x": (a, b[:, 3:7])})]
-    expected = product(dm.merge(loaded, "linear"), "x")
+    expected = dense(dm.merge(loaded, "linear"), "x")
     for method in ("knots", "core"):
-        assert distance(product(dm.merge(loaded, method, inner="linear"), "x"), expected) < 1e-6
-        merged = product(dm.merge(loaded, method, inner="ties", density=1.0, **TORCH), "x")
+        assert distance(dense(dm.merge(loaded, method, inner="linear"), "x"), expected) < 1e-6
+        merged = dense(dm.merge(loaded, method, inner="ties", density=1.0, **TORCH), "x")
         assert torch.linalg.matrix_rank(torch.cat([merged, expected], 1)) <= 7
         assert not merged[:, 4:].any()
 
@@ -263,8 +263,8 @@ def test_the_largest_entries_of_the_whole_model_in_shared_bases(method):
     alone = dm.merge(adapters({"odd d": cases["odd d"]}), method, **given, **TORCH)
     for name, case in cases.items():
         expected = shared(case, method, "ties", WEIGHTS, least=least)
-        assert distance(product(merged, name), expected) < 1e-5, name
-    assert distance(product(alone, "odd d"), product(merged, "odd d")) > 1e-2
+        assert distance(dense(merged, name), expected) < 1e-5, name
+    assert distance(dense(alone, "odd d"), dense(merged, "odd d")) > 1e-2
 
 
 def test_a_shared_basis_in_another():
@@ -274,7 +274,7 @@ def test_a_shared_basis_in_another():
     turn = left_vectors(torch.cat(parts, 1))
     small = turn @ ties([turn.T @ x for x in parts], WEIGHTS)
     merged = dm.merge(adapters({"x": case}), "core", inner="knots", weights=WEIGHTS, **TORCH)
-    assert distance(product(merged, "x"), u @ small @ v.T) < 1e-5
+    assert distance(dense(merged, "x"), u @ small @ v.T) < 1e-5
     given = merged.report.options
     assert (given["inner"], given["density"]) == ("knots", 0.2)
 
@@ -287,11 +287,11 @@ def test_a_module_that_not_all_adapters_have(method):
     given = {"inner": "dare", "weights": WEIGHTS, **TORCH}
     merged = dm.merge([first, partial, third], method, **given)
     whole = dm.merge([first, second, third], method, **given)
-    assert distance(product(merged, "y"), product(whole, "y")) < 1e-6
+    assert distance(dense(merged, "y"), dense(whole, "y")) < 1e-6
     rest = Case(case.a[::2], case.b[::2], case.scalings[::2])
     u, v = bases(rest, method)
     small = dare(inside(rest, method), WEIGHTS[::2], owners=(0, 2))
-    assert distance(product(merged, "x"), u @ small @ v.T) < 1e-5
+    assert distance(dense(merged, "x"), u @ small @ v.T) < 1e-5
 
 
 # directions
@@ -372,7 +372,7 @@ def test_directions_merged_by_linear_are_do_to_the_bit(backend):
         a, b = named.factors(name)
         assert torch.equal(a, factors.a)
         assert torch.equal(b, factors.b)
-        assert distance(product(close, name), product(named, name)) < 1e-5
+        assert distance(dense(close, name), dense(named, name)) < 1e-5
         for side in ("a", "b"):
             assert getattr(close.report[name], side) == getattr(named.report[name], side)
         sizes = named.report[name].magnitudes
@@ -385,7 +385,7 @@ def test_svd_of_the_directions_truncates_what_is_recombined():
     full = reference.do_merging(case.a, case.exact_b(), case.omegas, **FEW)
     u, s, vh = torch.linalg.svd(full)
     best = u[:, :5] @ s[:5].diag() @ vh[:5]
-    assert distance(product(merged, "x"), best) < 1e-5
+    assert distance(dense(merged, "x"), best) < 1e-5
     assert merged.report["x"].rank == 5
     assert merged.report["x"].energy_kept == pytest.approx(float(best.norm() / full.norm()) ** 2)
 
@@ -427,7 +427,7 @@ def test_directions_that_cancel_stay_rounding_noise():
     given = {"weights": [1, -1], "orthogonalize": False, **TORCH}
     for inner in ("tsvm", "iso_c", "wudi"):
         merged = dm.merge([adapter, adapter], directions=inner, **given)
-        assert float(product(merged, "x").norm()) < 1e-6 * float(case.deltas()[0].norm())
+        assert float(dense(merged, "x").norm()) < 1e-6 * float(case.deltas()[0].norm())
 
 
 @pytest.mark.parametrize("given", [{"decouple": False}, {"renormalize": True}])
@@ -499,10 +499,10 @@ def by_hand(
 def test_steps_before_a_merge_are_taken_in_order(pre):
     case = CASES["odd d"]
     merged = dm.merge(adapters({"x": case}), "linear", weights=case.weights, pre=pre, **TORCH)
-    assert distance(product(merged, "x"), by_hand(case, "linear", pre, ())) < 1e-6
+    assert distance(dense(merged, "x"), by_hand(case, "linear", pre, ())) < 1e-6
     assert merged.report.options["pre"] == list(pre)
     if set(pre) == {"equalize", "pico"}:
-        assert distance(product(merged, "x"), by_hand(case, "linear", pre[::-1], ())) > 1e-3
+        assert distance(dense(merged, "x"), by_hand(case, "linear", pre[::-1], ())) > 1e-3
 
 
 @pytest.mark.parametrize("method", ["linear", "do", "tsvm"])
@@ -512,7 +512,7 @@ def test_steps_after_a_merge_are_taken_in_order(post, method):
     case = CASES["odd d"]
     given = {"weights": case.weights, "scale": -0.3, "pre": ["canonicalize"], "post": post}
     merged = dm.merge(adapters({"x": case}), method, **given, **TORCH)
-    result = product(merged, "x")
+    result = dense(merged, "x")
     assert distance(result, by_hand(case, method, ["canonicalize"], post, -0.3)) < 1e-5
     assert merged.report.options["post"] == list(post)
     norms = [abs(w) * float(d.norm()) for w, d in zip(case.weights, case.deltas(), strict=True)]
@@ -527,7 +527,7 @@ def test_steps_after_a_merge_come_after_the_truncation():
     u, s, vh = torch.linalg.svd(total(case.deltas()))
     best = u[:, :2] @ s[:2].diag() @ vh[:2]
     best *= sum(float(delta.norm()) for delta in case.deltas()) / 3 / best.norm()
-    assert distance(product(merged, "x"), best) < 1e-5
+    assert distance(dense(merged, "x"), best) < 1e-5
     kept = float(s[:2].square().sum() / s.square().sum())
     assert merged.report["x"].energy_kept == pytest.approx(kept)
 
@@ -566,7 +566,7 @@ def test_a_dense_result_is_cut_to_a_rank_or_an_energy(method, given):
     kept = float(squares[:k].sum() / squares.sum())
     assert merged.report["x"].energy_kept == pytest.approx(kept, rel=1e-4)
     assert merged.report["x"].energy == pytest.approx(float(squares.sum()), rel=1e-4)
-    error = float((product(merged, "x") - delta).square().sum() / squares.sum())
+    error = float((dense(merged, "x") - delta).square().sum() / squares.sum())
     assert error == pytest.approx(1 - kept, abs=1e-4)
     assert full.report["x"].rank == min(delta.shape)
     assert full.report["x"].energy_kept == 1.0

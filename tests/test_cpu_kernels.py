@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import CASES, SIDES, exact, random_case
+from support.shapes import CASES, SIDES, exact, random_case
 from torch import Tensor
 
 from domerge_fast import _C
@@ -15,18 +15,11 @@ from domerge_fast.backends import cpu, descent, reference
 from domerge_fast.backends import torch as library
 from domerge_fast.problem import Problem
 
+pytestmark = pytest.mark.usefixtures("nan_poison")
+
 HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 DTYPES = list(HALF_UNIT)
 PENALTIES = ("squared", "frobenius")
-
-
-@pytest.fixture(autouse=True)
-def nan_poison():
-    """torch.empty fills with NaN under deterministic algorithms."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["amx", "avx512", "avx2", "baseline"])
@@ -36,13 +29,6 @@ def isa(request, monkeypatch):
     monkeypatch.setenv("DOMERGE_CPU_ISA", request.param)
     assert _C.isa() == request.param
     return request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def problems(side: str, dtype: torch.dtype) -> dict[str, Problem]:

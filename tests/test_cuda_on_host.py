@@ -18,7 +18,7 @@ import pytest
 import test_entries_gpu
 import test_ops
 import torch
-from shapes import CASES, random_case
+from support.shapes import CASES, random_case
 
 from domerge_fast import ops
 from domerge_fast.backends import reference

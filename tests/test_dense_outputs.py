@@ -14,8 +14,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from make import random_factors, write_adapter
 from safetensors.torch import load_file, save_file
+from support.make import random_factors, write_adapter
 from test_outputs import PAGE, small_disk, unchanged
 from torch import Tensor
 from transformers import (

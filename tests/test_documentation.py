@@ -12,10 +12,11 @@ from types import MappingProxyType, ModuleType
 
 import pytest
 import torch
-from make import write_adapter
-from shapes import CASES
+from support.close import distance
+from support.make import write_adapter
+from support.merges import adapters, dense
+from support.shapes import CASES
 from test_composition import INNER, smallest_kept, total
-from test_factor_space import adapters, distance, product
 
 import domerge_fast as dm
 from domerge_fast import api, cli
@@ -120,7 +121,7 @@ def test_the_method_in_r_by_r_coordinates(monkeypatch, tmp_path):
     u, s, vh = torch.linalg.svd(INNER["linear"](CASE.deltas(), CASE.weights))
     k = int((s >= 0.5 * s[0]).sum())
     assert 0 < k < sum(CASE.ranks)
-    assert distance(product(merged, "x"), u[:, :k] @ s[:k].diag() @ vh[:k]) < 1e-5
+    assert distance(dense(merged, "x"), u[:, :k] @ s[:k].diag() @ vh[:k]) < 1e-5
     assert merged.report["x"].rank == k
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from on_device import AVAILABLE, split
 from peft.utils import merge_utils
-from shapes import CASES, random_case
+from support.close import distance
+from support.on_device import AVAILABLE, split
+from support.shapes import CASES, random_case
 from test_entries import numbers
-from test_methods import distance
 from torch import Tensor
 
 import domerge_fast as dm

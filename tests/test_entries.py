@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 from functools import cache
 
-import on_device as ops
 import pytest
 import torch
-from on_device import AVAILABLE
-from shapes import CASES, Case, random_case
+from support import on_device as ops
+from support.on_device import AVAILABLE
+from support.shapes import CASES, Case, random_case
 
 from domerge_fast.backends import entries, reference_entries
 from domerge_fast.entries import LOW_BITS, Draw, Election, Trim

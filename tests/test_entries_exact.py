@@ -11,15 +11,17 @@ import math
 from itertools import product
 
 import numpy as np
-import on_device
 import pytest
 import torch
-from shapes import random_case
+from support import on_device
+from support.shapes import random_case
 from torch import Tensor
 
 from domerge_fast import _C
 from domerge_fast.entries import Draw, Election, Trim
 from domerge_fast.problem import Problem
+
+pytestmark = pytest.mark.usefixtures("nan_poison")
 
 CPU = [f"cpu-{isa}" for isa in _C.isas()]
 FUSED = [*CPU, *on_device.GPU]
@@ -49,21 +51,6 @@ ELECTIONS = [
     for rule in product(("none", "total", "frequency"), (False, True), ("sum", "count", "weight"))
 ]
 SEED = -(2**62) + 0x1234567
-
-
-@pytest.fixture(autouse=True)
-def nan_poison():
-    """torch.empty fills with NaN under deterministic algorithms."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import itertools
 
-import on_device as ops
 import pytest
 import torch
-from on_device import GPU
+from support import on_device as ops
+from support.on_device import GPU
 from torch import Tensor
 
 from domerge_fast.entries import LOW_BITS, Draw, Election, Trim
 from domerge_fast.problem import Problem
+
+pytestmark = pytest.mark.usefixtures("nan_poison")
 
 RULES = list(
     itertools.product(("none", "total", "frequency"), (False, True), ("sum", "count", "weight"))
@@ -30,14 +32,6 @@ WEIGHTS = (1.0, -0.5, 2.0)
 
 every_backend = pytest.mark.parametrize("backend", GPU)
 every_layout = pytest.mark.parametrize("layout", ["stored", "turned", "mixed"])
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fresh tensors hold NaN, so that what an op forgets to write shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def integers(*shape: int) -> Tensor:

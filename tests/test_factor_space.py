@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from shapes import CASES, Case, random_case
+from support.close import distance
+from support.merges import adapters, dense
+from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.adapters import Adapter, from_tensors
 from domerge_fast.backends import registry
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Settings
@@ -31,29 +32,6 @@ OPTIONS = {
 RUNS = [pytest.param(m, o, id=f"{m} {o}") for m, options in OPTIONS.items() for o in options]
 
 every_case = pytest.mark.parametrize("name", CASES)
-
-
-def adapters(cases: dict[str, Case]) -> list[Adapter]:
-    """One adapter for each block of the cases, which are its modules."""
-    return [
-        from_tensors(
-            {name: (c.a[i], c.b[i]) for name, c in cases.items()},
-            {name: c.scalings[i] for name, c in cases.items()},
-            name=f"adapter-{i}",
-        )
-        for i in range(len(next(iter(cases.values())).ranks))
-    ]
-
-
-def product(merged: dm.Merged, name: str) -> Tensor:
-    a, b = merged.factors(name)
-    return b.double() @ a.double()
-
-
-def distance(result: Tensor, expected: Tensor) -> float:
-    """||result - expected||_F relative to ||expected||_F; 0 for two zeros."""
-    error = float((result - expected).norm())
-    return error / float(expected.norm()) if error else 0.0
 
 
 def updates(case: Case, weights: Sequence[float]) -> list[Tensor]:
@@ -160,7 +138,7 @@ def test_a_method_is_its_dense_definition(name, method, options):
         adapters({"x": case}), method, weights=case.weights, scale=-0.3, backend="torch", **options
     )
     expected = -0.3 * DENSE[method](updates(case, case.weights), case, **options)
-    assert distance(product(merged, "x"), expected) < 1e-5
+    assert distance(dense(merged, "x"), expected) < 1e-5
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)
@@ -172,15 +150,15 @@ def test_modules_of_any_shapes_and_backends_merge_together(method, backend):
     merged = dm.merge(adapters(cases), method, weights=[1, -0.5, 2], backend=backend)
     for name, case in cases.items():
         expected = DENSE[method](updates(case, case.weights), case)
-        assert distance(product(merged, name), expected) < 1e-5, name
+        assert distance(dense(merged, name), expected) < 1e-5, name
 
 
 @pytest.mark.parametrize("method", ["tsvm", "iso_c", "iso_cts", "wudi"])
 def test_an_adapter_that_is_given_twice_adds_no_direction(method):
     case = CASES["odd d"]
     loaded = adapters({"x": case})
-    once = product(dm.merge(loaded, method, weights=[2, 1, 1]), "x")
-    twice = product(dm.merge([loaded[0], *loaded], method), "x")
+    once = dense(dm.merge(loaded, method, weights=[2, 1, 1]), "x")
+    twice = dense(dm.merge([loaded[0], *loaded], method), "x")
     for merged in (once, twice):
         assert torch.linalg.matrix_rank(merged, rtol=1e-5) == sum(case.ranks)
     if method == "iso_c":
@@ -192,7 +170,7 @@ def test_an_adapter_that_is_given_twice_adds_no_direction(method):
 def test_one_adapter_comes_back_with_its_weight(name, method):
     case = CASES[name]
     merged = dm.merge(adapters({"x": case}), method, weights=[-3])
-    assert distance(product(merged, "x"), -3 * case.deltas()[0]) < 1e-6
+    assert distance(dense(merged, "x"), -3 * case.deltas()[0]) < 1e-6
     assert merged.report["x"].rank == case.ranks[0]
 
 
@@ -202,7 +180,7 @@ def test_one_adapter_is_made_isotropic(method):
     merged = dm.merge(adapters({"x": case}), method, weights=[-3])
     u, s, vh = torch.linalg.svd(-3 * case.deltas()[0], full_matrices=False)
     expected = s[:4].mean() * u[:, :4] @ vh[:4]
-    assert distance(product(merged, "x"), expected) < 1e-6
+    assert distance(dense(merged, "x"), expected) < 1e-6
     assert merged.report["x"].rank == 4
 
 
@@ -216,7 +194,7 @@ def test_how_an_update_is_split_into_factors_does_not_matter(method):
         mixed.a.append((mixer @ a.double()).float())
         mixed.b.append((b.double() @ torch.linalg.inv(mixer)).float())
     expected, result = (
-        product(dm.merge(adapters({"x": c}), method, dtype="float32"), "x") for c in (case, mixed)
+        dense(dm.merge(adapters({"x": c}), method, dtype="float32"), "x") for c in (case, mixed)
     )
     assert distance(result, expected) < 1e-4
 
@@ -225,7 +203,7 @@ def test_pico_depends_on_the_split():
     case = CASES["usual"]
     moved = Case([a / (i + 1) for i, a in enumerate(case.a)], [], case.scalings)
     moved.b.extend((i + 1) * b for i, b in enumerate(case.b))
-    expected, result = (product(dm.merge(adapters({"x": c}), "pico"), "x") for c in (case, moved))
+    expected, result = (dense(dm.merge(adapters({"x": c}), "pico"), "x") for c in (case, moved))
     assert distance(result, expected) > 1e-2
 
 
@@ -239,18 +217,18 @@ def test_wudi_is_the_minimum_and_its_ridge_leads_to_the_sum():
         parts = [((update - d) @ d.T).square().sum() / d.square().sum() for d in deltas]
         return torch.stack(parts).sum() + ridge * (update - total).square().sum()
 
-    merged = product(dm.merge(loaded, "wudi", ridge=0.01), "x").requires_grad_()
+    merged = dense(dm.merge(loaded, "wudi", ridge=0.01), "x").requires_grad_()
     (slope,) = torch.autograd.grad(interference(merged, 0.01), merged)
     start = total.clone().requires_grad_()
     (steepest,) = torch.autograd.grad(interference(start, 0.01), start)
     assert slope.norm() < 1e-5 * steepest.norm()
-    assert distance(product(dm.merge(loaded, "wudi", ridge=1e6), "x"), total) < 1e-5
+    assert distance(dense(dm.merge(loaded, "wudi", ridge=1e6), "x"), total) < 1e-5
 
 
 @pytest.mark.parametrize("method", DENSE)
 def test_nothing_in_nothing_out(method):
     merged = dm.merge(adapters({"x": CASES["all zero"]}), method)
-    assert not product(merged, "x").any()
+    assert not dense(merged, "x").any()
     assert TABLE[method].merge([], [], [], TABLE[method].options(), SETTINGS) == []
 
 
@@ -260,7 +238,7 @@ def test_opposite_adapters_leave_no_noise_behind(method):
     loaded = adapters({"x": CASES["one adapter"]})
     merged = dm.merge([loaded[0], loaded[0]], method, weights=[1, -1], dtype="float32")
     size = float(CASES["one adapter"].deltas()[0].norm())
-    assert float(product(merged, "x").norm()) < 1e-6 * size
+    assert float(dense(merged, "x").norm()) < 1e-6 * size
     if method in ("iso_c", "iso_cts", "subspace_boost"):
         assert merged.report["x"].rank == 1
 
@@ -272,7 +250,7 @@ def test_an_adapter_within_the_common_directions_has_none_of_its_own():
     case.a[0][:, 10:], case.a[1][:, :10] = 0, 0
     case.a[1] *= 1e-3
     merged = dm.merge(adapters({"x": case}), "iso_cts", common=0.5)
-    assert distance(product(merged, "x"), iso_cts(case.deltas(), case, 0.5)) < 1e-5
+    assert distance(dense(merged, "x"), iso_cts(case.deltas(), case, 0.5)) < 1e-5
     assert merged.report["x"].rank == 6
 
 
@@ -290,5 +268,5 @@ def test_the_rank_is_never_above_the_module_s(n, m, method):
     case = random_case((4, 5, 3), n, m)
     merged = dm.merge(adapters({"x": case}), method, weights=case.weights)
     expected = DENSE[method](updates(case, case.weights), case)
-    assert distance(product(merged, "x"), expected) < 1e-5
+    assert distance(dense(merged, "x"), expected) < 1e-5
     assert merged.report["x"].rank == min(n, m)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from make import random_factors, write_adapter
-from on_device import move
-from shapes import CASES
+from support.make import random_factors, write_adapter
+from support.on_device import move
+from support.shapes import CASES
 from test_entries_gpu import DRAW, TRIMS, WEIGHTS, fine, module, run
 
 import domerge_fast as dm

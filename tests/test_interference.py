@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from shapes import random_case
+from support.shapes import random_case
 from torch import Tensor
 
 import domerge_fast as dm

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from on_device import FAST, move, split
-from shapes import CASES, SIDES
+from support.on_device import FAST, move, split
+from support.shapes import CASES, SIDES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from shapes import random_case
+from support.shapes import random_case
 from torch import Tensor
 
 import domerge_fast as dm

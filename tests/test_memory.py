@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from make import write_adapter
+from support.make import write_adapter
 from test_outputs import forked
 
 import domerge_fast as dm

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from shapes import CASES, Case, random_case
+from support.close import distance
+from support.merges import adapters, dense
+from support.shapes import CASES, random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.adapters import Adapter, from_tensors
+from domerge_fast.adapters import from_tensors
 from domerge_fast.backends import reference, registry
 from domerge_fast.methods import TABLE, do
 
@@ -32,35 +34,9 @@ every_backend = pytest.mark.parametrize("backend", AVAILABLE)
 every_case = pytest.mark.parametrize("name", CASES)
 
 
-def adapters(cases: dict[str, Case], dtype: torch.dtype = torch.float32) -> list[Adapter]:
-    """One adapter for each block of the cases, which are its modules."""
-    count = len(next(iter(cases.values())).ranks)
-    return [
-        from_tensors(
-            {name: (c.a[i].to(dtype), c.b[i].to(dtype)) for name, c in cases.items()},
-            {name: c.scalings[i] for name, c in cases.items()},
-            name=f"adapter-{i}",
-        )
-        for i in range(count)
-    ]
-
-
 def few_steps(method: str) -> dict[str, float]:
     """So few that rounding has no say in where the descent of "do" stops."""
     return {"steps": 3, "tol": 0.0} if method == "do" else {}
-
-
-def dense(merged: dm.Merged, name: str) -> Tensor:
-    """ΔW [m, n] in float64, from the factors."""
-    a, b = merged.factors(name)
-    return b.double() @ a.double()
-
-
-def distance(result: Tensor, expected: Tensor, size: float | None = None) -> float:
-    """||result - expected||_F relative to a size, by default ||expected||_F; 0 for two zeros."""
-    error = float((result.double() - expected).norm())
-    size = float(expected.norm()) if size is None else size
-    return error / size if error else 0.0
 
 
 def weighted_sum(updates: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from make import random_factors, write_adapter
-from shapes import CASES, Case, random_case
-from test_factor_space import adapters, distance, product
+from support.close import distance
+from support.make import random_factors, write_adapter
+from support.merges import adapters, dense
+from support.shapes import CASES, Case, random_case
 from test_outputs import forked, state, unchanged
 from torch import Tensor
 
@@ -94,7 +95,7 @@ def models(count: int, rank: int = 5) -> tuple[list[Adapter], list[dict[str, Ten
 def check(merged: dm.Merged, expected: Model, tolerance: float = 1e-5) -> None:
     assert set(merged.names) == set(expected)
     for name, update in expected.items():
-        assert distance(product(merged, name), update) < tolerance, name
+        assert distance(dense(merged, name), update) < tolerance, name
 
 
 # All at once
@@ -108,7 +109,7 @@ def test_the_method_is_its_dense_definition(name, alpha):
     loaded = adapters({"x": case})
     merged = dm.merge(loaded, "opcm", weights=case.weights, scale=-0.3, alpha=alpha)
     expected = at_once(tasks({"x": case}, case.weights), alpha)["x"]
-    assert distance(product(merged, "x"), -0.3 * expected) < 1e-5
+    assert distance(dense(merged, "x"), -0.3 * expected) < 1e-5
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -117,7 +118,7 @@ def test_a_whole_model_is_rescaled_by_one_number(count, monkeypatch):
     loaded, updates = models(count)
     merged = dm.merge(loaded, "opcm")
     check(merged, at_once(updates, 0.5))
-    norm = size({name: product(merged, name) for name in merged.names})
+    norm = size({name: dense(merged, name) for name in merged.names})
     assert norm == pytest.approx(sum(map(size, updates)) / count, rel=1e-5)
 
 
@@ -133,12 +134,12 @@ def test_modules_of_any_shapes_merge_together():
 def test_one_adapter_comes_back_with_its_weight():
     case = CASES["one adapter"]
     merged = dm.merge(adapters({"x": case}), "opcm", weights=[-3])
-    assert distance(product(merged, "x"), -3 * case.deltas()[0]) < 1e-6
+    assert distance(dense(merged, "x"), -3 * case.deltas()[0]) < 1e-6
 
 
 def test_the_order_decides_what_gives_way():
     loaded = adapters({"x": CASES["odd d"]})
-    forth, back = (product(dm.merge(order, "opcm"), "x") for order in (loaded, loaded[::-1]))
+    forth, back = (dense(dm.merge(order, "opcm"), "x") for order in (loaded, loaded[::-1]))
     assert distance(forth, back) > 0.05
 
 
@@ -147,14 +148,14 @@ def test_nothing_of_the_merge_s_own_directions_is_added():
     case = CASES["one adapter"]
     loaded = adapters({"x": case})
     merged = dm.merge([*loaded, *loaded], "opcm", weights=[1, 3], alpha=0)
-    assert distance(product(merged, "x"), 2 * case.deltas()[0]) < 1e-6
+    assert distance(dense(merged, "x"), 2 * case.deltas()[0]) < 1e-6
 
 
 def test_how_an_update_is_split_into_factors_does_not_matter():
     case = CASES["usual"]
     split = Case([a / (i + 1) for i, a in enumerate(case.a)], [], case.scalings)
     split.b.extend((i + 1) * b for i, b in enumerate(case.b))
-    expected, result = (product(dm.merge(adapters({"x": c}), "opcm"), "x") for c in (case, split))
+    expected, result = (dense(dm.merge(adapters({"x": c}), "opcm"), "x") for c in (case, split))
     assert distance(result, expected) < 1e-5
 
 
@@ -162,7 +163,7 @@ def test_an_adapter_without_updates_only_lowers_the_mean():
     case = random_case((3, 2), 20, 12)
     case.a[1].zero_()
     merged = dm.merge(adapters({"x": case}), "opcm")
-    assert distance(product(merged, "x"), case.deltas()[0] / 2) < 1e-6
+    assert distance(dense(merged, "x"), case.deltas()[0] / 2) < 1e-6
 
 
 # One at a time
@@ -184,7 +185,7 @@ def test_eight_added_one_by_one_are_eight_at_once(alpha, resume, tmp_path, monke
     loaded, updates = models(8)
     growing = added(tmp_path / "state", loaded, resume, alpha=alpha)
     expected = dm.merge(loaded, "opcm", alpha=alpha)
-    check(growing.merged(), {name: product(expected, name) for name in expected.names})
+    check(growing.merged(), {name: dense(expected, name) for name in expected.names})
     check(growing.merged(scale=-2), {n: -2 * x for n, x in at_once(updates, alpha).items()})
     steps = growing.state.steps
     assert [step.adapter for step in steps] == [adapter.name for adapter in loaded]
@@ -245,7 +246,7 @@ def test_a_cap_on_the_rank_says_what_it_keeps(tmp_path):
     merged = growing.merged()
     assert merged.report["x"].rank == 4
     mean = sum(float(update.norm()) for update in case.deltas()) / 3
-    assert distance(product(merged, "x"), total * mean / total.norm()) < 1e-5
+    assert distance(dense(merged, "x"), total * mean / total.norm()) < 1e-5
 
 
 def folders(tmp_path: Path, count: int = 3, **config) -> list[Path]:
@@ -281,7 +282,7 @@ def test_it_is_written_as_peft_writes(tmp_path):
     )
     for name in SHAPES:
         a, b = found.factors(name)
-        assert distance(b.double() @ a.double(), product(expected, name)) < 1e-2
+        assert distance(b.double() @ a.double(), dense(expected, name)) < 1e-2
     assert "adapter-2" in (tmp_path / "out/README.md").read_text()
 
 
@@ -311,7 +312,7 @@ def test_embeddings_and_convolutions(tmp_path):
     assert found.modules["conv"].a_shape[1:] == (4, 3, 3)
     for name in found.modules:
         a, b = found.factors(name)
-        assert distance(b.double() @ a.double(), product(expected, name)) < 1e-5
+        assert distance(b.double() @ a.double(), dense(expected, name)) < 1e-5
 
 
 def test_what_was_returned_stays_when_more_is_added(tmp_path):
@@ -459,7 +460,7 @@ def test_an_add_that_is_stopped_leaves_the_old_state(moment, number, tmp_path):
     expected = added(tmp_path / "expected", inputs, False)
     check(
         Sequential.open(place).merged(),
-        {name: product(expected.merged(), name) for name in SHAPES},
+        {name: dense(expected.merged(), name) for name in SHAPES},
         1e-2,
     )
     assert sorted(os.listdir(place)) == sorted(FILES)

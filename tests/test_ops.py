@@ -10,17 +10,19 @@ import itertools
 import math
 import re
 
-import on_device as ops
 import pytest
 import torch
-from on_device import AVAILABLE, FAST
-from shapes import CASES, SIDES, Case, exact, random_case
+from support import on_device as ops
+from support.on_device import AVAILABLE, FAST
+from support.shapes import CASES, SIDES, Case, exact, random_case
 from torch import Tensor
 
 from domerge_fast.backends import descent, reference, registry
 from domerge_fast.errors import OptionError
 from domerge_fast.ops.orthogonalize import PENALTIES
 from domerge_fast.problem import Problem
+
+pytestmark = pytest.mark.usefixtures("nan_poison")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EXTREME = ("tiny", "huge", "tiny beside huge", "mixed sizes")  # beyond the range of float16
@@ -32,14 +34,6 @@ every_case = pytest.mark.parametrize("name", CASES)
 every_backend = pytest.mark.parametrize("backend", FAST)
 every_layout = pytest.mark.parametrize("layout", SIDES)
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory():
-    """Fresh tensors hold NaN, so that what an op forgets to write shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_within(result: Tensor, expected: Tensor, size: Tensor | float, tolerance: float = 1e-5):

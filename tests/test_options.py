@@ -7,7 +7,7 @@ import math
 import re
 
 import pytest
-from shapes import CASES
+from support.shapes import CASES
 
 import domerge_fast as dm
 from domerge_fast import options

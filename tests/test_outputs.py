@@ -23,8 +23,8 @@ from typing import Any
 
 import pytest
 import torch
-from make import PREFIX, random_factors, write_adapter
 from safetensors.torch import load_file
+from support.make import PREFIX, random_factors, write_adapter
 
 import domerge_fast as dm
 from domerge_fast import AdapterError, DomergeError, OutputError, cli, engine

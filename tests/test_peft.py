@@ -13,9 +13,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from make import PREFIX, write_adapter
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.make import PREFIX, write_adapter
 from torch import Tensor, nn
 from transformers import (
     GPT2Config,

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from shapes import CASES, SIDES, Case, exact, random_case
+from support.shapes import CASES, SIDES, Case, exact, random_case
 
 from domerge_fast.backends import reference
 from domerge_fast.ops.orthogonalize import PENALTIES

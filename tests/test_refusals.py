@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from make import PREFIX, lora_tensors, random_factors, write_adapter, write_folder
+from support.make import PREFIX, lora_tensors, random_factors, write_adapter, write_folder
 from test_outputs import locked_folder, small_disk, unchanged
 
 import domerge_fast as dm

@@ -9,7 +9,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from make import PREFIX, lora_tensors, random_factors, write_adapter, write_folder
+from support.make import PREFIX, lora_tensors, random_factors, write_adapter, write_folder
 from torch import nn
 
 from domerge_fast.adapters import check_compatible, from_model, from_tensors, load

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import CASES, Case, random_case
+from support.close import distance
+from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
 from domerge_fast.backends import reference, registry
@@ -55,13 +56,6 @@ def updates(s: Stack) -> list[Tensor]:
 
 def dense(merged: Factors) -> Tensor:
     return merged.b.double() @ merged.a.double()
-
-
-def distance(result: Tensor, expected: Tensor, size: float | None = None) -> float:
-    """||result - expected||_F relative to a size, by default ||expected||_F; 0 for two zeros."""
-    error = float((result.double() - expected).norm())
-    size = float(expected.norm()) if size is None else size
-    return error / size if error else 0.0
 
 
 def sizes(case: Case) -> list[float]:

@@ -8,10 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import on_device as ops
 import pytest
 import torch
-from on_device import FAST
+from support import on_device as ops
+from support.on_device import FAST
 from torch import Tensor
 
 import domerge_fast as dm

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from make import write_adapter
-from shapes import CASES
+from support.make import write_adapter
+from support.shapes import CASES
 
 import domerge_fast as dm
 from domerge_fast import OptionError, engine, transfer

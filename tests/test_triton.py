@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from shapes import random_case
+from support.shapes import random_case
 
 pytest.importorskip("triton")
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import CASES, Case, random_case
-from test_factor_space import adapters, distance, product
+from support.close import distance
+from support.merges import adapters, dense
+from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
@@ -222,7 +223,7 @@ def test_slerp_is_its_dense_definition(name):
             adapters({"x": case}), "slerp", weights=weights, scale=-0.3, backend="torch"
         )
         expected = -0.3 * slerp(case.deltas(), weights)
-        assert distance(product(merged, "x"), expected) < 1e-5
+        assert distance(dense(merged, "x"), expected) < 1e-5
         assert merged.report["x"].rank == sum(case.ranks)
 
 
@@ -233,7 +234,7 @@ def test_multislerp_is_its_dense_definition(name):
         adapters({"x": case}), "multislerp", weights=case.weights, scale=-0.3, backend="torch"
     )
     expected = -0.3 * multislerp(case.deltas(), case.weights)
-    assert distance(product(merged, "x"), expected) < 1e-5
+    assert distance(dense(merged, "x"), expected) < 1e-5
     assert merged.report["x"].rank == sum(case.ranks)
 
 
@@ -250,7 +251,7 @@ def test_robust_is_its_dense_definition(name, density):
         backend="torch",
     )
     expected = -0.3 * robust(case, case.weights, density)
-    assert distance(product(merged, "x"), expected) < 1e-5
+    assert distance(dense(merged, "x"), expected) < 1e-5
     assert merged.report["x"].rank == case.ranks[0]
 
 
@@ -262,7 +263,7 @@ def test_lego_is_its_dense_definition(name, options):
         adapters({"x": case}), "lego", weights=case.weights, scale=-0.3, backend="torch", **options
     )
     expected, rank = lego_merge(case, case.weights, **options)
-    assert distance(product(merged, "x"), -0.3 * expected) < 1e-5
+    assert distance(dense(merged, "x"), -0.3 * expected) < 1e-5
     assert merged.report["x"].rank == rank
 
 
@@ -276,7 +277,7 @@ def test_modules_of_any_shapes_and_backends_merge_together(method, backend):
     merged = dm.merge(adapters(cases), method, weights=weights, backend=backend)
     for name, case in cases.items():
         expected = definition(case.deltas(), weights) if definition else robust(case, weights)
-        assert distance(product(merged, name), expected) < 1e-5, name
+        assert distance(dense(merged, name), expected) < 1e-5, name
 
 
 @every_backend
@@ -288,7 +289,7 @@ def test_lego_on_modules_of_any_shapes_and_backends(options, backend):
     merged = dm.merge(adapters(cases), "lego", weights=[1, -0.5, 2], backend=backend, **options)
     for name, case in cases.items():
         expected, rank = lego_merge(case, case.weights, **options)
-        assert distance(product(merged, name), expected) < 1e-5, name
+        assert distance(dense(merged, name), expected) < 1e-5, name
         assert merged.report[name].rank == rank
 
 
@@ -305,9 +306,9 @@ def test_low_precision_factors_are_merged_in_float32(method, dtype):
         "robust": lambda: robust(rounded, [1, 2]),
         "lego": lambda: lego_merge(rounded, [1, 2])[0],
     }[method]()
-    assert distance(product(merged, "x"), expected) < 1e-5
+    assert distance(dense(merged, "x"), expected) < 1e-5
     assert {x.dtype for x in low.factors("x")} == {dtype}
-    assert 0 < distance(product(low, "x"), expected) < 4 * torch.finfo(dtype).eps
+    assert 0 < distance(dense(low, "x"), expected) < 4 * torch.finfo(dtype).eps
 
 
 # Against mergekit
@@ -326,7 +327,7 @@ def test_slerp_is_mergekits():
         expected = theirs(torch.tensor([t], dtype=torch.float64), one, other)[0]
         weights = [1 - t, t]
         merged = dm.merge(adapters({"x": case}), "slerp", weights=weights)
-        assert distance(product(merged, "x"), expected) < 1e-5
+        assert distance(dense(merged, "x"), expected) < 1e-5
 
 
 @pytest.mark.slow
@@ -340,7 +341,7 @@ def test_multislerp_is_mergekits():
             given = base.PerInputValues(list(enumerate(weights)))
             expected = theirs.implementation(group, weight=given)
             merged = dm.merge(adapters({"x": case}), "multislerp", weights=weights)
-            assert distance(product(merged, "x"), expected) < 1e-5
+            assert distance(dense(merged, "x"), expected) < 1e-5
 
 
 # slerp and multislerp
@@ -351,7 +352,7 @@ def test_slerp_starts_at_one_adapter_and_ends_at_the_other():
     one, other = case.deltas()
     for weights, expected in (([1, 0], one), ([0, 2], other), ([1e9, 1], one)):
         merged = dm.merge(adapters({"x": case}), "slerp", weights=weights)
-        assert distance(product(merged, "x"), expected) < 1e-6
+        assert distance(dense(merged, "x"), expected) < 1e-6
 
 
 def test_slerp_keeps_the_length_of_updates_that_are_equally_long():
@@ -360,7 +361,7 @@ def test_slerp_keeps_the_length_of_updates_that_are_equally_long():
         b /= float(delta.norm())
     for t in (0.2, 0.5, 1.7):
         merged = dm.merge(adapters({"x": case}), "slerp", weights=[1 - t, t])
-        assert float(product(merged, "x").norm()) == pytest.approx(1, abs=1e-6)
+        assert float(dense(merged, "x").norm()) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize(("cosine", "linear"), [(0.9994, False), (0.9996, True)])
@@ -369,7 +370,7 @@ def test_slerp_is_linear_above_its_threshold(cosine, linear):
     a = torch.eye(2)[:1]
     b = torch.tensor([[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]])
     pair = [from_tensors({"x": (a, row[:, None])}) for row in b]
-    merged = product(dm.merge(pair, "slerp"), "x")
+    merged = dense(dm.merge(pair, "slerp"), "x")
     assert (distance(merged, (b.T @ torch.ones(2, 1) / 2 @ a).double()) < 1e-6) is linear
 
 
@@ -382,7 +383,7 @@ def test_how_an_update_is_split_into_factors_does_not_matter(method):
         mixer = torch.randn(len(a), len(a), generator=generator, dtype=torch.float64)
         mixed.a.append((mixer @ a.double()).float())
         mixed.b.append((b.double() @ torch.linalg.inv(mixer)).float())
-    expected, result = (product(dm.merge(adapters({"x": c}), method), "x") for c in (case, mixed))
+    expected, result = (dense(dm.merge(adapters({"x": c}), method), "x") for c in (case, mixed))
     assert distance(result, expected) < 1e-5
 
 
@@ -395,7 +396,7 @@ def test_factors_whose_product_cancels_are_no_update(method):
     nothing = from_tensors({"x": (torch.cat([a, a, a]), torch.cat([b, c, -(b + c)], 1))})
     case = random_case((3,), 200, 1500)
     merged = dm.merge([nothing, *adapters({"x": case})], method)
-    assert distance(product(merged, "x"), case.deltas()[0] / 2) < 1e-6
+    assert distance(dense(merged, "x"), case.deltas()[0] / 2) < 1e-6
 
 
 def test_slerp_refuses_a_third_adapter():
@@ -415,7 +416,7 @@ def test_slerp_takes_three_adapters_that_meet_two_at_a_time():
     for name, (i, j) in {"x": (0, 1), "y": (0, 2), "z": (1, 2)}.items():
         weights = [2.0**i, 2.0**j]
         expected = slerp([case.deltas()[i], case.deltas()[j]], weights)
-        assert distance(product(merged, name), expected) < 1e-6
+        assert distance(dense(merged, name), expected) < 1e-6
 
 
 @pytest.mark.parametrize("method", ["slerp", "multislerp"])
@@ -429,7 +430,7 @@ def test_weights_that_add_up_to_nothing_are_refused(method, weights):
 def test_only_the_weights_ratio_counts(method):
     loaded = adapters({"x": PAIRS["odd d"]})
     results = [
-        product(dm.merge(loaded, method, weights=weights), "x")
+        dense(dm.merge(loaded, method, weights=weights), "x")
         for weights in ((1, 3), (0.1, 0.3), (-2, -6))
     ]
     assert distance(results[1], results[0]) < 1e-6
@@ -449,7 +450,7 @@ def test_multislerp_refuses_three_directions_that_cancel():
 def test_multislerp_of_two_opposite_updates_is_linear():
     case = PAIRS["opposite"]
     merged = dm.merge(adapters({"x": case}), "multislerp")
-    assert distance(product(merged, "x"), weighted(case.deltas(), [0.5, 0.5])) < 1e-6
+    assert distance(dense(merged, "x"), weighted(case.deltas(), [0.5, 0.5])) < 1e-6
 
 
 # robust
@@ -472,13 +473,13 @@ def test_a_density_that_is_no_share_is_refused(density, problem):
 def test_robust_has_cross_terms_and_depends_on_the_split():
     """Pruned of nothing, it is the product of the sums: as the authors' code adds them."""
     case = EQUAL["odd d"]
-    merged = product(dm.merge(adapters({"x": case}), "robust", density=1.0), "x")
+    merged = dense(dm.merge(adapters({"x": case}), "robust", density=1.0), "x")
     a = torch.stack(case.a).sum(0).double()
     b = torch.stack(case.exact_b()).sum(0)
     assert distance(merged, 4 / 3 * b @ a) < 1e-6
     turned = Case([a.flip(0) if i else a for i, a in enumerate(case.a)], [], case.scalings)
     turned.b.extend(b.flip(1) if i else b for i, b in enumerate(case.b))
-    assert distance(product(dm.merge(adapters({"x": turned}), "robust"), "x"), merged) > 0.1
+    assert distance(dense(dm.merge(adapters({"x": turned}), "robust"), "x"), merged) > 0.1
 
 
 # lego
@@ -494,7 +495,7 @@ def test_units_that_many_adapters_share_are_found():
         noisy.a.append(case.a[0][order] + 1e-4 * torch.randn(3, 60, generator=generator))
         noisy.b.append(case.b[0][:, order] + 1e-4 * torch.randn(50, 3, generator=generator))
     merged = dm.merge(adapters({"x": noisy}), "lego")
-    assert distance(product(merged, "x"), case.deltas()[0]) < 1e-3
+    assert distance(dense(merged, "x"), case.deltas()[0]) < 1e-3
     assert merged.report["x"].rank == 3
 
 
@@ -504,13 +505,12 @@ def test_lego_does_not_depend_on_the_order_of_ranks_but_on_their_split():
     moved = Case([a / 10**i for i, a in enumerate(case.a)], [], case.scalings)
     moved.b.extend(10**i * b for i, b in enumerate(case.b))
     usual, other_order, other_split = (
-        product(dm.merge(adapters({"x": c}), "lego", clusters=4), "x")
-        for c in (case, turned, moved)
+        dense(dm.merge(adapters({"x": c}), "lego", clusters=4), "x") for c in (case, turned, moved)
     )
     assert distance(other_order, usual) < 1e-6
     assert distance(other_split, usual) > 0.1
     balanced, again = (
-        product(dm.merge(adapters({"x": c}), "lego", clusters=4, balance=True), "x")
+        dense(dm.merge(adapters({"x": c}), "lego", clusters=4, balance=True), "x")
         for c in (case, moved)
     )
     assert distance(again, balanced) < 1e-5
@@ -526,7 +526,7 @@ def test_lego_does_not_depend_on_the_other_modules():
 
 def test_the_seed_decides_where_clusters_start():
     loaded = adapters({"x": CASES["usual"]})
-    results = [product(dm.merge(loaded, "lego", seed=seed), "x") for seed in (0, 0, 1)]
+    results = [dense(dm.merge(loaded, "lego", seed=seed), "x") for seed in (0, 0, 1)]
     assert torch.equal(results[0], results[1])
     assert distance(results[2], results[0]) > 1e-3
 
@@ -548,7 +548,7 @@ def test_fewer_distinct_units_than_clusters_make_fewer_ranks():
     case = pick(CASES["shared A"], 0, 0, 0)
     merged = dm.merge(adapters({"x": case}), "lego", clusters=7)
     assert merged.report["x"].rank == 4
-    assert distance(product(merged, "x"), math.sqrt(4 / 7) * case.deltas()[0]) < 1e-6
+    assert distance(dense(merged, "x"), math.sqrt(4 / 7) * case.deltas()[0]) < 1e-6
 
 
 def test_units_that_cancel_leave_nothing():
@@ -556,7 +556,7 @@ def test_units_that_cancel_leave_nothing():
     a, b = case.a[0], case.b[0]
     pair = [from_tensors({"x": (s * a, s * b)}) for s in (1, -1)]
     merged = dm.merge(pair, "lego")
-    assert not product(merged, "x").any()
+    assert not dense(merged, "x").any()
     assert merged.report["x"].rank == 1
 
 
@@ -565,14 +565,14 @@ def test_units_that_cancel_leave_nothing():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_in_nothing_out(method):
-    assert not product(dm.merge(adapters({"x": EQUAL["all zero"]}), method), "x").any()
+    assert not dense(dm.merge(adapters({"x": EQUAL["all zero"]}), method), "x").any()
     settings = Settings(1.0, torch.float32, "auto")
     assert TABLE[method].merge([], [], [], TABLE[method].options(), settings) == []
 
 
 def test_multislerp_of_many_that_are_nothing_is_nothing():
     merged = dm.merge(adapters({"x": pick(CASES["all zero"], 0, 1, 0)}), "multislerp")
-    assert not product(merged, "x").any()
+    assert not dense(merged, "x").any()
 
 
 @every_backend
@@ -582,7 +582,7 @@ def test_one_adapter_comes_back(method, backend):
     case = CASES["one adapter"]
     merged = dm.merge(adapters({"x": case}), method, weights=[-3], backend=backend)
     factor = 1 if method in ("slerp", "multislerp") else -3
-    assert distance(product(merged, "x"), factor * case.deltas()[0]) < 1e-6
+    assert distance(dense(merged, "x"), factor * case.deltas()[0]) < 1e-6
     assert merged.report["x"].rank == case.ranks[0]
 
 
@@ -601,7 +601,7 @@ def test_the_order_of_the_adapters_does_not_matter(method, backend):
     first = dm.merge(loaded, method, weights=[1, -0.5], backend=backend)
     second = dm.merge(loaded[::-1], method, weights=[-0.5, 1], backend=backend)
     for name in cases:
-        assert distance(product(second, name), product(first, name)) < 1e-5
+        assert distance(dense(second, name), dense(first, name)) < 1e-5
 
 
 @every_backend
@@ -617,7 +617,7 @@ def test_adapters_of_weight_zero_and_missing_modules_are_absent(method, backend)
     both = dm.merge(loaded, method, weights=[2, -1], **options)
     assert all(map(torch.equal, merged.factors("y"), both.factors("y")))
     factor = 1 if method == "slerp" else 2
-    assert distance(product(merged, "x"), factor * case.deltas()[0]) < 1e-6
+    assert distance(dense(merged, "x"), factor * case.deltas()[0]) < 1e-6
 
 
 @every_backend
@@ -628,9 +628,9 @@ def test_slerp_and_robust_can_be_cut(method, backend):
     by_energy = dm.merge(adapters(cases), method, energy=0.9, backend=backend)
     by_rank = dm.merge(adapters(cases), method, energy=0.9, rank=1, backend=backend)
     for name in cases:
-        u, s, vh = torch.linalg.svd(product(exact, name), full_matrices=False)
+        u, s, vh = torch.linalg.svd(dense(exact, name), full_matrices=False)
         squares = s.square()
         k = 1 + int((squares.cumsum(0) < 0.9 * squares.sum()).sum())
         assert by_energy.report[name].rank == k
-        assert distance(product(by_energy, name), u[:, :k] @ s[:k].diag() @ vh[:k]) < 1e-4
-        assert distance(product(by_rank, name), u[:, :1] @ s[:1].diag() @ vh[:1]) < 1e-4
+        assert distance(dense(by_energy, name), u[:, :k] @ s[:k].diag() @ vh[:k]) < 1e-4
+        assert distance(dense(by_rank, name), u[:, :1] @ s[:1].diag() @ vh[:1]) < 1e-4

@@ -1,0 +1,1 @@
+"""What tests share: how inputs are made, where they run, how results are compared."""
