@@ -66,7 +66,11 @@ class Interference:
 
 @dataclass(frozen=True)
 class Report:
-    """The recipe and its outcome; `modules` by module name, in order."""
+    """The recipe and its outcome; `modules` by module name, in order.
+
+    notes: what a user has to know besides, a sentence each: decisions nobody asked for, and what
+    was left out.
+    """
 
     method: str
     adapters: tuple[str, ...]
@@ -80,6 +84,7 @@ class Report:
     modules: Mapping[str, ModuleReport]
     interference: Interference | None
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> ModuleReport:
         return self.modules[name]
@@ -110,7 +115,8 @@ class Report:
                 lines.append((f"orthogonalized {label}", _describe(sides)))
         if any(m.energy_kept < 1 for m in modules):
             lines.append(("energy kept", f"{100 * self.energy_kept:.2f} %"))
-        return [*lines, ("seconds", f"{self.seconds:.2f}")]
+        lines.append(("seconds", f"{self.seconds:.2f}"))
+        return [*lines, *(("note", note) for note in self.notes)]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings, lists and dicts."""
