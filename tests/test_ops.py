@@ -13,6 +13,7 @@ import re
 import pytest
 import torch
 from support import on_device as ops
+from support.close import assert_within
 from support.on_device import AVAILABLE, FAST
 from support.shapes import CASES, SIDES, Case, exact, random_case
 from torch import Tensor
@@ -30,20 +31,18 @@ SINGLE = [name for name, case in CASES.items() if len(case.ranks) == 1]
 COLLIDING = [name for name in CASES if name not in (*SINGLE, "all zero")]
 LONG = ["usual", "d below R", "duplicated", "mixed sizes"]
 
+GROUPS = {
+    "usual": ["usual", "whole vectors", "odd d"],
+    "others": [n for n in CASES if n not in ("usual", "whole vectors", "odd d", "R above 256")],
+    "256": ["R above 256"],
+}
+"""The cases, those of a group in one call: what compiles or interprets kernels can take a few."""
+
 every_case = pytest.mark.parametrize("name", CASES)
+every_group = pytest.mark.parametrize("names", GROUPS.values(), ids=GROUPS)
 every_backend = pytest.mark.parametrize("backend", FAST)
 every_layout = pytest.mark.parametrize("layout", SIDES)
 every_penalty = pytest.mark.parametrize("penalty", PENALTIES)
-
-
-def assert_within(result: Tensor, expected: Tensor, size: Tensor | float, tolerance: float = 1e-5):
-    """|result - expected| <= tolerance * size, besides one rounding of the result's dtype."""
-    assert result.shape == expected.shape
-    info = torch.finfo(result.dtype)
-    allowed = tolerance * size + info.eps / 2 * expected.abs() + info.smallest_normal * info.eps
-    error = (result.double() - expected).abs()
-    worst = float((error / allowed).nan_to_num(math.inf).max())
-    assert worst <= 1, f"{worst:.3g} times the error allowed"
 
 
 def storable(dtype: torch.dtype, name: str) -> torch.dtype:
@@ -93,34 +92,41 @@ def test_every_backend_has_every_op(backend):
 # gram, block_gram
 
 
-@every_backend
+@pytest.mark.parametrize("backend", AVAILABLE)
 @every_layout
 @pytest.mark.parametrize("dtype", DTYPES)
-@every_case
-def test_gram(name, dtype, layout, backend):
-    problem = SIDES[layout](CASES[name], dtype)
-    expected = reference.gram([problem])[0]
-    norms = expected.diagonal().sqrt()
-    size = norms[:, None] * norms
-    (single,) = ops.gram([problem], backend=backend)
-    assert single.dtype == torch.float32
-    assert_within(single, expected, size)
-    assert torch.equal(single, single.T)
-    (double,) = ops.gram([problem], dtype=torch.float64, backend=backend)
-    assert_within(double, expected, size, 1e-13)
+@every_group
+def test_gram(names, dtype, layout, backend):
+    """Symmetric to the bit, which nobody may ask of a library's X X^T."""
+    problems = [SIDES[layout](CASES[name], dtype) for name in names]
+    singles = ops.gram(problems, dtype=torch.float32, backend=backend)
+    doubles = ops.gram(problems, dtype=torch.float64, backend=backend)
+    for name, problem, single, double in zip(names, problems, singles, doubles, strict=True):
+        x = torch.cat(exact(problem))
+        norms = x.norm(dim=1)
+        size = norms[:, None] * norms
+        assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+        assert_within(single, x @ x.T, size, name=name)
+        assert_within(double, x @ x.T, size, 1e-13, name=name)
+        assert torch.equal(single, single.T), name
+        assert torch.equal(double, double.T), name
 
 
-@every_backend
+@pytest.mark.parametrize("backend", AVAILABLE)
 @every_layout
 @pytest.mark.parametrize("dtype", DTYPES)
-@every_case
-def test_block_gram(name, dtype, layout, backend):
-    problem = SIDES[layout](CASES[name], dtype)
-    norms = [x.norm(dim=1) for x in exact(problem)]
-    size = torch.cat([(n[:, None] * n).flatten() for n in norms])
-    (packed,) = ops.block_gram([problem], backend=backend)
-    assert packed.dtype == torch.float64
-    assert_within(packed, reference.block_gram([problem])[0], size, 1e-13)
+@every_group
+def test_block_gram(names, dtype, layout, backend):
+    problems = [SIDES[layout](CASES[name], dtype) for name in names]
+    for name, problem, packed in zip(
+        names, problems, ops.block_gram(problems, backend=backend), strict=True
+    ):
+        assert packed.dtype == torch.float64
+        grams = packed.split([r * r for r in problem.ranks])
+        for x, gram in zip(exact(problem), grams, strict=True):
+            norms, gram = x.norm(dim=1), gram.view(len(x), len(x))
+            assert_within(gram, x @ x.T, norms[:, None] * norms, 1e-13, name=name)
+            assert torch.equal(gram, gram.T), name
 
 
 # apply
@@ -129,19 +135,25 @@ def test_block_gram(name, dtype, layout, backend):
 @every_backend
 @every_layout
 @pytest.mark.parametrize("dtype", DTYPES)
-@every_case
-def test_apply(name, dtype, layout, backend):
+@every_group
+def test_apply(names, dtype, layout, backend):
     """X itself, and C X with as many rows as X, half as many, and one."""
-    problem = SIDES[layout](CASES[name])
-    dtype, rank, x = storable(dtype, name), problem.rank, torch.cat(exact(problem))
-    for rows in (None, rank, -(-rank // 2), 1):
-        c = None if rows is None else coefficients(rows, rank)
-        expected = x if c is None else c.double() @ x
-        size = x.abs() if c is None else c.double().abs() @ x.abs()
-        (result,) = ops.apply([c], [problem], dtype, backend=backend)
-        assert result.dtype == dtype
-        assert_within(result, expected, size)
-        assert (result.T if problem.in_columns else result).is_contiguous()
+    for out_dtype in {storable(dtype, name) for name in names}:
+        chosen = [name for name in names if storable(dtype, name) == out_dtype]
+        problems = [SIDES[layout](CASES[name]) for name in chosen]
+        for share in (None, 1.0, 0.5, 0.0):
+            cs = [
+                None if share is None else coefficients(max(1, math.ceil(share * r)), r)
+                for r in (p.rank for p in problems)
+            ]
+            results = ops.apply(cs, problems, out_dtype, backend=backend)
+            for name, p, c, result in zip(chosen, problems, cs, results, strict=True):
+                x = torch.cat(exact(p))
+                expected = x if c is None else c.double() @ x
+                size = x.abs() if c is None else c.double().abs() @ x.abs()
+                assert result.dtype == out_dtype
+                assert_within(result, expected, size, name=name)
+                assert (result.T if p.in_columns else result).is_contiguous(), name
 
 
 @every_backend

@@ -218,12 +218,18 @@ def _exact_step(
 
 def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """X X^T [R, R], entry by entry products in float64."""
-    return [(x @ x.T).to(dtype) for x in map(_stack, problems)]
+    return [_square(x).to(dtype) for x in map(_stack, problems)]
 
 
 def block_gram(problems: Sequence[Problem]) -> list[Tensor]:
     """Each adapter's own X_i X_i^T, packed [sum r_i^2]."""
-    return [torch.cat([(x @ x.T).flatten() for x in _blocks(p)]) for p in problems]
+    return [torch.cat([_square(x).flatten() for x in _blocks(p)]) for p in problems]
+
+
+def _square(x: Tensor) -> Tensor:
+    """X X^T, whose upper triangle is the lower one: no library rounds them alike by duty."""
+    lower = (x @ x.T).tril()
+    return lower + lower.tril(-1).T
 
 
 def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:

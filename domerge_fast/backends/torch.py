@@ -39,15 +39,19 @@ def full_precision() -> Iterator[None]:
 @full_precision()
 def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """X X^T [R, R] of every problem, products and sums in `dtype`."""
-    stacks = (p.stack(dtype) for p in problems)
-    return [x @ x.T for x in stacks]
+    return [_square(p.stack(dtype)) for p in problems]
+
+
+def _square(x: Tensor) -> Tensor:
+    """X X^T, symmetric to the bit: libraries may round (i, j) and (j, i) differently."""
+    product = x @ x.T
+    return product.tril() + product.tril(-1).T
 
 
 def block_gram(problems: Sequence[Problem]) -> list[Tensor]:
     """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
     return [
-        torch.cat([(s * s * (b.double() @ b.double().T)).flatten() for b, s in _parts(p)])
-        for p in problems
+        torch.cat([(s * s * _square(b.double())).flatten() for b, s in _parts(p)]) for p in problems
     ]
 
 

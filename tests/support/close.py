@@ -6,6 +6,9 @@ beside the norm of something: of what is expected, or of the terms that were add
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 
@@ -14,3 +17,19 @@ def distance(result: Tensor, expected: Tensor, size: float | None = None) -> flo
     error = float((result.double() - expected.double()).norm())
     size = float(expected.double().norm()) if size is None else size
     return error / size if error else 0.0
+
+
+def assert_within(
+    result: Tensor,
+    expected: Tensor,
+    size: Tensor | float,
+    tolerance: float = 1e-5,
+    name: str = "the result",
+) -> None:
+    """|result - expected| <= tolerance * size, besides one rounding of the result's dtype."""
+    assert result.shape == expected.shape, name
+    info = torch.finfo(result.dtype)
+    allowed = tolerance * size + info.eps / 2 * expected.abs() + info.smallest_normal * info.eps
+    error = (result.double() - expected).abs()
+    worst = float((error / allowed).nan_to_num(math.inf).max())
+    assert worst <= 1, f"{name}: {worst:.3g} times the error allowed"
