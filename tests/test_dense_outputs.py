@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.make import random_factors, write_adapter
 from test_outputs import PAGE, small_disk, unchanged
@@ -161,9 +162,11 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def header(path: Path) -> bytes:
+def header(path: Path) -> dict[str, Any]:
     data = path.read_bytes()
-    return data[: 8 + int.from_bytes(data[:8], "little")]
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    return json.loads(data[8 : 8 + length])
 
 
 @pytest.mark.parametrize("shards", [{}, {"max_shard_size": "9KB"}], ids=["one file", "shards"])
@@ -184,13 +187,30 @@ def test_the_model_computes_what_peft_merges(name, shards, tmp_path):
     names = {path.name for path in case.base.iterdir()}
     assert {path.name for path in case.out.iterdir()} == names | {CARD}
     for path in case.base.glob("*.safetensors"):
-        assert header(case.out / path.name) == header(path)
+        found, expected = header(case.out / path.name), header(path)
+        expected["__metadata__"]["domerge_fast"] = dm.__version__
+        assert list(found.items()) == list(expected.items())
     assert (len(list(case.base.glob("model-*"))) > 2) == bool(shards)
     old, new = tensors(case.base), tensors(case.out)
     changed = {key for key in old if not torch.equal(old[key], new[key])}
     assert len(changed) == len(case.merged.names) + len(
         case.merged.target.carried.keys() & {"base_model.model.score.weight"}
     )
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"format": "np", "näme": 'of "theirs"'}], ids=str)
+def test_metadata_of_the_base_is_kept_beside_our_mark(metadata, gpt2_case):
+    path = gpt2_case.base / WEIGHTS
+    stored = load_file(path)
+    save_file(stored, path, metadata)
+    write_model(gpt2_case)
+    with safe_open(gpt2_case.out / WEIGHTS, "pt") as opened:
+        expected = {"format": "pt"} | (metadata or {}) | {"domerge_fast": dm.__version__}
+        assert opened.metadata() == expected
+    found = load_file(gpt2_case.out / WEIGHTS)
+    changed = {f"{name}.weight" for name in gpt2_case.merged.names}
+    assert found.keys() == stored.keys()
+    assert {key for key in stored if not torch.equal(found[key], stored[key])} == changed
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

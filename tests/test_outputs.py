@@ -186,7 +186,7 @@ def test_the_file_is_well_formed(dtype, tmp_path):
     assert header.startswith(b"{")
     assert header.endswith(b" ")
     table = json.loads(header)
-    assert table.pop("__metadata__") == {"format": "pt"}
+    assert table.pop("__metadata__") == {"format": "pt", "domerge_fast": dm.__version__}
     position = 0
     for entry in table.values():
         assert entry["data_offsets"][0] == position

@@ -411,7 +411,7 @@ def test_the_files_are_what_peft_and_safetensors_read(saved, tmp_path):
     stored = load_file(file)
     assert len(stored) == 2 * len(merged.names)
     with safe_open(file, "pt") as opened:
-        assert opened.metadata() == {"format": "pt"}
+        assert opened.metadata() == {"format": "pt", "domerge_fast": dm.__version__}
         assert set(opened.keys()) == set(stored)
     for name in merged.names:
         a, b = merged.factors(name)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import OutputError
 from ..merged import Target
 from ..report import Report
-from . import weights
+from . import marker, weights
 from .card import CARD, Heading, is_ours
 from .checkpoint import CONFIG, open_checkpoint
 from .fit import fit
@@ -29,7 +29,7 @@ CHUNK_BYTES = 16 << 20
 
 class ModelFolder(MergeFolder):
     """Writes W0 + ΔW module by module into copies of the base's own files: same names, shards,
-    order and dtypes. Sums are float32 and rounded once.
+    order and dtypes; their headers get our mark. Sums are float32 and rounded once.
 
     base: a local folder with config.json and model.safetensors, or shards with their index.
     Tensors that adapters save whole take the place of the base's. Other files of the folder's top
@@ -51,9 +51,12 @@ class ModelFolder(MergeFolder):
         self._files = {
             path: files.enter_context(FileIO(folder / path.name, "w")) for path in self._base.starts
         }
+        self._starts: dict[Path, int] = {}
         for path, start in self._base.starts.items():
             with path.open("rb") as original:
-                write(self._files[path], original.read(start))
+                head = marker.marked(original.read(start))
+            write(self._files[path], head)
+            self._starts[path] = len(head)
         self._missing = {place.key for place in self._fit.places.values()}
         for key in self._base.tensors:
             if key not in self._missing:
@@ -93,7 +96,7 @@ class ModelFolder(MergeFolder):
         """Write a tensor, or its part after so many bytes."""
         place = self._base.tensors[key]
         file: FileIO = self._files[place.file.path]
-        file.seek(self._base.starts[place.file.path] + place.begin + skipped)
+        file.seek(self._starts[place.file.path] + place.begin + skipped)
         write_tensor(file, tensor)
 
     def _release(self, key: str) -> None:

@@ -17,6 +17,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from .marker import MARK, METADATA
+
 _NAMES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -29,7 +31,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_METADATA = '"__metadata__":{"format":"pt"}'
+_METADATA = f'"{METADATA}":{json.dumps({"format": "pt"} | MARK)}'
 
 
 class SafetensorsWriter:
