@@ -73,7 +73,7 @@ CASES = {
         {
             "target_modules": TOY,
             "rank_pattern": {"conv_[ab]": 2, "^fc": 6, "emb|fc": 1},
-            "alpha_pattern": {"point": 1, "conv_.": 0, "^emb": 2.5},
+            "alpha_pattern": {"point": 1, "conv_.": -3, "^emb": 2.5},
         },
     ),
     "toy-modules-to-save": (Toy, {"target_modules": TOY, "modules_to_save": ["head"]}),

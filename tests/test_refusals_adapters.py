@@ -78,6 +78,9 @@ CONFIGS = {
     "nan alpha": ({"lora_alpha": float("nan")}, None, ["lora_alpha", "finite number"]),
     "inf alpha": ({"alpha_pattern": {"q": float("inf")}}, None, ["alpha_pattern", "finite"]),
     "alpha text": ({"lora_alpha": "8"}, None, ["lora_alpha", "finite number"]),
+    "alpha zero": ({"lora_alpha": 0}, Q, ["scaling 0", "lora_alpha", "leave the adapter out"]),
+    "alpha pattern zero": ({"alpha_pattern": {"v_proj": 0.0}}, V, ["scaling 0", "alpha_pattern"]),
+    "alpha below floats": ({"lora_alpha": 1e-323}, Q, ["scaling 0", "lora_alpha"]),
     "alpha bool": ({"lora_alpha": True}, None, ["lora_alpha", "finite number"]),
     "bad regex": ({"alpha_pattern": {"q(": 1}}, None, ["'q('", "no regular expression"]),
     "pattern list": ({"rank_pattern": [1]}, None, ["rank_pattern", "object"]),
@@ -136,6 +139,16 @@ TENSORS = {
         tensors() | {"lm_head.weight": half(2), f"{PREFIX}lm_head.weight": half(2)},
         None,
         ["'lm_head.weight' twice"],
+    ),
+    "carried empty": (
+        tensors() | {f"{PREFIX}lm_head.weight": half(0)},
+        None,
+        ["'lm_head.weight'", "empty", "shape [0]", "ZeRO-3"],
+    ),
+    "carried without rows": (
+        tensors() | {f"{PREFIX}embed_tokens.weight": half(0, 8)},
+        None,
+        ["'embed_tokens.weight'", "empty", "[0, 8]"],
     ),
     "embedding mixed": (
         tensors(B=None) | {f"{PLAIN}.lora_embedding_B": half(6, 4)},
@@ -418,6 +431,8 @@ def test_plain_tensors():
         ({"q": (a, b.T)}, 1.0, ["different rank"]),
         ({"q": (a, b)}, float("inf"), ["scaling inf", "finite"]),
         ({"q": (a, b)}, {"v": 1.0}, ["scaling None", "finite"]),
+        ({"q": (a, b)}, 0.0, ["scaling 0", "not 0"]),
+        ({"q": (a, b)}, {"q": 0}, ["scaling 0", "not 0"]),
         ({"q": (a, b.to("meta"))}, 1.0, ["different devices"]),
     ):
         with pytest.raises(AdapterError) as caught:
@@ -427,9 +442,13 @@ def test_plain_tensors():
         from_tensors({})
 
 
-def test_zero_alpha_is_a_zero_update(tmp_path):
-    adapter = load(write_adapter(tmp_path, FIRST, lora_alpha=0))
-    assert adapter.modules[Q].scaling == 0.0
+def test_a_live_scaling_of_zero(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["fc"], init_lora_weights=False)
+    model = peft.get_peft_model(Tiny(), config)
+    model.base_model.model.fc.set_scale("default", 0.0)
+    with pytest.raises(AdapterError) as caught:
+        from_model(model, name="mine")
+    check_line(caught.value, "mine", "fc", "scaling 0", "alpha", "leave the adapter out")
 
 
 def test_errors_survive_being_sent_between_processes():

@@ -75,7 +75,7 @@ EQUAL = {
 }
 EQUAL["zero update"].a[1].zero_()
 EQUAL["zero update"].b[2].zero_()
-EQUAL["zero update"].scalings[0] = 0.0
+EQUAL["zero update"].b[0].zero_()
 for index, power in enumerate((0, -4)):
     EQUAL["weak rows"].a[index][2:4] *= 10.0**power
 for index, size in enumerate((1e-8, 1e4, 1.0)):

@@ -5,6 +5,7 @@ Nothing is read: dtypes and shapes are enough.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -25,6 +26,7 @@ _SAVED_ALONG = re.compile(
 )
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SAVE_AGAIN = "save the adapter again with PEFT's save_pretrained"
+_GATHER = "gather ZeRO-3 or FSDP shards before save_pretrained"
 
 Sides = dict[str, tuple[str, LazyTensor]]  # "A" or "B" -> (whole key, tensor)
 
@@ -71,6 +73,9 @@ def _sort_tensors(
             if PREFIX + path in carried:
                 problem = f"stores {path!r} twice, with and without {PREFIX!r}"
                 raise AdapterError(name, None, problem, _SAVE_AGAIN)
+            if 0 in tensor.shape:
+                problem = f"stores {path!r} whole but empty (shape {list(tensor.shape)})"
+                raise AdapterError(name, None, problem, _GATHER)
             carried[PREFIX + path] = tensor
         else:
             raise _unknown(name, path)
@@ -116,7 +121,12 @@ def _module(adapter: str, name: str, sides: Sides, scaling: Callable[[str, int],
         raise AdapterError(adapter, name, problem, remedy)
     rank = a.shape[0]
     dtype = torch.promote_types(a.dtype, b.dtype)
-    return Module(name, kind, a.shape, b.shape, rank, scaling(name, rank), dtype)
+    factor = scaling(name, rank)
+    if factor == 0 or not math.isfinite(factor):
+        problem = f"has scaling {factor:g} (lora_alpha or alpha_pattern, over the rank)"
+        remedy = "correct alpha or scaling, or leave the adapter out: its update would be lost"
+        raise AdapterError(adapter, name, problem, remedy)
+    return Module(name, kind, a.shape, b.shape, rank, factor, dtype)
 
 
 def _kind(key: str, a_shape: tuple[int, ...]) -> Kind | None:
@@ -144,8 +154,7 @@ def _shape_problem(
         return None
     shapes = f"A {list(a)}, B {list(b)}"
     if len(a) < 2 or len(b) < 2 or 0 in a or 0 in b:
-        remedy = "gather ZeRO-3 or FSDP shards before save_pretrained"
-        return f"has an empty factor or one that is no matrix ({shapes})", remedy
+        return f"has an empty factor or one that is no matrix ({shapes})", _GATHER
     if len(a) != len(b) or set(b[2:]) - {1} or (kind == "embedding" and len(a) > 2):
         return f"has shapes of different layers ({shapes})", _SAVE_AGAIN
     if a[0] == b[1]:

@@ -40,8 +40,9 @@ def from_tensors(
 
     def scaling_of(module: str, rank: int) -> float:
         value = scaling.get(module) if isinstance(scaling, Mapping) else scaling
-        if value is None or not math.isfinite(value):
-            raise AdapterError(name, module, f"has scaling {value}", "give it a finite number")
+        if not value or not math.isfinite(value):
+            problem = f"has scaling {value}"
+            raise AdapterError(name, module, problem, "give it a finite number that is not 0")
         return float(value)
 
     config = AdapterConfig(

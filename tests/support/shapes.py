@@ -90,7 +90,8 @@ def _zero_factors() -> Case:
     case = random_case((3, 2, 4, 2), 23, 19)
     case.a[1].zero_()
     case.b[2].zero_()
-    case.scalings[0] = 0.0
+    for factor in (case.a[0], case.b[0]):
+        factor.zero_()
     return case
 
 
