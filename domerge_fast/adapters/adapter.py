@@ -19,10 +19,11 @@ Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d"]
 class Module:
     """One adapted layer of an adapter: delta = scaling * B @ A, an [m, n] matrix.
 
-    ``a_shape`` and ``b_shape`` are the stored shapes: [r, n] and [m, r]; for convolutions
-    [r, in, k...] and [m, r, 1...], where n = in * k...; for embeddings n is the vocabulary and m
-    the dimension (PEFT adds the transpose of delta to the [vocabulary, dimension] weight, and
-    likewise for ``fan_in_fan_out`` layers). ``dtype`` holds both stored factors without loss.
+    ``a_shape`` and ``b_shape`` are the stored shapes without padding (see padding.py): [r, n] and
+    [m, r]; for convolutions [r, in, k...] and [m, r, 1...], where n = in * k...; for embeddings n
+    is the vocabulary and m the dimension (PEFT adds the transpose of delta to the [vocabulary,
+    dimension] weight, and likewise for ``fan_in_fan_out`` layers). ``dtype`` holds both stored
+    factors without loss.
     """
 
     name: str
@@ -87,6 +88,10 @@ class Adapter:
         adapter has no such module; AdapterError if the file has changed since it was loaded.
         """
         a, b = self.stored[name]
+        rank = self.modules[name].rank
+        if rank < a.shape[0]:
+            a_rows, b_columns = a.rows(0, rank), b.read()[:, :rank]
+            return a_rows.flatten(1).contiguous(), b_columns.flatten(1).contiguous()
         return a.read().flatten(1).contiguous(), b.read().flatten(1).contiguous()
 
     def release(self) -> None:

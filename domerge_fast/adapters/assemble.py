@@ -1,10 +1,11 @@
 """The one way from named tensors to an Adapter: every check of keys, shapes and dtypes is here.
 
-Nothing is read: dtypes and shapes are enough.
+Of the factors only what tells padding is read; dtypes and shapes are enough for the rest.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ import torch
 from ..errors import AdapterError
 from .adapter import Adapter, AdapterConfig, Kind, Module
 from .lazy import LazyTensor
+from .padding import unpadded_ranks
 from .safetensors_file import SafetensorsFile
 
 PREFIX = "base_model.model."
@@ -52,6 +54,10 @@ def assemble(
     if not modules:
         problem = "has no LoRA factors"
         raise AdapterError(name, None, problem, "leave it out, or check its target_modules")
+    for module, rank in unpadded_ranks(stored).items():
+        modules[module] = _of_rank(modules[module], rank)
+    if file:
+        file.release()
     return Adapter(name, config, modules, carried, stored, file)
 
 
@@ -119,7 +125,7 @@ def _module(adapter: str, name: str, sides: Sides, scaling: Callable[[str, int],
     if problem_and_remedy or kind is None:
         problem, remedy = problem_and_remedy or ("has factors of no known layer", _SAVE_AGAIN)
         raise AdapterError(adapter, name, problem, remedy)
-    rank = a.shape[0]
+    rank = a.shape[0]  # as stored: it is what the scaling goes by
     dtype = torch.promote_types(a.dtype, b.dtype)
     factor = scaling(name, rank)
     if factor == 0 or not math.isfinite(factor):
@@ -127,6 +133,12 @@ def _module(adapter: str, name: str, sides: Sides, scaling: Callable[[str, int],
         remedy = "correct alpha or scaling, or leave the adapter out: its update would be lost"
         raise AdapterError(adapter, name, problem, remedy)
     return Module(name, kind, a.shape, b.shape, rank, factor, dtype)
+
+
+def _of_rank(module: Module, rank: int) -> Module:
+    m, _, *ones = module.b_shape
+    a_shape = (rank, *module.a_shape[1:])
+    return dataclasses.replace(module, a_shape=a_shape, b_shape=(m, rank, *ones), rank=rank)
 
 
 def _kind(key: str, a_shape: tuple[int, ...]) -> Kind | None:

@@ -21,6 +21,10 @@ class LazyTensor(Protocol):
         """The tensor in its stored dtype and shape; shares the stored memory where it can."""
         ...
 
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """The part [start:stop] of the first dimension, read alone."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MemoryTensor:
@@ -42,3 +46,6 @@ class MemoryTensor:
 
     def read(self) -> torch.Tensor:
         return self.tensor.detach()
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.tensor.detach()[start:stop]

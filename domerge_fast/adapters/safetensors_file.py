@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -77,6 +78,17 @@ class SafetensorsFile:
             return self._view(torch.uint8)[begin : begin + size].clone().view(dtype).view(shape)
         # One call: slicing and reshaping instead costs three times as much for small factors.
         return self._view(dtype).as_strided(shape, _strides(shape), begin // dtype.itemsize)
+
+    def peek(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Bytes (begin, count) of the data section, a few each: one call of the system a place."""
+        try:
+            with self.path.open("rb", buffering=0) as stream:
+                if _state(os.fstat(stream.fileno())) != self._state:
+                    raise self._error("changed since it was loaded", "load the adapter again")
+                file, data = stream.fileno(), self._data
+                return [os.pread(file, count, data + begin) for begin, count in places]
+        except OSError as error:
+            raise self._error(f"cannot be read ({error.strerror})", "check the file") from error
 
     def release(self) -> None:
         """Let go of the mapping; the next read maps again (about 10 us)."""
@@ -168,6 +180,10 @@ class FileTensor:
 
     def read(self) -> torch.Tensor:
         return self.file.read(self.begin, self.dtype, self.shape)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        before = self.nbytes // self.shape[0] * start
+        return self.file.read(self.begin + before, self.dtype, (stop - start, *self.shape[1:]))
 
 
 def _state(stat: os.stat_result) -> tuple[int, int]:
