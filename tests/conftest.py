@@ -13,12 +13,16 @@ import pytest
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
+from support import perturb
 
-pytest.register_assert_rewrite("support")
+# So that assertions in helpers say as much as those in tests.
+pytest.register_assert_rewrite("support.close")
 
 # Threads only wait for each other on matrices this small; tests of threading ask for their own.
 torch.set_num_threads(1)
 
+if os.environ.get(perturb.ENVIRONMENT) == "1":
+    perturb.install()
 
 # The CUDA kernels compiled for the host, in place of an installed extension.
 if "DOMERGE_TEST_CUDA" in os.environ:
@@ -27,6 +31,11 @@ if "DOMERGE_TEST_CUDA" in os.environ:
     )
     sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[spec.name])
+
+
+def pytest_report_header() -> str | None:
+    perturbed = os.environ.get(perturb.ENVIRONMENT) == "1"
+    return "every matrix product of torch is perturbed in its last bit" if perturbed else None
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.close import assert_close
 from support.make import random_factors, write_adapter
 from test_outputs import PAGE, small_disk, unchanged
 from torch import Tensor
@@ -182,7 +183,7 @@ def test_the_model_computes_what_peft_merges(name, shards, tmp_path):
     assert not info["mismatched_keys"]
     before = output(case.model.get_base_model().__class__.from_pretrained(case.base))
     expected = output(case.model.merge_and_unload(adapter_names=["one", "two"]))
-    torch.testing.assert_close(output(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert_close(output(loaded), expected, 1e-5)
     assert (expected - before).abs().max() > 1e-2
     names = {path.name for path in case.base.iterdir()}
     assert {path.name for path in case.out.iterdir()} == names | {CARD}
@@ -461,7 +462,7 @@ def test_tied_embeddings_are_refused(module, tmp_path):
         write_model(case)
         after = tensors(case.out)["transformer.wte.weight"]
         expected = tensors(case.base)["transformer.wte.weight"] + case.merged.delta(module).T
-        torch.testing.assert_close(after, expected)
+        assert_close(after, expected)
 
 
 def carried_case(tmp_path: Path, carried: dict[str, Tensor]) -> SimpleNamespace:
@@ -503,7 +504,7 @@ def test_an_update_of_a_base_saved_along_is_added_to_that(tmp_path):
     write_model(case)
     before = case.model.get_base_model().get_input_embeddings().base_layer.weight.data
     expected = before + case.merged.delta("model.embed_tokens").T
-    torch.testing.assert_close(tensors(case.out)[own], expected)
+    assert_close(tensors(case.out)[own], expected)
     assert before.abs().max() > 0
 
 
@@ -650,7 +651,7 @@ def test_deltas_of_conv1d_are_stored_as_it_is(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(gpt2_case.base)
     model.load_state_dict({k: old[k] + delta for k, delta in found.items()}, strict=False)
     expected = output(gpt2_case.model.merge_and_unload(adapter_names=["one", "two"]))
-    torch.testing.assert_close(output(model), expected, rtol=1e-5, atol=1e-5)
+    assert_close(output(model), expected, 1e-5)
 
 
 def test_large_deltas_are_sharded_as_hugging_face_does(gpt2_case, monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from support import on_device as ops
+from support.close import assert_within
 from support.on_device import AVAILABLE
 from support.shapes import CASES, Case, random_case
 
@@ -21,6 +22,7 @@ WORD = 0xFFFFFFFF
 ADAPTERS, MODULE, SEED = (7, 0, 3), 0xFEDCBA98, 0x0123456789ABCDEF
 DRAW = Draw(SEED, MODULE, ADAPTERS)
 SMALL = random_case((3, 1, 2), 11, 5)
+LARGEST = max(float(delta.abs().max()) for delta in SMALL.deltas())
 WEIGHTS = (1.0, -0.5, 2.0)
 
 every_backend = pytest.mark.parametrize("backend", AVAILABLE)
@@ -130,7 +132,7 @@ def test_merge_is_the_rule_entry_by_entry(trims, backend):
             ]
             for r in range(b.d)
         ]
-        torch.testing.assert_close(found, torch.tensor(expected), rtol=2e-6, atol=2e-6)
+        assert_within(found, torch.tensor(expected).double(), LARGEST, 2e-6)
 
 
 @every_backend
@@ -144,7 +146,7 @@ def test_sums_are_of_all_entries_and_of_those_kept(trims, backend):
         sizes = {(r, c): abs(taus[i][r][c]) for r, c in places}
         left = [size for (r, c), size in sizes.items() if kept(taus[i], i, r, c, trim)]
         expected = torch.tensor([sum(sizes.values()), sum(left)]).double()
-        torch.testing.assert_close(found[i], expected, rtol=1e-6, atol=1e-9)
+        assert_within(found[i], expected, sum(sizes.values()), 1e-6)
 
 
 def alone(problem: Problem, i: int) -> Problem:
@@ -165,7 +167,7 @@ def test_counts_are_of_the_update_and_exact(name, backend):
         everything = ([Trim()], [1.0], Election(), Draw(0, 0, (0,)), 1.0)
         values = ops.call("entry_merge", *one, *everything, backend=backend)
         size = float(case.deltas()[i].abs().max())
-        torch.testing.assert_close(values.double(), case.deltas()[i], rtol=1e-5, atol=2e-6 * size)
+        assert_within(values, case.deltas()[i], size, 1e-5)
         bits = values.flatten().abs().view(torch.int32)
         assert torch.equal(upper[i], torch.bincount(bits >> LOW_BITS, minlength=1 << 16))
         prefix = int(bits[len(bits) // 2]) >> LOW_BITS

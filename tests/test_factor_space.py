@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from support.close import distance
+from support.close import assert_close, distance
 from support.merges import adapters, dense
 from support.shapes import CASES, Case, random_case
 from torch import Tensor
@@ -259,7 +259,7 @@ def test_a_direction_without_strength_is_left_out():
     merged = dm.merge(adapters({"x": CASES["shared A"]}), "iso_c")
     a, b = merged.factors("x")
     assert merged.report["x"].rank == len(a) == 4
-    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=0))
+    assert_close(a.norm(dim=1), b.norm(dim=0))
 
 
 @pytest.mark.parametrize("method", [name for name in DENSE if name != "cat"])

@@ -18,6 +18,7 @@ from typing import Literal
 import peft
 import pytest
 import torch
+from support.close import assert_close
 from test_peft import (
     CASES,
     LLAMA,
@@ -133,7 +134,7 @@ def test_the_live_model_computes_base_plus_delta(case, method):
     assert report.adapters == tuple(names)
     expected = logits(add_by_hand(base(case), deltas))
     assert (expected - logits(base(case))).abs().max() > 1e-3
-    torch.testing.assert_close(with_adapter(model, "new"), expected, rtol=1e-5, atol=1e-5)
+    assert_close(with_adapter(model, "new"), expected, 1e-5)
     check_deltas(peft_deltas(model, "new").__getitem__, deltas, 1e-5)
     ranks = {name: layer.r["new"] for name, layer in adapted(model).items()}
     assert ranks == {name: report[name].rank for name in report.modules}
@@ -205,7 +206,7 @@ def test_it_can_be_saved_and_loaded(case, tmp_path):
     expected = with_adapter(model, "new")
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     again = loaded(base(case), tmp_path / "new")
-    torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
+    assert_close(logits(again), expected)
 
 
 def test_the_config_is_that_of_a_plain_lora():
@@ -256,9 +257,7 @@ def test_negative_weights_cancel(method):
     for name, delta in peft_deltas(model, "new").items():
         assert delta.norm() <= 1e-6 * of_a1[name].norm()
     assert (logits(base("llama")) - with_adapter(model, "a1")).abs().max() > 1e-3
-    torch.testing.assert_close(
-        with_adapter(model, "new"), logits(base("llama")), rtol=1e-5, atol=1e-5
-    )
+    assert_close(with_adapter(model, "new"), logits(base("llama")), 1e-5)
 
 
 def test_svd_rank_cuts_the_result_of_any_method():
@@ -299,10 +298,10 @@ def test_a_module_that_one_adapter_saves_whole_is_kept(order, tmp_path):
     by_hand = add_by_hand(classifier(), deltas)
     by_hand.score.weight.data = head(model, "a1").data
     expected = with_adapter(model, "new")
-    torch.testing.assert_close(expected, logits(by_hand), rtol=1e-5, atol=1e-5)
+    assert_close(expected, logits(by_hand), 1e-5)
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     again = loaded(classifier(), tmp_path / "new")
-    torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
+    assert_close(logits(again), expected)
 
 
 def test_modules_saved_whole_that_differ_are_refused():
@@ -426,7 +425,7 @@ def test_replicated_layers_are_not_replicated_again(tmp_path):
     expected = with_adapter(model, "new")
     model.save_pretrained(tmp_path, selected_adapters=["new"])
     again = loaded(fresh(), tmp_path / "new")
-    torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
+    assert_close(logits(again), expected)
 
 
 def test_the_signature_is_pefts():
@@ -480,7 +479,7 @@ def test_install_adds_our_types_and_passes_pefts_through():
         one, other = peft_deltas(model, name), peft_deltas(expected, name)
         assert one.keys() == other.keys()
         for module in one:
-            torch.testing.assert_close(one[module], other[module], rtol=1e-6, atol=1e-7)
+            assert_close(one[module], other[module], name=module)
     exact = weighted_sum([peft_deltas(model, name) for name in given[0]], given[1])
     assert any((one - exact[n]).norm() > 0.1 for n, one in peft_deltas(model, "linear").items())
     model.base_model.add_weighted_adapter(*given, "positional", "do", 1)

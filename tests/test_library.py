@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.close import assert_close
 from support.on_device import FAST, move, split
 from support.shapes import CASES, SIDES
 from torch import Tensor
@@ -132,4 +133,4 @@ def test_a_function_of_ops_compiles_whole(backend):
 
     compiled = torch.compile(merge, backend="aot_eager", fullgraph=True)
     for one, other in zip(compiled(blocks), merge(blocks), strict=True):
-        torch.testing.assert_close(one, other)
+        assert_close(one, other)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.close import assert_close
 from support.make import PREFIX, write_adapter
 from torch import Tensor, nn
 from transformers import (
@@ -215,7 +216,7 @@ def test_the_reloaded_model_computes_base_plus_delta(case, method, saved, tmp_pa
     expected = logits(add_by_hand(base(case), deltas))
     model = loaded(base(case), tmp_path / "out")
     assert set(adapted(model)) == set(merged.names)
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits(model), expected, 1e-5)
     assert (expected - logits(base(case))).abs().max() > 1e-3
     check_deltas(peft_deltas(model).__getitem__, deltas, 1e-5)
     if method == "energy":
@@ -242,7 +243,7 @@ def test_one_adapter_comes_out_as_it_went_in(case, method, saved, tmp_path):
     dm.merge([folder], method=method, output=tmp_path / "out")
     expected = logits(peft.PeftModel.from_pretrained(base(case), folder).eval())
     found = logits(loaded(base(case), tmp_path / "out"))
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_close(found, expected, 1e-5)
 
 
 def test_linear_is_what_peft_calls_cat(saved):
@@ -271,11 +272,9 @@ def test_live_models_merge_as_their_folders_do(case, saved, tmp_path):
     assert merged.report.adapters == tuple(f"live{i}" for i in range(len(live)))
     for name in merged.names:
         assert all(map(torch.equal, merged.factors(name), expected.factors(name)))
-    torch.testing.assert_close(
+    assert_close(
         logits(loaded(base(case), tmp_path / "live")),
         logits(loaded(base(case), tmp_path / "folders")),
-        rtol=0,
-        atol=0,
     )
 
 
@@ -302,7 +301,7 @@ def test_bf16_adapters_stay_bf16(tmp_path):
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     expected = logits(add_by_hand(base("llama"), {n: merged.delta(n) for n in merged.names}))
     model = loaded(base("llama"), tmp_path / "out")
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert_close(logits(model), expected, 1e-5)
     exact = dm.merge(folders, dtype="float32")
     assert set(exact.names) == set(merged.names)
     for name in merged.names:
@@ -328,7 +327,7 @@ def test_modules_saved_whole_are_kept_and_loaded(tmp_path):
     assert model.peft_config["default"].task_type == "SEQ_CLS"
     by_hand = add_by_hand(classifier(), {name: merged.delta(name) for name in merged.names})
     by_hand.score.weight.data = head.data
-    torch.testing.assert_close(logits(model), logits(by_hand), rtol=1e-5, atol=1e-5)
+    assert_close(logits(model), logits(by_hand), 1e-5)
 
 
 class Maze(nn.Module):

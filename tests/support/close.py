@@ -16,7 +16,22 @@ def distance(result: Tensor, expected: Tensor, size: float | None = None) -> flo
     """||result - expected||_F relative to a size, by default ||expected||_F; 0 for two zeros."""
     error = float((result.double() - expected.double()).norm())
     size = float(expected.double().norm()) if size is None else size
-    return error / size if error else 0.0
+    if error == 0:
+        return 0.0
+    return error / size if size else math.inf
+
+
+def assert_close(
+    result: Tensor,
+    expected: Tensor,
+    share: float = 1e-6,
+    size: float | None = None,
+    name: str = "the result",
+) -> None:
+    """||result - expected||_F is at most a share of a size, by default of ||expected||_F."""
+    assert result.shape == expected.shape, name
+    found = distance(result, expected, size)
+    assert found <= share, f"{name}: off by {found:.3g} of its size, {share:.3g} allowed"
 
 
 def assert_within(
