@@ -104,6 +104,7 @@ def merge(
         raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
     cut = _cut(rank, energy)
     _check_form(form, output, base)
+    options.text("base_model", base_model)
     loaded = _load(adapters, base_model)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
     out_dtype = _dtype(dtype, plan)
@@ -150,11 +151,14 @@ def merge(
         def keep(name: str, *tensors: torch.Tensor) -> None:
             results[name] = tuple(x.contiguous() for x in tensors)
 
-        return Merged(run(keep, False), target, results)
+        report = run(keep, False)
+        target.check_inputs()
+        return Merged(report, target, results)
     path = Path(output).absolute()
     with _folder(form, path, target, base, overwrite) as folder:
         report = run(folder.add, True)
         folder.finish(report)
+        target.check_inputs()
     return Merged(report, target, {}, path)
 
 
@@ -178,6 +182,8 @@ def inspect(
     with shown(progress, len(plan.names)) as show, torch.no_grad():
         chosen = registry.choose(backend, where.type)
         engine.survey(plan, engine.Place(where), chosen, sums, show)
+    for file in (file for adapter in loaded for file in adapter.inputs):
+        file.check()
     return sums.result()
 
 

@@ -20,6 +20,7 @@ from .methods.base import Chosen, Dense, Factors, Merged, Settings, grams
 from .methods.steps.base import PostStep, PreStep
 from .plan import GPU_GROUP_BYTES, GROUP_BYTES, Plan, Stack
 from .report import ModuleReport
+from .storage.buffers import Buffers
 
 MOST_COMPARED = 64
 """Adapters up to which every merge also measures their pairwise interference."""
@@ -222,13 +223,16 @@ def _stacks(
     plan: Plan, place: Place, work: Work | None, streams: Sequence[torch.cuda.Stream]
 ) -> Iterator[list[Stack]]:
     """The plan's groups, each read and copied while the one before it is worked on."""
+    groups = list(_groups(plan, place, work))
+    buffers = Buffers(max(map(plan.read_bytes, groups)))
     with ThreadPoolExecutor(1, "domerge-read") as reader:
         ahead: Future[transfer.Upload] | None = None
-        for names in _groups(plan, place, work):
-            following = reader.submit(_read, plan, names, place.device, streams)
+        for names in groups:
+            following = reader.submit(_read, plan, names, buffers, place.device, streams)
             if ahead:
                 yield ahead.result().wait()
             ahead = following
+            del following
         if ahead:
             yield ahead.result().wait()
 
@@ -242,7 +246,7 @@ def _groups(plan: Plan, place: Place, work: Work | None) -> Iterator[list[str]]:
         most = int(0.8 * transfer.free_bytes(place.device))
 
     def share(name: str) -> float:
-        part = plan.factor_bytes(name) / usual
+        part = max(plan.factor_bytes(name), plan.read_bytes([name])) / usual
         if dense:
             part = max(part, plan.dense_bytes(name) / DENSE_BYTES)
         return part if most is None else max(part, needed(name) / most)
@@ -264,13 +268,14 @@ def _groups(plan: Plan, place: Place, work: Work | None) -> Iterator[list[str]]:
 
 
 def _read(
-    plan: Plan, names: Sequence[str], device: torch.device, streams: Sequence[torch.cuda.Stream]
+    plan: Plan,
+    names: Sequence[str],
+    buffers: Buffers,
+    device: torch.device,
+    streams: Sequence[torch.cuda.Stream],
 ) -> transfer.Upload:
     with transfer.on(streams):
-        found = transfer.upload([plan.stack(name) for name in names], device)
-    for adapter in plan.adapters:
-        adapter.release()
-    return found
+        return transfer.upload(plan.stacks(names, buffers), device)
 
 
 def _check_factors(

@@ -5,13 +5,65 @@ The CLI prints ``str(error)`` and exits with 2; the API raises it.
 
 from __future__ import annotations
 
+import re
+
+MOST = 300
+"""Characters of a message."""
+
+
+def printable(text: str) -> str:
+    """The text with what cannot be printed or written escaped: control characters, halves of
+    surrogate pairs (bytes of a path that are no UTF-8)."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_text(text: object) -> bool:
+    """Whether it is a text that a file in UTF-8 can hold."""
+    if not isinstance(text, str):
+        return False
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
 
 def _one_line(where: str, problem: str, remedy: str) -> str:
-    return " ".join(f"{where}: {problem}; {remedy}".split())
+    """The three parts, shortened in the middle of what is long: names first, then themselves."""
+    parts = [printable(" ".join(part.split())) for part in (where, problem, remedy)]
+    for longest in (80, 40, 24):
+        if len(_joined(parts)) > MOST:
+            parts = [_shortened(part, longest) for part in parts]
+    if len(_joined(parts)) > MOST:
+        parts = [_cut(part, most) for part, most in zip(parts, (80, 130, 86))]
+    return _joined(parts)
+
+
+def _joined(parts: list[str]) -> str:
+    where, problem, remedy = parts
+    return f"{where}: {problem}; {remedy}"
+
+
+def _shortened(text: str, longest: int) -> str:
+    """The text with its long words cut."""
+    return re.sub(r"\S+", lambda word: _cut(word[0], longest), text)
+
+
+def _cut(text: str, most: int) -> str:
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
 class DomergeError(ValueError):
-    """Bad input: ``str(error)`` is one clear line."""
+    """Bad input: ``str(error)`` is one clear line, of MOST characters at most."""
+
+    def __str__(self) -> str:
+        text = printable(" ".join(super().__str__().split()))
+        for longest in (80, 40, 24):
+            if len(text) > MOST:
+                text = _shortened(text, longest)
+        return _cut(text, MOST)
 
 
 class AdapterError(DomergeError):

@@ -15,6 +15,7 @@ from .adapters import Adapter, LazyTensor, load
 from .errors import OptionError
 from .options import suggest
 from .report import Report
+from .storage.input_file import InputFile
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,19 @@ class Layout:
 class Target:
     """What the merged adapter is written as: PEFT config fields that do not depend on ranks,
     the layout of every module, and the tensors that are carried along unchanged. `inputs` are the
-    folders of the adapters, which are never written to."""
+    folders of the adapters, which are never written to, `files` what was read of them."""
 
     config: Mapping[str, object]
     layouts: Mapping[str, Layout]
     carried: Mapping[str, LazyTensor]
     dtype: torch.dtype
     inputs: frozenset[Path]
+    files: tuple[InputFile, ...] = ()
+
+    def check_inputs(self) -> None:
+        """Raise AdapterError if a file of an adapter is not any more what it was when loaded."""
+        for file in self.files:
+            file.check()
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,11 +11,12 @@ import difflib
 import math
 import numbers
 import re
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from .errors import OptionError
+from .errors import OptionError, is_text
 
 T = TypeVar("T")
 
@@ -46,6 +47,13 @@ def choose(name: str, value: Any, known: Iterable[str]) -> str:
     known = list(known)
     if value not in known:
         raise OptionError(name, f"{value!r} is not known", suggest(value, known))
+    return value
+
+
+def text(name: str, value: Any) -> str | None:
+    """`value`, if it is None or a text that a file can hold; otherwise an OptionError."""
+    if value is not None and not is_text(value):
+        raise OptionError(name, f"{value!r} is no text", "give one, in Unicode")
     return value
 
 
@@ -107,7 +115,8 @@ def check(
     if kind is bool and not isinstance(value, bool):
         raise OptionError(name, f"{value!r} is not True or False", "use one of them")
     if kind in (int, float):
-        if not number or not math.isfinite(value) or kind(value) != value:
+        finite = number and abs(value) <= sys.float_info.max
+        if not finite or kind(value) != value:
             word = "a whole number" if kind is int else "a finite number"
             raise OptionError(name, f"{value!r} is not {word}", "give one")
         if value < low:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from .adapters import Adapter, Module
+from .adapters import Adapter, LazyTensor, Module
+from .adapters.safetensors_file import group_bytes, read_group
 from .problem import Problem
+from .storage.buffers import Buffers
 
 GROUP_BYTES = 64 << 20
 """Factor bytes in a group of modules: small enough for the cache, large enough for all cores."""
@@ -114,8 +117,26 @@ class Plan:
 
     def stack(self, name: str) -> Stack:
         """A module's factors from every adapter that has it, where they are."""
+        return self._stack(name, [self.adapters[i].factors(name) for i in self.owners[name]])
+
+    def read_bytes(self, names: Sequence[str]) -> int:
+        """What a buffer for the factors of a group has to hold."""
+        return group_bytes(x for pair in self._pairs(names) for x in pair)
+
+    def stacks(self, names: Sequence[str], buffers: Buffers) -> list[Stack]:
+        """Modules' factors from every adapter that has them, where they are; those of files are
+        read into a buffer."""
+        found = iter(read_group([x for pair in self._pairs(names) for x in pair], buffers))
+        return [
+            self._stack(name, [_unpadded(m, next(found), next(found)) for m in self.modules(name)])
+            for name in names
+        ]
+
+    def _pairs(self, names: Sequence[str]) -> list[tuple[LazyTensor, LazyTensor]]:
+        return [self.adapters[i].stored[name] for name in names for i in self.owners[name]]
+
+    def _stack(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Stack:
         owners = self.owners[name]
-        pairs = [self.adapters[i].factors(name) for i in owners]
         scaling = tuple(module.scaling for module in self.modules(name))
         return Stack(
             name,
@@ -124,3 +145,10 @@ class Plan:
             Problem(tuple(b.T for _, b in pairs), scaling),
             tuple(self.weights[i] for i in owners),
         )
+
+
+def _unpadded(module: Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A [r, n] and B [m, r] without the rank rows that are padding (adapters/padding.py)."""
+    if module.rank == a.shape[0]:
+        return a, b
+    return a[: module.rank], b[:, : module.rank].contiguous()

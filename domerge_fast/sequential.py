@@ -10,6 +10,7 @@ that were added, only with the rank of their sum: min(m, n) at most, or `rank`.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from .adapters.assemble import assemble
 from .adapters.peft_config import read_config
 from .adapters.safetensors_file import SafetensorsFile
 from .backends import registry
-from .errors import DomergeError, OptionError, OutputError
+from .errors import AdapterError, DomergeError, OptionError, OutputError, printable
 from .interference import InterferenceSums, own_norms
 from .merged import Merged, Target
 from .methods import opcm
@@ -78,7 +79,7 @@ class State:
 
     def write(self, folder: Path) -> None:
         plain = {"format": FORMAT, **dataclasses.asdict(self)}
-        text = json.dumps(plain, indent=2, ensure_ascii=False)
+        text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
         (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -128,6 +129,7 @@ class Sequential:
         chosen = options.build(opcm.OpcmOptions, {"alpha": alpha}, "a sequential merge")
         if rank is not None:
             rank = options.check("rank", rank, int, low=1)
+        options.text("base_model", base_model)
         made = cls(Path(folder).absolute(), State(chosen.alpha, rank, base_model))
         with whole_folder(made.folder, overwrite, FILES) as fresh:
             made.state.write(fresh)
@@ -168,17 +170,21 @@ class Sequential:
                 sink = _Sink(writer, target)
                 modules = self._run(plan, sums, sink, backend, device, progress)
                 for key, tensor in target.carried.items():
-                    writer.add(key, tensor.read())
+                    writer.add_pieces(key, tensor)
             norm = abs(weight) * sums.result().norms[-1]
             state = dataclasses.replace(
                 self.state,
                 dtype=_shared_dtype(self.state.dtype, new),
                 norm=math.sqrt(sink.energy),
                 config=target.config,
-                steps=(*self.state.steps, Step(new.name, weight, norm, _energy_kept(modules))),
+                steps=(
+                    *self.state.steps,
+                    Step(printable(new.name), weight, norm, _energy_kept(modules)),
+                ),
                 versions=api.versions(),
             )
             state.write(fresh)
+            target.check_inputs()
             if State.read(self.folder) != self.state:
                 problem = "was changed by someone else, and is as they left it"
                 raise OutputError(str(self.folder), problem, "open it again, then add once more")
@@ -214,9 +220,10 @@ class Sequential:
         if not self.state.steps:
             return []
         name = str(self.folder)
-        file = SafetensorsFile(self.folder / FACTORS, name)
+        file = SafetensorsFile(self.folder / FACTORS, functools.partial(AdapterError, name, None))
         config = read_config(self.state.config, name)
-        return [assemble(name, config, file.tensors(), lambda module, rank: 1.0, file)]
+        inputs = (file.input,)
+        return [assemble(name, config, file.tensors(), lambda module, rank: 1.0, file, inputs)]
 
     def _run(
         self,
@@ -297,7 +304,6 @@ class _Scaled(Mapping[str, tuple[Tensor, Tensor]]):
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         a, b = self._adapter.factors(name)
         pair = a.to(self._dtype, copy=True), (self._gain * b).to(self._dtype)
-        self._adapter.release()
         for side, factor in zip("AB", pair):
             if not torch.isfinite(factor).all():
                 dtype = str(self._dtype).removeprefix("torch.")

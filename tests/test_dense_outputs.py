@@ -377,7 +377,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda base: (base / "config.json").unlink(), "has no config.json; give"),
     "a broken config": (
         lambda base: (base / "config.json").write_text("{"),
-        "has a config.json that cannot be read",
+        "config.json is not valid JSON",
     ),
     "no folder": (shutil.rmtree, "is no folder; give a model folder; a model on the Hugging Face"),
 }

@@ -13,6 +13,7 @@ from support.make import PREFIX, lora_tensors, random_factors, write_adapter, wr
 from torch import nn
 
 from domerge_fast.adapters import check_compatible, from_model, from_tensors, load
+from domerge_fast.adapters.safetensors_file import SafetensorsFile
 from domerge_fast.errors import AdapterError, DomergeError, OptionError, OutputError
 
 Q, V = "layers.0.q_proj", "layers.0.v_proj"
@@ -75,8 +76,10 @@ CONFIGS = {
     "rank pattern": ({"rank_pattern": {"v_proj": 2}}, V, ["rank 4", "says 2"]),
     "zero r": ({"r": 0}, None, ["r is '0'", "positive"]),
     "r text": ({"r": "4"}, None, ["positive whole number"]),
-    "nan alpha": ({"lora_alpha": float("nan")}, None, ["lora_alpha", "finite number"]),
-    "inf alpha": ({"alpha_pattern": {"q": float("inf")}}, None, ["alpha_pattern", "finite"]),
+    "nan alpha": ({"lora_alpha": float("nan")}, None, ["NaN is no number"]),
+    "inf alpha": ({"alpha_pattern": {"q": float("inf")}}, None, ["Infinity is no number"]),
+    "huge alpha": ({"lora_alpha": 10**400}, None, ["lora_alpha", "finite number"]),
+    "huge pattern": ({"alpha_pattern": {"q": 10**400}}, None, ["alpha_pattern", "finite"]),
     "alpha text": ({"lora_alpha": "8"}, None, ["lora_alpha", "finite number"]),
     "alpha zero": ({"lora_alpha": 0}, Q, ["scaling 0", "lora_alpha", "leave the adapter out"]),
     "alpha pattern zero": ({"alpha_pattern": {"v_proj": 0.0}}, V, ["scaling 0", "alpha_pattern"]),
@@ -280,7 +283,7 @@ def test_a_file_that_changes_after_loading(tmp_path):
     write_adapter(tmp_path, random_factors(SHAPES, 2))
     with pytest.raises(AdapterError) as caught:
         adapter.factors(Q)
-    check_line(caught.value, "mine", None, "changed since", "load the adapter again")
+    check_line(caught.value, "mine", None, "changed since", "start again")
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError) as caught:
         adapter.factors(Q)
@@ -471,5 +474,6 @@ def test_no_case_reads_the_data(tmp_path, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("data was read")
 
-    monkeypatch.setattr(torch, "from_file", refuse)
+    monkeypatch.setattr(SafetensorsFile, "read", refuse)
+    monkeypatch.setattr(SafetensorsFile, "read_parts", refuse)
     load(folder)

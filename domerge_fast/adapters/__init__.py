@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..errors import printable
 from .adapter import Adapter, AdapterConfig, Kind, Module
 from .compatible import check_compatible
 from .lazy import LazyTensor
@@ -27,7 +28,8 @@ __all__ = [
 def load(source: str | os.PathLike[str], name: str | None = None) -> Adapter:
     """The adapter in a PEFT folder: config and header are read and checked, factors stay on disk.
 
-    ``name`` is what messages call it (the path as given if not stated). Raises AdapterError, in
+    ``name`` is what messages call it (the path as given if not stated, its bytes escaped where they
+    are no UTF-8). Raises AdapterError, in
     one line, for whatever cannot be merged exactly.
     """
-    return load_folder(Path(source), name or os.fspath(source))
+    return load_folder(Path(source), name or printable(os.fspath(source)))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..storage.input_file import InputFile
 from .lazy import LazyTensor, MemoryTensor
 from .safetensors_file import SafetensorsFile
 
@@ -71,7 +72,7 @@ class Adapter:
 
     ``name`` is what messages call it. ``modules`` is sorted by module name. ``carried`` holds the
     tensors stored whole (``modules_to_save`` and base embeddings saved along), by the key PEFT
-    writes (with its ``base_model.model.`` prefix).
+    writes (with its ``base_model.model.`` prefix). ``inputs`` are all files it was read from.
     """
 
     name: str
@@ -80,12 +81,13 @@ class Adapter:
     carried: Mapping[str, LazyTensor]
     stored: Mapping[str, tuple[LazyTensor, LazyTensor]] = field(repr=False)
     file: SafetensorsFile | None = field(default=None, repr=False)
+    inputs: tuple[InputFile, ...] = field(default=(), repr=False)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, n] and B [m, r] of a module: row-major, stored dtype, scaling not applied.
 
-        From a file the result is a view of the mapped file: do not write to it. KeyError if the
-        adapter has no such module; AdapterError if the file has changed since it was loaded.
+        From a file they are read anew, into memory of their own. KeyError if the adapter has no
+        such module; AdapterError if the file has changed since it was loaded.
         """
         a, b = self.stored[name]
         rank = self.modules[name].rank
@@ -93,11 +95,6 @@ class Adapter:
             a_rows, b_columns = a.rows(0, rank), b.read()[:, :rank]
             return a_rows.flatten(1).contiguous(), b_columns.flatten(1).contiguous()
         return a.read().flatten(1).contiguous(), b.read().flatten(1).contiguous()
-
-    def release(self) -> None:
-        """Let go of mapped memory; it is freed once no factor read from it is alive."""
-        if self.file is not None:
-            self.file.release()
 
     @property
     def devices(self) -> set[torch.device]:

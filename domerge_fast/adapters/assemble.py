@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..errors import AdapterError
+from ..errors import AdapterError, is_text
+from ..storage.input_file import InputFile
 from .adapter import Adapter, AdapterConfig, Kind, Module
 from .lazy import LazyTensor
 from .padding import unpadded_ranks
@@ -39,6 +40,7 @@ def assemble(
     tensors: Mapping[str, LazyTensor],
     scaling: Callable[[str, int], float],
     file: SafetensorsFile | None = None,
+    inputs: tuple[InputFile, ...] = (),
 ) -> Adapter:
     """An Adapter of tensors under the keys PEFT writes, with or without its prefix.
 
@@ -56,9 +58,7 @@ def assemble(
         raise AdapterError(name, None, problem, "leave it out, or check its target_modules")
     for module, rank in unpadded_ranks(stored).items():
         modules[module] = _of_rank(modules[module], rank)
-    if file:
-        file.release()
-    return Adapter(name, config, modules, carried, stored, file)
+    return Adapter(name, config, modules, carried, stored, file, inputs)
 
 
 def _sort_tensors(
@@ -67,6 +67,9 @@ def _sort_tensors(
     factors: dict[str, Sides] = {}
     carried: dict[str, LazyTensor] = {}
     for key, tensor in tensors.items():
+        if not is_text(key):
+            problem = f"tensor {key!r} has a name that no file can hold"
+            raise AdapterError(name, None, problem, "give it another, in Unicode")
         path = key.removeprefix(PREFIX)
         if match := _FACTOR.fullmatch(path):
             sides = factors.setdefault(match[1], {})

@@ -10,7 +10,7 @@ from ..errors import AdapterError, DomergeError
 from ..garbage import uncollected
 from .adapter import Adapter, Module
 from .assemble import PREFIX
-from .lazy import LazyTensor
+from .lazy import LazyTensor, in_step
 
 
 @uncollected()
@@ -37,8 +37,6 @@ def check_compatible(adapters: Sequence[Adapter], base_model: str | None = None)
     first = adapters[0]
     for other in adapters[1:]:
         _check_carried(first, other)
-        first.release()
-        other.release()
 
 
 def _check_stated(adapters: Sequence[Adapter], field: str, what: str) -> None:
@@ -115,8 +113,8 @@ def _adapted(adapter: Adapter, module: str) -> str | None:
 def _same(one: LazyTensor, other: LazyTensor) -> bool:
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
-    return torch.equal(_bits(one), _bits(other))
+    return all(torch.equal(_bits(a), _bits(b)) for a, b in in_step([one, other]))
 
 
-def _bits(tensor: LazyTensor) -> torch.Tensor:
-    return tensor.read().cpu().contiguous().reshape(-1).view(torch.uint8)
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8)

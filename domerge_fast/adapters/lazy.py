@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+PIECE_BYTES = 16 << 20
+"""Of a tensor that goes from file to file."""
 
 
 class LazyTensor(Protocol):
@@ -18,7 +22,7 @@ class LazyTensor(Protocol):
     @property
     def nbytes(self) -> int: ...
     def read(self) -> torch.Tensor:
-        """The tensor in its stored dtype and shape; shares the stored memory where it can."""
+        """The tensor in its stored dtype and shape: of a file in memory of its own."""
         ...
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
@@ -49,3 +53,24 @@ class MemoryTensor:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.tensor.detach()[start:stop]
+
+
+def pieces(tensor: LazyTensor, most_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
+    """The tensor in parts along its first dimension, in order, none much larger than so many
+    bytes (but one row)."""
+    for (piece,) in in_step([tensor], most_bytes):
+        yield piece
+
+
+def in_step(
+    tensors: Sequence[LazyTensor], most_bytes: int = PIECE_BYTES
+) -> Iterator[list[torch.Tensor]]:
+    """The same pieces of tensors of one shape."""
+    largest = max(x.nbytes for x in tensors)
+    shape = tensors[0].shape
+    if largest <= most_bytes or not shape:
+        yield [x.read() for x in tensors]
+        return
+    step = max(1, most_bytes * shape[0] // largest)
+    for start in range(0, shape[0], step):
+        yield [x.rows(start, min(start + step, shape[0])) for x in tensors]

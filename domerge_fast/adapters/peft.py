@@ -5,14 +5,19 @@ Neither ``peft`` nor ``transformers`` is imported; a model is read by PEFT's nam
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
 from ..garbage import uncollected
+from ..storage import json_file
+from ..storage.input_file import InputFile
 from .adapter import Adapter
 from .assemble import PREFIX, assemble
 from .lazy import MemoryTensor
@@ -32,10 +37,12 @@ def load_folder(folder: Path, name: str) -> Adapter:
     Raises AdapterError for whatever cannot be merged exactly.
     """
     folder = _find(folder, name)
-    raw = _read_json(folder / CONFIG, name)
+    refuse = functools.partial(AdapterError, name, None)
+    config_file = InputFile(folder / CONFIG, refuse)
+    raw = json_file.read_object(config_file, json_file.CONFIG_BYTES)
     config = read_config(raw, name)
     weights = folder / WEIGHTS
-    if not weights.is_file():
+    if not os.path.isfile(weights):
         pickles = [pickle for pickle in _PICKLES if (folder / pickle).exists()]
         if pickles:
             problem = f"has its weights only as a pickle ({pickles[0]}), which can run code"
@@ -43,8 +50,9 @@ def load_folder(folder: Path, name: str) -> Adapter:
         else:
             problem, remedy = f"has no {WEIGHTS}", "download or save it again"
         raise AdapterError(name, None, problem, remedy)
-    file = SafetensorsFile(weights, name)
-    return assemble(name, config, file.tensors(), scalings(raw, name), file)
+    file = SafetensorsFile(weights, refuse)
+    inputs = config_file, file.input
+    return assemble(name, config, file.tensors(), scalings(raw, name), file, inputs)
 
 
 def from_model(peft_model: Any, adapter_name: str = "default", name: str | None = None) -> Adapter:
@@ -60,7 +68,7 @@ def from_model(peft_model: Any, adapter_name: str = "default", name: str | None 
         problem = "is not an adapter of this model"
         known = ", ".join(map(repr, configs)) if isinstance(configs, Mapping) else "none"
         raise AdapterError(name, None, problem, f"pass the name of one of its adapters ({known})")
-    raw = json.loads(json.dumps(configs[adapter_name].to_dict(), default=_plain))
+    raw = _plain_config(configs[adapter_name].to_dict(), name)
     config = read_config(raw, name)
     scaling = {
         path.removeprefix(PREFIX): layer_scaling[adapter_name]
@@ -83,14 +91,19 @@ def from_model(peft_model: Any, adapter_name: str = "default", name: str | None 
 
 
 def _find(folder: Path, name: str) -> Path:
-    if not folder.exists():
+    try:
+        is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
+        if is_folder and (folder / CONFIG).is_file():
+            return folder
+        inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if path.is_file())
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL
         remedy = "check the path; an adapter on the Hugging Face Hub has to be downloaded first"
-        raise AdapterError(name, None, "no such folder", remedy)
-    if not folder.is_dir():
+        raise AdapterError(name, None, "no such folder", remedy) from error
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise AdapterError(name, None, problem, "check the path") from error
+    if not is_folder:
         raise AdapterError(name, None, "is a file", f"give the folder that holds {CONFIG}")
-    if (folder / CONFIG).is_file():
-        return folder
-    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
     if len(inside) == 1:
         return inside[0]
     if inside:
@@ -101,19 +114,13 @@ def _find(folder: Path, name: str) -> Path:
     raise AdapterError(name, None, f"has no {CONFIG}", "give a folder saved by PEFT")
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
+def _plain_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a live config would be read as, had it been saved."""
     try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        problem = f"{path.name} cannot be read ({error.strerror})"
-        raise AdapterError(name, None, problem, "check the file") from error
-    except ValueError as error:
-        problem = f"{path.name} is not valid JSON ({error})"
-        raise AdapterError(name, None, problem, "download or save the adapter again") from error
-    if not isinstance(raw, dict):
-        problem = f"{path.name} is not a JSON object"
-        raise AdapterError(name, None, problem, "download or save the adapter again")
-    return raw
+        return json_file.parse(json.dumps(config, default=_plain).encode())
+    except (json_file.BadJson, TypeError, RecursionError) as error:
+        problem = f"its config cannot be written as JSON ({error})"
+        raise AdapterError(name, None, problem, "correct the adapter's peft_config") from error
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -185,7 +186,8 @@ def _is_rank(value: Any) -> bool:
 
 
 def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    # Not math.isfinite: it takes no whole number beyond the largest float.
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _wrong_value(field: str, value: Any, expected: str, adapter: str) -> AdapterError:

@@ -1,4 +1,4 @@
-"""A safetensors file: a strictly checked header, and tensors mapped from disk on demand.
+"""A safetensors file: a strictly checked header, and tensors read from disk on demand.
 
 The header is read once and by hand (8-byte length, JSON, data), because a file of 37,000 tensors
 is then open in a fraction of a second. Format: https://github.com/huggingface/safetensors.
@@ -6,17 +6,22 @@ is then open in a fraction of a second. Format: https://github.com/huggingface/s
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from ..errors import AdapterError
+from ..errors import DomergeError
+from ..storage import json_file
+from ..storage.buffers import Buffers, aligned, bytes_of
+from ..storage.input_file import InputFile, Refuse
+from .lazy import LazyTensor
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -30,6 +35,8 @@ _DTYPES = {
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
@@ -38,83 +45,69 @@ _DTYPES = {
 }
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
     _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+_MAX_HEADER = json_file.INDEX_BYTES  # the limit of the safetensors library itself
+_MOST_DIMENSIONS = 64
+_MOST_BYTES = 2**63 - 1  # sizes and strides of torch are int64
 _AGAIN = "download or save the adapter again"
 
 
 class SafetensorsFile:
-    """One file, mapped as a whole at the first read and unmapped by ``release`` (once no tensor
-    that was read from it is alive). Mapping keeps no file descriptor, so thousands of files can be
-    open at once.
-    """
+    """One file; every read is of the file that was opened first, unchanged, or an error."""
 
-    def __init__(self, path: Path, adapter: str):
-        self.path = path
-        self._adapter = adapter
-        self._state = (0, 0)
-        self._data = 0
-        self._views: dict[torch.dtype, torch.Tensor] = {}
+    def __init__(self, path: Path, refuse: Refuse):
+        self.input = InputFile(path, refuse)
+        self.start = 0
+        """Where the data section begins, in bytes."""
+
+    @property
+    def path(self) -> Path:
+        return self.input.path
 
     def tensors(self) -> dict[str, FileTensor]:
         """The tensors by key. The file does not hold on to them, because they do to the file.
 
-        Raises AdapterError if the file cannot be read, is truncated, or has a header that is not
-        exactly what the format allows.
+        Refuses a file that cannot be read, is truncated, or has a header that is not exactly what
+        the format allows.
         """
-        try:
-            with self.path.open("rb") as stream:
-                self._state = _state(os.fstat(stream.fileno()))
-                header, self._data = self._read_header(stream)
-        except OSError as error:
-            raise self._error(f"cannot be read ({error.strerror})", "check the file") from error
+        with self.input.opened() as file:
+            header = self._read_header(file)
         return self._check_entries(header)
 
-    def read(self, begin: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor that starts at byte ``begin`` of the data section: mapped, not copied."""
-        begin += self._data
-        if begin % dtype.itemsize:
-            # Old writers did not pad the header, and torch cannot view unaligned elements.
-            size = math.prod(shape) * dtype.itemsize
-            return self._view(torch.uint8)[begin : begin + size].clone().view(dtype).view(shape)
-        # One call: slicing and reshaping instead costs three times as much for small factors.
-        return self._view(dtype).as_strided(shape, _strides(shape), begin // dtype.itemsize)
+    def read(self, begin: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        """The tensor that starts at byte ``begin`` of the data section, in memory of its own."""
+        tensor = torch.empty(tuple(shape), dtype=dtype)
+        with self.input.opened() as file:
+            self.input.fill(file, [(self.start + begin, [bytes_of(tensor)])])
+        return tensor
 
     def peek(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
         """Bytes (begin, count) of the data section, a few each: one call of the system a place."""
-        try:
-            with self.path.open("rb", buffering=0) as stream:
-                if _state(os.fstat(stream.fileno())) != self._state:
-                    raise self._error("changed since it was loaded", "load the adapter again")
-                file, data = stream.fileno(), self._data
-                return [os.pread(file, count, data + begin) for begin, count in places]
-        except OSError as error:
-            raise self._error(f"cannot be read ({error.strerror})", "check the file") from error
+        with self.input.opened() as file:
+            return [os.pread(file, count, self.start + begin) for begin, count in places]
 
-    def release(self) -> None:
-        """Let go of the mapping; the next read maps again (about 10 us)."""
-        self._views = {}
+    def read_parts(self, parts: Iterable[tuple[FileTensor, int]], memory: memoryview) -> None:
+        """Read tensors to their places in memory; neighbours in the file by one system call."""
+        runs: list[tuple[int, list[memoryview]]] = []
+        end = -1
+        for x, at in sorted(parts, key=lambda part: part[0].begin):
+            if x.begin != end:
+                runs.append((self.start + x.begin, []))
+            runs[-1][1].append(memory[at : at + x.nbytes])
+            end = x.begin + x.nbytes
+        with self.input.opened() as file:
+            self.input.fill(file, runs)
 
-    def _view(self, dtype: torch.dtype) -> torch.Tensor:
-        """The whole file as a vector of one dtype."""
-        views = self._views
-        if torch.uint8 not in views:
-            views[torch.uint8] = self._map()
-        if dtype not in views:
-            whole = views[torch.uint8]
-            views[dtype] = whole[: len(whole) // dtype.itemsize * dtype.itemsize].view(dtype)
-        return views[dtype]
+    def head(self) -> bytes:
+        """What stands before the data section."""
+        data = bytearray(self.start)
+        with self.input.opened() as file:
+            self.input.fill(file, [(0, [memoryview(data)])])
+        return bytes(data)
 
-    def _map(self) -> torch.Tensor:
-        try:
-            if _state(self.path.stat()) != self._state:
-                raise self._error("changed since it was loaded", "load the adapter again")
-        except OSError as error:
-            raise self._error(f"cannot be read ({error.strerror})", "check the file") from error
-        return torch.from_file(str(self.path), False, self._state[0], dtype=torch.uint8)
-
-    def _read_header(self, stream: BinaryIO) -> tuple[dict[str, Any], int]:
-        size = self._state[0]
-        start = stream.read(8)
+    def _read_header(self, file: int) -> dict[str, Any]:
+        size = self.input.size
+        start = bytearray(min(8, size))
+        self.input.fill(file, [(0, [memoryview(start)])])
         if start == b"version ":
             raise self._error("is a git-lfs pointer, not the weights", "run 'git lfs pull'")
         length = int.from_bytes(start, "little")
@@ -122,16 +115,24 @@ class SafetensorsFile:
             raise self._error("is truncated or no safetensors file", _AGAIN)
         if length > _MAX_HEADER:
             raise self._error(f"has a header of {length} bytes, too long to be real", _AGAIN)
+        data = bytearray(length)
+        self.input.fill(file, [(8, [memoryview(data)])])
+        self.start = 8 + length
+        return self._parse(bytes(data))
+
+    def _parse(self, data: bytes) -> dict[str, Any]:
         try:
-            header = json.loads(stream.read(length), object_pairs_hook=_unique)
-        except ValueError as error:
+            header = json_file.parse(data)
+        except json_file.BadJson as error:
             raise self._error(f"has a corrupt header ({error})", _AGAIN) from error
         if not isinstance(header, dict):
             raise self._error("has a corrupt header (not a JSON object)", _AGAIN)
-        return header, 8 + length
+        if data[:1] != b"{":
+            raise self._error("has a corrupt header (it does not begin with '{')", _AGAIN)
+        return header
 
     def _check_entries(self, header: dict[str, Any]) -> dict[str, FileTensor]:
-        header.pop("__metadata__", None)
+        self._check_metadata(header.pop("__metadata__", None))
         tensors = {key: self._entry(key, entry) for key, entry in header.items()}
         position = 0
         by_place = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes))
@@ -139,7 +140,7 @@ class SafetensorsFile:
             if tensor.begin != position:
                 raise self._error(f"has a gap or an overlap in its data before {key!r}", _AGAIN)
             position = tensor.begin + tensor.nbytes
-        present = self._state[0] - self._data
+        present = self.input.size - self.start
         if position > present:
             problem = f"is truncated: its header promises {position} bytes of data, {present} exist"
             raise self._error(problem, _AGAIN)
@@ -147,12 +148,21 @@ class SafetensorsFile:
             raise self._error(f"has {present - position} bytes no tensor owns", _AGAIN)
         return tensors
 
+    def _check_metadata(self, metadata: Any) -> None:
+        if metadata is None:
+            return
+        if not isinstance(metadata, dict) or not all(
+            isinstance(text, str) for text in metadata.values()
+        ):
+            raise self._error("has a __metadata__ that is no map of texts", _AGAIN)
+
     def _entry(self, key: str, entry: Any) -> FileTensor:
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
             raise self._error(f"describes tensor {key!r} wrongly", _AGAIN) from error
-        if not isinstance(shape, list) or not _are_sizes(*shape, begin, end):
+        sizes = isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS
+        if not sizes or not _are_sizes(*shape, begin, end):
             raise self._error(f"gives tensor {key!r} an impossible shape or place", _AGAIN)
         if not isinstance(dtype, str) or dtype not in _DTYPES:
             problem = f"stores tensor {key!r} as unknown dtype {dtype!r}"
@@ -162,10 +172,12 @@ class SafetensorsFile:
         if end - begin != nbytes:
             problem = f"gives tensor {key!r} {end - begin} bytes where its shape needs {nbytes}"
             raise self._error(problem, _AGAIN)
+        if not nbytes and _overflows(shape, torch_dtype):
+            raise self._error(f"gives tensor {key!r} an impossible shape or place", _AGAIN)
         return FileTensor(self, torch_dtype, tuple(shape), begin, nbytes)
 
-    def _error(self, problem: str, remedy: str) -> AdapterError:
-        return AdapterError(self._adapter, None, f"{self.path.name} {problem}", remedy)
+    def _error(self, problem: str, remedy: str) -> DomergeError:
+        return self.input.refuse(f"{self.path.name} {problem}", remedy)
 
 
 @dataclass(slots=True, eq=False)  # not frozen: that would double the time to load 37,000 of them
@@ -182,27 +194,58 @@ class FileTensor:
         return self.file.read(self.begin, self.dtype, self.shape)
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        before = self.nbytes // self.shape[0] * start
-        return self.file.read(self.begin + before, self.dtype, (stop - start, *self.shape[1:]))
+        begin = self.begin + self.nbytes // self.shape[0] * start
+        return self.file.read(begin, self.dtype, (stop - start, *self.shape[1:]))
 
 
-def _state(stat: os.stat_result) -> tuple[int, int]:
-    return stat.st_size, stat.st_mtime_ns
+def group_bytes(wanted: Iterable[LazyTensor]) -> int:
+    """What `read_group` needs of a buffer for these tensors."""
+    return sum(map(_room, wanted))
+
+
+def read_group(wanted: Sequence[LazyTensor], buffers: Buffers) -> list[torch.Tensor]:
+    """Factors as matrices [shape[0], the rest]: those of files in one buffer, every file opened
+    once and read from front to back; those in memory as they are."""
+    places = list(itertools.accumulate(map(_room, wanted), initial=0))
+    if not places[-1]:
+        return [_in_memory(x) for x in wanted]
+    in_files: dict[SafetensorsFile, list[tuple[FileTensor, int]]] = defaultdict(list)
+    for x, at in zip(wanted, places):
+        if isinstance(x, FileTensor):
+            in_files[x.file].append((x, at))
+    whole, memory = buffers.take()
+    for file, parts in in_files.items():
+        file.read_parts(parts, memory)
+    views: dict[torch.dtype, torch.Tensor] = {}
+    return [
+        _matrix(x, at, whole, views) if isinstance(x, FileTensor) else _in_memory(x)
+        for x, at in zip(wanted, places)
+    ]
+
+
+def _room(x: LazyTensor) -> int:
+    return aligned(x.nbytes) if isinstance(x, FileTensor) else 0
+
+
+def _in_memory(x: LazyTensor) -> torch.Tensor:
+    return x.read().flatten(1).contiguous()
+
+
+def _matrix(
+    x: FileTensor, at: int, whole: torch.Tensor, views: dict[torch.dtype, torch.Tensor]
+) -> torch.Tensor:
+    """The tensor at a byte of the buffer. One call: slicing and reshaping instead costs three
+    times as much for small factors."""
+    if x.dtype not in views:
+        views[x.dtype] = whole.view(x.dtype)
+    rows, columns = x.shape[0], math.prod(x.shape[1:])
+    return views[x.dtype].as_strided((rows, columns), (columns, 1), at // x.dtype.itemsize)
 
 
 def _are_sizes(*values: Any) -> bool:
-    return set(map(type, values)) == {int} and min(values) >= 0
+    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= _MOST_BYTES
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides = [1] * len(shape)
-    for i in range(len(shape) - 1, 0, -1):
-        strides[i - 1] = strides[i] * shape[i]
-    return tuple(strides)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
+def _overflows(shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether torch could not even stride over a tensor without elements."""
+    return math.prod(max(size, 1) for size in shape) * dtype.itemsize > _MOST_BYTES

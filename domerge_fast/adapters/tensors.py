@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from ..errors import AdapterError
+from ..errors import AdapterError, is_text
 from .adapter import Adapter, AdapterConfig
 from .assemble import assemble
 from .lazy import MemoryTensor
@@ -29,6 +29,9 @@ def from_tensors(
     names the modules that are embeddings (A [r, vocabulary], B [dimension, r]). Tensors are not
     copied and keep their device. Raises AdapterError as for a saved adapter.
     """
+    if base_model is not None and not is_text(base_model):
+        problem = f"its base_model is {base_model!r}, which is no name"
+        raise AdapterError(name, None, problem, "give a text")
     tensors = {}
     for module, (a, b) in factors.items():
         if a.device != b.device:

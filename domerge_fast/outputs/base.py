@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-import shutil
 from io import FileIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..adapters.lazy import LazyTensor, pieces
+from ..adapters.safetensors_file import SafetensorsFile
 from ..errors import OutputError
 from ..merged import Target
 from ..report import Report
+from ..storage.input_file import InputFile
 from . import marker, weights
 from .card import CARD, Heading, is_ours
 from .checkpoint import CONFIG, open_checkpoint
@@ -43,41 +45,39 @@ class ModelFolder(MergeFolder):
         _check_apart(path, base)
         self._base = open_checkpoint(base)
         self._fit = fit(target, self._base)
-        names = [*(file.name for file in self._base.starts), *self._base.others, CARD]
+        names = [*(file.path.name for file in self._base.inputs), CARD]
         super().__init__(path, target, overwrite, [glob.escape(name) for name in names])
         _check_written_by_us(path)
 
     def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
-        self._files = {
-            path: files.enter_context(FileIO(folder / path.name, "w")) for path in self._base.starts
-        }
-        self._starts: dict[Path, int] = {}
-        for path, start in self._base.starts.items():
-            with path.open("rb") as original:
-                head = marker.marked(original.read(start))
-            write(self._files[path], head)
-            self._starts[path] = len(head)
+        self._files: dict[SafetensorsFile, FileIO] = {}
+        self._starts: dict[SafetensorsFile, int] = {}
+        for base in self._base.files:
+            head = marker.marked(base.head())
+            self._files[base] = files.enter_context(FileIO(folder / base.path.name, "w"))
+            write(self._files[base], head)
+            self._starts[base] = len(head)
         self._missing = {place.key for place in self._fit.places.values()}
         for key in self._base.tensors:
             if key not in self._missing:
-                self._write(key, 0, self._before(key))
-                self._release(key)
-        for name in self._base.others:
-            shutil.copyfile(self._base.folder / name, folder / name)
+                self._copy(key)
+        for file in self._base.others:
+            _copy_file(file, folder / file.path.name)
 
     def add(self, name: str, delta: Tensor) -> None:
         """ΔW [m, n] of a module, in any order of modules."""
         place = self._fit.places[name]
-        before = self._before(place.key)
+        before, dtype = self._before(place.key)
         change = weights.stored(self._target.layouts[name], delta.detach().cpu(), place.turned)
-        wide = torch.promote_types(before.dtype, torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
         rows = max(1, CHUNK_BYTES // (change[0].numel() * wide.itemsize))
+        written = 0
         for start in range(0, len(change), rows):
-            part = slice(start, start + rows)
-            after = before[part].to(wide) + change[part].to(wide)
-            skipped = before[:start].nbytes
-            self._write(place.key, skipped, weights.rounded(name, after, before.dtype))
-        self._release(place.key)
+            part = change[start : start + rows].to(wide)
+            after = before.rows(start, start + len(part)).cpu().to(dtype).to(wide) + part
+            rounded = weights.rounded(name, after, dtype)
+            self._write(place.key, written, rounded)
+            written += rounded.nbytes
         self._missing.discard(place.key)
 
     def finish(self, report: Report) -> None:
@@ -85,23 +85,33 @@ class ModelFolder(MergeFolder):
         if self._missing:
             raise AssertionError(f"{min(self._missing)} was never written")
         self._write_card(report)
+        self._base.check()
 
-    def _before(self, key: str) -> Tensor:
-        """The weight that ΔW is added to, in the base's dtype."""
-        if key not in self._fit.replaced:
-            return self._base.read(key)
-        return self._fit.replaced[key].read().cpu().to(self._base.tensors[key].dtype)
+    def _before(self, key: str) -> tuple[LazyTensor, torch.dtype]:
+        """The weight that ΔW is added to, and the dtype that it has in the base."""
+        own = self._base.tensors[key]
+        return self._fit.replaced.get(key, own), own.dtype
+
+    def _copy(self, key: str) -> None:
+        before, dtype = self._before(key)
+        written = 0
+        for piece in pieces(before):
+            kept = piece.cpu().to(dtype)
+            self._write(key, written, kept)
+            written += kept.nbytes
 
     def _write(self, key: str, skipped: int, tensor: Tensor) -> None:
         """Write a tensor, or its part after so many bytes."""
         place = self._base.tensors[key]
-        file: FileIO = self._files[place.file.path]
-        file.seek(self._starts[place.file.path] + place.begin + skipped)
+        file: FileIO = self._files[place.file]
+        file.seek(self._starts[place.file] + place.begin + skipped)
         write_tensor(file, tensor)
 
-    def _release(self, key: str) -> None:
-        """Unmap the base's file, once its tensors that are in use are gone."""
-        self._base.tensors[key].file.release()
+
+def _copy_file(file: InputFile, target: Path) -> None:
+    with FileIO(target, "w") as copy:
+        for data in file.chunks():
+            write(copy, data)
 
 
 def _check_apart(path: Path, base: Path) -> None:

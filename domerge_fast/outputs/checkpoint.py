@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import functools
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..adapters.safetensors_file import FileTensor, SafetensorsFile
-from ..errors import AdapterError, OptionError
+from ..errors import OptionError
+from ..storage import json_file
+from ..storage.input_file import InputFile
 from .card import CARD
 
 CONFIG = "config.json"
@@ -27,28 +28,31 @@ _AGAIN = "download or save it again"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A base model. tensors: by parameter name; nothing is read yet. starts: by file with weights,
-    where its first tensor starts, in bytes. others: names of the small files beside them: config,
-    tokenizer, code, but no weights in other formats, nor an adapter or a card."""
+    """A base model. tensors: by parameter name; nothing is read yet. files: those with weights.
+    others: the small files beside them: config, index, tokenizer, code, but no weights in other
+    formats, nor an adapter or a card."""
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, FileTensor]
-    starts: Mapping[Path, int]
-    others: tuple[str, ...]
+    files: tuple[SafetensorsFile, ...]
+    others: tuple[InputFile, ...]
 
-    def read(self, key: str) -> torch.Tensor:
-        """A view of the mapped file; OptionError if that changed since it was opened."""
-        try:
-            return self.tensors[key].read()
-        except AdapterError as error:
-            raise refusal(self.folder, str(error.args[2]), "start again") from error
+    @property
+    def inputs(self) -> list[InputFile]:
+        return [*(file.input for file in self.files), *self.others]
+
+    def check(self) -> None:
+        """OptionError if a file that was read is not any more what it was."""
+        for file in self.inputs:
+            file.check()
 
     @property
     def is_tied(self) -> bool:
         """Whether loading may make one weight of the input and the output embeddings; where the
         config does not say, some versions of transformers do."""
-        text = self.config.get("text_config") or {}
+        text = self.config.get("text_config")
+        text = text if isinstance(text, dict) else {}
         return bool(self.config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
 
 
@@ -58,25 +62,46 @@ def refusal(folder: Path, problem: str, remedy: str) -> OptionError:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads config, index and headers; OptionError for what is no whole model in safetensors."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         remedy = "give a model folder; a model on the Hugging Face Hub has to be downloaded first"
         raise refusal(folder, "is no folder", remedy)
-    config = _read_json(folder, CONFIG)
+    config_file = _input(folder, CONFIG)
+    config = _config(folder, config_file)
     tensors: dict[str, FileTensor] = {}
-    starts: dict[Path, int] = {}
-    index = _index(folder)
+    files: list[SafetensorsFile] = []
+    index_file, index = _index(folder)
     for path in _files(folder, index):
-        found = _tensors(folder, path)
+        file = SafetensorsFile(path, functools.partial(refusal, folder))
+        found = file.tensors()
         if twice := found.keys() & tensors.keys():
             raise refusal(folder, f"stores {min(twice)!r} in two files", _AGAIN)
         tensors |= found
-        starts[path] = path.stat().st_size - sum(t.nbytes for t in found.values())
+        files.append(file)
     if index is not None:
         where = {key: tensor.file.path.name for key, tensor in tensors.items()}
         for key, _ in sorted(index.items() - where.items()):
             raise refusal(folder, f"has {key!r} not where {INDEX} says", _AGAIN)
-    others = [*_others(folder), *([INDEX] if index is not None else [])]
-    return Checkpoint(folder, config, tensors, starts, tuple(others))
+    read = [config_file, *([index_file] if index_file else [])]
+    others = [_input(folder, n) for n in _others(folder) if n != CONFIG]
+    return Checkpoint(folder, config, tensors, tuple(files), (*read, *others))
+
+
+def _input(folder: Path, name: str) -> InputFile:
+    return InputFile(folder / name, functools.partial(refusal, folder))
+
+
+def _config(folder: Path, file: InputFile) -> dict[str, Any]:
+    """The fields of config.json that are used are what they should be."""
+    if not os.path.isfile(file.path):
+        raise refusal(folder, f"has no {CONFIG}", "give a folder saved by transformers")
+    config = json_file.read_object(file, json_file.CONFIG_BYTES)
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        tied = part.get("tie_word_embeddings")
+        if tied is not None and not isinstance(tied, bool):
+            problem = f"has tie_word_embeddings={str(tied)[:40]!r} in {CONFIG}, not true or false"
+            raise refusal(folder, problem, f"correct {CONFIG}")
+    return config
 
 
 def _others(folder: Path) -> list[str]:
@@ -92,14 +117,15 @@ def _others(folder: Path) -> list[str]:
     ]
 
 
-def _index(folder: Path) -> dict[str, str] | None:
+def _index(folder: Path) -> tuple[InputFile | None, dict[str, str] | None]:
     """The file of every tensor, where they are in shards; transformers prefers a single file."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
-        return None
-    where = _read_json(folder, INDEX).get("weight_map")
+        return None, None
+    file = _input(folder, INDEX)
+    where = json_file.read_object(file, json_file.INDEX_BYTES).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise refusal(folder, f"has no weight_map in {INDEX}", _AGAIN)
-    return where
+    return file, where
 
 
 def _files(folder: Path, index: Mapping[str, str] | None) -> list[Path]:
@@ -118,22 +144,3 @@ def _remedy(folder: Path, index: Mapping[str, str] | None) -> str:
     if any(folder.glob("adapter_model.*")):
         return "give the base model, not an adapter"
     return "save it as safetensors: transformers' save_pretrained does"
-
-
-def _tensors(folder: Path, path: Path) -> dict[str, FileTensor]:
-    try:
-        return SafetensorsFile(path, str(folder)).tensors()
-    except AdapterError as error:
-        raise refusal(folder, f"cannot be used: {error.args[2]}", _AGAIN) from error
-
-
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
-    try:
-        value = json.loads((folder / name).read_bytes())
-    except FileNotFoundError as error:
-        raise refusal(folder, f"has no {name}", "give a folder saved by transformers") from error
-    except (OSError, ValueError) as error:
-        raise refusal(folder, f"has a {name} that cannot be read ({error})", _AGAIN) from error
-    if not isinstance(value, dict):
-        raise refusal(folder, f"has a {name} that is no JSON object", _AGAIN)
-    return value

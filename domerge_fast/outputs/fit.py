@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapters import LazyTensor
+from ..adapters.lazy import in_step
 from ..merged import Layout, Target
 from . import weights
 from .checkpoint import Checkpoint, refusal
@@ -155,10 +156,8 @@ def _is_token_weight(key: str) -> bool:
 def _equal(tensor: LazyTensor, key: str, base: Checkpoint) -> bool:
     if tensor.shape != base.tensors[key].shape:
         return False
-    own = base.read(key)
-    equal = torch.equal(tensor.read().cpu().to(own.dtype), own)
-    base.tensors[key].file.release()
-    return equal
+    own = base.tensors[key]
+    return all(torch.equal(x.cpu().to(y.dtype), y) for x, y in in_step([tensor, own]))
 
 
 def _check_replaceable(key: str, tensor: LazyTensor, base: Checkpoint) -> None:

@@ -53,13 +53,14 @@ class MergeFolder(ABC):
         """Write everything but the modules, which have all been added."""
 
     def _write_json(self, name: str, value: Mapping[str, object]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         (self._folder / name).write_text(text + "\n", encoding="utf-8")
 
     def _write_card(self, report: Report) -> None:
         base = self._target.config["base_model_name_or_path"]
         card = model_card(self.heading, report, None if base is None else str(base))
-        (self._folder / CARD).write_text(card, encoding="utf-8")
+        # Names of adapters may come from anywhere, and hold what UTF-8 cannot.
+        (self._folder / CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
 
     def __exit__(
         self,

@@ -36,7 +36,8 @@ def target(plan: Plan, dtype: torch.dtype, base_model: str | None) -> Target:
     merging = [a for a, w in zip(plan.adapters, plan.weights) if w != 0]
     config = _config(merging, plan.names, base_model)
     inputs = frozenset(a.file.path.parent.resolve() for a in plan.adapters if a.file)
-    return Target(config, layouts, plan.adapters[0].carried, dtype, inputs)
+    files = tuple(file for a in plan.adapters for file in a.inputs)
+    return Target(config, layouts, plan.adapters[0].carried, dtype, inputs, files)
 
 
 def _config(
@@ -140,7 +141,7 @@ class PeftFolder(MergeFolder):
     def finish(self, report: Report) -> None:
         """Everything but the merged factors: carried tensors, config and card."""
         for key, tensor in self._target.carried.items():
-            self._writer.add(key, tensor.read())
+            self._writer.add_pieces(key, tensor)
         self._write_json(CONFIG, dict(self._target.config) | rank_fields(self._ranks))
         self._write_card(report)
 

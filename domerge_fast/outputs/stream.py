@@ -7,7 +7,6 @@ is computed, so room for the longest possible header is left at the start and fi
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Mapping, Sequence
 from io import FileIO
@@ -17,6 +16,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from ..adapters.lazy import LazyTensor, pieces
+from ..storage.buffers import bytes_of
 from .marker import MARK, METADATA
 
 _NAMES = {
@@ -59,6 +60,14 @@ class SafetensorsWriter:
         self._end = end
         write_tensor(self._file, tensor)
 
+    def add_pieces(self, key: str, tensor: LazyTensor) -> None:
+        """Append a tensor that is read piece by piece."""
+        end = self._end + tensor.nbytes
+        self._entries.append(_entry(key, tensor.dtype, tensor.shape, self._end, end))
+        self._end = end
+        for piece in pieces(tensor):
+            write_tensor(self._file, piece)
+
     def __enter__(self) -> SafetensorsWriter:
         return self
 
@@ -78,9 +87,7 @@ class SafetensorsWriter:
 def write_tensor(file: FileIO, tensor: Tensor) -> None:
     """Write a tensor's elements, row-major, at the file's position."""
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.nbytes:
-        buffer = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-        write(file, memoryview(buffer))
+    write(file, bytes_of(tensor))
 
 
 def write(file: FileIO, data: memoryview | bytes) -> None:
