@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import Adapter, from_model, from_tensors, load
     from .api import backends, inspect, merge, methods
-    from .errors import AdapterError, DomergeError, OptionError, OutputError
+    from .errors import AdapterError, DomergeError, OptionError, OutputError, OutputWarning
     from .merged import Merged
     from .report import Interference, Report
     from .sequential import Sequential
@@ -32,6 +32,7 @@ _HOME = {
     "Merged": "merged",
     "OptionError": "errors",
     "OutputError": "errors",
+    "OutputWarning": "errors",
     "Report": "report",
     "Sequential": "sequential",
     "backends": "api",
@@ -51,6 +52,7 @@ __all__ = [
     "Merged",
     "OptionError",
     "OutputError",
+    "OutputWarning",
     "Report",
     "Sequential",
     "backends",

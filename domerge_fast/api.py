@@ -58,6 +58,7 @@ def merge(
     progress: Progress = False,
     output: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
+    force: bool = False,
     form: str = "adapter",
     base: str | os.PathLike[str] | None = None,
     dtype: str | None = None,
@@ -84,7 +85,10 @@ def merge(
         besides the kernels' scratch memory (256 MiB at most); None: 80 % of what is free on a GPU.
     progress: True for a bar on stderr, or a function of (modules done, modules in all).
     output: write a folder while merging, so that no more than a group of modules is in
-        memory; an existing one is replaced only with `overwrite`.
+        memory. It appears whole or not at all, and is on the disk when this returns.
+    overwrite: replace an existing output that domerge_fast wrote. force: replace also one that
+        others wrote (a trained adapter, a model), if it holds nothing but regular files with the
+        names of this form. Other files, folders, the adapters and the base are never replaced.
     form: what is written: "adapter", a PEFT folder; "deltas", ΔW of every module as dense tensors;
         "model", the model in the folder `base` with ΔW added to its weights. In memory, "deltas"
         keeps ΔW dense in float32: `Merged.delta` then gives it exactly.
@@ -94,7 +98,8 @@ def merge(
     base_model: says which base model all adapters belong to, where their configs disagree.
 
     Returns a Merged. Raises DomergeError (AdapterError, OptionError, OutputError), one line, for
-    whatever cannot be merged exactly or written; nothing is left written then.
+    whatever cannot be merged exactly or written; nothing is left written then. An OutputWarning
+    says what went wrong beside an output that is in its place: an old one could not be removed.
     """
     started = time.perf_counter()
     chosen = choose(method, method_options)
@@ -155,7 +160,7 @@ def merge(
         target.check_inputs()
         return Merged(report, target, results)
     path = Path(output).absolute()
-    with _folder(form, path, target, base, overwrite) as folder:
+    with _folder(form, path, target, base, overwrite, force) as folder:
         report = run(folder.add, True)
         folder.finish(report)
         target.check_inputs()
@@ -278,12 +283,13 @@ def _folder(
     target: Target,
     base: str | os.PathLike[str] | None,
     overwrite: bool,
+    force: bool,
 ) -> MergeFolder:
     if form == "adapter":
-        return peft.PeftFolder(path, target, overwrite)
+        return peft.PeftFolder(path, target, overwrite, force)
     if base is None:
-        return DeltaFolder(path, target, overwrite)
-    return ModelFolder(path, target, Path(base), overwrite)
+        return DeltaFolder(path, target, overwrite, force)
+    return ModelFolder(path, target, Path(base), overwrite, force)
 
 
 def _steps(option: str, names: Sequence[str], table: Mapping[str, S]) -> tuple[S, ...]:

@@ -12,17 +12,22 @@ import signal
 import sys
 import traceback
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 
 from . import __version__
-from .errors import DomergeError
+from .errors import DomergeError, OutputWarning
+from .outputs import folder
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 after one line on stderr."""
+    """Run a command; returns the exit code: 0, or 2 after one line on stderr.
+
+    An output that is in its place is 0, with a line on stderr where something beside it is wrong.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = _run(arguments)
@@ -35,10 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    folder.last_written = None
     try:
         args = _parse(arguments)
-        signal.signal(signal.SIGTERM, _interrupt)
-        return args.run(args)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+                signal.signal(number, _interrupt)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", OutputWarning)
+            warnings.showwarning = _in_one_line(warnings.showwarning)
+            return args.run(args)
     except SystemExit as leaving:
         return int(leaving.code or 0)
     except DomergeError as error:
@@ -47,8 +58,22 @@ def _run(arguments: list[str]) -> int:
         print(f"domerge-fast: error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        print("domerge-fast: interrupted; nothing was written", file=sys.stderr)
+        written = folder.last_written
+        what = f"{str(written)!r} was written" if written else "nothing was written"
+        print(f"domerge-fast: interrupted; {what}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _in_one_line(usual: Callable[..., None]) -> Callable[..., None]:
+    """How warnings are shown: ours as errors are, others as usual."""
+
+    def show(message: Warning | str, category: type[Warning], *where: typing.Any) -> None:
+        if issubclass(category, OutputWarning):
+            print(f"domerge-fast: warning: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *where)
+
+    return show
 
 
 def _interrupt(signum: int, frame: object) -> None:
@@ -99,6 +124,13 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
 
 
+def _add_replacing(parser: argparse.ArgumentParser) -> None:
+    help = "replace an existing output of domerge-fast"
+    parser.add_argument("--overwrite", action="store_true", help=help)
+    help = "replace also what others wrote, if all its files have names of the same form"
+    parser.add_argument("--force", action="store_true", help=help)
+
+
 def _fill_merge(parser: argparse.ArgumentParser) -> None:
     from .methods import TABLE
     from .methods.steps import POST, PRE
@@ -106,7 +138,7 @@ def _fill_merge(parser: argparse.ArgumentParser) -> None:
     _add_sources(parser)
     add = parser.add_argument
     add("-o", "--output", required=True, metavar="OUT", help="folder to write")
-    add("--overwrite", action="store_true", help="replace an existing output")
+    _add_replacing(parser)
     add("--method", default="do", help=f"{', '.join(TABLE)} (default: do)")
     add("--weights", nargs="+", type=float, metavar="W", help="one an adapter (default: 1 each)")
     add("--scale", type=float, default=1.0, help="factor on the merged update (default: 1)")
@@ -209,9 +241,9 @@ def _fill_sequential(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--alpha", type=float, default=0.5, help="as for the method opcm")
     start.add_argument("--rank", type=int, help="truncate the sum in every add (default: exact)")
     start.add_argument("--base-model", help="the base model, where the configs disagree")
-    start.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _add_replacing(start)
     start.set_defaults(run=_start)
-    add = actions.add_parser("add", help="add adapters, in the order given")
+    add = actions.add_parser("add", help="add adapters in this order, all or none")
     add.add_argument("folder", metavar="STATE", help="folder of the merge")
     add.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT adapter folder")
     add.add_argument("--weight", type=float, default=1.0, help="of each (default: 1)")
@@ -219,7 +251,7 @@ def _fill_sequential(parser: argparse.ArgumentParser) -> None:
     save = actions.add_parser("save", help="write the merged adapter")
     save.add_argument("folder", metavar="STATE", help="folder of the merge")
     save.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
-    save.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    _add_replacing(save)
     save.add_argument("--scale", type=float, default=1.0, help="factor on the merged update")
     save.add_argument("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
     save.set_defaults(run=_save)
@@ -236,9 +268,8 @@ def _start(args: argparse.Namespace) -> int:
 def _add_to(args: argparse.Namespace) -> int:
     from .sequential import Sequential
 
-    state = Sequential.open(args.folder)
-    for adapter in args.adapters:
-        step = state.add(adapter, args.weight)
+    weights = [args.weight] * len(args.adapters)
+    for step in Sequential.open(args.folder).add_all(args.adapters, weights):
         print(f"{step.adapter}: norm {step.norm:.4g}, energy kept {100 * step.energy_kept:.2f} %")
     return 0
 
@@ -246,7 +277,7 @@ def _add_to(args: argparse.Namespace) -> int:
 def _save(args: argparse.Namespace) -> int:
     from .sequential import Sequential
 
-    given = {"scale": args.scale, "dtype": args.dtype, "overwrite": args.overwrite}
+    given = {name: getattr(args, name) for name in ("scale", "dtype", "overwrite", "force")}
     merged = Sequential.open(args.folder).save(args.output, **given)
     _print_table(merged.report.summary())
     print(f"written to {args.output}")

@@ -90,7 +90,18 @@ class OptionError(DomergeError):
 
 
 class OutputError(DomergeError):
-    """The output cannot be written; nothing was."""
+    """The output cannot be written, and what was there is as it was."""
+
+    def __init__(self, path: str, problem: str, remedy: str):
+        super().__init__(path, problem, remedy)
+
+    def __str__(self) -> str:
+        path, problem, remedy = self.args
+        return _one_line(f"output {path!r}", problem, remedy)
+
+
+class OutputWarning(UserWarning):
+    """The output is as it should be, but something beside it is not."""
 
     def __init__(self, path: str, problem: str, remedy: str):
         super().__init__(path, problem, remedy)

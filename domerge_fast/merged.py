@@ -106,19 +106,21 @@ class Merged:
         a, b = self.factors(name)
         return b.float() @ a.float()
 
-    def save(self, output: str | os.PathLike[str], overwrite: bool = False) -> None:
+    def save(
+        self, output: str | os.PathLike[str], overwrite: bool = False, force: bool = False
+    ) -> None:
         """Write the folder of the merge's form, a PEFT adapter or dense deltas: whole or not at
-        all. OutputError if it cannot be."""
+        all. overwrite, force: as for `merge`. OutputError if it cannot be."""
         from .outputs.deltas import DeltaFolder
         from .outputs.peft import PeftFolder
 
         if self._form == "deltas":
-            with DeltaFolder(Path(output), self.target, overwrite) as deltas:
+            with DeltaFolder(Path(output), self.target, overwrite, force) as deltas:
                 for name in self.names:
                     deltas.add(name, self.delta(name))
                 deltas.finish(self.report)
             return
-        with PeftFolder(Path(output), self.target, overwrite) as folder:
+        with PeftFolder(Path(output), self.target, overwrite, force) as folder:
             for name in self.names:
                 folder.add(name, *self.factors(name))
             folder.finish(self.report)

@@ -3,7 +3,8 @@ adapters that are trained one after the other.
 
 The folder holds the running sum S of methods/opcm.py, as float32 factors of its numerical support
 under PEFT's keys, and what was added to it. `add` reads the sum and one adapter, group by group,
-and replaces the folder whole or not at all. Time, memory and disk do not grow with the adapters
+and replaces the folder whole or not at all; the folder is locked from the first read, so that two
+who add at once come one after the other. Time, memory and disk do not grow with the adapters
 that were added, only with the rank of their sum: min(m, n) at most, or `rank`.
 """
 
@@ -15,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from .merged import Merged, Target
 from .methods import opcm
 from .methods.base import Chosen, Settings
 from .outputs import peft
-from .outputs.folder import whole_folder
+from .outputs.folder import Replacing, recover, whole_folder
+from .outputs.marker import all_marked
 from .outputs.stream import SafetensorsWriter
 from .plan import Plan, Stack
 from .problem import Problem
@@ -119,8 +121,9 @@ class Sequential:
         rank: int | None = None,
         base_model: str | None = None,
         overwrite: bool = False,
+        force: bool = False,
     ) -> Sequential:
-        """A merge of no adapters yet, written to a new folder.
+        """A merge of no adapters yet, written to a new folder. overwrite, force: as for `merge`.
 
         alpha: as the option of `opcm`. rank: truncate the running sum to this rank in every add;
         None: exact. base_model: says which base model all adapters belong to, where their configs
@@ -131,7 +134,7 @@ class Sequential:
             rank = options.check("rank", rank, int, low=1)
         options.text("base_model", base_model)
         made = cls(Path(folder).absolute(), State(chosen.alpha, rank, base_model))
-        with whole_folder(made.folder, overwrite, FILES) as fresh:
+        with whole_folder(made.folder, _replacing(overwrite, force)) as fresh:
             made.state.write(fresh)
         return made
 
@@ -139,6 +142,8 @@ class Sequential:
     def open(cls, folder: str | os.PathLike[str]) -> Sequential:
         """The merge that was started in this folder, with all that was added. OptionError."""
         path = Path(folder).absolute()
+        if not path.exists():
+            recover(path)
         return cls(path, State.read(path))
 
     def add(
@@ -150,46 +155,95 @@ class Sequential:
         device: str = "auto",
         progress: api.Progress = False,
     ) -> Step:
-        """Add an adapter, off the spectrum of what there is; afterwards the folder is up to date.
+        """Add an adapter, off the spectrum of what there is; afterwards the folder is up to date,
+        also with what others have added to it since it was opened.
 
         Modules that it lacks stay as they are; modules that no adapter before it has are taken as
         they are. weight: may be negative. backend, device, progress: as in `merge`. Raises
         AdapterError, OptionError or OutputError, and the folder is as it was.
         """
-        weight = options.check("weight", weight, float)
-        if weight == 0:
+        steps = self.add_all([adapter], [weight], backend=backend, device=device, progress=progress)
+        return steps[0]
+
+    def add_all(
+        self,
+        adapters: Iterable[str | os.PathLike[str] | Adapter],
+        weights: Sequence[float] | None = None,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        progress: api.Progress = False,
+    ) -> list[Step]:
+        """Add adapters in order as `add` does, all or none of them. weights: None is 1 for each."""
+        if isinstance(adapters, (str, os.PathLike, Adapter)):
+            raise OptionError("adapters", "is one adapter, not a list", "say add for one")
+        loaded = [x if isinstance(x, Adapter) else load(x) for x in adapters]
+        if not loaded:
+            raise OptionError("adapters", "there are none", "give at least one")
+        weights = [1.0] * len(loaded) if weights is None else weights
+        if len(weights) != len(loaded):
+            problem = f"{len(weights)} weights for {len(loaded)} adapters"
+            raise OptionError("weights", problem, "give one number for each adapter, in order")
+        weights = [options.check("weight", weight, float) for weight in weights]
+        if 0 in weights:
             raise OptionError("weight", "0 adds nothing", "give another, or leave the adapter out")
-        new = adapter if isinstance(adapter, Adapter) else load(adapter)
-        sources = [*self._running(), new]
-        check_compatible(sources, self.state.base_model)
-        plan = Plan.make(sources, [*[1.0] * (len(sources) - 1), weight])
-        target = peft.target(plan, torch.float32, self.state.base_model)
+        run = functools.partial(self._run, backend=backend, device=device, progress=progress)
+        with whole_folder(self.folder, _replacing(True, True)) as fresh:
+            state = self._current()
+            running = self._running(state, self.folder)
+            check_compatible([*running, *loaded], state.base_model)
+            for new, weight in zip(loaded, weights):
+                state = self._next(state, running, new, weight, fresh, run)
+                state.write(fresh)
+                state = State.read(fresh)
+                running = self._running(state, fresh)
+        self.state = state
+        return list(state.steps[-len(loaded) :])
+
+    def _current(self) -> State:
+        """What the folder holds now. OutputError if that is not this merge any more."""
+        state, known = State.read(self.folder), self.state
+        same = ("alpha", "rank", "base_model")
+        if state.steps[: len(known.steps)] == known.steps and all(
+            getattr(state, field) == getattr(known, field) for field in same
+        ):
+            return state
+        problem = "was started anew by someone else, and is as they left it"
+        raise OutputError(str(self.folder), problem, "open it again, then add once more")
+
+    def _next(
+        self,
+        state: State,
+        running: Sequence[Adapter],
+        new: Adapter,
+        weight: float,
+        fresh: Path,
+        run: Callable[[Plan, InterferenceSums, engine.Sink], Mapping[str, ModuleReport]],
+    ) -> State:
+        """The state with one more adapter, whose running sum is in the folder `fresh`."""
+        sources = [*running, new]
+        check_compatible(sources, state.base_model)
+        plan = Plan.make(sources, [*[1.0] * len(running), weight])
+        target = peft.target(plan, torch.float32, state.base_model)
         sums = InterferenceSums([source.name for source in sources])
-        with whole_folder(self.folder, True, FILES) as fresh:
-            with SafetensorsWriter(fresh / FACTORS, dict(peft.largest(target))) as writer:
-                sink = _Sink(writer, target)
-                modules = self._run(plan, sums, sink, backend, device, progress)
-                for key, tensor in target.carried.items():
-                    writer.add_pieces(key, tensor)
-            norm = abs(weight) * sums.result().norms[-1]
-            state = dataclasses.replace(
-                self.state,
-                dtype=_shared_dtype(self.state.dtype, new),
-                norm=math.sqrt(sink.energy),
-                config=target.config,
-                steps=(
-                    *self.state.steps,
-                    Step(printable(new.name), weight, norm, _energy_kept(modules)),
-                ),
-                versions=api.versions(),
-            )
-            state.write(fresh)
-            target.check_inputs()
-            if State.read(self.folder) != self.state:
-                problem = "was changed by someone else, and is as they left it"
-                raise OutputError(str(self.folder), problem, "open it again, then add once more")
-        self.state = State.read(self.folder)
-        return self.state.steps[-1]
+        path = fresh / f"next_{FACTORS}"
+        with SafetensorsWriter(path, dict(peft.largest(target))) as writer:
+            sink = _Sink(writer, target)
+            modules = run(plan, sums, sink)
+            for key, tensor in target.carried.items():
+                writer.add_pieces(key, tensor)
+        target.check_inputs()
+        os.replace(path, fresh / FACTORS)
+        norm = abs(weight) * sums.result().norms[-1]
+        step = Step(printable(new.name), weight, norm, _energy_kept(modules))
+        return dataclasses.replace(
+            state,
+            dtype=_shared_dtype(state.dtype, new),
+            norm=math.sqrt(sink.energy),
+            config=target.config,
+            steps=(*state.steps, step),
+            versions=api.versions(),
+        )
 
     def merged(self, *, scale: float = 1.0, dtype: str | None = None) -> Merged:
         """The merged adapter g λ S, in memory. scale: λ. dtype: None takes that of the adapters.
@@ -206,22 +260,24 @@ class Sequential:
         scale: float = 1.0,
         dtype: str | None = None,
         overwrite: bool = False,
+        force: bool = False,
     ) -> Merged:
         """Write the merged adapter as a PEFT folder, module by module: whole or not at all.
+        overwrite, force: as for `merge`.
 
         Raises OptionError or OutputError.
         """
         report, target, results = self._result(scale, dtype)
-        Merged(report, target, results).save(output, overwrite)
+        Merged(report, target, results).save(output, overwrite, force)
         return Merged(report, target, {}, Path(output).absolute())
 
-    def _running(self) -> list[Adapter]:
-        """S as an adapter of scaling 1; none before the first add."""
-        if not self.state.steps:
+    def _running(self, state: State, place: Path) -> list[Adapter]:
+        """S as an adapter of scaling 1, from the file in a folder; none before the first add."""
+        if not state.steps:
             return []
         name = str(self.folder)
-        file = SafetensorsFile(self.folder / FACTORS, functools.partial(AdapterError, name, None))
-        config = read_config(self.state.config, name)
+        file = SafetensorsFile(place / FACTORS, functools.partial(AdapterError, name, None))
+        config = read_config(state.config, name)
         inputs = (file.input,)
         return [assemble(name, config, file.tensors(), lambda module, rank: 1.0, file, inputs)]
 
@@ -247,7 +303,7 @@ class Sequential:
         scale = options.check("scale", scale, float)
         if scale == 0:
             raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
-        running, steps = self._running(), self.state.steps
+        running, steps = self._running(self.state, self.folder), self.state.steps
         if not running:
             problem = f"nothing was added to {str(self.folder)!r} yet"
             raise OptionError("folder", problem, "add an adapter first")
@@ -316,6 +372,19 @@ class _Scaled(Mapping[str, tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._adapter.modules)
+
+
+def _replacing(overwrite: bool, force: bool) -> Replacing:
+    return Replacing(overwrite, force, FILES, _is_ours)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether there is a state, and factors with our mark if it has any."""
+    try:
+        state = State.read(folder)
+    except OptionError:
+        return False
+    return not state.steps or all_marked(folder)
 
 
 def _shared_dtype(so_far: str | None, new: Adapter) -> str:

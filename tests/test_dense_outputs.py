@@ -136,9 +136,10 @@ def prepared(case: str, tmp_path: Path, **options: Any) -> SimpleNamespace:
     return SimpleNamespace(base=base, model=model, merged=merged, out=tmp_path / "out")
 
 
-def write_model(case: SimpleNamespace, overwrite: bool = False, reverse: bool = False) -> None:
+def write_model(case: SimpleNamespace, reverse: bool = False, **replacing: bool) -> None:
     names = reversed(case.merged.names) if reverse else case.merged.names
-    with ModelFolder(case.out, case.merged.target, case.base, overwrite) as folder:
+    replacing = {"overwrite": False} | replacing
+    with ModelFolder(case.out, case.merged.target, case.base, **replacing) as folder:
         for name in names:
             folder.add(name, case.merged.delta(name))
         folder.finish(case.merged.report)
@@ -282,8 +283,14 @@ def test_only_a_model_we_wrote_is_replaced(gpt2_case, tmp_path):
     with unchanged(tmp_path), pytest.raises(OutputError, match=r"exists already; .*--overwrite"):
         write_model(gpt2_case)
     (gpt2_case.out / CARD).write_text("somebody else's")
+    write_model(gpt2_case, overwrite=True)
+    card = (gpt2_case.out / CARD).read_text()
+    edit_weights(gpt2_case.out, lambda stored: None)
+    (gpt2_case.out / CARD).write_text(card)
     with unchanged(tmp_path), pytest.raises(OutputError, match=r"domerge_fast did not write; give"):
         write_model(gpt2_case, overwrite=True)
+    write_model(gpt2_case, force=True)
+    write_model(gpt2_case, overwrite=True)
 
 
 def test_the_base_and_the_adapters_are_never_written_to(gpt2_case, tmp_path):
@@ -588,7 +595,9 @@ def test_an_interrupted_write_leaves_nothing(form, error, gpt2_case, tmp_path):
     written = []
 
     def interrupt() -> None:
-        written.extend(path.stat().st_size for path in out.parent.glob(".out.*/*.safetensors"))
+        written.extend(
+            path.stat().st_size for path in out.parent.glob(".domerge_fast-*/new/*.safetensors")
+        )
         raise error
 
     with unchanged(tmp_path), pytest.raises(type(error)):

@@ -408,17 +408,24 @@ def test_an_adapter_that_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     assert len(stated.state.steps) == 2
 
 
-def test_two_who_add_at_the_same_time_lose_nothing(tmp_path):
+def test_what_others_have_added_meanwhile_is_kept(tmp_path):
     inputs = folders(tmp_path)
     one = added(tmp_path / "state", inputs[:1], False)
     other = Sequential.open(tmp_path / "state")
     other.add(inputs[1])
-    with unchanged(tmp_path), pytest.raises(DomergeError, match=r"open it again|load the adapter"):
+    one.add(inputs[2])
+    expected = added(tmp_path / "expected", inputs, False)
+    assert one.state == expected.state == Sequential.open(tmp_path / "state").state
+    check(one.merged(), {name: dense(expected.merged(), name) for name in SHAPES}, 1e-2)
+
+
+@pytest.mark.parametrize("changed", [{"alpha": 0.4}, {"rank": 3}, {"base_model": "another"}, {}])
+def test_a_merge_that_was_started_anew_is_not_added_to(changed, tmp_path):
+    inputs = folders(tmp_path)
+    one = added(tmp_path / "state", inputs[:1] if not changed else [], False)
+    Sequential.start(tmp_path / "state", overwrite=True, **changed)
+    with unchanged(tmp_path), pytest.raises(OutputError, match="was started anew by someone else"):
         one.add(inputs[2])
-    fresh = Sequential.start(tmp_path / "fresh")
-    Sequential.open(tmp_path / "fresh").add(inputs[0])
-    with unchanged(tmp_path), pytest.raises(OutputError, match="changed by someone else"):
-        fresh.add(inputs[1])
 
 
 # Whole or not at all

@@ -355,7 +355,11 @@ IMPOSSIBLE = {
     "below a file": ("a/adapter_config.json/x/out", "cannot be written (Not a directory)"),
     "not a real disk": ("/proc/none/out", "cannot be written (No such file or directory)"),
     "too long": ("x" * 300, "cannot be written (File name too long)"),
-    "too long when hidden": ("x" * 250, "cannot be written (File name too long)"),
+    "no name at all": ("a\0b", "is no path (it holds characters that no name can have); give"),
+    "half a character": (
+        "a\ud800b",
+        "is no path (it holds characters that no name can have); give",
+    ),
     "a link to itself": ("loop", "cannot be written"),
 }
 
@@ -412,12 +416,12 @@ def test_a_full_disk_at_any_point_leaves_nothing(pair, small_groups, tmp_path):
 
 
 def test_a_disk_without_room_for_one_more_file_leaves_nothing(pair, tmp_path):
-    for inodes in range(1, 5):  # the disk's own folder, ours, and three files
+    for inodes in range(1, 7):  # the disk's own folder, the hidden one, its lock, ours, three files
         with small_disk(tmp_path / "disk", f"nr_inodes={inodes}") as disk:
             with pytest.raises(OutputError, match="No space left on device"):
                 dm.merge(pair, output=disk / "out")
             assert os.listdir(disk) == []
-    with small_disk(tmp_path / "disk", "nr_inodes=5") as disk:
+    with small_disk(tmp_path / "disk", "nr_inodes=7") as disk:
         dm.merge(pair, output=disk / "out")
 
 
@@ -454,7 +458,7 @@ def test_an_error_in_the_middle_leaves_nothing(overwrite, pair, small_groups, tm
 
 
 def sizes_of_partial(out: Path) -> int:
-    return sum(path.stat().st_size for path in out.parent.glob(f".out.*.partial/{WEIGHTS}"))
+    return sum(path.stat().st_size for path in out.parent.glob(f".domerge_fast-*/new/{WEIGHTS}"))
 
 
 def test_an_error_of_the_caller_leaves_nothing(pair, small_groups, tmp_path):
@@ -485,7 +489,7 @@ def merge_until_told(
     if moment == "before the swap":
         output_folder._swap = wait
     if moment == "after the swap":
-        output_folder.shutil.rmtree = wait
+        output_folder._Writing.finish = wait
     if not through_cli:
         dm.merge(adapters, output=out, overwrite=True, scale=2.0, progress=progress)
         return
@@ -512,9 +516,10 @@ def test_a_kill_leaves_the_old_state(moment, existing, pair, tmp_path):
     assert out.exists() == existing
     left = [name for name in os.listdir(out.parent) if name != "out"]
     assert len(left) == 1
-    assert left[0].startswith(".out.")
+    assert left[0].startswith(".domerge_fast-")
     dm.merge(pair, output=out, overwrite=True)
     assert sorted(os.listdir(out)) == sorted(FILES)
+    assert os.listdir(out.parent) == ["out"]
 
 
 def test_a_kill_after_the_swap_leaves_the_new_state(pair, tmp_path):
@@ -527,14 +532,21 @@ def test_a_kill_after_the_swap_leaves_the_new_state(pair, tmp_path):
     process.join()
     assert sorted(os.listdir(out)) == sorted(FILES)
     assert load_bytes(out) == load_bytes(expected.path)
+    dm.merge(pair, output=out, overwrite=True)
+    assert os.listdir(out.parent) == ["out"]
 
 
 @pytest.mark.parametrize("existing", [False, True], ids=["absent", "existing"])
 @pytest.mark.parametrize("moment", ["merging", "before the swap"])
 @pytest.mark.parametrize(
     ("number", "through_cli"),
-    [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, True)],
-    ids=["Ctrl-C", "Ctrl-C on the command line", "SIGTERM on the command line"],
+    [
+        (signal.SIGINT, False),
+        (signal.SIGINT, True),
+        (signal.SIGTERM, True),
+        (signal.SIGHUP, True),
+    ],
+    ids=["Ctrl-C", *(f"{name} on the command line" for name in ("Ctrl-C", "SIGTERM", "SIGHUP"))],
 )
 def test_an_interrupt_leaves_nothing(number, through_cli, moment, existing, pair, tmp_path):
     out = tmp_path / "place/out"
@@ -584,7 +596,7 @@ def test_without_an_exchange_of_names_the_old_output_is_put_back(pair, tmp_path,
     replace = os.replace
 
     def fail_to_place(source: Path, target: Path) -> None:
-        if Path(source).suffix == ".partial":
+        if Path(source).name == "new":
             raise PermissionError(13, "Permission denied")
         replace(source, target)
 

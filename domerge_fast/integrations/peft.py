@@ -56,6 +56,7 @@ _ELSEWHERE = {
     "rank": "say svd_rank",
     "output": "save the new adapter with the model's save_pretrained",
     "overwrite": "save the new adapter with the model's save_pretrained",
+    "force": "save the new adapter with the model's save_pretrained",
     "base_model": "leave it out, adapters of one model have one base",
     "form": "leave it out, what is added is an adapter",
     "base": "leave it out, what is added is an adapter",

@@ -18,10 +18,10 @@ from ..merged import Target
 from ..report import Report
 from ..storage.input_file import InputFile
 from . import marker, weights
-from .card import CARD, Heading, is_ours
-from .checkpoint import CONFIG, open_checkpoint
+from .card import CARD, Heading
+from .checkpoint import open_checkpoint
 from .fit import fit
-from .folder import cannot_write
+from .folder import check_apart, check_path, is_same
 from .merge_folder import MergeFolder
 from .stream import write, write_tensor
 
@@ -41,13 +41,16 @@ class ModelFolder(MergeFolder):
 
     heading = Heading("Model with merged LoRA adapters", "transformers")
 
-    def __init__(self, path: Path, target: Target, base: Path, overwrite: bool) -> None:
-        _check_apart(path, base)
+    def __init__(
+        self, path: Path, target: Target, base: Path, overwrite: bool, force: bool = False
+    ) -> None:
+        check_path(path)
+        _check_outside(path, base)
+        check_apart(path, base, "the base model's folder")
         self._base = open_checkpoint(base)
         self._fit = fit(target, self._base)
         names = [*(file.path.name for file in self._base.inputs), CARD]
-        super().__init__(path, target, overwrite, [glob.escape(name) for name in names])
-        _check_written_by_us(path)
+        super().__init__(path, target, overwrite, force, [glob.escape(name) for name in names])
 
     def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
         self._files: dict[SafetensorsFile, FileIO] = {}
@@ -114,17 +117,8 @@ def _copy_file(file: InputFile, target: Path) -> None:
             write(copy, data)
 
 
-def _check_apart(path: Path, base: Path) -> None:
+def _check_outside(path: Path, base: Path) -> None:
     place, of_base = Path(os.path.realpath(path)), Path(os.path.realpath(base))
-    if of_base in (place, *place.parents):
-        raise OutputError(str(path), "is in the base model's folder", "give another folder")
-
-
-def _check_written_by_us(path: Path) -> None:
-    """Models have all the same file names; only one that we wrote may be replaced."""
-    try:
-        if (path / CONFIG).exists() and not is_ours(path):
-            problem = "holds a model that domerge_fast did not write"
-            raise OutputError(str(path), problem, "give another folder, or remove it")
-    except OSError as error:
-        raise cannot_write(path, error) from error
+    for folder in (place, *place.parents):
+        if folder == of_base or is_same(folder, of_base):
+            raise OutputError(str(path), "is in the base model's folder", "give another folder")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..report import Interference, Report
 
@@ -45,12 +44,6 @@ def model_card(heading: Heading, report: Report, base_model: str | None) -> str:
         parts += ["## Interference before merging", *_interference(report.interference)]
     parts += ["## Versions", _table(("package", "version"), list(report.versions.items()))]
     return "\n\n".join(parts) + "\n"
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether the card in a folder is one of these."""
-    card = folder / CARD
-    return card.is_file() and _TAGS in card.read_text(encoding="utf-8", errors="replace")
 
 
 def recipe(report: Report) -> dict[str, object]:

@@ -36,12 +36,12 @@ class DeltaFolder(MergeFolder):
     note = "`W + ΔW` is the merged weight of every parameter in these files."
     heading = Heading("Merged weight updates (ΔW)", note=note)
 
-    def __init__(self, path: Path, target: Target, overwrite: bool) -> None:
+    def __init__(self, path: Path, target: Target, overwrite: bool, force: bool = False) -> None:
         weights.check_no_replication(target)
         for key in target.carried:
             problem = f"{key!r} is saved whole by the adapters, which is no update"
             raise DomergeError(f"{problem}; write an adapter, or a model on its base")
-        super().__init__(path, target, overwrite, FILES)
+        super().__init__(path, target, overwrite, force, FILES)
 
     def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
         layouts = self._target.layouts.values()

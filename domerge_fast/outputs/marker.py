@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..storage import json_file
 
 METADATA = "__metadata__"
 MARK = {"domerge_fast": __version__}
-
-_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 
 
 def marked(head: bytes) -> bytes:
@@ -45,9 +44,9 @@ def is_marked(path: Path) -> bool:
 def _header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length <= _MAX_HEADER else b""
+        text = file.read(length) if length <= json_file.INDEX_BYTES else b""
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError):
+        header = json_file.parse(text)
+    except json_file.BadJson:
         return {}
     return header if isinstance(header, dict) else {}

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from ..errors import OutputError
 from ..merged import Target
 from ..report import Report
 from .card import CARD, Heading, model_card
-from .folder import whole_folder
+from .folder import Replacing, check_apart, check_path, whole_folder
+from .marker import all_marked
 
 Folder = TypeVar("Folder", bound="MergeFolder")
 
@@ -24,18 +23,21 @@ class MergeFolder(ABC):
     """A merge written module by module. The folder appears when `finish`
     was called and the block ends without an error; otherwise nothing does.
 
-    ours: patterns of the names in an earlier output that may be replaced.
+    names: patterns of the file names of the form.
     """
 
     heading: Heading
     add: Callable[..., None]
     """Write one module: its name, and what the form keeps of it (A and B, or ΔW)."""
 
-    def __init__(self, path: Path, target: Target, overwrite: bool, ours: Collection[str]) -> None:
-        if Path(os.path.realpath(path)) in target.inputs:
-            raise OutputError(str(path), "is one of the adapters to merge", "give another folder")
+    def __init__(
+        self, path: Path, target: Target, overwrite: bool, force: bool, names: Collection[str]
+    ) -> None:
+        check_path(path)
+        for folder in target.inputs:
+            check_apart(path, folder, "one of the adapters to merge")
         self._target = target
-        self._whole = whole_folder(path, overwrite, ours)
+        self._whole = whole_folder(path, Replacing(overwrite, force, names, all_marked))
 
     def __enter__(self: Folder) -> Folder:
         with contextlib.ExitStack() as stack:

@@ -123,8 +123,8 @@ class PeftFolder(MergeFolder):
 
     heading = Heading("Merged LoRA adapter", "peft")
 
-    def __init__(self, path: Path, target: Target, overwrite: bool) -> None:
-        super().__init__(path, target, overwrite, FILES)
+    def __init__(self, path: Path, target: Target, overwrite: bool, force: bool = False) -> None:
+        super().__init__(path, target, overwrite, force, FILES)
         self._ranks: dict[str, int] = {}
         self._shapes = dict(largest(target))
 
