@@ -133,7 +133,19 @@ TENSORS = {
     "adapter name": (
         tensors() | {f"{PLAIN}.lora_A.default.weight": half(4, 8)},
         Q,
-        ["unknown tensor", "lora_A.default.weight", "save_pretrained"],
+        ["factor A twice", "lora_A.default.weight'", "lora_A.weight'", "save_pretrained"],
+    ),
+    "two adapters": (
+        {k.replace(".weight", ".one.weight"): t for k, t in tensors().items() if ".q_proj." in k}
+        | {k.replace(".weight", ".two.weight"): t for k, t in tensors().items() if ".v_proj." in k},
+        None,
+        ["holds adapters 'one' and 'two'", f"{Q}.lora_A.one.weight'", "folder of its own"],
+    ),
+    "bias of a named B": (tensors() | {f"{PLAIN}.lora_B.default.bias": half(6)}, Q, ["bias on B"]),
+    "wrapped twice": (
+        tensors() | {f"{PREFIX}_orig_mod.{Q}.lora_A.weight": half(4, 8)},
+        Q,
+        ["factor A twice", f"'{PREFIX}_orig_mod.{Q}.lora_A.weight'", f"'{A}'"],
     ),
     "unknown": (tensors() | {f"{PREFIX}x.weight": half(4)}, None, ["unknown tensor 'x.weight'"]),
     "base bias": (tensors() | {f"{PLAIN}.bias": half(6)}, None, [f"'{Q}.bias'"]),
@@ -141,7 +153,14 @@ TENSORS = {
     "carried twice": (
         tensors() | {"lm_head.weight": half(2), f"{PREFIX}lm_head.weight": half(2)},
         None,
-        ["'lm_head.weight' twice"],
+        ["'lm_head.weight' twice, as", f"'{PREFIX}lm_head.weight' and 'lm_head.weight'"],
+    ),
+    "carried twice, named": (
+        tensors()
+        | {f"{PREFIX}lm_head.weight": half(2)}
+        | {f"{PREFIX}lm_head.modules_to_save.default.weight": half(2)},
+        None,
+        ["'lm_head.weight' twice", "lm_head.modules_to_save.default.weight'"],
     ),
     "carried empty": (
         tensors() | {f"{PREFIX}lm_head.weight": half(0)},

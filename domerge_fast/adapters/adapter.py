@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -66,13 +67,24 @@ class AdapterConfig:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
+def without_paths(config: AdapterConfig) -> AdapterConfig:
+    """The config of an adapter whose modules are called otherwise than in the model that it was
+    saved from: its selection of modules is kept only where it is by their last names."""
+    for chosen in (config.target_modules or [], config.exclude_modules or []):
+        if isinstance(chosen, str) or any("." in str(name) for name in chosen):
+            return dataclasses.replace(config, target_modules=None, exclude_modules=None)
+    return config
+
+
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """A LoRA adapter: its modules, and its factors read on demand.
 
     ``name`` is what messages call it. ``modules`` is sorted by module name. ``carried`` holds the
     tensors stored whole (``modules_to_save`` and base embeddings saved along), by the key PEFT
-    writes (with its ``base_model.model.`` prefix). ``inputs`` are all files it was read from.
+    writes (with its ``base_model.model.`` prefix). ``inputs`` are all files it was read from. Names
+    are those of the plain model; ``removed`` are the components that something around it had added
+    to them.
     """
 
     name: str
@@ -82,6 +94,7 @@ class Adapter:
     stored: Mapping[str, tuple[LazyTensor, LazyTensor]] = field(repr=False)
     file: SafetensorsFile | None = field(default=None, repr=False)
     inputs: tuple[InputFile, ...] = field(default=(), repr=False)
+    removed: tuple[str, ...] = ()
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, n] and B [m, r] of a module: row-major, stored dtype, scaling not applied.

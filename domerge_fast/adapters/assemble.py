@@ -14,13 +14,18 @@ import torch
 
 from ..errors import AdapterError, is_text
 from ..storage.input_file import InputFile
-from .adapter import Adapter, AdapterConfig, Kind, Module
+from .adapter import Adapter, AdapterConfig, Kind, Module, without_paths
 from .lazy import LazyTensor
+from .names import PREFIX, Spelling
 from .padding import unpadded_ranks
 from .safetensors_file import SafetensorsFile
 
-PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_(?:([AB])\.weight|embedding_([AB]))")
+# A live model, and what consolidates its shards, have the adapter's name after the side.
+_FACTOR = re.compile(
+    r"(.+)\.lora_(?:([AB])(?:\.(.+))?\.weight"
+    r"|embedding_([AB])(?:\.((?!weight$|bias$).+))?)"
+)
+_SAVED = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
 # What PEFT saves of the base model beside its own tensors: the input and output embeddings, under
 # the names that transformers models give them.
 _SAVED_ALONG = re.compile(
@@ -47,7 +52,8 @@ def assemble(
     ``scaling`` maps (module, rank) to the factor in front of B @ A. Raises AdapterError for any
     tensor that is not part of a plain LoRA and for factors that do not fit each other.
     """
-    factors, carried = _sort_tensors(name, config, tensors)
+    spell = Spelling(tensors)
+    factors, carried = _sort_tensors(name, config, tensors, spell)
     modules: dict[str, Module] = {}
     stored: dict[str, tuple[LazyTensor, LazyTensor]] = {}
     for module, sides in sorted(factors.items()):
@@ -58,37 +64,53 @@ def assemble(
         raise AdapterError(name, None, problem, "leave it out, or check its target_modules")
     for module, rank in unpadded_ranks(stored).items():
         modules[module] = _of_rank(modules[module], rank)
-    return Adapter(name, config, modules, carried, stored, file, inputs)
+    removed = tuple(spell.removed(tensors))
+    if removed:
+        config = without_paths(config)
+    return Adapter(name, config, modules, carried, stored, file, inputs, removed)
 
 
 def _sort_tensors(
-    name: str, config: AdapterConfig, tensors: Mapping[str, LazyTensor]
+    name: str, config: AdapterConfig, tensors: Mapping[str, LazyTensor], spell: Spelling
 ) -> tuple[dict[str, Sides], dict[str, LazyTensor]]:
     factors: dict[str, Sides] = {}
-    carried: dict[str, LazyTensor] = {}
+    others: list[str] = []
+    owners: dict[str, str] = {}
     for key, tensor in tensors.items():
         if not is_text(key):
             problem = f"tensor {key!r} has a name that no file can hold"
             raise AdapterError(name, None, problem, "give it another, in Unicode")
-        path = key.removeprefix(PREFIX)
-        if match := _FACTOR.fullmatch(path):
-            sides = factors.setdefault(match[1], {})
-            side = match[2] or match[3]
-            if side in sides:
-                problem = f"stores factor {side} twice, as {sides[side][0]!r} and {key!r}"
-                raise AdapterError(name, match[1], problem, _SAVE_AGAIN)
-            sides[side] = key, tensor
-        elif ".lora_" not in path and _is_carried(path, config.modules_to_save or ()):
-            if PREFIX + path in carried:
-                problem = f"stores {path!r} twice, with and without {PREFIX!r}"
-                raise AdapterError(name, None, problem, _SAVE_AGAIN)
-            if 0 in tensor.shape:
-                problem = f"stores {path!r} whole but empty (shape {list(tensor.shape)})"
-                raise AdapterError(name, None, problem, _GATHER)
-            carried[PREFIX + path] = tensor
-        else:
+        if not (match := _FACTOR.fullmatch(spell(key))):
+            others.append(key)
+            continue
+        module, one, owner, side, other_owner = match.groups()
+        sides, side = factors.setdefault(module, {}), one or side
+        if side in sides:
+            problem = f"stores factor {side} twice, as {sides[side][0]!r} and {key!r}"
+            raise AdapterError(name, module, problem, _SAVE_AGAIN)
+        sides[side] = key, tensor
+        if owner := owner or other_owner:
+            owners.setdefault(owner, key)
+    carried: dict[str, str] = {}
+    for key in others:
+        path = spell(key)
+        if saved := _SAVED.fullmatch(path):
+            path = f"{saved[1]}.{saved[3]}"
+            owners.setdefault(saved[2], key)
+        elif ".lora_" in path or not _is_carried(path, config.modules_to_save or ()):
             raise _unknown(name, path)
-    return factors, carried
+        first = carried.setdefault(path, key)
+        if first != key:
+            problem = f"stores {path!r} twice, as {first!r} and {key!r}"
+            raise AdapterError(name, None, problem, _SAVE_AGAIN)
+        if 0 in tensors[key].shape:
+            problem = f"stores {path!r} whole but empty (shape {list(tensors[key].shape)})"
+            raise AdapterError(name, None, problem, _GATHER)
+    if len(owners) > 1:
+        (one, key), (other, other_key) = list(owners.items())[:2]
+        problem = f"holds adapters {one!r} and {other!r} in one file ({key!r}, {other_key!r})"
+        raise AdapterError(name, None, problem, "save each to a folder of its own")
+    return factors, {PREFIX + path: tensors[key] for path, key in carried.items()}
 
 
 def _is_carried(path: str, modules_to_save: list[str] | tuple[()]) -> bool:
@@ -103,7 +125,7 @@ def _unknown(name: str, path: str) -> AdapterError:
     module, _, tensor = path.partition(".lora_")
     if tensor.startswith("magnitude_vector"):
         problem, remedy = "is a DoRA (lora_magnitude_vector)", "train it as a plain LoRA"
-    elif tensor == "B.bias":
+    elif tensor.startswith("B.") and tensor.endswith(".bias"):
         problem, remedy = "has a bias on B (lora_bias)", "train it with lora_bias=False"
     else:
         problem, remedy = f"unknown tensor {path!r}", _SAVE_AGAIN + ", as a plain LoRA"
@@ -120,7 +142,7 @@ def _module(adapter: str, name: str, sides: Sides, scaling: Callable[[str, int],
         raise AdapterError(adapter, name, problem, "leave such modules out of target_modules")
     (key, a), (key_b, b) = sides["A"], sides["B"]
     kind = _kind(key, a.shape)
-    if (key_b.endswith("embedding_B")) != (kind == "embedding"):
+    if (".lora_embedding_B" in key_b) != (kind == "embedding"):
         raise AdapterError(adapter, name, f"mixes {key!r} with {key_b!r}", _SAVE_AGAIN)
     for side, tensor in (("A", a), ("B", b)):
         _check_dtype(adapter, name, side, tensor.dtype)
@@ -145,7 +167,7 @@ def _of_rank(module: Module, rank: int) -> Module:
 
 
 def _kind(key: str, a_shape: tuple[int, ...]) -> Kind | None:
-    if key.endswith("lora_embedding_A"):
+    if ".lora_embedding_A" in key:
         return "embedding"
     kinds: dict[int, Kind] = {2: "linear", 3: "conv1d", 4: "conv2d", 5: "conv3d"}
     return kinds.get(len(a_shape))

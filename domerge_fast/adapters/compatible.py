@@ -9,8 +9,8 @@ import torch
 from ..errors import AdapterError, DomergeError
 from ..garbage import uncollected
 from .adapter import Adapter, Module
-from .assemble import PREFIX
 from .lazy import LazyTensor, in_step
+from .names import PREFIX
 
 
 @uncollected()

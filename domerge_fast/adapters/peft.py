@@ -10,7 +10,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from ..garbage import uncollected
 from ..storage import json_file
 from ..storage.input_file import InputFile
 from .adapter import Adapter
-from .assemble import PREFIX, assemble
-from .lazy import MemoryTensor
+from .assemble import assemble
+from .lazy import LazyTensor, MemoryTensor
+from .names import AROUND, Spelling, in_peft
 from .peft_config import read_config, scalings
 from .safetensors_file import SafetensorsFile
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+Scaling = Callable[[str, int], float]
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
@@ -52,7 +54,8 @@ def load_folder(folder: Path, name: str) -> Adapter:
         raise AdapterError(name, None, problem, remedy)
     file = SafetensorsFile(weights, refuse)
     inputs = config_file, file.input
-    return assemble(name, config, file.tensors(), scalings(raw, name), file, inputs)
+    tensors = file.tensors()
+    return assemble(name, config, tensors, _scalings(raw, name, tensors), file, inputs)
 
 
 def from_model(peft_model: Any, adapter_name: str = "default", name: str | None = None) -> Adapter:
@@ -63,31 +66,71 @@ def from_model(peft_model: Any, adapter_name: str = "default", name: str | None 
     whatever cannot be merged exactly, as for a saved adapter.
     """
     name = name or adapter_name
-    configs = getattr(peft_model, "peft_config", None)
+    configs = getattr(unwrapped(peft_model), "peft_config", None)
     if not isinstance(configs, Mapping) or adapter_name not in configs:
         problem = "is not an adapter of this model"
         known = ", ".join(map(repr, configs)) if isinstance(configs, Mapping) else "none"
         raise AdapterError(name, None, problem, f"pass the name of one of its adapters ({known})")
     raw = _plain_config(configs[adapter_name].to_dict(), name)
     config = read_config(raw, name)
+    of_adapter = re.compile(
+        rf".+\.(?:lora_\w+|modules_to_save)\.{re.escape(adapter_name)}(?:\..+)?"
+    )
+    tensors: dict[str, LazyTensor] = {}
+    for key, tensor in peft_model.state_dict().items():
+        if not of_adapter.fullmatch(key):
+            continue
+        if tensor.is_meta:
+            problem = f"{key!r} has no values yet (meta device)"
+            raise AdapterError(name, None, problem, "load the adapter's weights first")
+        if hasattr(tensor, "full_tensor"):
+            problem = f"{key!r} is a shard (DTensor)"
+            raise AdapterError(name, None, problem, "gather the full state, or save and load it")
+        tensors[key] = MemoryTensor(tensor)
+    spell = Spelling(tensors)
     scaling = {
-        path.removeprefix(PREFIX): layer_scaling[adapter_name]
+        spell(path): layer_scaling[adapter_name]
         for path, module in peft_model.named_modules(remove_duplicate=False)
         # Attention layers have a float of the same name.
         if isinstance(layer_scaling := getattr(module, "scaling", None), dict)
         and adapter_name in layer_scaling
     }
-    of_adapter = re.compile(rf"(.+)\.(lora_\w+|modules_to_save)\.{re.escape(adapter_name)}(\..+)?")
-    tensors = {}
-    for key, tensor in peft_model.state_dict().items():
-        if not (match := of_adapter.fullmatch(key)):
-            continue
-        if tensor.is_meta:
-            problem = f"{key!r} has no values yet (meta device)"
-            raise AdapterError(name, None, problem, "load the adapter's weights first")
-        part = "" if match[2] == "modules_to_save" else f".{match[2]}"
-        tensors[f"{match[1]}{part}{match[3] or ''}"] = MemoryTensor(tensor)
     return assemble(name, config, tensors, lambda module, rank: float(scaling[module]))
+
+
+def unwrapped(model: Any) -> Any:
+    """The PeftModel (or model with adapters) in what `torch.compile`, DistributedDataParallel and
+    FSDP made of it; the model itself where nothing is around it."""
+    inner = model
+    while inner is not None and not _has_adapters(inner):
+        parts = getattr(inner, "__dict__", {}).get("_modules", {})
+        inner = next((parts[name] for name in AROUND if name in parts), None)
+    return model if inner is None else inner
+
+
+def _has_adapters(model: Any) -> bool:
+    """Whether it has a `peft_config` itself: compiled models have all that is inside."""
+    return hasattr(type(model), "peft_config") or "peft_config" in getattr(model, "__dict__", {})
+
+
+def _scalings(raw: Mapping[str, Any], name: str, keys: Collection[str]) -> Scaling:
+    """`scalings` for names without wrappers; AdapterError where the config's patterns say something
+    else for a module than for its name with them, which is what PEFT matched."""
+    of_config = scalings(raw, name)
+    spell = Spelling(keys)
+    paths = {key.partition(".lora_")[0] for key in keys} if spell.removed(keys) else set()
+    in_model = {spell(path): in_peft(path) for path in paths}
+
+    def scaling(module: str, rank: int) -> float:
+        found = of_config(module, rank)
+        with_wrappers = of_config(in_model.get(module, module), rank)
+        if found != with_wrappers:
+            problem = f"alpha_pattern means scaling {found} for it, but {with_wrappers} for "
+            problem += repr(in_model[module])
+            raise AdapterError(name, module, problem, "save it from the model without wrappers")
+        return found
+
+    return scaling
 
 
 def _find(folder: Path, name: str) -> Path:

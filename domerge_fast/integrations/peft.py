@@ -26,11 +26,13 @@ from torch import nn
 
 from .. import api
 from ..adapters import Adapter, from_model
+from ..adapters.names import PREFIX, Spelling
+from ..adapters.peft import unwrapped
 from ..errors import AdapterError, DomergeError, OptionError
 from ..merged import Merged
 from ..methods import TABLE
 from ..options import check, choose
-from ..outputs.peft import rank_fields
+from ..outputs.peft import WHERE, rank_fields
 from ..report import Report
 
 try:
@@ -168,7 +170,9 @@ class _Whole(nn.Module):
 
 
 def _tuner(model: Any) -> LoraModel:
+    model = unwrapped(model)
     tuner = model.base_model if isinstance(model, PeftModel) else model
+    tuner = unwrapped(tuner)
     if not isinstance(tuner, LoraModel):
         problem = f"a {type(tuner).__name__} has no LoRA adapters"
         raise OptionError("model", problem, "give a PeftModel or LoraModel")
@@ -236,12 +240,14 @@ def _add(
     whole: Mapping[str, nn.Module],
 ) -> None:
     """Inject the adapter and fill it; an error leaves the model without it."""
-    ranks = {path: report.rank for path, report in merged.report.modules.items()}
+    paths = _paths(tuner)
+    ranks = {paths.get(name, name): report.rank for name, report in merged.report.modules.items()}
     saved = [module for source in sources for module in source.config.modules_to_save or ()]
     fields: dict[str, Any] = dict(merged.target.config) | rank_fields(ranks)
     fields["modules_to_save"] = list(dict.fromkeys(saved)) or None
-    if _ambiguous(tuner, merged.names) and fields["target_modules"] == sorted(merged.names):
-        fields["target_modules"] = "|".join(map(re.escape, merged.names))
+    named = fields["target_modules"] == sorted(merged.names)
+    if (named and _ambiguous(tuner, merged.names)) or ranks.keys() != set(merged.names):
+        fields |= dict.fromkeys(WHERE) | {"target_modules": "|".join(map(re.escape, ranks))}
     replication = fields.pop("layer_replication")
     config = LoraConfig(**fields)
     with _same_trained(tuner):
@@ -258,6 +264,15 @@ def _add(
             raise
     # Only now: on injecting, PEFT would replicate the model's layers once more.
     config.layer_replication = replication
+
+
+def _paths(tuner: LoraModel) -> dict[str, str]:
+    """By the name of every module with adapters, where it is in the model: there are more
+    components in that where something is wrapped, in `torch.compile` for one."""
+    modules = tuner.model.named_modules(remove_duplicate=False)
+    paths = [path for path, module in modules if isinstance(module, LoraLayer)]
+    spell = Spelling([PREFIX + path for path in paths])
+    return {spell(PREFIX + path): path for path in paths}
 
 
 def _ambiguous(tuner: LoraModel, names: Sequence[str]) -> bool:
@@ -280,11 +295,8 @@ def _same_trained(tuner: LoraModel) -> Iterator[None]:
 
 def _fill(tuner: LoraModel, name: str, merged: Merged, sources: Sequence[Adapter]) -> None:
     """Give every injected layer its factors, on the device of those they are made of."""
-    layers = {
-        path: layer
-        for path, layer in tuner.model.named_modules(remove_duplicate=False)
-        if isinstance(layer, LoraLayer) and name in layer.r
-    }
+    adapted = {key: tuner.model.get_submodule(path) for key, path in _paths(tuner).items()}
+    layers = {key: layer for key, layer in adapted.items() if name in layer.r}
     for path in sorted(layers.keys() ^ set(merged.names)):
         problem = "the adapters' layers are not those that their configs select"
         raise DomergeError(f"module {path!r}: {problem}; correct their target_modules")

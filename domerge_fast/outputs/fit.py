@@ -10,10 +10,10 @@ import torch
 
 from ..adapters import LazyTensor
 from ..adapters.lazy import in_step
+from ..adapters.names import PREFIX
 from ..merged import Layout, Target
 from . import weights
 from .checkpoint import Checkpoint, refusal
-from .peft import PREFIX
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TOKENS = re.compile(

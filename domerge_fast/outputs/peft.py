@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters import Adapter, AdapterConfig
+from ..adapters.names import PREFIX
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..merged import Layout, Target
 from ..plan import Plan
@@ -21,9 +22,8 @@ from .merge_folder import MergeFolder
 from .stream import SafetensorsWriter
 
 FILES = (CONFIG, WEIGHTS, CARD)
-PREFIX = "base_model.model."
 
-_WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 def target(plan: Plan, dtype: torch.dtype, base_model: str | None) -> Target:
@@ -54,7 +54,7 @@ def _config(
     alike = all(_selection(c) == where for c in configs[1:])
     same = all(set(a.modules) == set(names) for a in adapters)
     if not (alike and same and first.target_modules):
-        where = dict.fromkeys(_WHERE) | {"target_modules": _exactly(names)}
+        where = dict.fromkeys(WHERE) | {"target_modules": _exactly(names)}
 
     def stated(field: str) -> object:
         return next((v for c in configs if (v := getattr(c, field))), None)
@@ -80,7 +80,7 @@ def _config(
 
 def _selection(config: AdapterConfig) -> dict[str, object]:
     """Which modules a config adapts; PEFT writes its sets as lists in any order."""
-    values = {field: getattr(config, field) for field in _WHERE}
+    values = {field: getattr(config, field) for field in WHERE}
     return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in values.items()}
 
 
