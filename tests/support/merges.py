@@ -11,8 +11,8 @@ from domerge_fast.adapters import Adapter, from_tensors
 from .shapes import Case
 
 
-def adapters(cases: dict[str, Case], dtype: torch.dtype = torch.float32) -> list[Adapter]:
-    """One adapter for each block of the cases, which are its modules."""
+def adapters(cases: dict[str, Case], dtype: torch.dtype | None = None) -> list[Adapter]:
+    """One adapter for each block of the cases, which are its modules; rounded to a dtype."""
     return [
         from_tensors(
             {name: (c.a[i].to(dtype), c.b[i].to(dtype)) for name, c in cases.items()},
