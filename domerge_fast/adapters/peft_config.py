@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import AdapterError
 from .adapter import AdapterConfig
+from .patterns import BadPattern, Patterns
 
 _CHECKED = {
     "peft_type",
@@ -78,7 +79,8 @@ def read_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
             remedy = f"set {key!r} to null if it does not change the weights"
             raise AdapterError(adapter, None, problem, remedy)
     for key in _KEPT:
-        _check_type(key, raw.get(key), adapter)
+        _check_shape(key, raw.get(key), adapter)
+    _check_selection(raw, adapter)
     kept = {key: raw[key] for key in _KEPT if raw.get(key) is not None}
     return AdapterConfig(**kept, raw=raw)
 
@@ -91,8 +93,8 @@ def scalings(raw: Mapping[str, Any], adapter: str) -> Callable[[str, int], float
     """
     ranks = _patterns(raw, "rank_pattern", "r", _is_rank, "a positive whole number", adapter)
     alphas = _patterns(raw, "alpha_pattern", "lora_alpha", _is_finite, "a finite number", adapter)
-    use_rslora = raw.get("use_rslora") or False
-    if not isinstance(use_rslora, bool):
+    use_rslora = raw.get("use_rslora")
+    if use_rslora is not None and not isinstance(use_rslora, bool):
         raise _wrong_value("use_rslora", use_rslora, "true or false", adapter)
 
     def scaling(module: str, rank: int) -> float:
@@ -118,30 +120,42 @@ def _patterns(
     default = raw.get(default_field, 8)
     if not valid(default):
         raise _wrong_value(default_field, default, expected, adapter)
-    pattern = raw.get(field) or {}
+    pattern = {} if raw.get(field) is None else raw[field]
     if not isinstance(pattern, dict):
         raise _wrong_value(field, pattern, "an object of module patterns", adapter)
-    compiled = []
     for key, value in pattern.items():
         if not valid(value):
             raise _wrong_value(f"{field}[{key!r}]", value, expected, adapter)
-        try:
-            compiled.append((re.compile(rf"(.*\.)?({key})$"), value))
-        except re.error as error:
-            problem = f"{field} has {key!r}, which is no regular expression ({error})"
-            raise AdapterError(adapter, None, problem, "correct adapter_config.json") from error
+    values = list(pattern.values())
+
+    def bad(error: BadPattern) -> AdapterError:
+        problem = f"{field} has {error.key!r}, which {error}"
+        remedy = "name the modules in full in adapter_config.json"
+        return AdapterError(adapter, None, problem, remedy)
+
+    try:
+        patterns = Patterns(list(pattern))
+    except BadPattern as error:
+        raise bad(error) from error
 
     def resolve(module: str) -> Any:
-        for expression, value in compiled:
-            if expression.match(module):
-                return value
-        return pattern.get(module, default)
+        if not pattern:
+            return default
+        if "\n" in module:  # where "." and "$" mean something else
+            problem = f"{field} cannot be matched against a name with a line break"
+            raise AdapterError(adapter, module, problem, "rename the module")
+        try:
+            first = patterns.first(module)
+        except BadPattern as error:
+            raise bad(error) from error
+        return pattern.get(module, default) if first is None else values[first]
 
     return resolve
 
 
 def _check_init(init: Any, adapter: str) -> None:
-    if (init.lower() if isinstance(init, str) else init) in _UNCHANGED_BASE:
+    known = init is None or isinstance(init, (bool, str))
+    if known and (init.lower() if isinstance(init, str) else init) in _UNCHANGED_BASE:
         return
     problem = f"init_lora_weights={init!r}"
     if init == "loftq":
@@ -156,29 +170,68 @@ def _check_init(init: Any, adapter: str) -> None:
     raise AdapterError(adapter, None, problem, remedy)
 
 
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "base_model_name_or_path": ((str,), "a name or a path"),
-    "revision": ((str,), "a revision name"),
-    "task_type": ((str,), "a task type"),
-    "target_modules": ((list, str), "a list of names or a regular expression"),
-    "exclude_modules": ((list, str), "a list of names or a regular expression"),
-    "layers_to_transform": ((list, int), "layer numbers"),
-    "layers_pattern": ((list, str), "names of layer lists"),
-    "layer_replication": ((list,), "a list of layer ranges"),
-    "fan_in_fan_out": ((bool,), "true or false"),
-    "modules_to_save": ((list,), "a list of names"),
-    "auto_mapping": ((dict,), "an object"),
-    "peft_version": ((str,), "a version"),
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _is_names(value: Any) -> bool:
+    return _is_text(value) or _are_names(value)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_numbers(value: Any) -> bool:
+    return _is_number(value) or (isinstance(value, list) and all(map(_is_number, value)))
+
+
+def _is_ranges(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(map(_is_number, pair)) for pair in value
+    )
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, dict) and all(x is None or _is_text(x) for x in value.values())
+
+
+_SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "base_model_name_or_path": (_is_text, "a name or a path"),
+    "revision": (_is_text, "a revision name"),
+    "task_type": (_is_text, "a task type"),
+    "target_modules": (_is_names, "a list of names or a regular expression"),
+    "exclude_modules": (_is_names, "a list of names or a regular expression"),
+    "layers_to_transform": (_is_numbers, "layer numbers"),
+    "layers_pattern": (_is_names, "names of layer lists"),
+    "layer_replication": (_is_ranges, "a list of layer ranges [start, end]"),
+    "fan_in_fan_out": (lambda value: isinstance(value, bool), "true or false"),
+    "modules_to_save": (_are_names, "a list of names"),
+    "auto_mapping": (_is_mapping, "an object of names"),
+    "peft_version": (_is_text, "a version"),
 }
 
 
-def _check_type(field: str, value: Any, adapter: str) -> None:
-    types, expected = _TYPES[field]
-    if value is not None and not isinstance(value, types):
+def _check_shape(field: str, value: Any, adapter: str) -> None:
+    fits, expected = _SHAPES[field]
+    if value is not None and not fits(value):
         raise _wrong_value(field, value, expected, adapter)
-    names = value if field == "modules_to_save" and isinstance(value, list) else ()
-    if not all(isinstance(item, str) for item in names):
-        raise _wrong_value(field, value, expected, adapter)
+
+
+def _check_selection(raw: Mapping[str, Any], adapter: str) -> None:
+    """What PEFT would not take: it is written on."""
+    pattern, layers = raw.get("layers_pattern"), raw.get("layers_to_transform")
+    remedy = "correct adapter_config.json: PEFT refuses it, too"
+    if pattern and layers is None:
+        problem = "has layers_pattern without layers_to_transform"
+        raise AdapterError(adapter, None, problem, remedy)
+    if isinstance(raw.get("target_modules"), str) and not pattern is layers is None:
+        problem = "has layers_to_transform or layers_pattern beside a regular expression"
+        raise AdapterError(adapter, None, f"{problem} in target_modules", remedy)
 
 
 def _is_rank(value: Any) -> bool:
