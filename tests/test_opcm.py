@@ -362,8 +362,9 @@ def test_refusals_are_one_line(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is damaged"),
-        ("[]", "is damaged"),
+        ("{", "not valid JSON"),
+        ("[]", "not a JSON object"),
+        ("[" * 100_000, "nested deeper"),
         ('{"format": 1}', "is damaged"),
         ('{"format": 2, "steps": [], "alpha": 1, "rank": null, "base_model": null}', "format 2"),
     ],

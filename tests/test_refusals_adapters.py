@@ -85,7 +85,7 @@ CONFIGS = {
     "alpha pattern zero": ({"alpha_pattern": {"v_proj": 0.0}}, V, ["scaling 0", "alpha_pattern"]),
     "alpha below floats": ({"lora_alpha": 1e-323}, Q, ["scaling 0", "lora_alpha"]),
     "alpha bool": ({"lora_alpha": True}, None, ["lora_alpha", "finite number"]),
-    "bad regex": ({"alpha_pattern": {"q(": 1}}, None, ["'q('", "no regular expression"]),
+    "bad regex": ({"alpha_pattern": {"q(": 1}}, None, ["'q('", "not closed"]),
     "pattern list": ({"rank_pattern": [1]}, None, ["rank_pattern", "object"]),
     "rslora text": ({"use_rslora": "yes"}, None, ["use_rslora", "true or false"]),
     "targets": ({"target_modules": 3}, None, ["target_modules", "list of names"]),

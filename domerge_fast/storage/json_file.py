@@ -29,15 +29,15 @@ class BadJson(ValueError):
     """``str(error)`` says in a few words what is wrong."""
 
 
-def read_object(file: InputFile, most: int) -> dict[str, Any]:
+def read_object(file: InputFile, most: int, remedy: str = _AGAIN) -> dict[str, Any]:
     """The JSON object in a file of at most so many bytes, or `file.refuse(...)`."""
     name = file.path.name
     try:
         value = parse(file.read(most))
     except BadJson as error:
-        raise file.refuse(f"{name} is not valid JSON ({error})", _AGAIN) from error
+        raise file.refuse(f"{name} is not valid JSON ({error})", remedy) from error
     if not isinstance(value, dict):
-        raise file.refuse(f"{name} is not a JSON object", _AGAIN)
+        raise file.refuse(f"{name} is not a JSON object", remedy)
     return value
 
 
