@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 import torch
 
 from . import __version__, engine, options
-from .adapters import Adapter, check_compatible, load
+from .adapters import Adapter, Kept, check_compatible, keep, load
+from .adapters.whole import check_policy
 from .backends import registry
 from .errors import OptionError
 from .interference import InterferenceSums
@@ -23,9 +24,11 @@ from .merged import Merged, Target
 from .methods import TABLE, choose
 from .methods.base import Chosen, Method, Settings
 from .methods.steps import POST, PRE
-from .outputs import peft
+from .outputs import peft, tokenizer
 from .outputs.base import ModelFolder
+from .outputs.checkpoint import open_checkpoint
 from .outputs.deltas import DeltaFolder
+from .outputs.fit import originals
 from .outputs.merge_folder import MergeFolder
 from .plan import Plan
 from .progress import shown
@@ -61,6 +64,7 @@ def merge(
     force: bool = False,
     form: str = "adapter",
     base: str | os.PathLike[str] | None = None,
+    whole: str = "auto",
     dtype: str | None = None,
     base_model: str | None = None,
     **method_options: Any,
@@ -92,7 +96,12 @@ def merge(
     form: what is written: "adapter", a PEFT folder; "deltas", ΔW of every module as dense tensors;
         "model", the model in the folder `base` with ΔW added to its weights. In memory, "deltas"
         keeps ΔW dense in float32: `Merged.delta` then gives it exactly.
-    base: the folder of the base model (safetensors), for form "model".
+    base: the folder of the base model (safetensors), for form "model"; for the others where the
+        adapters save tensors whole that differ.
+    whole: what is kept of tensors that adapters save whole (modules_to_save, embeddings). "auto":
+        what is the same in all that save it, or saved by one; several that differ become
+        W0 + Σ w_i (W_i - W0), where W0 is at hand (`base`, or a copy that an adapter has), and are
+        refused otherwise. "drop": none. "from:NAME": those of one adapter.
     dtype: of the merged factors, "float32", "bfloat16" or "float16"; None takes that of the
         inputs (float32 where they differ). Arithmetic is float32 throughout.
     base_model: says which base model all adapters belong to, where their configs disagree.
@@ -110,6 +119,7 @@ def merge(
     cut = _cut(rank, energy)
     _check_form(form, output, base)
     options.text("base_model", base_model)
+    check_policy(whole)
     loaded = _load(adapters, base_model)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
     out_dtype = _dtype(dtype, plan)
@@ -117,16 +127,19 @@ def merge(
         choose_device(device, loaded), options.size("max_device_memory", max_device_memory)
     )
     settings = Settings(scale, out_dtype, registry.choose(backend, place.device.type))
-    target = peft.target(plan, out_dtype, base_model)
+    checkpoint = None if base is None else open_checkpoint(Path(base))
+    origin = None if checkpoint is None else originals(plan.names, checkpoint)
+    kept = keep(loaded, plan.weights, whole, origin)
+    target, notes = _target(plan, out_dtype, base_model, kept)
     sums = InterferenceSums([a.name for a in loaded])
 
-    def finished(modules: dict) -> Report:
+    def finished(modules: dict, notes: tuple[str, ...]) -> Report:
         return Report(
             method=method,
             adapters=sums.names,
             weights=tuple(plan.weights),
             scale=scale,
-            options=_recipe(chosen, rank, energy, pre, post, form, base),
+            options=_recipe(chosen, rank, energy, pre, post, form, base, whole),
             backend=settings.backend,
             device=str(place.device),
             dtype=str(out_dtype).removeprefix("torch."),
@@ -134,9 +147,10 @@ def merge(
             modules=modules,
             interference=sums.result() if len(loaded) <= engine.MOST_COMPARED else None,
             seconds=time.perf_counter() - started,
+            notes=notes,
         )
 
-    def run(sink: engine.Sink, to_host: bool) -> Report:
+    def run(sink: engine.Sink, to_host: bool, notes: tuple[str, ...]) -> Report:
         with shown(progress, len(plan.names)) as show, torch.no_grad():
             usual = _largest_rank(plan) if chosen.truncates or chosen.dense else engine.Cut()
             work = engine.Work(
@@ -148,20 +162,20 @@ def merge(
                 post=steps[1],
                 deltas=form != "adapter",
             )
-            return finished(engine.run(plan, work, place, sums, sink, to_host, show))
+            return finished(engine.run(plan, work, place, sums, sink, to_host, show), notes)
 
     if output is None:
         results: dict[str, tuple[torch.Tensor, ...]] = {}
 
-        def keep(name: str, *tensors: torch.Tensor) -> None:
+        def collect(name: str, *tensors: torch.Tensor) -> None:
             results[name] = tuple(x.contiguous() for x in tensors)
 
-        report = run(keep, False)
+        report = run(collect, False, notes)
         target.check_inputs()
         return Merged(report, target, results)
     path = Path(output).absolute()
     with _folder(form, path, target, base, overwrite, force) as folder:
-        report = run(folder.add, True)
+        report = run(folder.add, True, (*notes, *folder.notes))
         folder.finish(report)
         target.check_inputs()
     return Merged(report, target, {}, path)
@@ -269,10 +283,8 @@ def _check_form(form: str, output: Any, base: Any) -> None:
     options.choose("form", form, FORMS)
     if base is not None and not isinstance(base, (str, os.PathLike)):
         raise OptionError("base", f"{base!r} is no folder", "give the path of the base model")
-    if (form == "model") != (base is not None):
-        problem = "'model' needs the base model" if base is None else f"{form!r} takes no base"
-        remedy = "give its folder as base" if base is None else "leave base out, or say 'model'"
-        raise OptionError("form", problem, remedy)
+    if form == "model" and base is None:
+        raise OptionError("form", "'model' needs the base model", "give its folder as base")
     if form == "model" and output is None:
         raise OptionError("form", "'model' is written, not kept in memory", "give an output")
 
@@ -287,9 +299,19 @@ def _folder(
 ) -> MergeFolder:
     if form == "adapter":
         return peft.PeftFolder(path, target, overwrite, force)
-    if base is None:
+    if form == "deltas" or base is None:
         return DeltaFolder(path, target, overwrite, force)
     return ModelFolder(path, target, Path(base), overwrite, force)
+
+
+def _target(
+    plan: Plan, dtype: torch.dtype, base_model: str | None, kept: Kept
+) -> tuple[Target, tuple[str, ...]]:
+    """What the merge is written as, and what has to be said of it."""
+    merging = [adapter for adapter, weight in zip(plan.adapters, plan.weights) if weight != 0]
+    files, notes = tokenizer.files(merging, kept)
+    target = peft.target(plan, dtype, base_model, kept)
+    return dataclasses.replace(target, copied=files), (*kept.notes, *notes)
 
 
 def _steps(option: str, names: Sequence[str], table: Mapping[str, S]) -> tuple[S, ...]:
@@ -308,6 +330,7 @@ def _recipe(
     post: Sequence[str],
     form: str,
     base: str | os.PathLike[str] | None,
+    whole: str,
 ) -> dict[str, Any]:
     """The options that repeat the merge."""
     given: dict[str, Any] = {}
@@ -322,6 +345,7 @@ def _recipe(
         "post": list(post),
         "form": form,
         "base": None if base is None else os.fspath(base),
+        "whole": whole,
     }
 
 

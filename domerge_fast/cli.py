@@ -148,7 +148,8 @@ def _fill_merge(parser: argparse.ArgumentParser) -> None:
     add("--pre", nargs="+", default=(), metavar="STEP", help=f"before the method, of: {pre}")
     add("--post", nargs="+", default=(), metavar="STEP", help=f"after the method, of: {post}")
     add("--form", default="adapter", help="adapter, deltas (ΔW), or model (default: adapter)")
-    add("--base", metavar="FOLDER", help="the base model, for the form model")
+    add("--base", metavar="FOLDER", help="the base model, e.g. for the form model")
+    add("--whole", default="auto", help="of tensors saved whole: auto, drop or from:NAME")
     add("--max-device-memory", metavar="SIZE", help="of the device, e.g. 4GiB")
     add("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
     fields: dict[str, tuple[dataclasses.Field, type]] = {}
@@ -241,6 +242,7 @@ def _fill_sequential(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--alpha", type=float, default=0.5, help="as for the method opcm")
     start.add_argument("--rank", type=int, help="truncate the sum in every add (default: exact)")
     start.add_argument("--base-model", help="the base model, where the configs disagree")
+    start.add_argument("--whole", default="auto", help="tensors saved whole: auto, drop, from:NAME")
     _add_replacing(start)
     start.set_defaults(run=_start)
     add = actions.add_parser("add", help="add adapters in this order, all or none")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .adapters import Adapter, LazyTensor, load
+from .adapters import Adapter, Kept, LazyTensor, load
 from .errors import OptionError
 from .options import suggest
 from .report import Report
@@ -37,12 +37,13 @@ class Layout:
 @dataclass(frozen=True)
 class Target:
     """What the merged adapter is written as: PEFT config fields that do not depend on ranks,
-    the layout of every module, and the tensors that are carried along unchanged. `inputs` are the
-    folders of the adapters, which are never written to, `files` what was read of them."""
+    the layout of every module, and what is kept of the tensors that adapters save whole. `inputs`
+    are the folders of the adapters, which are never written to, `files` what was read of them;
+    `copied` are files that are written as they are."""
 
     config: Mapping[str, object]
     layouts: Mapping[str, Layout]
-    carried: Mapping[str, LazyTensor]
+    whole: Kept
     dtype: torch.dtype
     inputs: frozenset[Path]
     files: tuple[InputFile, ...] = ()
@@ -51,6 +52,13 @@ class Target:
         """Raise AdapterError if a file of an adapter is not any more what it was when loaded."""
         for file in self.files:
             file.check()
+
+    copied: tuple[InputFile, ...] = ()
+
+    @property
+    def carried(self) -> Mapping[str, LazyTensor]:
+        """The tensors that are written whole, by the keys PEFT writes."""
+        return self.whole.tensors
 
 
 @dataclass(frozen=True, eq=False)

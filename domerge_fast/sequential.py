@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from . import api, engine, options
-from .adapters import Adapter, check_compatible, load
+from .adapters import Adapter, Kept, check_compatible, keep, load
 from .adapters.assemble import assemble
 from .adapters.peft_config import read_config
 from .adapters.safetensors_file import SafetensorsFile
+from .adapters.whole import AUTO, DROP, check_policy, is_named
 from .backends import registry
 from .errors import AdapterError, DomergeError, OptionError, OutputError, printable
 from .interference import InterferenceSums, own_norms
@@ -70,13 +71,15 @@ class State:
     """What the folder says beside the factors.
 
     alpha: of `opcm`. rank: the cap on every module's rank, or None. base_model: as stated for all
-    adapters, or None. dtype: that of all factors added, float32 where they differ. norm: ||S||_F
-    over the whole model. config: PEFT's, without ranks. versions: of who wrote it.
+    adapters, or None. whole: what is kept of tensors that adapters save whole. dtype: that of all
+    factors added, float32 where they differ. norm: ||S||_F over the whole model. config: PEFT's,
+    without ranks. versions: of who wrote it.
     """
 
     alpha: float
     rank: int | None
     base_model: str | None
+    whole: str = AUTO
     dtype: str | None = None
     norm: float = 0.0
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -180,6 +183,7 @@ class Sequential:
         alpha: float = opcm.OpcmOptions.alpha,
         rank: int | None = None,
         base_model: str | None = None,
+        whole: str = AUTO,
         overwrite: bool = False,
         force: bool = False,
     ) -> Sequential:
@@ -187,13 +191,16 @@ class Sequential:
 
         alpha: as the option of `opcm`. rank: truncate the running sum to this rank in every add;
         None: exact. base_model: says which base model all adapters belong to, where their configs
-        disagree. Raises OptionError or OutputError.
+        disagree. whole: as in `merge`, but that tensors that differ are always refused; NAME is an
+        adapter's folder, or its number in the order they are added. Raises OptionError or
+        OutputError.
         """
         chosen = options.build(opcm.OpcmOptions, {"alpha": alpha}, "a sequential merge")
         if rank is not None:
             rank = options.check("rank", rank, int, low=1)
         options.text("base_model", base_model)
-        made = cls(Path(folder).absolute(), State(chosen.alpha, rank, base_model))
+        state = State(chosen.alpha, rank, base_model, check_policy(whole))
+        made = cls(Path(folder).absolute(), state)
         with whole_folder(made.folder, _replacing(overwrite, force)) as fresh:
             made.state.write(fresh)
         return made
@@ -263,7 +270,7 @@ class Sequential:
     def _current(self) -> State:
         """What the folder holds now. OutputError if that is not this merge any more."""
         state, known = State.read(self.folder), self.state
-        same = ("alpha", "rank", "base_model")
+        same = ("alpha", "rank", "base_model", "whole")
         if state.steps[: len(known.steps)] == known.steps and all(
             getattr(state, field) == getattr(known, field) for field in same
         ):
@@ -284,7 +291,7 @@ class Sequential:
         sources = [*running, new]
         check_compatible(sources, state.base_model)
         plan = Plan.make(sources, [*[1.0] * len(running), weight])
-        target = peft.target(plan, torch.float32, state.base_model)
+        target = peft.target(plan, torch.float32, state.base_model, _kept(state, sources))
         sums = InterferenceSums([source.name for source in sources])
         path = fresh / f"next_{FACTORS}"
         with SafetensorsWriter(path, dict(peft.largest(target))) as writer:
@@ -369,7 +376,8 @@ class Sequential:
             raise OptionError("folder", problem, "add an adapter first")
         word = options.choose("dtype", dtype or self.state.dtype, api.DTYPES)
         plan = Plan.make(running, [1.0])
-        target = peft.target(plan, getattr(torch, word), self.state.base_model)
+        kept = keep(running, plan.weights)
+        target = peft.target(plan, getattr(torch, word), self.state.base_model, kept)
         gain = scale * opcm.gain([step.norm for step in steps], self.state.norm)
         report = Report(
             method="opcm",
@@ -393,6 +401,18 @@ class Sequential:
             seconds=time.perf_counter() - started,
         )
         return report, target, _Scaled(running[0], gain, target.dtype)
+
+
+def _kept(state: State, sources: Sequence[Adapter]) -> Kept:
+    """Of the running sum's tensors and the new adapter's, which is the last of the sources."""
+    weights = [1.0] * len(sources)
+    if state.whole in (AUTO, DROP):
+        return keep(sources, weights, state.whole, can_add=False)
+    if is_named(sources[-1], len(state.steps) + 1, state.whole):
+        return keep(sources, weights, f"from:{sources[-1].name}")
+    if not any(running.carried for running in sources[:-1]):
+        return Kept()
+    return keep(sources, weights, f"from:{sources[0].name}")
 
 
 class _Sink:

@@ -619,7 +619,7 @@ def test_a_model_with_the_updates_added(tmp_path):
             {"form": "model", "base": "base"},
             "option 'form': 'model' is written, not kept in memory",
         ),
-        ({"form": "deltas", "base": "base"}, "option 'form': 'deltas' takes no base"),
+        ({"form": "deltas", "base": "base"}, "option 'base': 'base' is no folder"),
         ({"form": "delta"}, "option 'form': 'delta' is not known; did you mean 'deltas'?"),
         ({"pre": ["equalise"]}, "option 'pre': 'equalise' is not known; did you mean 'equalize'?"),
         ({"pre": ["norm_match"]}, "option 'pre': 'norm_match' is not known; use one of: "),

@@ -222,11 +222,6 @@ CASES = {
         "has no LoRA factors",
         "leave it out",
     ),
-    "modules_to_save of one": adapter(
-        lambda: make("one", SCORE, modules_to_save=["score"]),
-        "'base_model.model.score.weight', which adapter 'one' saves whole",
-        "in all adapters or in none",
-    ),
     "modules_to_save that differ": Case(
         lambda: (
             [
@@ -237,7 +232,7 @@ CASES = {
             ]
         ),
         AdapterError,
-        ("adapter 'two': 'base_model.model.score.weight' differs", "train these modules as LoRA"),
+        ("adapter 'two': 'score.weight', saved whole, differs", "whole='from:NAME'", "'drop'"),
     ),
     "float16 overflow": Case(
         lambda: valued(V, 5e4, 1)(),

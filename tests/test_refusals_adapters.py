@@ -328,7 +328,6 @@ def pair(tmp_path, first=None, second=None, **configs):
 
 
 GOOD = random_factors(SHAPES, 4)
-SAVED = ["score", "q_proj"]
 PAIRS = {
     "base": ({"base_model_name_or_path": ("a", "b")}, "two", None, ["'b'", "'one' is 'a'"]),
     "revision": ({"revision": ("v1", "v2")}, "two", None, ["revision is 'v2'", "base_model=..."]),
@@ -349,41 +348,6 @@ PAIRS = {
         "two",
         Q,
         ["conv1d of 6 outputs and 2x4 inputs", "'one' a linear"],
-    ),
-    "carried by one": (
-        {"second": (GOOD, {"score.weight": half(2)}), "modules_to_save": (SAVED, SAVED)},
-        "one",
-        None,
-        ["score.weight", "'two' saves whole", "in all adapters or in none"],
-    ),
-    "carried values": (
-        {
-            "first": (GOOD, {"score.weight": torch.tensor([0.0])}),
-            "second": (GOOD, {"score.weight": torch.tensor([-0.0])}),
-            "modules_to_save": (SAVED, SAVED),
-        },
-        "two",
-        None,
-        ["score.weight' differs", "'one'", "as LoRA"],
-    ),
-    "carried dtype": (
-        {
-            "first": (GOOD, {"score.weight": half(2)}),
-            "second": (GOOD, {"score.weight": half(2, dtype=torch.float16)}),
-            "modules_to_save": (SAVED, SAVED),
-        },
-        "two",
-        None,
-        ["score.weight' differs"],
-    ),
-    "whole and LoRA": (
-        {
-            "second": (random_factors({V: (4, 8)}, 4), {f"{Q}.weight": half(6, 8)}),
-            "modules_to_save": (SAVED, SAVED),
-        },
-        "one",
-        Q,
-        ["is LoRA here", "'two' saves it whole", "same way"],
     ),
 }
 

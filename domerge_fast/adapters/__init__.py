@@ -11,16 +11,19 @@ from .compatible import check_compatible
 from .lazy import LazyTensor
 from .peft import from_model, load_folder
 from .tensors import from_tensors
+from .whole import Kept, keep
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "Kept",
     "Kind",
     "LazyTensor",
     "Module",
     "check_compatible",
     "from_model",
     "from_tensors",
+    "keep",
     "load",
 ]
 

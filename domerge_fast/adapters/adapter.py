@@ -84,7 +84,8 @@ class Adapter:
     tensors stored whole (``modules_to_save`` and base embeddings saved along), by the key PEFT
     writes (with its ``base_model.model.`` prefix). ``inputs`` are all files it was read from. Names
     are those of the plain model; ``removed`` are the components that something around it had added
-    to them.
+    to them. ``originals`` holds what some of the tensors stored whole were before training, by the
+    name of the parameter, where that is known.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Adapter:
     file: SafetensorsFile | None = field(default=None, repr=False)
     inputs: tuple[InputFile, ...] = field(default=(), repr=False)
     removed: tuple[str, ...] = ()
+    originals: Mapping[str, LazyTensor] = field(default_factory=dict, repr=False)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, n] and B [m, r] of a module: row-major, stored dtype, scaling not applied.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -28,10 +28,10 @@ _FACTOR = re.compile(
 _SAVED = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
 # What PEFT saves of the base model beside its own tensors: the input and output embeddings, under
 # the names that transformers models give them.
-_SAVED_ALONG = re.compile(
-    r"(?:.+\.)?(?:base_layer|embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out|shared)"
-    r"\.(?:weight|bias)"
-)
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
+HEADS = ("lm_head", "embed_out")
+_OF_TOKENS = re.compile(rf"(?:.+\.)?(?:{'|'.join((*EMBEDDINGS, *HEADS))})\.(?:weight|bias)")
+_COPY = re.compile(r"(?:.+\.)?base_layer\.(?:weight|bias)")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _SAVE_AGAIN = "save the adapter again with PEFT's save_pretrained"
 _GATHER = "gather ZeRO-3 or FSDP shards before save_pretrained"
@@ -113,9 +113,17 @@ def _sort_tensors(
     return factors, {PREFIX + path: tensors[key] for path, key in carried.items()}
 
 
-def _is_carried(path: str, modules_to_save: list[str] | tuple[()]) -> bool:
-    if _SAVED_ALONG.fullmatch(path):
-        return True
+def _is_carried(path: str, modules_to_save: Sequence[str]) -> bool:
+    return bool(is_of_tokens(path) or _COPY.fullmatch(path)) or is_saved(path, modules_to_save)
+
+
+def is_of_tokens(path: str) -> bool:
+    """Whether a parameter has a row for every token, by the names of transformers models."""
+    return _OF_TOKENS.fullmatch(path) is not None
+
+
+def is_saved(path: str, modules_to_save: Sequence[str]) -> bool:
+    """Whether PEFT takes a parameter for one of these modules: by the end of its parents' names."""
     parts = path.split(".")
     parents = (".".join(parts[:i]) for i in range(1, len(parts)))
     return any(parent.endswith(saved) for parent in parents for saved in modules_to_save)

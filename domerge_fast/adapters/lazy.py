@@ -26,7 +26,7 @@ class LazyTensor(Protocol):
         ...
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        """The part [start:stop] of the first dimension, read alone."""
+        """A part of it along the first dimension; nothing else is read."""
         ...
 
 

@@ -5,6 +5,7 @@ Neither ``peft`` nor ``transformers`` is imported; a model is read by PEFT's nam
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -18,12 +19,13 @@ from ..errors import AdapterError
 from ..garbage import uncollected
 from ..storage import json_file
 from ..storage.input_file import InputFile
-from .adapter import Adapter
+from .adapter import Adapter, AdapterConfig
 from .assemble import assemble
 from .lazy import LazyTensor, MemoryTensor
 from .names import AROUND, Spelling, in_peft
 from .peft_config import read_config, scalings
 from .safetensors_file import SafetensorsFile
+from .whole import NEW_HEADS, WITH_HEAD, parameter
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -95,7 +97,25 @@ def from_model(peft_model: Any, adapter_name: str = "default", name: str | None 
         if isinstance(layer_scaling := getattr(module, "scaling", None), dict)
         and adapter_name in layer_scaling
     }
-    return assemble(name, config, tensors, lambda module, rank: float(scaling[module]))
+    found = assemble(name, config, tensors, lambda module, rank: float(scaling[module]))
+    originals = _originals(peft_model, config, spell, found)
+    return dataclasses.replace(found, originals=originals)
+
+
+def _originals(
+    peft_model: Any, config: AdapterConfig, spell: Spelling, adapter: Adapter
+) -> dict[str, LazyTensor]:
+    """What the model has in place of the tensors that an adapter saves whole, by name, but for the
+    heads that it has only for its task."""
+    saved = {parameter(key) for key in adapter.carried}
+    heads = NEW_HEADS if config.task_type in WITH_HEAD else ()
+    found: dict[str, LazyTensor] = {}
+    for key, tensor in peft_model.state_dict().items() if saved else ():
+        module, original, rest = key.partition(".original_module.")
+        path = spell(f"{module}.{rest}")
+        if original and path in saved and not module.endswith(heads):
+            found[path] = MemoryTensor(tensor)
+    return found
 
 
 def unwrapped(model: Any) -> Any:

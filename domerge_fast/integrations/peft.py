@@ -17,18 +17,17 @@ import dataclasses
 import functools
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import api
 from ..adapters import Adapter, from_model
 from ..adapters.names import PREFIX, Spelling
 from ..adapters.peft import unwrapped
-from ..errors import AdapterError, DomergeError, OptionError
+from ..errors import DomergeError, OptionError
 from ..merged import Merged
 from ..methods import TABLE
 from ..options import check, choose
@@ -61,7 +60,7 @@ _ELSEWHERE = {
     "force": "save the new adapter with the model's save_pretrained",
     "base_model": "leave it out, adapters of one model have one base",
     "form": "leave it out, what is added is an adapter",
-    "base": "leave it out, what is added is an adapter",
+    "base": "leave it out, the model has its base",
 }
 
 
@@ -91,12 +90,13 @@ def add_weighted_adapter(
     density, majority_sign_method: options of the methods that have them.
     svd_clamp, svd_full_matrices, svd_driver: refused unless they are PEFT's defaults; nothing here
         takes a dense SVD.
-    options: the method's own, and `scale`, `energy`, `pre`, `post`, `dtype`, `backend`, `device`,
-        `max_device_memory` and `progress` of `domerge_fast.merge`.
+    options: the method's own, and `scale`, `energy`, `pre`, `post`, `whole`, `dtype`, `backend`,
+        `device`, `max_device_memory` and `progress` of `domerge_fast.merge`.
 
     The new adapter is on the devices and in the dtype of those it is made of, frozen, with scaling
-    1. Nothing else changes: not the active adapter, nor what is trained. A module that adapters
-    save whole (modules_to_save) is kept where those that have it agree.
+    1. Nothing else changes: not the active adapter, nor what is trained. Modules that adapters save
+    whole (modules_to_save) are merged as in `domerge_fast.merge`; W0 is the model's own module, but
+    for heads that a classifier's base model does not have.
 
     Returns the merge's report. Raises DomergeError (a ValueError), one line, for an unknown type,
     option or adapter, a name that is taken, and whatever cannot be merged exactly; the model has no
@@ -124,10 +124,9 @@ def add_weighted_adapter(
         factor = check("weights", weights[0], float)
         options["scale"] = check("scale", options.get("scale", 1.0), float) * factor
         weights = [1.0]
-    whole = _saved_whole(tuner, adapters)
     sources = _read(tuner, adapters)
     merged = api.merge(sources, combination_type, weights=weights, rank=svd_rank, **options)
-    _add(tuner, adapter_name, merged, sources, whole)
+    _add(tuner, adapter_name, merged, sources)
     return merged.report
 
 
@@ -191,7 +190,7 @@ def _check_names(tuner: LoraModel, adapters: Sequence[str], adapter_name: str) -
 
 
 def _read(tuner: LoraModel, adapters: Sequence[str]) -> list[Adapter]:
-    """The adapters, without what they save whole, which is not merged.
+    """The adapters.
 
     What their configs say of the base is said for all by the first that says it: PEFT writes it
     into the config of the adapter that was there first.
@@ -202,34 +201,7 @@ def _read(tuner: LoraModel, adapters: Sequence[str]) -> list[Adapter]:
         field: next(filter(None, (getattr(x.config, field) for x in found)), default)
         for field, default in _OF_BASE.items()
     }
-    return [
-        dataclasses.replace(x, config=dataclasses.replace(x.config, **of_base), carried={})
-        for x in found
-    ]
-
-
-def _saved_whole(tuner: LoraModel, adapters: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules that the adapters save whole, by name; AdapterError where two differ.
-
-    PEFT allows one adapter to have such a module; here several may if it is the same in all.
-    """
-    found: dict[str, nn.Module] = {}
-    for name, wrapper in tuner.model.named_modules():
-        if not isinstance(wrapper, ModulesToSaveWrapper):
-            continue
-        owners = [adapter for adapter in adapters if adapter in wrapper.modules_to_save]
-        for owner in owners:
-            saved = wrapper.modules_to_save[owner]
-            if not _equal(found.setdefault(name, saved), saved):
-                problem = f"saves it whole (modules_to_save), unlike it is in {owners[0]!r}"
-                remedy = "merge adapters of which one saves it, or train it as LoRA"
-                raise AdapterError(owner, name, problem, remedy)
-    return found
-
-
-def _equal(one: nn.Module, other: nn.Module) -> bool:
-    tensors = zip(one.state_dict().values(), other.state_dict().values())
-    return all(torch.equal(x.cpu(), y.cpu()) for x, y in tensors)
+    return [dataclasses.replace(x, config=dataclasses.replace(x.config, **of_base)) for x in found]
 
 
 def _add(
@@ -237,14 +209,11 @@ def _add(
     name: str,
     merged: Merged,
     sources: Sequence[Adapter],
-    whole: Mapping[str, nn.Module],
 ) -> None:
     """Inject the adapter and fill it; an error leaves the model without it."""
     paths = _paths(tuner)
     ranks = {paths.get(name, name): report.rank for name, report in merged.report.modules.items()}
-    saved = [module for source in sources for module in source.config.modules_to_save or ()]
     fields: dict[str, Any] = dict(merged.target.config) | rank_fields(ranks)
-    fields["modules_to_save"] = list(dict.fromkeys(saved)) or None
     named = fields["target_modules"] == sorted(merged.names)
     if (named and _ambiguous(tuner, merged.names)) or ranks.keys() != set(merged.names):
         fields |= dict.fromkeys(WHERE) | {"target_modules": "|".join(map(re.escape, ranks))}
@@ -256,9 +225,7 @@ def _add(
             # On the meta device: the initial values would only be thrown away.
             tuner.inject_adapter(tuner.model, name, low_cpu_mem_usage=True)
             _fill(tuner, name, merged, sources)
-            for path, module in whole.items():
-                wrapper = tuner.model.get_submodule(path)
-                wrapper.modules_to_save[name].load_state_dict(module.state_dict())
+            _fill_saved(tuner, name, merged)
         except BaseException:
             tuner.delete_adapter(name)
             raise
@@ -267,10 +234,11 @@ def _add(
 
 
 def _paths(tuner: LoraModel) -> dict[str, str]:
-    """By the name of every module with adapters, where it is in the model: there are more
+    """By the name of every module that adapters have, where it is in the model: there are more
     components in that where something is wrapped, in `torch.compile` for one."""
     modules = tuner.model.named_modules(remove_duplicate=False)
-    paths = [path for path, module in modules if isinstance(module, LoraLayer)]
+    kinds = LoraLayer, ModulesToSaveWrapper
+    paths = [path for path, module in modules if isinstance(module, kinds)]
     spell = Spelling([PREFIX + path for path in paths])
     return {spell(PREFIX + path): path for path in paths}
 
@@ -296,7 +264,11 @@ def _same_trained(tuner: LoraModel) -> Iterator[None]:
 def _fill(tuner: LoraModel, name: str, merged: Merged, sources: Sequence[Adapter]) -> None:
     """Give every injected layer its factors, on the device of those they are made of."""
     adapted = {key: tuner.model.get_submodule(path) for key, path in _paths(tuner).items()}
-    layers = {key: layer for key, layer in adapted.items() if name in layer.r}
+    layers = {
+        key: layer
+        for key, layer in adapted.items()
+        if isinstance(layer, LoraLayer) and name in layer.r
+    }
     for path in sorted(layers.keys() ^ set(merged.names)):
         problem = "the adapters' layers are not those that their configs select"
         raise DomergeError(f"module {path!r}: {problem}; correct their target_modules")
@@ -312,3 +284,14 @@ def _fill(tuner: LoraModel, name: str, merged: Merged, sources: Sequence[Adapter
             layer.lora_embedding_A[name], layer.lora_embedding_B[name] = a, b
         else:
             layer.lora_A[name].weight, layer.lora_B[name].weight = a, b
+
+
+def _fill_saved(tuner: LoraModel, name: str, merged: Merged) -> None:
+    """Give every module that is saved whole its tensors."""
+    for path, place in _paths(tuner).items():
+        wrapper = tuner.model.get_submodule(place)
+        if isinstance(wrapper, ModulesToSaveWrapper) and name in wrapper.modules_to_save:
+            stem = f"{PREFIX}{path}."
+            kept = merged.target.carried.items()
+            own = {key.removeprefix(stem): x.read() for key, x in kept if key.startswith(stem)}
+            wrapper.modules_to_save[name].load_state_dict(own)

@@ -16,14 +16,13 @@ from ..adapters.safetensors_file import SafetensorsFile
 from ..errors import OutputError
 from ..merged import Target
 from ..report import Report
-from ..storage.input_file import InputFile
 from . import marker, weights
 from .card import CARD, Heading
 from .checkpoint import open_checkpoint
 from .fit import fit
 from .folder import check_apart, check_path, is_same
 from .merge_folder import MergeFolder
-from .stream import write, write_tensor
+from .stream import copy_file, write, write_tensor
 
 CHUNK_BYTES = 16 << 20
 """Of a weight in float32, added and rounded at once."""
@@ -33,7 +32,6 @@ class ModelFolder(MergeFolder):
     """Writes W0 + ΔW module by module into copies of the base's own files: same names, shards,
     order and dtypes; their headers get our mark. Sums are float32 and rounded once.
 
-    base: a local folder with config.json and model.safetensors, or shards with their index.
     Tensors that adapters save whole take the place of the base's. Other files of the folder's top
     level are copied, but for weights in other formats, adapters and the card. Raises OptionError
     for a base that does not fit, before anything is written; what fits where is in fit.py.
@@ -65,7 +63,7 @@ class ModelFolder(MergeFolder):
             if key not in self._missing:
                 self._copy(key)
         for file in self._base.others:
-            _copy_file(file, folder / file.path.name)
+            copy_file(file, folder / file.path.name)
 
     def add(self, name: str, delta: Tensor) -> None:
         """ΔW [m, n] of a module, in any order of modules."""
@@ -109,12 +107,6 @@ class ModelFolder(MergeFolder):
         file: FileIO = self._files[place.file]
         file.seek(self._starts[place.file] + place.begin + skipped)
         write_tensor(file, tensor)
-
-
-def _copy_file(file: InputFile, target: Path) -> None:
-    with FileIO(target, "w") as copy:
-        for data in file.chunks():
-            write(copy, data)
 
 
 def _check_outside(path: Path, base: Path) -> None:

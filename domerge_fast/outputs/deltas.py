@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
+from ..adapters import LazyTensor
+from ..adapters.whole import COPY, change
+from ..adapters.whole import parameter as saved_parameter
 from ..errors import DomergeError
 from ..merged import Layout, Target
 from ..report import Report
@@ -29,8 +32,9 @@ class DeltaFolder(MergeFolder):
     be larger than SHARD_BYTES.
 
     Without the base model the orientation of linear weights is what the adapters' config says
-    (`fan_in_fan_out`), for all of them. Raises DomergeError for what no update can hold: tensors
-    that adapters save whole, and replicated layers.
+    (`fan_in_fan_out`), for all of them. Tensors that adapters save whole become W - W0; a copy of
+    the base's own weight is no update. Raises DomergeError for what no update can hold: tensors
+    saved whole of which W0 is not at hand, and replicated layers.
     """
 
     note = "`W + ΔW` is the merged weight of every parameter in these files."
@@ -38,9 +42,7 @@ class DeltaFolder(MergeFolder):
 
     def __init__(self, path: Path, target: Target, overwrite: bool, force: bool = False) -> None:
         weights.check_no_replication(target)
-        for key in target.carried:
-            problem = f"{key!r} is saved whole by the adapters, which is no update"
-            raise DomergeError(f"{problem}; write an adapter, or a model on its base")
+        self._saved = dict(_changes(target))
         super().__init__(path, target, overwrite, force, FILES)
 
     def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
@@ -49,6 +51,8 @@ class DeltaFolder(MergeFolder):
         sizes = {
             key: math.prod(shape) * self._target.dtype.itemsize for key, shape in shapes.items()
         }
+        shapes |= {key: tensor.shape for key, tensor in self._saved.items()}
+        sizes |= {key: tensor.nbytes for key, tensor in self._saved.items()}
         self._total = sum(sizes.values())
         self._shards = shards(sizes)
         self._writers: dict[str, SafetensorsWriter] = {}
@@ -65,7 +69,9 @@ class DeltaFolder(MergeFolder):
         self._writers[key].add(key, weights.rounded(name, stored, self._target.dtype))
 
     def finish(self, report: Report) -> None:
-        """The index, if there are several shards, and the card."""
+        """Tensors saved whole, the index, if there are several shards, and the card."""
+        for key, tensor in self._saved.items():
+            self._writers[key].add_pieces(key, tensor)
         if len(self._shards) > 1:
             where = {key: shard for shard, keys in self._shards.items() for key in keys}
             total = {"total_size": self._total}
@@ -74,6 +80,19 @@ class DeltaFolder(MergeFolder):
 
     def _turned(self, layout: Layout) -> bool:
         return weights.is_turned(layout, self._target)
+
+
+def _changes(target: Target) -> Iterator[tuple[str, LazyTensor]]:
+    """W - W0 of the tensors that are kept whole, by the base model's names for them."""
+    for key, tensor in target.carried.items():
+        if COPY in key:
+            continue
+        origin = target.whole.origins.get(key)
+        if origin is None or origin.shape != tensor.shape:
+            problem = f"{key!r} is saved whole by the adapters, which is no update"
+            remedy = "give the base model (base, --base), write an adapter, or say whole='drop'"
+            raise DomergeError(f"{problem}; {remedy}")
+        yield saved_parameter(key), change(key, tensor, origin, target.dtype)
 
 
 def parameter(layout: Layout) -> str:

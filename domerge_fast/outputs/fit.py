@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapters import LazyTensor
+from ..adapters.assemble import is_of_tokens
 from ..adapters.lazy import in_step
 from ..adapters.names import PREFIX
 from ..merged import Layout, Target
@@ -58,6 +59,26 @@ def fit(target: Target, base: Checkpoint) -> Fit:
             _check_replaceable(key, tensor, base)
             replaced[key] = tensor
     return Fit(places, replaced)
+
+
+def originals(names: Collection[str], base: Checkpoint) -> Callable[[str], LazyTensor | None]:
+    """From parameter names of the adapted model, with these adapted modules, to the base's weights;
+    a head that is not stored because it is tied is the embedding. OptionError, when a weight is
+    asked for, unless the base has the modules."""
+    rename = _renaming([f"{name}.weight" for name in names], base)
+    tokens = [key for key in base.tensors if is_of_tokens(key)]
+
+    def origin(path: str) -> LazyTensor | None:
+        for name in names:
+            if rename(f"{name}.weight") not in base.tensors and not is_of_tokens(f"{name}.weight"):
+                problem = f"has no {rename(f'{name}.weight')!r} for module {name!r}"
+                raise refusal(base.folder, problem, _OTHER_BASE)
+        key = rename(path)
+        if key not in base.tensors and base.is_tied and is_of_tokens(path) and len(tokens) == 1:
+            key = tokens[0]
+        return base.tensors.get(key)
+
+    return origin
 
 
 def _renaming(wanted: Collection[str], base: Checkpoint) -> Callable[[str], str]:

@@ -27,6 +27,8 @@ class MergeFolder(ABC):
     """
 
     heading: Heading
+    notes: tuple[str, ...] = ()
+    """What the report has to say of the form."""
     add: Callable[..., None]
     """Write one module: its name, and what the form keeps of it (A and B, or ΔW)."""
 

@@ -11,37 +11,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, AdapterConfig
+from ..adapters import Adapter, AdapterConfig, Kept
 from ..adapters.names import PREFIX
 from ..adapters.peft import CONFIG, WEIGHTS
+from ..adapters.whole import lacks_head
 from ..merged import Layout, Target
 from ..plan import Plan
 from ..report import Report
+from . import tokenizer
 from .card import CARD, Heading
 from .merge_folder import MergeFolder
-from .stream import SafetensorsWriter
+from .stream import SafetensorsWriter, copy_file
 
 FILES = (CONFIG, WEIGHTS, CARD)
 
 WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
-def target(plan: Plan, dtype: torch.dtype, base_model: str | None) -> Target:
-    """What the merge of a plan is written as."""
+def target(plan: Plan, dtype: torch.dtype, base_model: str | None, whole: Kept) -> Target:
+    """What the merge of a plan is written as; `copied` is left to the caller."""
     layouts = {}
     for name in plan.names:
         module = plan.module(name)
         shape = module.a_shape[1:]
         layouts[name] = Layout(name, module.kind, module.m, shape, plan.rank(name))
     merging = [a for a, w in zip(plan.adapters, plan.weights) if w != 0]
-    config = _config(merging, plan.names, base_model)
+    config = _config(merging, plan.names, base_model, whole)
     inputs = frozenset(a.file.path.parent.resolve() for a in plan.adapters if a.file)
     files = tuple(file for a in plan.adapters for file in a.inputs)
-    return Target(config, layouts, plan.adapters[0].carried, dtype, inputs, files)
+    return Target(config, layouts, whole, dtype, inputs, files)
 
 
 def _config(
-    adapters: Sequence[Adapter], names: Sequence[str], base_model: str | None
+    adapters: Sequence[Adapter], names: Sequence[str], base_model: str | None, whole: Kept
 ) -> dict[str, object]:
     """The fields that do not depend on ranks.
 
@@ -59,9 +61,10 @@ def _config(
     def stated(field: str) -> object:
         return next((v for c in configs if (v := getattr(c, field))), None)
 
+    headless = any(lacks_head(config, whole.modules_to_save) for config in configs)
     return {
         "peft_type": "LORA",
-        "task_type": stated("task_type"),
+        "task_type": None if headless else stated("task_type"),
         "auto_mapping": stated("auto_mapping"),
         "base_model_name_or_path": base_model or stated("base_model_name_or_path"),
         "revision": stated("revision"),
@@ -71,7 +74,7 @@ def _config(
         "init_lora_weights": True,
         "layer_replication": first.layer_replication,
         "lora_dropout": 0.0,
-        "modules_to_save": first.modules_to_save,
+        "modules_to_save": whole.modules_to_save,
         "use_dora": False,
         "use_rslora": False,
         **where,
@@ -124,7 +127,7 @@ class PeftFolder(MergeFolder):
     heading = Heading("Merged LoRA adapter", "peft")
 
     def __init__(self, path: Path, target: Target, overwrite: bool, force: bool = False) -> None:
-        super().__init__(path, target, overwrite, force, FILES)
+        super().__init__(path, target, overwrite, force, (*FILES, *tokenizer.FILES))
         self._ranks: dict[str, int] = {}
         self._shapes = dict(largest(target))
 
@@ -139,9 +142,11 @@ class PeftFolder(MergeFolder):
         self._ranks[name] = a.shape[0]
 
     def finish(self, report: Report) -> None:
-        """Everything but the merged factors: carried tensors, config and card."""
+        """Everything but the merged factors: carried tensors, tokenizer, config and card."""
         for key, tensor in self._target.carried.items():
             self._writer.add_pieces(key, tensor)
+        for file in self._target.copied:
+            copy_file(file, self._folder / file.path.name)
         self._write_json(CONFIG, dict(self._target.config) | rank_fields(self._ranks))
         self._write_card(report)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..adapters.lazy import LazyTensor, pieces
 from ..storage.buffers import bytes_of
+from ..storage.input_file import InputFile
 from .marker import MARK, METADATA
 
 _NAMES = {
@@ -95,6 +96,13 @@ def write(file: FileIO, data: memoryview | bytes) -> None:
     view = memoryview(data).cast("B")
     while view:
         view = view[file.write(view) :]
+
+
+def copy_file(file: InputFile, target: Path) -> None:
+    """Write the bytes of a file to another, a piece at a time."""
+    with FileIO(target, "w") as copy:
+        for data in file.chunks():
+            write(copy, data)
 
 
 def _count(shape: Sequence[int]) -> int:
