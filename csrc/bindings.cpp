@@ -4,8 +4,24 @@
 #include <pybind11/stl.h>
 
 #include "cpu/dispatch.h"
+#include "cpu/stop.h"
 
 namespace py = pybind11;
+
+// Whether the call in this thread comes from the one in which Python answers signals. Others have
+// nothing to ask for, and must not wait for the GIL while the interpreter ends.
+thread_local bool answers_signals = false;
+
+bool in_main_thread() {
+    const py::object threading = py::module_::import("threading");
+    return threading.attr("get_ident")().equal(threading.attr("main_thread")().attr("ident"));
+}
+
+void raise_signals() {
+    if (!answers_signals) return;
+    const py::gil_scoped_acquire acquire;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
 
 // f(kernels, arguments...) without the GIL. The kernels are chosen while it is held: reading the
 // environment must not race with Python writing it.
@@ -13,12 +29,14 @@ template <class Result, class... Args>
 auto on_cpu(Result (*f)(const domerge::Kernels&, Args...)) {
     return [f](Args... args) {
         const domerge::Kernels& kernels = domerge::choose_kernels();
+        answers_signals = in_main_thread();
         const py::gil_scoped_release release;
         return f(kernels, args...);
     };
 }
 
 PYBIND11_MODULE(_C, m) {
+    domerge::check_signals = raise_signals;
     using Numbers = std::vector<int64_t>;
     py::class_<domerge::Problems>(m, "Problems")
         .def(py::init<const domerge::Addresses&, const Numbers&, const Numbers&,

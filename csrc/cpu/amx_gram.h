@@ -134,6 +134,7 @@ inline void gram_tiles(const Problem& problem, int64_t begin, int64_t end, bool 
     float* total = take(size * ld);
     const Tiles tiles;
     for (int64_t c = begin; c < end; c += kPanel) {
+        poll();
         const int64_t n = end - c < kPanel ? end - c : kPanel, depth = round_up(n, kDepth);
         if (problem.columns)
             pack_columns(problem, c, n, depth, size, panel);

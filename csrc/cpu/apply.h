@@ -119,6 +119,7 @@ template <class Rows>
 void apply_rows(const ApplyItem& item, Arena& arena) {
     Rows product(item, arena);
     for (int64_t begin = item.begin; begin < item.end; begin += kApplyColumns) {
+        poll();
         const int64_t n = least(item.end - begin, kApplyColumns);
         write_rows(product(begin, n), Rows::kLd, item.rows, begin, n, item.problem->d,
                    item.out_dtype, item.out);
@@ -129,6 +130,7 @@ template <class Columns>
 void apply_columns(const ApplyItem& item, Arena& arena) {
     Columns product(item, arena);
     for (int64_t begin = item.begin; begin < item.end; begin += kApplyRows) {
+        poll();
         const int64_t n = least(item.end - begin, kApplyRows);
         write_columns(product(begin, n), product.ld(), item.rows, begin, n, item.end,
                       item.out_dtype, item.out);

@@ -28,6 +28,7 @@ inline Root make_root(const double* matrix, int64_t rank, float* data, Arena& ar
     const double norm = __builtin_sqrt(trace), negligible = 1e-16 * rank * trace;
     int64_t k = 0;
     for (; k < rank; ++k) {
+        poll();
         int64_t pivot = 0;
         for (int64_t i = 1; i < rank; ++i)
             if (left[i] > left[pivot]) pivot = i;
@@ -172,6 +173,7 @@ void apply_decouple_item(const DecoupleItem& item, Arena& arena) {
                    ld};
     Rows product(apply, arena);
     for (int64_t begin = apply.begin; begin < apply.end; begin += kApplyColumns) {
+        poll();
         const int64_t n = least(apply.end - begin, kApplyColumns);
         t.values = product(begin, n);
         find_magnitudes(item, t, n);

@@ -12,6 +12,7 @@ inline void block_products(const float* x, const float* y, int64_t rank, const i
                            int64_t count, double* out, Arena& arena) {
     double* columns = static_cast<double*>(arena.take(rank * sizeof(double)));
     for (int64_t i = 0; i < count; ++i) {
+        poll();
         for (int64_t c = 0; c < rank; ++c) columns[c] = 0.0;
         for (int64_t r = 0; r < ranks[i]; ++r, x += rank, y += rank)
             for (int64_t c = 0; c < rank; ++c)

@@ -1,5 +1,6 @@
 // Entrywise ops: rows of updates over threads.
 #include <algorithm>
+#include <limits>
 #include <mutex>
 
 #include "dispatch.h"
@@ -51,7 +52,10 @@ void entry_counts(const Kernels& kernels, const Problems& a, const Problems& b,
                   const std::vector<int64_t>& prefixes, uint64_t out, int threads) {
     const int64_t bins = prefixes.empty() ? kUpperBins : kLowerBins;
     std::vector<std::mutex> locks(a[0].count);
-    for_adapters(a[0], b[0], kBinRows, threads, [&](int64_t i, UpdateItem item, Arena& arena) {
+    // No 32-bit count of an item overflows: each is of every other column.
+    const int64_t most = std::numeric_limits<uint32_t>::max() / (a[0].d / 2 + 1);
+    const int64_t height = std::clamp<int64_t>(most, 1, kBinRows);
+    for_adapters(a[0], b[0], height, threads, [&](int64_t i, UpdateItem item, Arena& arena) {
         auto* counts = static_cast<uint32_t*>(arena.take(2 * bins * sizeof(uint32_t)));
         std::fill_n(counts, 2 * bins, 0);
         const uint32_t prefix = prefixes.empty() ? 0 : static_cast<uint32_t>(prefixes[i]);

@@ -3,6 +3,9 @@
 
 #include "dispatch.h"
 
+#ifdef DOMERGE_X86
+#include <cpuid.h>
+#endif
 #if defined(DOMERGE_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -40,11 +43,19 @@ bool may_use_amx() {
 }
 #endif
 
+#ifdef DOMERGE_X86
+// Asked of the processor: older compilers do not know the name, and a virtual machine may hide it.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 std::vector<const Kernels*> supported() {
     std::vector<const Kernels*> list;
 #ifdef DOMERGE_X86
     __builtin_cpu_init();
-    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
 #if defined(DOMERGE_AMX) && defined(__linux__)

@@ -25,6 +25,10 @@ class Arena {
     State* state_;
 };
 
+// Throws where the call has to end early. To be called every few milliseconds; costs some
+// nanoseconds.
+void poll();
+
 struct DescentOptions {
     bool frobenius;
     double gamma;

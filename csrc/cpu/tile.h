@@ -2,6 +2,7 @@
 // from cache. All matrices are padded: rows to kTileRows, columns to a whole vector.
 #pragma once
 
+#include "kernels.h"
 #include "simd.h"
 
 namespace domerge {
@@ -17,6 +18,7 @@ constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
 
 constexpr int64_t kLeftBytes = 1 << 20;
+constexpr int64_t kLongPanel = 1 << 14;  // numbers of a left operand that take microseconds
 // How many rows before its use a row is fetched: of a right operand in L2, of factors in memory.
 constexpr int64_t kRowsAhead = 8;
 
@@ -101,6 +103,7 @@ DOMERGE_INLINE void for_tiles(int64_t rows, int64_t columns, int64_t depth, Limi
     for (int64_t begin = 0; begin < rows; begin += part) {
         const int64_t end = begin + part < rows ? begin + part : rows;
         for (int64_t j = 0, width; j < columns; j += width * lanes) {
+            if (rows * depth >= kLongPanel) poll();
             // Two tiles of two vectors take less time than one of three and one of one.
             width = columns - j > 3 * lanes && columns - j <= 4 * lanes ? 2 : kTileVectors;
             for (int64_t i = begin; i < end; i += kTileRows) {

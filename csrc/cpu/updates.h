@@ -72,6 +72,7 @@ class Updates {
             const int64_t n = least(width_, d - column);
             load_rows(*item_.a, column, n, a_, ld_, false);
             for (int64_t row = item_.begin; row < item_.end; row += kTileRows) {
+                poll();
                 multiply_strip(row - item_.begin, n);
                 const int64_t rows = least(kTileRows, item_.end - row);
                 body(Strip{tiles_, ld_, row, rows, column, n});
