@@ -247,6 +247,7 @@ def versions() -> dict[str, str]:
 def _load(sources: Iterable[Source], base_model: str | None) -> list[Adapter]:
     if isinstance(sources, (str, os.PathLike, Adapter)):
         raise OptionError("adapters", "is one adapter, not a list", "put it in a list: [adapter]")
+    registry.check_environment()
     loaded = [_one(source) for source in sources]
     check_compatible(loaded, base_model)
     named: dict[str, Adapter] = {}

@@ -3,65 +3,111 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
-import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from . import __version__
+from . import __version__, streams
 from .errors import DomergeError, OutputWarning
 from .outputs import folder
 
+FAILED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
+NEGATIVE = r"-(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d+)?$|-(inf|infinity|nan)$"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 after one line on stderr.
+    """Run a command; returns the exit code: 0, or another after one line on stderr.
 
-    An output that is in its place is 0, with a line on stderr where something beside it is wrong.
+    2: refused, and nothing was written. 1: it failed otherwise. 130: interrupted. An output that is
+    in its place is 0, with a line on stderr where something beside it is wrong.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        code = _run(arguments)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # Whoever reads has seen enough; nothing may be left to write at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    with streams.usable(), _polite_signals(), warnings.catch_warnings():
+        # Torch says so where numpy is not installed; nothing here needs it.
+        warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+        warnings.simplefilter("always", OutputWarning)
+        warnings.showwarning = _in_one_line(warnings.showwarning)
+        return _run(arguments)
 
 
 def _run(arguments: list[str]) -> int:
     folder.last_written = None
+    verbose = bool({"-v", "--verbose"} & set(arguments))
     try:
-        args = _parse(arguments)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
-                signal.signal(number, _interrupt)
-        with warnings.catch_warnings():
-            warnings.simplefilter("always", OutputWarning)
-            warnings.showwarning = _in_one_line(warnings.showwarning)
-            return args.run(args)
-    except SystemExit as leaving:
-        return int(leaving.code or 0)
+        return _ran(arguments)
+    except streams.Unprintable as error:
+        reason = error.__cause__
+        if not isinstance(reason, BrokenPipeError):  # whoever reads has not merely seen enough
+            what = getattr(reason, "strerror", None) or reason
+            _fail(f"{_but()}standard output cannot be written ({what})", verbose)
+        return FAILED
     except DomergeError as error:
-        if {"-v", "--verbose"} & set(arguments):
-            traceback.print_exc()
-        print(f"domerge-fast: error: {error}", file=sys.stderr)
+        _fail(str(error), verbose)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        written = folder.last_written
-        what = f"{str(written)!r} was written" if written else "nothing was written"
-        print(f"domerge-fast: interrupted; {what}", file=sys.stderr)
+        streams.tell(f"domerge-fast: interrupted; {_written()}")
         return INTERRUPTED
+    except MemoryError:
+        _fail(
+            f"{_but()}out of memory; merge fewer adapters at once, or where there is more", verbose
+        )
+        return FAILED
+    except Exception as error:  # the outermost net: a fault of ours or of the machine's
+        what = f"{type(error).__name__}: {error}"
+        _fail(f"{_but()}unexpected {' '.join(what.split())[:200]}; -v shows the traceback", verbose)
+        return FAILED
+
+
+def _ran(arguments: list[str]) -> int:
+    try:
+        args = _parse(arguments)
+        return args.run(args)
+    except SystemExit as leaving:  # argparse has shown what it was asked for
+        return int(leaving.code or 0)
+
+
+def _written() -> str:
+    path = folder.last_written
+    return f"{str(path)!r} was written" if path else "nothing was written"
+
+
+def _but() -> str:
+    """What an error that comes after the output has to begin with."""
+    return f"{_written()}, but " if folder.last_written else ""
+
+
+def _fail(message: str, verbose: bool) -> None:
+    if verbose:
+        streams.tell(traceback.format_exc().rstrip())
+    streams.tell(f"domerge-fast: error: {message}")
+
+
+@contextlib.contextmanager
+def _polite_signals() -> Iterator[None]:
+    """A polite kill cleans up as Ctrl-C does, where nobody has asked for anything else."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    ours = [n for n in numbers if signal.getsignal(n) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _in_one_line(usual: Callable[..., None]) -> Callable[..., None]:
@@ -69,7 +115,7 @@ def _in_one_line(usual: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], *where: typing.Any) -> None:
         if issubclass(category, OutputWarning):
-            print(f"domerge-fast: warning: {message}", file=sys.stderr)
+            streams.tell(f"domerge-fast: warning: {message}")
         else:
             usual(message, category, *where)
 
@@ -77,12 +123,20 @@ def _in_one_line(usual: Callable[..., None]) -> Callable[..., None]:
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    """A polite kill cleans up as Ctrl-C does."""
     raise KeyboardInterrupt
 
 
 class _Parser(argparse.ArgumentParser):
     """Wrong arguments are told in one line, as every other error is."""
+
+    def __init__(self, *args: typing.Any, **options: typing.Any) -> None:
+        super().__init__(*args, **options)
+        # Those of Python are in decimals only, and what is none of them is taken for a flag.
+        self._negative_number_matcher = re.compile(NEGATIVE, re.IGNORECASE)
+
+    def _print_message(self, message: str, file: object = None) -> None:
+        """Help and the version; Python's own does not tell that they could not be printed."""
+        streams.show([message.rstrip()])
 
     def error(self, message: str) -> typing.NoReturn:
         raise DomergeError(f"{message}; see '{self.prog} --help'")
@@ -195,8 +249,7 @@ def _merge(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k not in _OWN}
     merged = api.merge(given.pop("adapters"), output=args.output, progress=_bar(args), **given)
     if not args.quiet:
-        _print_table(merged.report.summary())
-        print(f"written to {args.output}")
+        streams.show([*streams.table(merged.report.summary()), f"written to {args.output}"])
     return 0
 
 
@@ -215,7 +268,7 @@ def _inspect(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in _SOURCES}
     found = api.inspect(given.pop("adapters"), progress=_bar(args), **given)
     if args.json:
-        print(json.dumps(found.to_dict(), indent=2))
+        streams.show([json.dumps(found.to_dict(), indent=2)])
         return 0
     numbers = [str(i) for i in range(1, len(found.adapters) + 1)]
     head = ("", "adapter", "norm of ΔW", "least of a module", "median", "largest")
@@ -223,15 +276,15 @@ def _inspect(args: argparse.Namespace) -> int:
         (k, name, *(f"{v:.4g}" for v in (norm, *spread)))
         for k, name, norm, spread in zip(numbers, found.adapters, found.norms, found.spread)
     ]
-    _print_table([head, *rows])
+    lines = streams.table([head, *rows], names=1)
     for title, table in (
         ("overlap of row spaces (A): 0 orthogonal, 1 the same", found.rows),
         ("overlap of column spaces (B): 0 orthogonal, 1 the same", found.columns),
         ("cosine between the updates", found.cosine),
     ):
-        print(f"\n{title}")
-        lines = [(k, *(f"{v:.3f}" for v in row)) for k, row in zip(numbers, table)]
-        _print_table([("", *numbers), *lines])
+        cells = [(k, *(f"{v:.3f}" for v in row)) for k, row in zip(numbers, table)]
+        lines += ["", title, *streams.matrix([("", *numbers), *cells])]
+    streams.show(lines)
     return 0
 
 
@@ -271,8 +324,11 @@ def _add_to(args: argparse.Namespace) -> int:
     from .sequential import Sequential
 
     weights = [args.weight] * len(args.adapters)
-    for step in Sequential.open(args.folder).add_all(args.adapters, weights):
-        print(f"{step.adapter}: norm {step.norm:.4g}, energy kept {100 * step.energy_kept:.2f} %")
+    steps = Sequential.open(args.folder).add_all(args.adapters, weights)
+    streams.show(
+        f"{step.adapter}: norm {step.norm:.4g}, energy kept {100 * step.energy_kept:.2f} %"
+        for step in steps
+    )
     return 0
 
 
@@ -281,8 +337,7 @@ def _save(args: argparse.Namespace) -> int:
 
     given = {name: getattr(args, name) for name in ("scale", "dtype", "overwrite", "force")}
     merged = Sequential.open(args.folder).save(args.output, **given)
-    _print_table(merged.report.summary())
-    print(f"written to {args.output}")
+    streams.show([*streams.table(merged.report.summary()), f"written to {args.output}"])
     return 0
 
 
@@ -295,11 +350,15 @@ def _methods(args: argparse.Namespace) -> int:
 
     found = {name: dataclasses.asdict(row) for name, row in api.methods().items()}
     if args.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        streams.show([json.dumps(found, indent=2, ensure_ascii=False)])
         return 0
-    head = ("method", "what it does", "returns", "cost", "needs", "source")
-    columns = ("summary", "returns", "cost", "needs", "source")
-    _print_table([head, *((name, *(row[c] for c in columns)) for name, row in found.items())])
+    rows = [("method", "returns", "what it does")]
+    for name, row in found.items():
+        needs = f"; needs {row['needs']}" if row["needs"] else ""
+        rows.append(
+            (name, row["returns"], f"{row['summary']} ({row['source']}); {row['cost']}{needs}")
+        )
+    streams.show(streams.table(rows))
     return 0
 
 
@@ -312,9 +371,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
     found = examine()
     if args.json:
-        print(json.dumps(found, indent=2))
+        streams.show([json.dumps(found, indent=2)])
     else:
-        _print_table(list(found.items()))
+        streams.show(streams.table(list(found.items())))
     return 0
 
 
@@ -344,26 +403,19 @@ def _bench(args: argparse.Namespace) -> int:
     result = bench(**given, say=_say if tell else lambda what: None)
     if tell:
         _say("")
-    for line in result.summary():
-        print(line)
+    lines = [line for text in result.summary() for line in streams.wrap(text)]
     if result.rows:
-        print()
-        _print_table(result.table())
+        lines += ["", *streams.table(result.table())]
+    streams.show(lines)
     for backend, reason in result.refused.items():
         message = f"backend {backend!r} disagrees with the reference ({reason}): no figures for it"
-        print(f"domerge-fast: error: {message}", file=sys.stderr)
-    return 1 if result.refused else 0
+        streams.tell(f"domerge-fast: error: {message}")
+    return FAILED if result.refused else 0
 
 
 def _say(what: str) -> None:
     """What is being done, in place of what was said before."""
     print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
-
-
-def _print_table(rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]

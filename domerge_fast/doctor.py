@@ -12,7 +12,9 @@ from .backends import registry
 
 
 def examine() -> dict[str, str]:
-    """Labels and findings, in the order to show them."""
+    """Labels and findings, in the order to show them; OptionError as in a merge for what the
+    environment asks for in vain."""
+    registry.check_environment()
     found = dict(versions())
     found["system"] = f"{platform.system()} {platform.machine()}"
     found["threads"] = str(torch.get_num_threads())

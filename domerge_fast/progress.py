@@ -14,7 +14,10 @@ def shown(
     if callable(progress):
         yield progress
         return
+    if not progress:
+        yield lambda done, total: None
+        return
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=" modules", disable=not progress, leave=False) as bar:
+    with tqdm(total=total, unit=" modules", leave=False) as bar:
         yield lambda done, _: bar.update(done - bar.n)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,13 +26,6 @@ from domerge_fast.backends import registry
 from domerge_fast.methods import TABLE
 
 SHAPES = {"layers.0.q_proj": (6, 8), "layers.0.up_proj": (12, 6), "layers.1.q_proj": (6, 8)}
-
-
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +98,9 @@ def test_merge_does_what_the_api_does(line, pair, capsys):
         "merge --weights 1 -0.5 -o OUT a b",
         "merge --weights 1 -.5 --output OUT a b",
         "merge -q --weights 1.0 -0.5 --output=OUT a b",
+        "merge a b --weights 1 -5e-1 -o OUT",
+        "merge --weights 1 -5.e-1 -o OUT a b",
+        "merge a b -o OUT --weights 1. -.05E+1",
     ],
 )
 def test_weights_and_adapters_may_come_in_any_order(line, capsys):
@@ -154,9 +151,15 @@ def test_names_are_those_of_the_api(capsys):
         assert re.search(rf"--{name.replace('_', '-')}\b", shown), name
 
 
+def unwrapped(shown: str) -> list[str]:
+    """The lines of a table, with those that go on joined to what they go on from."""
+    return re.sub(r"\n {2,}(?=\S)", " ", shown).splitlines()
+
+
 def test_merge_ends_with_a_summary(pair, capsys):
     assert cli.main(["merge", *pair, "-o", "out", "--energy", "0.5"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out
+    lines = unwrapped(shown)
     found = dict(re.split(r"  +", line, maxsplit=1) for line in lines[:-1])
     report = dm.merge(pair, energy=0.5).report
     ranks = sorted({module.rank for module in report.modules.values()})
@@ -213,10 +216,13 @@ def test_methods_lists_each_with_one_line(capsys):
         assert row["source"]
         assert row["returns"] in ("exact", "rank", "dense", "inner")
     assert cli.main(["methods"]) == 0
-    head, *lines = capsys.readouterr().out.splitlines()
+    head, *lines = unwrapped(capsys.readouterr().out)
     assert head.split()[0] == "method"
     for line, (name, row) in zip(lines, found.items(), strict=True):
-        assert re.split(r"  +", line)[:4] == [name, row["summary"], row["returns"], row["cost"]]
+        shown_name, returns, text = re.split(r"  +", line)
+        assert (shown_name, returns) == (name, row["returns"])
+        assert text.startswith(f"{row['summary']} ({row['source']}); {row['cost']}")
+        assert text.endswith(row["needs"])
 
 
 def test_doctor_shows_versions_and_every_backend(capsys, monkeypatch):
@@ -229,7 +235,7 @@ def test_doctor_shows_versions_and_every_backend(capsys, monkeypatch):
         assert found[f"backend {name}"].startswith("ok" if status.available else "off: ")
     assert ("instruction set" in found) == dm.backends()["cpu"].available
     assert cli.main(["doctor"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = unwrapped(capsys.readouterr().out)
     assert [re.split(r"  +", line)[0] for line in lines] == list(found)
 
 
@@ -251,6 +257,10 @@ WRONG = {
     "merge -o out": "required: ADAPTER; see 'domerge-fast merge --help'",
     "merge a b -o out --gama 2": "'--gama' is not understood, did you mean '--gamma'?",
     "merge a b -o out --weights 1 x": "--weights: invalid float value: 'x'",
+    "merge a b -o out --weights 1 -inf": "option 'weights': -inf is not a finite number; give one",
+    "merge a b -o out --scale -nan": "option 'scale': nan is not a finite number; give one",
+    "merge a b -o out --gamma -1e-3": "option 'gamma': -0.001 is too small; use at least 0",
+    "sequential add s a --weight -Infinity": "/s' holds no sequential merge",
     "merge a b -o out --steps 2.5": "--steps: invalid int value: '2.5'",
     "merge --weights 1 1 a b -o out": "--weights: invalid float value: 'a'",
     "inspect a b --jsno": "'--jsno' is not understood, did you mean '--json'?",
@@ -329,3 +339,211 @@ def test_a_real_process_fails_in_one_line(pair, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == ("domerge-fast: error: option 'rank': 0 is too small; use at least 1\n")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def shell(line: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, with the redirections of `line`."""
+    path = os.pathsep.join([str(Path(dm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = ["bash", "-c", f'exec "$@" {line}', "bash", sys.executable, "-m", "domerge_fast"]
+    return subprocess.run(
+        [*command, *arguments],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_closed_streams_change_nothing(pair):
+    """Nor may a file that is written come to stand where something prints to."""
+    done = shell("<&- >&- 2>&-", "merge", *pair, "-o", "out")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    dm.merge(pair, output="expected")
+    assert weights_of("out") == weights_of("expected")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_one_closed_stream_silences_nothing_else(name, pair, capsys, monkeypatch):
+    monkeypatch.setattr(sys, name, None)
+    assert cli.main(["merge", *pair, "-o", "out"]) == 0
+    assert getattr(sys, name) is None
+    assert ("written to out" in capsys.readouterr().out) == (name == "stderr")
+    assert cli.main(["merge", "a", "none", "-o", "no"]) == 2
+    assert ("no such folder" in capsys.readouterr().err) == (name == "stdout")
+
+
+FULL = "standard output cannot be written (No space left on device)\n"
+
+
+def test_a_full_stdout_is_told_with_what_was_done(pair):
+    done = shell(">/dev/full", "merge", *pair, "-o", "out")
+    assert done.returncode == 1
+    written = repr(str(Path("out").absolute()))
+    assert done.stderr == f"domerge-fast: error: {written} was written, but {FULL}"
+    assert weights_of("out")
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("line", ["--help", "--version", "merge --help", "methods", "inspect a"])
+def test_whatever_prints_tells_that_it_could_not(line, unbuffered, capsys, monkeypatch):
+    device = open("/dev/full", "wb", buffering=0 if unbuffered else -1)  # noqa: SIM115
+    full = io.TextIOWrapper(device, encoding="utf-8", write_through=unbuffered)
+    monkeypatch.setattr(sys, "stdout", full)
+    assert cli.main(line.split()) == 1
+    assert capsys.readouterr().err == f"domerge-fast: error: {FULL}"
+    full.close()
+
+
+def test_the_exit_code_tells_what_a_full_stderr_cannot(pair, monkeypatch):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert cli.main(["merge", *pair, "-o", "out"]) == 0
+        assert cli.main(["merge", "a", "none", "-o", "no"]) == 2
+
+
+@pytest.mark.parametrize("line", ["inspect a b", "merge --help", "methods", "doctor"])
+def test_what_stdout_cannot_encode_is_replaced(line, capsys, monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert cli.main(line.split()) == 0
+    assert capsys.readouterr().err == ""
+    assert printed.getvalue().isascii()
+    assert printed.getvalue()
+
+
+def test_streams_and_signals_are_as_they_were(capsys):
+    def state() -> tuple[object, ...]:
+        handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)]
+        return sys.stdout, sys.stderr, sys.stdout.errors, *handlers, warnings.filters[:]
+
+    before = state()
+    for line in ("inspect a b", "inspect a none", "--help"):
+        cli.main(line.split())
+        assert state() == before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_polite_kill_leaves_nothing(name, pair, tmp_path, capsys, monkeypatch):
+    before = sorted(tmp_path.rglob("*"))
+    number = getattr(signal, name)
+    monkeypatch.setattr(cli, "_bar", lambda _: lambda *_: os.kill(os.getpid(), number))
+    assert cli.main(["merge", *pair, "-o", "out"]) == 130
+    interrupted = "domerge-fast: interrupted; nothing was written\n"
+    assert capsys.readouterr() == ("", interrupted)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(pair, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(cli, "_bar", lambda _: lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    try:
+        assert cli.main(["merge", *pair, "-o", "out", "-q"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("two\nlines"), "unexpected RuntimeError: two lines; -v shows the traceback"),
+        (OSError(5, "Input/output error"), "unexpected OSError: [Errno 5] Input/output error; -v"),
+        (MemoryError(), "out of memory; "),
+        (ImportError("x" * 999), "unexpected ImportError: xxx"),
+    ],
+)
+def test_whatever_else_goes_wrong_is_one_line(error, words, capsys, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(dm.api, "merge", fail)
+    assert cli.main(["merge", "a", "b", "-o", "out"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"domerge-fast: error: {words}")
+    assert printed.count("\n") == 1
+    assert len(printed) < 300
+    assert cli.main(["merge", "a", "b", "-o", "out", "-v"]) == 1
+    assert "Traceback (most recent call last):" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["merge a b -o out", "inspect a b", "doctor", "sequential add s a"]
+)
+def test_an_instruction_set_that_is_not_here_is_refused(command, capsys, monkeypatch):
+    from domerge_fast import _C
+
+    assert cli.main(["sequential", "start", "s"]) == 0
+    monkeypatch.setenv("DOMERGE_CPU_ISA", "mmx")
+    assert cli.main(command.split()) == 2
+    names = ", ".join(_C.isas())
+    problem = "option 'DOMERGE_CPU_ISA': 'mmx' cannot run here"
+    error = f"domerge-fast: error: {problem}; use one of: {names}; or unset it\n"
+    assert capsys.readouterr().err == error
+    assert not Path("out").exists()
+
+
+def test_it_is_refused_before_an_adapter_is_read(monkeypatch):
+    monkeypatch.setenv("DOMERGE_CPU_ISA", "mmx")
+    with pytest.raises(dm.OptionError, match="DOMERGE_CPU_ISA"):
+        dm.merge(["none"])
+
+
+NO_NUMPY = """
+import sys
+sys.modules["numpy"] = None  # importing it fails
+from domerge_fast import cli
+for line in sys.argv[1:]:
+    assert cli.main(line.split()) == 0, line
+"""
+
+
+def test_no_command_warns_where_numpy_is_not_installed():
+    done = python(
+        "-c",
+        NO_NUMPY,
+        "merge a b -o out",
+        "merge a b -o cut --method ties --rank 2",
+        "merge a b -o inner --method knots --inner dare --post norm_match --energy 0.9",
+        "merge a b -o deltas --form deltas",
+        "inspect a b",
+        "methods",
+        "doctor",
+        "sequential start s",
+        "sequential add s a b",
+        "sequential save s -o saved",
+        "bench a --modules 1 --backend cpu",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_package_runs_as_the_command():
+    done = python("-m", "domerge_fast", "--version")
+    assert (done.returncode, done.stdout) == (0, f"domerge-fast {dm.__version__}\n")
+
+
+def wide_adapters(count: int) -> list[str]:
+    names = [f"{'a-name-that-is-long-' * 6}{i}" for i in range(count)]
+    for i, name in enumerate(names):
+        write_adapter(Path(name), random_factors(SHAPES, 2, seed=i))
+    return names
+
+
+@pytest.mark.parametrize("line", ["merge -o out", "inspect", "methods", "doctor"])
+def test_tables_fit_80_columns(line, capsys):
+    adapters = wide_adapters(30) if line.split()[0] in ("merge", "inspect") else []
+    command, *rest = line.split()
+    assert cli.main([command, *adapters, *rest]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines
+
+
+def test_a_table_takes_the_width_of_the_terminal(capsys, monkeypatch):
+    names = wide_adapters(3)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for columns in (60, 100, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert cli.main(["inspect", *names]) == 0
+        widest = max(map(len, capsys.readouterr().out.splitlines()))
+        assert columns // 2 < widest <= columns
+    assert cli.main(["inspect", *names, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["adapters"] == names

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
 from domerge_fast.backends import cpu
@@ -111,10 +112,10 @@ def test_a_call_of_another_thread_goes_on(two_threads, alarm):
     """Python answers signals in its main thread alone: the others' calls end as they are."""
     expected, found = descend(1), []
     thread = threading.Thread(target=lambda: found.append(descend(1)))
+    thread.start()
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
     with pytest.raises(KeyboardInterrupt):
-        thread.start()
-        os.kill(os.getpid(), signal.SIGALRM)
-        thread.join()
+        time.sleep(10)
     thread.join()
     assert torch.equal(found[0][0][0], expected[0][0])
 
@@ -162,17 +163,11 @@ sys.exit(cli.main(["merge", "a", "-o", "out"]))
 """
 
 
-def test_a_merge_without_threads_is_one_line(no_threads, tmp_path, write: Callable[..., None]):
-    write(tmp_path / "a")
+def test_a_merge_without_threads_is_one_line(no_threads, tmp_path):
+    write_adapter(tmp_path / "a", random_factors({"layer": (6, 8)}, 2))
     before = sorted(tmp_path.rglob("*"))
     done = run(MERGE, no_threads, tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert "can't start new thread" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
-
-
-@pytest.fixture
-def write() -> Callable[..., None]:
-    from support.folders import write_adapter
-    return write_adapter

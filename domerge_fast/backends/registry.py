@@ -33,6 +33,7 @@ OPS = (
     "entry_merge",
 )
 ENVIRONMENT = "DOMERGE_BACKEND"
+INSTRUCTIONS = "DOMERGE_CPU_ISA"
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,19 @@ TABLE = MappingProxyType(
 )
 
 
+def check_environment() -> None:
+    """OptionError where a variable of the environment asks for what there is not."""
+    name = os.environ.get(ENVIRONMENT)
+    if name:
+        options.choose(ENVIRONMENT, name, ["auto", *TABLE])
+    wanted = os.environ.get(INSTRUCTIONS)
+    if wanted and not _extension_missing():
+        known = importlib.import_module("domerge_fast._C").isas()
+        if wanted not in known:
+            remedy = f"use one of: {', '.join(known)}; or unset it"
+            raise OptionError(INSTRUCTIONS, f"{wanted!r} cannot run here", remedy)
+
+
 def backends() -> dict[str, BackendStatus]:
     """Every backend by name, with the reason where it cannot run here."""
     return {
@@ -159,6 +173,7 @@ def choose(name: str, device_type: str) -> str:
 
     Raises OptionError for an unknown name, or for one that cannot run here.
     """
+    check_environment()
     name = name if name != "auto" else os.environ.get(ENVIRONMENT) or "auto"
     if name == "auto":
         usable = (n for n, row in TABLE.items() if _runs_on(row, device_type))

@@ -1,0 +1,9 @@
+"""`python -m domerge_fast` is `domerge-fast`."""
+
+from __future__ import annotations
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
