@@ -2,6 +2,8 @@
 
 VENV  ?= .venv
 TORCH ?= torch==2.13.0
+# What is installed besides torch, version by version. Empty: what pip chooses.
+LOCK  ?= -c tests/constraints.txt
 PY    := $(VENV)/bin/python
 # Compiling all of torch and transformers to bytecode takes longer than installing them; Python
 # compiles what is imported, and keeps it.
@@ -10,22 +12,44 @@ unexport PYTHONDONTWRITEBYTECODE
 # The CUDA kernels take minutes to compile and need a GPU to run: gpu-check builds them, and a test
 # does where there is an nvcc.
 export DOMERGE_CUDA ?= 0
-BUILD := pyproject.toml setup.py $(shell find csrc -type f)
+BUILD := pyproject.toml setup.py tests/constraints.txt $(shell find csrc -type f)
+PYTEST := $(PY) -m pytest -n auto --dist loadfile
+# What shows the work of the CPU kernels, on the instruction set that DOMERGE_CPU_ISA names.
+ON_AN_ISA := $(addprefix tests/test_,$(addsuffix .py,ops entries elementwise methods steps \
+	factor_space composition weighted_and_clustered opcm trained library interference))
 
-.PHONY: setup demo test lint format bench bench-full quality gpu-check clean
+.PHONY: setup demo test test-all test-slow test-perturbed test-isa test-newest
+.PHONY: lint format bench bench-full quality gpu-check clean
 
 setup: $(VENV)/ready
 demo: $(VENV)/ready
 	$(PY) examples/demo.py demo
 test: $(VENV)/ready
-	$(PY) -m pytest -n auto --dist loadfile
+	$(PYTEST) -m "not slow"
+# The rest besides: what compiles, runs kernels under sanitizers or measures; all other tests with
+# the products of torch perturbed; the kernels on each instruction set that this machine has.
+test-all: test test-slow test-perturbed test-isa
+test-slow: $(VENV)/ready
+	$(PYTEST) -m slow
+test-perturbed: $(VENV)/ready
+	DOMERGE_TEST_PERTURB=1 $(PYTEST) -m "not slow"
+# But the first, which is what runs where none is named. test_cpu_kernels.py and
+# test_entries_exact.py go through all by themselves.
+test-isa: $(VENV)/ready
+	set -e; for isa in $$($(PY) -c "from domerge_fast import _C; print(*_C.isas()[1:])"); do \
+	  DOMERGE_CPU_ISA=$$isa $(PYTEST) -m "not slow" -k "not torch and not reference" $(ON_AN_ISA); \
+	done
+# In an environment of its own, with the newest version of everything.
+test-newest:
+	rm -f .venv-newest/ready
+	$(MAKE) test VENV=.venv-newest TORCH="--upgrade torch" LOCK="--upgrade --upgrade-strategy eager"
 bench: $(VENV)/ready
 	$(PY) benchmarks/run.py --quick
 bench-full: $(VENV)/ready
 	$(PY) benchmarks/run.py --full --publish
 # Trains small models and adapters, half an hour and more; then scores every merge of them.
 quality: $(VENV)/ready
-	$(PIP) -e '.[quality]'
+	$(PIP) $(LOCK) -e '.[quality]'
 	$(PY) benchmarks/quality/run.py
 # On a machine with a CUDA GPU, with any Python that has torch: make gpu-check PY=python3
 gpu-check:
@@ -40,15 +64,15 @@ format: $(VENV)/ready-to-lint
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(find csrc -type f)
 clean:
-	rm -rf $(VENV) build demo benchmarks/data *.egg-info domerge_fast/_*.so
+	rm -rf $(VENV) .venv-newest build demo benchmarks/data *.egg-info domerge_fast/_*.so
 
 # torch goes first, so that no dependency pulls in another build of it.
 $(VENV)/ready: $(BUILD)
 	test -x $(PY) || python3 -m venv $(VENV)
 	$(PIP) $(TORCH)
-	$(PIP) -e '.[test]'
+	$(PIP) $(LOCK) -e '.[test]'
 	touch $@
 
 $(VENV)/ready-to-lint: $(VENV)/ready
-	$(PIP) -e '.[dev]'
+	$(PIP) $(LOCK) -e '.[dev]'
 	touch $@

@@ -132,6 +132,7 @@ def test_the_build_fails_with_one_clear_line(tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("error: DOMERGE_CUDA=1 but no nvcc")
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_cuda_objects_hold_code_for_the_architectures(build, tmp_path):
     cuda = build.find_cuda({**os.environ, "DOMERGE_CUDA": "1", "DOMERGE_CUDA_ARCHS": ""})
@@ -158,6 +159,16 @@ def ask(folder: Path, module: str, expression: str):
     done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_the_installed_extension_runs_without_torch():
+    from domerge_fast import _C
+
+    code = "import sys, _C; print(_C.isas()[-1], 'torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    where = Path(_C.__file__).parent
+    found = subprocess.run(command, cwd=where, capture_output=True, text=True, check=True)
+    assert found.stdout == "baseline False\n"
 
 
 @pytest.mark.slow

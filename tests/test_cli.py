@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from support.close import assert_close
 from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
@@ -330,7 +332,12 @@ def test_a_real_process_merges(pair):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("written to out\n")
     dm.merge(pair, weights=[1.0, -2.0], output="expected")
-    assert weights_of("out") == weights_of("expected")
+    found, expected = (
+        load_file(f"{folder}/adapter_model.safetensors") for folder in ("out", "expected")
+    )
+    assert found.keys() == expected.keys()
+    for key in expected:  # libraries may round otherwise in another process
+        assert_close(found[key], expected[key], 1e-5, name=key)
 
 
 def test_a_real_process_fails_in_one_line(pair, tmp_path):

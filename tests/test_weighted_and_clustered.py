@@ -319,7 +319,6 @@ def dense_pairs() -> list[Case]:
     return [PAIRS[name] for name in names]
 
 
-@pytest.mark.slow
 def test_slerp_is_mergekits():
     theirs = pytest.importorskip("mergekit.merge_methods.slerp").slerp
     for case, t in itertools.product(dense_pairs(), (0.0, 0.3, 0.5, 1.0)):
@@ -330,7 +329,6 @@ def test_slerp_is_mergekits():
         assert distance(dense(merged, "x"), expected) < 1e-5
 
 
-@pytest.mark.slow
 def test_multislerp_is_mergekits():
     theirs = pytest.importorskip("mergekit.merge_methods.multislerp").multislerp
     base = pytest.importorskip("mergekit.merge_methods.base")
