@@ -171,7 +171,8 @@ class _Writing:
     def begin(self) -> Path:
         """The new folder."""
         self._made = [parent for parent in self._target.parents if not parent.exists()]
-        self._target.parent.mkdir(parents=True, exist_ok=True)
+        if self._made:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
         self.sweep()
         self._replacing.check(self._target, self._shown)
         os.mkdir(self._new)

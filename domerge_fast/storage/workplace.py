@@ -36,6 +36,7 @@ class Workplace:
         name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
         self.folder = target.parent / f".domerge_fast-{name}"
         self.is_held = False
+        self._is_made = False
         self._target = target
         self._path = self.folder / _LOCK
         self._lock: FileIO | None = None
@@ -90,14 +91,16 @@ class Workplace:
         try:
             mine = os.path.isdir(self.folder) and self._take()
         except (OSError, OutputError):
-            with contextlib.suppress(OSError):  # not empty: it is another one's
+            if self._is_made:  # otherwise it is another one's
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self._path)
                 os.rmdir(self.folder)
             return
         if mine:
             self.leave()
 
     def _take(self) -> bool:
-        made = self._make()
+        self._make()
         try:
             self._lock = FileIO(str(self._path), "a")  # NFS locks only what may be written to
         except FileNotFoundError:
@@ -110,7 +113,7 @@ class Workplace:
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            if made:
+            if self._is_made:
                 self.leave()
             problem = f"is on a file system that cannot lock files ({error.strerror})"
             raise OutputError(str(self._target), problem, "choose another place") from error
@@ -118,15 +121,13 @@ class Workplace:
             self.let_go()
         return self.is_held
 
-    def _make(self) -> bool:
-        """Whether the folder was made: otherwise it is there already."""
+    def _make(self) -> None:
         try:
             os.mkdir(self.folder, 0o700)
+            self._is_made = True
         except FileExistsError:
             with contextlib.suppress(FileNotFoundError):  # gone again
                 self._check_safe()
-            return False
-        return True
 
     def _check_safe(self) -> None:
         """OutputError if somebody else could change what is written before it is in its place."""
