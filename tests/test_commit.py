@@ -109,13 +109,17 @@ def steps_of(target: Path) -> list[Step]:
     with watched(note):
         write(target, "new")
     assert content(target) == "new"
+    restore(target, before)
+    return seen
+
+
+def restore(target: Path, before: str | None) -> None:
     if before is None:
         for name in NAMES:
             (target / name).unlink()
         target.rmdir()
     else:
         write(target, before)
-    return seen
 
 
 def hidden(target: Path) -> Path:
@@ -203,15 +207,6 @@ def test_a_full_disk_at_any_step(for_ever, place):
         restore(place, before)
 
 
-def restore(target: Path, before: str | None) -> None:
-    if before is None:
-        for name in NAMES:
-            (target / name).unlink()
-        target.rmdir()
-    else:
-        write(target, before)
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_at_any_step(when, place):
     before = content(place)
@@ -235,13 +230,11 @@ def test_an_interrupt_at_any_step(when, place):
         restore(place, before)
 
 
-def write_until_killed(target: Path, k: int, when: str, renames: bool, pipe: Connection) -> None:
+def write_until_killed(target: Path, k: int, renames: bool, pipe: Connection) -> None:
     def kill(number: int, step: Step, act: Callable[[], Any]) -> Any:
-        try:
-            return act() if number != k or when == "after" else None
-        finally:
-            if number == k:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if number == k:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return act()
 
     if renames:
         output_folder._exchange = lambda one, other: False
@@ -249,12 +242,13 @@ def write_until_killed(target: Path, k: int, when: str, renames: bool, pipe: Con
         write(target, "new")
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_kill_at_any_step(when, place):
+def test_a_kill_before_any_step_that_changes_something(place):
     before, renames = content(place), output_folder._exchange.__name__ == "<lambda>"
     found = set()
-    for k in range(1, len(steps_of(place)) + 1):
-        process, _ = forked(write_until_killed, place, k, when, renames)
+    for k, (name, _) in enumerate(steps_of(place), 1):
+        if name in ("open", "fsync", "listdir"):
+            continue
+        process, _ = forked(write_until_killed, place, k, renames)
         process.join()
         assert process.exitcode == -signal.SIGKILL
         if content(place) is None and before is not None:
