@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,13 +11,13 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from . import ops, transfer
+from . import ops, precision, transfer
 from .backends.torch import full_precision
-from .errors import AdapterError, DomergeError, OptionError
+from .errors import AdapterError, OptionError
 from .garbage import uncollected
 from .interference import InterferenceSums, own_norms
 from .lowrank import compress
-from .methods.base import Chosen, Dense, Factors, Merged, Settings, grams
+from .methods.base import Chosen, Dense, Factors, Merged, Run, Settings, grams
 from .methods.steps.base import PostStep, PreStep
 from .plan import GPU_GROUP_BYTES, GROUP_BYTES, Plan, Stack
 from .report import ModuleReport
@@ -69,6 +70,16 @@ class Work:
     deltas: bool = False
 
     @property
+    def by_ratio(self) -> bool:
+        """Whether results do not depend on the size of the weights, only on their ratios."""
+        return self.method.by_ratio and all(step.name != "norm_match" for step in self.post)
+
+    @property
+    def wide(self) -> Work:
+        """The same with results in float32."""
+        return replace(self, settings=replace(self.settings, dtype=torch.float32))
+
+    @property
     def inner(self) -> Settings:
         """Settings of what comes before the last step, which is in float32."""
         last = not (self.cut or self.post or self.deltas)
@@ -98,30 +109,24 @@ def run(
     """Merge every module of the plan and give it to the sink, which works in another thread.
 
     to_host: whether the sink wants the results in the host's memory. Raises AdapterError for a
-    factor with NaN, Inf or values too large, before its module reaches the sink; OptionError for
-    a module that is too large for the place.
+    factor with NaN or Inf, before its module reaches the sink; OptionError for a module that is
+    too large for the place; DomergeError for a result that the dtype cannot hold.
     """
     reports: dict[str, ModuleReport] = {}
     compare = len(plan.adapters) <= MOST_COMPARED
     backend = work.settings.backend
     streams = _streams(plan, place)
-    method = work.method.prepared(_Whole(plan, place, work, streams), work.inner)
+    scaled = _Scaled.of(plan, work)
+    work = scaled.work
+    method = work.method.prepared(_Whole(plan, place, scaled, streams), work.inner)
     written: Future[None] | None = None
     with ThreadPoolExecutor(1, "domerge-write") as writer:
         for stacks in _stacks(plan, place, work, streams):
             wanted = [compare or (not work.pre and method.wants_grams(s)) for s in stacks]
-            found = grams(stacks, wanted, backend)
-            host_a, host_b = transfer.gather(found[0]), transfer.gather(found[1])
-            _check_factors(plan, stacks, host_a, host_b, backend)
-            ready_stacks = work.before(stacks)
-            merged = method(ready_stacks, work.inner, None if work.pre else found)
-            results = _settle(work, stacks, merged)
-            _check_finite(stacks, [r.tensors for r in results], backend)
-            if compare:
-                norms = sums.add(stacks, _present(host_a), _present(host_b))
-            else:
-                norms = own_norms(stacks, backend)
-            for s, result, own in zip(stacks, results, norms):
+            group = _measured(plan, stacks, wanted, compare, backend)
+            norms = sums.add(group.stacks, *group.exact) if compare else group.norms
+            results = _merge(scaled, method, group)
+            for s, result, own in zip(group.stacks, results, norms):
                 reports[s.name] = _report(plan, s, result, own)
             if written:
                 written.result()
@@ -140,14 +145,143 @@ class _Whole:
 
     plan: Plan
     place: Place
-    work: Work
+    scaled: _Scaled
     streams: Sequence[torch.cuda.Stream]
 
     def __iter__(self) -> Iterator[Sequence[Stack]]:
-        for stacks in _stacks(self.plan, self.place, self.work, self.streams):
-            unknown = [None] * len(stacks)
-            _check_factors(self.plan, stacks, unknown, unknown, self.work.settings.backend)
-            yield self.work.before(stacks)
+        work = self.scaled.work
+        for stacks in _stacks(self.plan, self.place, work, self.streams):
+            wanted = [False] * len(stacks)
+            group = _measured(self.plan, stacks, wanted, False, work.settings.backend)
+            yield work.before(self.scaled.weighted(group.stacks))
+
+
+@dataclass(frozen=True)
+class _Scaled:
+    """Work without the powers of two of extreme weights and of an extreme λ."""
+
+    work: Work
+    of_weights: int
+    of_scale: int
+
+    @classmethod
+    def of(cls, plan: Plan, work: Work) -> _Scaled:
+        of_weights = precision.of_weights(plan.weights, work.by_ratio)
+        return cls(work, of_weights, 0)._without(precision.extreme(work.settings.scale))
+
+    def _without(self, power: int) -> _Scaled:
+        scale = math.ldexp(self.work.settings.scale, -power)
+        work = replace(self.work, settings=replace(self.work.settings, scale=scale))
+        return _Scaled(work, self.of_weights, self.of_scale + power)
+
+    @property
+    def wide(self) -> _Scaled:
+        """With λ near 1, and results in float32."""
+        near_one = self._without(math.frexp(self.work.settings.scale)[1])
+        return replace(near_one, work=near_one.work.wide)
+
+    def weighted(self, stacks: Sequence[Stack]) -> list[Stack]:
+        by_ratio = self.work.by_ratio
+        return [precision.weighted(s, self.of_weights, by_ratio) for s in stacks]
+
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Stacks near 1 with their float32 Grams as the method takes them, and in the host's memory,
+    exact, those that the report is made of; or, where those are not compared, ||ΔW_i||_F."""
+
+    stacks: list[Stack]
+    grams: tuple[list[Tensor | None], list[Tensor | None]]
+    exact: tuple[list[Tensor], list[Tensor]]
+    norms: list[list[float]]
+
+
+def _measured(
+    plan: Plan, stacks: Sequence[Stack], wanted: Sequence[bool], compare: bool, backend: str
+) -> _Group:
+    """The group's Grams, of stacks that are brought near 1 where they are not."""
+    stacks = list(stacks)
+    found = grams(stacks, wanted, backend)
+    host = transfer.gather(found[0]), transfer.gather(found[1])
+    exact = _present(host[0]), _present(host[1])
+    norms: list[list[float]] = []
+    if compare:
+        diagonals = [(a.diagonal(), b.diagonal()) for a, b in zip(*exact)]
+    else:
+        norms, diagonals = own_norms(stacks, backend)
+    moved = []
+    for k in precision.unusual(diagonals):
+        centred = precision.centred(plan, stacks[k], diagonals[k])
+        if centred is not stacks[k]:
+            stacks[k] = centred
+            moved.append(k)
+    again = [side for k in moved for side in (stacks[k].a, stacks[k].b)]
+    precise = ops.gram(again, dtype=torch.float64, backend=backend)
+    for k, *pair in zip(moved, precise[::2], precise[1::2]):
+        for side, gram in enumerate(pair):
+            if wanted[k]:
+                found[side][k] = gram.float()
+                host[side][k] = gram.float().cpu()
+            if compare:
+                exact[side][k] = gram.cpu()
+    _check_factors(plan, stacks, *host, backend)
+    return _Group(stacks, found, exact, norms)
+
+
+def _merge(scaled: _Scaled, method: Run, group: _Group) -> list[_Result]:
+    """What the sink takes of every module. Those that may have lost digits to the output's dtype,
+    or have powers of two to come back, are merged again in float32."""
+    stacks = scaled.weighted(group.stacks)
+    chosen = list(range(len(stacks)))
+    results = _results(scaled.work, method, stacks, group.grams, chosen)
+    backend = scaled.work.settings.backend
+    fits = precision.fits([r.tensors for r in results], backend)
+    again = [
+        k
+        for k, (s, fit) in enumerate(zip(stacks, fits))
+        if not fit or scaled.of_scale or s.far or any(s.powers)
+    ]
+    if again:
+        wide = scaled.wide
+        for k, result in zip(again, _results(wide.work, method, stacks, group.grams, again)):
+            given = group.stacks[k].powers
+            results[k] = _in_range(result, stacks[k], given, wide.of_scale, scaled.work)
+    return results
+
+
+def _results(
+    work: Work,
+    method: Run,
+    stacks: Sequence[Stack],
+    found: tuple[Sequence[Tensor | None], Sequence[Tensor | None]],
+    chosen: Sequence[int],
+) -> list[_Result]:
+    """Of the chosen stacks."""
+    given = [stacks[k] for k in chosen]
+    grams_a, grams_b = ([side[k] for k in chosen] for side in found)
+    known = None if work.pre else (grams_a, grams_b)
+    return _settle(work, given, method(work.before(given), work.inner, known))
+
+
+def _in_range(
+    result: _Result, stack: Stack, given: tuple[int, int], of_scale: int, work: Work
+) -> _Result:
+    """The result in float32 with its powers of two, in the output's dtype."""
+    power_a, power_b = stack.powers
+    power = power_a + power_b + of_scale
+    if work.deltas:
+        (delta,) = result.tensors
+        tensors: tuple[Tensor, ...] = (precision.scaled(stack.name, delta, power),)
+    else:
+        a, b = result.tensors
+        powers = power_a, power_b + of_scale
+        tensors = precision.fitted(stack.name, a, b, powers, work.settings.dtype)
+    return replace(
+        result,
+        tensors=tensors,
+        made=result.made.times(*given),
+        energy=math.ldexp(result.energy, 2 * power),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,11 +338,8 @@ def survey(
     """Only the Grams, only counted into `sums`."""
     done = 0
     for stacks in _stacks(plan, place, None, _streams(plan, place)):
-        grams_a, grams_b = (
-            transfer.gather(g) for g in grams(stacks, [True] * len(stacks), backend)
-        )
-        _check_factors(plan, stacks, grams_a, grams_b, backend)
-        sums.add(stacks, _present(grams_a), _present(grams_b))
+        group = _measured(plan, stacks, [True] * len(stacks), True, backend)
+        sums.add(group.stacks, *group.exact)
         done += len(stacks)
         progress(done, len(plan.names))
 
@@ -314,15 +445,12 @@ def _finite(x: Tensor) -> bool:
 
 def _not_finite(plan: Plan, stack: Stack) -> AdapterError:
     for side, problem in (("A", stack.a), ("B", stack.b)):
-        for i, block, scale in zip(stack.adapters, problem.blocks, problem.scales):
+        for i, block in zip(stack.adapters, problem.blocks):
             adapter = plan.adapters[i].name
             if not _finite(block):
                 what = "NaN" if bool(torch.isnan(block).any()) else "an infinite value"
                 remedy = "train or download it again, or leave it out"
                 return AdapterError(adapter, stack.name, f"{what} in lora_{side}", remedy)
-            if not _finite((scale * block.float()).square().sum()):
-                problem_text = f"lora_{side} has values too large for float32 sums"
-                return AdapterError(adapter, stack.name, problem_text, "leave the adapter out")
     raise AssertionError(f"no factor of {stack.name} explains its Gram matrix")
 
 
@@ -348,26 +476,19 @@ def _energy(a: Tensor, b: Tensor) -> float:
 
 
 def _check_finite(
-    stacks: Sequence[Stack], results: Sequence[tuple[Tensor, ...]], backend: str
+    stacks: Sequence[Stack], results: Sequence[tuple[Tensor, Tensor]], backend: str
 ) -> None:
-    tensors = [
-        (s.name, "ΔW" if len(found) == 1 else what, t)
-        for s, found in zip(stacks, results)
-        for what, t in zip(("lora_A", "lora_B"), found)
-    ]
-    finite = ops.all_finite([t for _, _, t in tensors], backend=backend)
-    for (name, what, tensor), whole in zip(tensors, finite):
+    """Of results in float32."""
+    for s, whole in zip(stacks, precision.fits(results, backend)):
         if not whole:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            wide = tensor.dtype == torch.float32
-            remedy = "use a smaller scale or weights" if wide else "write it with dtype='float32'"
-            raise DomergeError(f"module {name!r}: merged {what} does not fit in {dtype}; {remedy}")
+            raise precision.refusal(s.name, torch.float32, "large")
 
 
 def _report(plan: Plan, stack: Stack, result: _Result, norms: Sequence[float]) -> ModuleReport:
     names = [plan.adapters[i].name for i in stack.adapters]
     made = result.made
-    magnitudes = dict(zip(names, made.norms or norms))
+    # Where sizes are far apart, the smallest may vanish in the method's float32 sums alone.
+    magnitudes = dict(zip(names, [n or own for n, own in zip(made.norms or norms, norms)]))
     sides = made.a_side, made.b_side
     return ModuleReport(stack.name, result.rank, *sides, magnitudes, result.kept, result.energy)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 from collections.abc import Sequence
 
@@ -28,16 +30,18 @@ class InterferenceSums:
     def add(
         self, stacks: Sequence[Stack], grams_a: Sequence[Tensor], grams_b: Sequence[Tensor]
     ) -> list[list[float]]:
-        """Count modules in, their Grams in the host's memory; returns the adapters' ||ΔW_i||_F of
-        each."""
+        """Count modules in, their Grams in the host's memory (in float64 where stacks have powers
+        or sizes far apart); returns the adapters' ||ΔW_i||_F of each."""
         alike: dict[tuple, list[int]] = {}
         for k, stack in enumerate(stacks):
-            alike.setdefault((stack.adapters, stack.a.ranks), []).append(k)
+            alike.setdefault((stack.adapters, stack.a.ranks, grams_a[k].dtype), []).append(k)
         norms: list[list[float]] = [[] for _ in stacks]
-        for (adapters, ranks), members in alike.items():
+        for (adapters, ranks, _), members in alike.items():
             a = [grams_a[k] for k in members]
             b = [grams_b[k] for k in members]
-            inner = ops.block_products(a, b, ranks)
+            true = [4.0 ** sum(stacks[k].powers) for k in members]
+            sizes = torch.tensor(true, dtype=torch.float64)
+            inner = _block_products(a, b, ranks) * sizes[:, None, None]
             at = torch.tensor(adapters)
             grid = (at[:, None], at[None, :])
             self.inner[grid] += inner.sum(0)
@@ -67,20 +71,38 @@ class InterferenceSums:
         )
 
 
-def own_norms(stacks: Sequence[Stack], backend: str) -> list[list[float]]:
-    """||ΔW_i||_F of the adapters of each stack, where there are too many for the tables."""
+def own_norms(
+    stacks: Sequence[Stack], backend: str
+) -> tuple[list[list[float]], list[tuple[Tensor, Tensor]]]:
+    """||ΔW_i||_F of the adapters of each stack, where there are too many for the tables, and the
+    squared norms of the rows of both sides."""
     a = gather(ops.block_gram([s.a for s in stacks], backend=backend))
     b = gather(ops.block_gram([s.b for s in stacks], backend=backend))
     products = ((x * y).split([r * r for r in s.a.ranks]) for x, y, s in zip(a, b, stacks))
-    return [[float(p.sum().clamp_min(0).sqrt()) for p in parts] for parts in products]
+    norms = [[float(p.sum().clamp_min(0).sqrt()) for p in parts] for parts in products]
+    places = [_diagonal(s.a.ranks) for s in stacks]
+    return norms, [(x[at], y[at]) for x, y, at in zip(a, b, places)]
+
+
+@functools.lru_cache(maxsize=64)
+def _diagonal(ranks: tuple[int, ...]) -> Tensor:
+    """Where the diagonals of packed blocks [r_i, r_i] are."""
+    starts = itertools.accumulate([0, *(r * r for r in ranks)])
+    return torch.cat([at + (r + 1) * torch.arange(r) for at, r in zip(starts, ranks)])
 
 
 def _alignment(grams: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
     """||G_ij||^2 / (||G_ii|| ||G_jj||), 0 where an adapter's factor is zero, summed over grams."""
-    energy = ops.block_products(grams, grams, ranks)
+    energy = _block_products(grams, grams, ranks)
     own = energy.diagonal(dim1=1, dim2=2).sqrt()
     product = own[:, :, None] * own[:, None, :]
     return torch.where(product > 0, energy / product.where(product > 0, 1.0), 0.0).sum(0)
+
+
+def _block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+    """Those in float64 stay that: the fast backends take float32."""
+    backend = "torch" if x[0].dtype == torch.float64 else "auto"
+    return ops.block_products(x, y, ranks, backend=backend)
 
 
 def _table(x: Tensor) -> tuple[tuple[float, ...], ...]:

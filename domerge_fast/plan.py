@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,10 @@ class Stack:
 
     adapters: positions in the plan's list, one a block. a: blocks A_i [r_i, n]. b: blocks B_i^T
     [r_i, m] with the scaling s_i as their scale. weights: w_i.
+
+    powers: the true A is 2^powers[0] times this one, and the true B^T (with its weights)
+    2^powers[1] times. far: whether some adapters are so much smaller than others that they vanish
+    beside them in float32 sums of squares. Both are what precision.py leaves behind.
     """
 
     name: str
@@ -36,6 +41,8 @@ class Stack:
     a: Problem
     b: Problem
     weights: tuple[float, ...]
+    powers: tuple[int, int] = (0, 0)
+    far: bool = False
 
     @property
     def rank(self) -> int:
@@ -44,8 +51,16 @@ class Stack:
     @property
     def omegas(self) -> list[float]:
         """ω_i = w_i / sum |w| over the adapters that have the module."""
-        total = sum(map(abs, self.weights))
-        return [w / total for w in self.weights]
+        weights = near_one(self.weights)
+        total = sum(map(abs, weights))
+        return [w / total for w in weights]
+
+
+def near_one(weights: Sequence[float]) -> list[float]:
+    """The weights over a power of two, with the largest near 1: their sums are finite, and no
+    digit is lost."""
+    power = math.frexp(max(map(abs, weights)))[1]
+    return [math.ldexp(w, -power) for w in weights]
 
 
 @dataclass(frozen=True, eq=False)

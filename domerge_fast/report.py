@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,13 @@ class SideReport:
     objective_after: float
     cross_left: float
     change: float
+
+    def times(self, power: int) -> SideReport:
+        """Of factors that are 2^power times as large."""
+        before, after = (
+            math.ldexp(f, 2 * power) for f in (self.objective_before, self.objective_after)
+        )
+        return dataclasses.replace(self, objective_before=before, objective_after=after)
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import api, engine, options
+from . import api, engine, options, precision
 from .adapters import Adapter, Kept, check_compatible, keep, load
 from .adapters.assemble import assemble
 from .adapters.peft_config import read_config
 from .adapters.safetensors_file import SafetensorsFile
 from .adapters.whole import AUTO, DROP, check_policy, is_named
 from .backends import registry
-from .errors import AdapterError, DomergeError, OptionError, OutputError, printable
+from .errors import AdapterError, OptionError, OutputError, printable
 from .interference import InterferenceSums, own_norms
 from .merged import Merged, Target
 from .methods import opcm
@@ -428,7 +428,7 @@ class _Sink:
         for key, tensor in zip(peft.keys(layout), layout.stored(a, b)):
             self._writer.add(key, tensor)
         whole = Stack(name, (0,), Problem((a,), (1.0,)), Problem((b.T,), (1.0,)), (1.0,))
-        self.energy += own_norms([whole], "auto")[0][0] ** 2
+        self.energy += own_norms([whole], "auto")[0][0][0] ** 2
 
 
 class _Scaled(Mapping[str, tuple[Tensor, Tensor]]):
@@ -439,13 +439,8 @@ class _Scaled(Mapping[str, tuple[Tensor, Tensor]]):
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         a, b = self._adapter.factors(name)
-        pair = a.to(self._dtype, copy=True), (self._gain * b).to(self._dtype)
-        for side, factor in zip("AB", pair):
-            if not torch.isfinite(factor).all():
-                dtype = str(self._dtype).removeprefix("torch.")
-                problem = f"module {name!r}: merged lora_{side} does not fit in {dtype}"
-                raise DomergeError(f"{problem}; write it with dtype='float32'")
-        return pair
+        part, power = math.frexp(self._gain)
+        return precision.fitted(name, a, part * b, (0, power), self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapter.modules)

@@ -327,7 +327,7 @@ def test_what_was_returned_stays_when_more_is_added(tmp_path):
 def test_half_precision_that_does_not_hold_the_merge_is_refused(tmp_path):
     huge = dm.from_tensors({"x": (torch.full((1, 4), 1e6), torch.full((4, 1), 1e6))})
     growing = added(tmp_path / "state", [huge], False)
-    with unchanged(tmp_path), pytest.raises(DomergeError, match="'x': merged lora_A does not fit"):
+    with unchanged(tmp_path), pytest.raises(DomergeError, match=r"'x': .* does not fit"):
         growing.save(tmp_path / "out", dtype="float16")
 
 

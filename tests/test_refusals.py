@@ -67,6 +67,17 @@ def valued(module: str, value: float, side: int = 0) -> Spoil:
     return spoil
 
 
+def shrunk(module: str, size: float) -> Spoil:
+    """Adapter "two" with lora_B of a module made that small."""
+
+    def spoil() -> None:
+        changed = factors("two")
+        a, b = changed[module]
+        write_adapter(Path("two"), {**changed, module: (a, size * b)})
+
+    return spoil
+
+
 def stored(change: Callable[[dict[str, torch.Tensor]], object], **config: Any) -> Spoil:
     """Adapter "two" with changed tensors in its file."""
 
@@ -172,8 +183,11 @@ CASES = {
     "Inf": adapter(
         valued(V, -float("inf")), "an infinite value in lora_A", "leave it out", module=V
     ),
-    "too large": adapter(
-        valued(V, 1e30, 1), "lora_B has values too large", "leave the adapter out", module=V
+    "too far apart": adapter(
+        shrunk(V, 1e-35), "lora_B is 2^", "smaller than that of 'one'", "like sizes", module=V
+    ),
+    "alpha beyond floats": adapter(
+        lambda: make("two", lora_alpha=1e300), "update is of size 2^", "correct its alpha", module=Q
     ),
     "ranks of A and B": adapter(
         replaced(f"{Q}.lora_B.weight", (6, 4)), "different rank (A [3, 8], B [6, 4])", module=Q
@@ -235,28 +249,50 @@ CASES = {
         ("adapter 'two': 'score.weight', saved whole, differs", "whole='from:NAME'", "'drop'"),
     ),
     "float16 overflow": Case(
-        lambda: valued(V, 5e4, 1)(),
+        lambda: valued(V, 1e12, 1)(),
         DomergeError,
-        (f"module '{V}': merged lora_B does not fit in float16", "dtype='float32'"),
+        (f"module '{V}': the merged update does not fit in float16", "dtype='float32'"),
         {"method": "linear", "dtype": "float16", "weights": [1.0, 3.0]},
     ),
     "float16 overflow when truncated": Case(
         lambda: valued(V, 1e14, 1)(),
         DomergeError,
-        (f"module '{V}': merged lora_", "does not fit in float16", "dtype='float32'"),
+        (f"module '{V}': the merged update does not fit in float16", "dtype='float32'"),
         {"method": "svd", "dtype": "float16"},
+    ),
+    "float16 underflow": Case(
+        nothing,
+        DomergeError,
+        ("the merged update is too small for float16", "dtype='float32', or use a larger scale"),
+        {"method": "linear", "dtype": "float16", "scale": 1e-20},
+    ),
+    "bfloat16 underflow": Case(
+        nothing,
+        DomergeError,
+        ("the merged update is too small for bfloat16", "dtype='float32', or use a larger scale"),
+        {"method": "do", "dtype": "bfloat16", "scale": 1e-90},
+    ),
+    "float32 underflow": Case(
+        nothing,
+        DomergeError,
+        ("the merged update is too small for float32", "use a larger scale or weights"),
+        {"method": "svd", "scale": 1e-100},
+    ),
+    "weights beyond factors": option(
+        {"method": "linear", "weights": [1e308, 1e308]},
+        "option 'weights': 1e+308 is beyond what float32 factors hold; give weights nearer to 1",
     ),
     "float32 overflow before it is truncated": Case(
         lambda: valued(V, 1e14, 1)(),
         DomergeError,
-        (f"module '{V}': merged lora_B does not fit in float32", "use a smaller scale"),
-        {"method": "svd", "scale": 1e30},
+        (f"module '{V}': the merged update does not fit in float32", "use a smaller scale"),
+        {"method": "svd", "scale": 1e70},
     ),
     "float32 overflow before a step": Case(
         lambda: valued(V, 1e14, 1)(),
         DomergeError,
-        (f"module '{V}': merged lora_", "does not fit in float32", "use a smaller scale"),
-        {"method": "ties", "density": 1.0, "scale": 1e30, "post": ["subspace_boost"]},
+        (f"module '{V}': the merged update does not fit in float32", "use a smaller scale"),
+        {"method": "ties", "density": 1.0, "scale": 1e70, "post": ["subspace_boost"]},
     ),
     "method": option({"method": "linaer"}, "'linaer' is not known; did you mean 'linear'?"),
     "method of PEFT": option({"method": "dare_svd"}, "not known; did you mean 'dare_ties'? use"),
@@ -396,13 +432,13 @@ def test_an_overflow_beside_the_diagonal_alone_is_no_factors_fault():
     grams_a, grams_b = engine.grams(stacks, [True, True], "torch")
     grams_b[1][0, -1] = float("inf")
     engine._check_factors(plan, stacks, grams_a, grams_b, "torch")
-    stacks[1].b.blocks[1][0, 0] = 1e30
+    stacks[1].b.blocks[1][0, 0] = float("inf")
     grams_b[1][-1, -1] = float("inf")
-    with pytest.raises(AdapterError, match=f"'two', module '{V}': lora_B has values too large"):
+    with pytest.raises(AdapterError, match=f"'two', module '{V}': an infinite value in lora_B"):
         engine._check_factors(plan, stacks, grams_a, grams_b, "torch")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_inspect_refuses_what_it_cannot_measure(value, capsys):
     valued(V, value)()
     with pytest.raises(AdapterError, match=f"^adapter 'two', module '{V}': "):

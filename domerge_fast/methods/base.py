@@ -38,6 +38,9 @@ class Factors:
     b_side: SideReport | None = None
     norms: Sequence[float] | None = None
 
+    def times(self, power_a: int, power_b: int) -> Factors:
+        return replace(self, **_sized(self, power_a, power_b))
+
 
 @dataclass(frozen=True, eq=False)
 class Dense:
@@ -48,9 +51,22 @@ class Dense:
     b_side: SideReport | None = None
     norms: Sequence[float] | None = None
 
+    def times(self, power_a: int, power_b: int) -> Dense:
+        return replace(self, **_sized(self, power_a, power_b))
+
     @property
     def reports(self) -> tuple[SideReport | None, SideReport | None, Sequence[float] | None]:
         return self.a_side, self.b_side, self.norms
+
+
+def _sized(made: Factors | Dense, power_a: int, power_b: int) -> dict[str, Any]:
+    """What is reported of adapters whose A is 2^power_a, and whose B 2^power_b times as large."""
+    norms = made.norms and [2.0 ** (power_a + power_b) * norm for norm in made.norms]
+    return {
+        "a_side": made.a_side and made.a_side.times(power_a),
+        "b_side": made.b_side and made.b_side.times(power_b),
+        "norms": norms,
+    }
 
 
 Merged = Sequence[Factors | Dense]
@@ -69,6 +85,10 @@ def _no_grams(stack: Stack, options: Any) -> bool:
     return False
 
 
+def _by_size(options: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table of methods.
@@ -76,6 +96,7 @@ class Method:
     truncates: with neither rank nor energy given, cut to the largest rank of the adapters. dense:
     whether it makes Dense results; None: if its inner method does. inner: the option that names
     another method, which works inside this one; that one's options are given along with these.
+    by_ratio(options): whether the result depends on the weights' ratios alone, not on their size.
     prepare(groups, options, settings): for a method that may have to see the whole model first;
     returns the merge to use. cost, source, needs: a few words each, for people who choose.
     """
@@ -88,6 +109,7 @@ class Method:
     truncates: bool = False
     dense: bool | None = False
     inner: str | None = None
+    by_ratio: Callable[[Any], bool] = _by_size
     prepare: Callable[[Iterable[Sequence[Stack]], Any, Settings], Merge] | None = None
     cost: str = ""
     source: str = ""
@@ -112,6 +134,12 @@ class Chosen:
         if self.method.dense is None:
             return self.inner is not None and self.inner.dense
         return self.method.dense
+
+    @property
+    def by_ratio(self) -> bool:
+        """Whether only the ratios of weights count."""
+        inner = self.inner is not None and self.inner.by_ratio
+        return inner or self.method.by_ratio(self.options)
 
     def prepared(self, groups: Iterable[Sequence[Stack]], settings: Settings) -> Run:
         """The method as a function of stacks and their Grams. groups: of the whole model, gone

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import OptionError
-from ..plan import Stack
+from ..plan import Stack, near_one
 from ..transfer import gather
 from . import linear
 from .base import Factors, Settings
@@ -44,11 +44,12 @@ def combine(
 
 def shares(stack: Stack) -> list[float]:
     """w_i / sum w of the adapters that have the module; OptionError where the sum is zero."""
-    total = sum(stack.weights)
-    if abs(total) <= NOISE * sum(map(abs, stack.weights)):
+    weights = near_one(stack.weights)
+    total = sum(weights)
+    if abs(total) <= NOISE * sum(map(abs, weights)):
         problem = f"those of the adapters that have module {stack.name!r} add up to zero"
         raise OptionError("weights", problem, "give others: each adapter gets its share of the sum")
-    return [w / total for w in stack.weights]
+    return [w / total for w in weights]
 
 
 def _inner_products(gram_a: Tensor, gram_b: Tensor, ranks: tuple[int, ...]) -> Tensor:

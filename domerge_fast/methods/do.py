@@ -12,8 +12,9 @@ Cost: two reads of the factors, 2 R^2 (m + n) flops and a few R x R products a s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..errors import OptionError
 from ..ops.orthogonalize import PENALTIES
 from ..options import option
 from ..plan import Stack
+from ..precision import exponents
 from ..problem import Problem
 from ..report import SideReport
 from ..transfer import gather
@@ -55,8 +57,7 @@ def merge(
     settings: Settings,
 ) -> list[Factors]:
     backend = settings.backend
-    a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
-    b = orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
+    a, b = both_sides(stacks, grams_a, grams_b, options, backend)
     b_hat = ops.apply([x.c for x in b], [x.problem for x in b], settings.dtype, backend=backend)
     if options.decouple:
         a_new, norms = _decouple(stacks, a, b_hat, options, settings)
@@ -75,6 +76,33 @@ class Side:
     problem: Problem
     c: Tensor | None
     report: SideReport | None
+
+    def times(self, gains: Sequence[float]) -> Side:
+        """Every adapter's Xhat_i times its own factor."""
+        if self.c is None:
+            scales = tuple(g * scale for g, scale in zip(gains, self.problem.scales))
+            return replace(self, problem=Problem(self.problem.blocks, scales))
+        rows = [g for g, r in zip(gains, self.problem.ranks) for _ in range(r)]
+        return replace(self, c=torch.tensor(rows, device=self.c.device)[:, None] * self.c)
+
+
+def both_sides(
+    stacks: Sequence[Stack],
+    grams_a: Sequence[Tensor | None],
+    grams_b: Sequence[Tensor | None],
+    options: DoOptions,
+    backend: str,
+) -> tuple[list[Side], list[Side]]:
+    """Ahat and Bhat. Where adapters are far apart in size, that of their Ahat_i is in their Bhat_i:
+    columns are measured in float32, and an update is the same with 2^-k Ahat_i and 2^k Bhat_i."""
+    a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
+    b = orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
+    for k, s in enumerate(stacks):
+        if s.far:
+            sizes = [e if math.isfinite(e) else 0.0 for e in exponents(a[k].problem)]
+            a[k] = a[k].times([2.0**-e for e in sizes])
+            b[k] = b[k].times([2.0**e for e in sizes])
+    return a, b
 
 
 def orthogonalize(
@@ -148,19 +176,13 @@ def _decouple(
 
 def _weigh(stacks: Sequence[Stack], a: Sequence[Side], settings: Settings) -> list[Tensor]:
     """λ ω_i Ahat_i: task arithmetic on the orthogonalized factors."""
-    coefficients: list[Tensor | None] = []
-    problems = []
-    for s, x in zip(stacks, a):
-        gains = [settings.scale * w for w in s.omegas]
-        if x.c is None:
-            scales = tuple(g * c for g, c in zip(gains, x.problem.scales))
-            coefficients.append(None)
-            problems.append(Problem(x.problem.blocks, scales))
-        else:
-            rows = [g for g, r in zip(gains, s.a.ranks) for _ in range(r)]
-            coefficients.append(torch.tensor(rows, device=x.c.device)[:, None] * x.c)
-            problems.append(x.problem)
-    return ops.apply(coefficients, problems, settings.dtype, backend=settings.backend)
+    weighed = [x.times([settings.scale * w for w in s.omegas]) for s, x in zip(stacks, a)]
+    return ops.apply(
+        [x.c for x in weighed],
+        [x.problem for x in weighed],
+        settings.dtype,
+        backend=settings.backend,
+    )
 
 
 def prepare(groups: Iterable[Sequence[Stack]], options: DoOptions, settings: Settings) -> Merge:
@@ -177,8 +199,7 @@ def prepare(groups: Iterable[Sequence[Stack]], options: DoOptions, settings: Set
         grams_a: Sequence[Tensor | None],
         grams_b: Sequence[Tensor | None],
     ) -> list[directions.Apart]:
-        a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
-        b = orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
+        a, b = both_sides(stacks, grams_a, grams_b, options, backend)
         sides = [*a, *b]
         hats = ops.apply(
             [x.c for x in sides], [x.problem for x in sides], torch.float32, backend=backend
@@ -204,6 +225,7 @@ METHOD = Method(
     ),
     dense=None,
     inner="directions",
+    by_ratio=lambda options: True,
     prepare=prepare,
     cost="two reads, 2 R^2 (m + n) flops, R x R steps",
     source="arXiv 2505.15875",

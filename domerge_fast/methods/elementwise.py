@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import ops
 from ..entries import LOW_BITS, Draw, Election, Trim
+from ..errors import OptionError
 from ..options import option
 from ..plan import Stack
 from .base import Dense, Merge, Method, Settings
@@ -114,6 +115,7 @@ def method(
         options,
         merge,
         dense=True,
+        by_ratio=lambda options: rule(options).election.mean == "weight",
         prepare=prepare,
         cost="2 m n R flops a pass, 1 to 4 passes",
         source=source,
@@ -144,7 +146,9 @@ def _merged(stack: Stack, rule: Rule, bands: Bands | None, settings: Settings) -
     draw = Draw(rule.seed, zlib.crc32(stack.name.encode()), stack.adapters)
     if rule.rescale == "norm":
         sums = ops.entry_sums(stack.a, stack.b, trims, draw, backend=settings.backend)
-        trims = [replace(t, gain=_gain(*row)) for t, row in zip(trims, sums.tolist())]
+        least = LEAST_NORM * 2.0 ** -sum(stack.powers)
+        pairs = zip(trims, sums.tolist())
+        trims = [replace(t, gain=_gain(old, new, least)) for t, (old, new) in pairs]
     return ops.entry_merge(
         stack.a,
         stack.b,
@@ -157,8 +161,8 @@ def _merged(stack: Stack, rule: Rule, bands: Bands | None, settings: Settings) -
     )
 
 
-def _gain(before: float, after: float) -> float:
-    return before / after if min(before, after) >= LEAST_NORM else 1.0
+def _gain(before: float, after: float, least: float) -> float:
+    return before / after if min(before, after) >= least else 1.0
 
 
 def _bands(stacks: Iterable[Stack], positions: Positions, backend: str) -> Bands:
@@ -181,7 +185,12 @@ def _counts(
 ) -> dict[int, Tensor]:
     """Counts of the upper bits, or of the lower ones behind a prefix, by adapter."""
     found: dict[int, Tensor] = {}
+    power: int | None = None
     for s in stacks:
+        if power not in (None, sum(s.powers)):
+            problem = f"module {s.name!r} is larger or smaller than others beyond float32"
+            raise OptionError("scope", problem, "seek the largest entries in each tensor")
+        power = sum(s.powers)
         chosen = None if prefixes is None else [prefixes[i] for i in s.adapters]
         counts = ops.entry_counts(s.a, s.b, chosen, backend=backend).cpu()
         for i, row in zip(s.adapters, counts):

@@ -63,7 +63,8 @@ def merge(
         gram_b = torch.stack([grams[count + k] for k in members])
         gain_a, gain_b = _gains([stacks[k] for k in members], gram_a, gram_b, options.balance)
         x = gain_a[:, :, None] * gram_a * gain_a[:, None]
-        x += gain_b[:, :, None] * gram_b * gain_b[:, None]
+        units_b = gain_b if options.balance else gain_b * _powers([stacks[k] for k in members])
+        x += units_b[:, :, None] * gram_b * units_b[:, None]
         means = centroids(x, clusters, options.seed)
         for p, k in enumerate(members):
             factor = settings.scale * math.sqrt(max(stacks[k].a.ranks) / clusters)
@@ -102,6 +103,12 @@ def _gains(
     present = length_a * length_b > 0
     ratio = torch.where(present, length_b / length_a, 0.0).sqrt()
     return ratio, torch.where(present, weights / ratio, 0.0)
+
+
+def _powers(stacks: Sequence[Stack]) -> Tensor:
+    """What brings the stacks' B to the size it has beside their A, [P, 1]."""
+    found = [[2.0 ** (s.powers[1] - s.powers[0])] for s in stacks]
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def centroids(gram: Tensor, clusters: int, seed: int) -> Tensor:

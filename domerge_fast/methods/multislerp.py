@@ -67,6 +67,7 @@ METHOD = Method(
     "the mean of the updates' directions, of their mean length",
     MultislerpOptions,
     merge,
+    by_ratio=lambda options: True,
     cost="two reads of the factors, 2 R^2 (m + n) flops",
     source="mergekit",
 )

@@ -93,8 +93,10 @@ def survey(groups: Iterable[Sequence[Stack]], options: OpcmOptions, settings: Se
     for stacks in groups:
         for members, x, _, _ in space.coordinates(stacks, settings.backend):
             left, right = core(x, options)
-            energy += float(space.norm(left.mT, right).square().sum())
-            for k, norms in zip(members, x.norms.square().tolist()):
+            true = [2.0 ** sum(stacks[k].powers) for k in members]
+            sizes = torch.tensor(true, dtype=torch.float64, device=x.a.device)
+            energy += float((sizes * space.norm(left.mT, right)).square().sum())
+            for k, norms in zip(members, (sizes[:, None] * x.norms).square().tolist()):
                 for i, own in zip(stacks[k].adapters, norms):
                     energies[i] = energies.get(i, 0.0) + own
     return gain([math.sqrt(e) for e in energies.values()], math.sqrt(energy))

@@ -68,6 +68,7 @@ METHOD = Method(
     "two adapters, along the arc between their updates",
     SlerpOptions,
     merge,
+    by_ratio=lambda options: True,
     cost="two reads of the factors, 2 R^2 (m + n) flops",
     source="Shoemake, 1985",
     needs="two adapters",

@@ -29,12 +29,12 @@ def stored(layout: Layout, delta: Tensor, turned: bool) -> Tensor:
 
 def rounded(module: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in a dtype of the output; DomergeError if it is not finite there."""
-    x = x.to(dtype)
-    if not all(math.isfinite(end) for end in torch.aminmax(x)):
+    found = x.to(dtype)
+    if not all(math.isfinite(end) for end in torch.aminmax(found)):
         name = str(dtype).removeprefix("torch.")
         problem = f"module {module!r}: the result has values that are not finite in {name}"
         raise DomergeError(f"{problem}; merge with a smaller scale, or into a wider dtype")
-    return x
+    return found
 
 
 def check_no_replication(target: Target) -> None:

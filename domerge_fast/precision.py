@@ -1,0 +1,313 @@
+"""Factors of any size in, results that keep their digits out, by exact powers of two.
+
+What is read. Grams, norms and updates are float32 in the kernels, so factors have to be near 1.
+The diagonal of a module's Grams, there anyway, tells whether they are. If a side is not,
+`centred` takes a power of two out of all its blocks and scales; the Stack remembers it as
+`powers`, and the Grams are made again, in float64. Every method is homogeneous in either side,
+but for what compares the two, or modules with each other: those read `powers`. Weights and λ of
+extreme sizes give up a power in the same way.
+
+What is written. The powers come back where the result becomes factors of its dtype (`fitted`).
+They may go to A or to B, row by row: 2^k a_k and 2^-k b_k are the same update. Where a result is
+in range as it is, nothing is shared and nothing changes by a bit. Rounding that moves an update by
+more than LIMIT, most of all in float16, whose smallest numbers have few digits, is refused as
+values that are too large are.
+
+    error^2 = sum_k ||δa_k||^2 ||b_k||^2 + ||a_k||^2 ||δb_k||^2  over  sum_k ||a_k||^2 ||b_k||^2
+
+over the rows a_k of A and the columns b_k of B. Only in float16 can it be large without a
+power of two: bfloat16 has the exponents of float32. `fits` finds from few columns whether it may
+be, and such modules are merged again in float32. Adapters of a module that are more than
+2^FARTHEST apart are refused: float32 has no room for both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import AdapterError, DomergeError, OptionError
+from .plan import Plan, Stack
+from .problem import Problem
+
+LIMIT = 0.01
+"""Largest share of an update that rounding may change."""
+
+USUAL = 2.0**-50, 2.0**50
+"""What the squared norm of a row may be without being centred."""
+
+CENTRE = 25
+"""log2 of the largest entries that are left as they are."""
+
+GRID = 32
+"""Powers taken out are multiples of it, so that modules of like sizes have the same."""
+
+FARTHEST = 100
+"""log2 of how many times larger than another an adapter's side or update may be."""
+
+EXTREME = 30
+"""log2 of the weights and λ that are left as they are."""
+
+MOST = 600
+"""log2 of what no product of float32 factors comes near."""
+
+VANISHING = -1022.0
+"""log2 of what makes zeros of all factors."""
+
+SAMPLE = 256
+"""Columns of a result that are looked at to see whether rounding may matter."""
+
+ROUNDING = 2.0**-24 / math.sqrt(12)
+"""Root mean square error of a float16 below 2^-14."""
+
+Diagonals = tuple[Tensor, Tensor]
+"""Squared norms of the rows of A and of B^T of a stack."""
+
+
+def extreme(value: float) -> int:
+    """The power of two to take out of a number: 0 unless it is far from 1."""
+    exponent = math.frexp(value)[1]
+    return exponent if abs(exponent) > EXTREME else 0
+
+
+def unusual(diagonals: Sequence[Diagonals]) -> list[int]:
+    """Positions of stacks with a row that is zero, not finite, or of no usual size."""
+    if not diagonals:
+        return []
+    low, high = USUAL
+    flat = torch.cat([side for pair in diagonals for side in pair])
+    if bool(((flat >= low) & (flat <= high)).all()):
+        return []
+    rows = flat.split([len(side) for pair in diagonals for side in pair])
+    usual = [bool(((side >= low) & (side <= high)).all()) for side in rows]
+    return [k for k in range(len(diagonals)) if not (usual[2 * k] and usual[2 * k + 1])]
+
+
+def centred(plan: Plan, stack: Stack, diagonals: Diagonals) -> Stack:
+    """The stack with both sides near 1; the same one where they are, or are not finite.
+
+    AdapterError for adapters that are too far apart, or an update that is beyond float32.
+    """
+    sides = stack.a, stack.b
+    sizes = [exponents(side, diagonal) for side, diagonal in zip(sides, diagonals)]
+    pairs = list(zip(*sizes))
+    if any(math.isinf(e) and e > 0 for pair in pairs for e in pair):
+        return stack
+    of_updates = [a + b for a, b in pairs]
+    _check_size(plan, stack, of_updates)
+    for what, column in (("lora_A", sizes[0]), ("lora_B", sizes[1]), ("update", of_updates)):
+        _check_apart(plan, stack, what, column)
+    (a, power_a), (b, power_b) = (_near_one(side, size) for side, size in zip(sides, sizes))
+    if not power_a and not power_b and not any(map(_is_far, sizes)):
+        return stack
+    return dataclasses.replace(
+        stack, a=a, b=b, powers=(power_a, power_b), far=any(map(_is_far, sizes))
+    )
+
+
+def exponents(side: Problem, diagonal: Tensor | None = None) -> list[float]:
+    """log2 of the largest entry of every scaled block, nearly: -inf for zeros, inf for what is not
+    finite. diagonal: squared norms of the rows, which tell it where they are usual."""
+    if diagonal is None:
+        return [_exponent(block, scale) for block, scale in zip(side.blocks, side.scales)]
+    low, high = USUAL
+    tops = [float(rows.max()) for rows in diagonal.split(list(side.ranks))]
+    return [
+        float(math.frexp(top)[1] // 2) if low <= top <= high else _exponent(block, scale)
+        for block, scale, top in zip(side.blocks, side.scales, tops)
+    ]
+
+
+def _exponent(block: Tensor, scale: float) -> float:
+    largest = _largest(block)
+    if not math.isfinite(largest):
+        return math.inf
+    if largest == 0 or scale == 0:
+        return -math.inf
+    return math.frexp(largest)[1] + math.frexp(scale)[1]
+
+
+def _largest(x: Tensor) -> float:
+    """The largest magnitude; not finite where an entry is not."""
+    low, high = torch.aminmax(x)
+    return float(torch.maximum(high, -low))
+
+
+def _is_far(sizes: Sequence[float]) -> bool:
+    """Whether an adapter that is not zero vanishes beside another in a float32 Gram."""
+    return min((s for s in sizes if s > -math.inf), default=0.0) < max(sizes) - CENTRE
+
+
+def _check_size(plan: Plan, stack: Stack, sizes: Sequence[float]) -> None:
+    for size, i in zip(sizes, stack.adapters):
+        if size > -math.inf and abs(size) > MOST / 2:
+            problem = f"its update is of size 2^{size:.0f}, which float32 factors cannot hold"
+            remedy = "correct its alpha, or leave it out"
+            raise AdapterError(plan.adapters[i].name, stack.name, problem, remedy)
+
+
+def _check_apart(plan: Plan, stack: Stack, what: str, sizes: Sequence[float]) -> None:
+    present = [(size, plan.adapters[i].name) for size, i in zip(sizes, stack.adapters)]
+    present = [pair for pair in present if pair[0] > -math.inf]
+    if not present:
+        return
+    (least, name), (most, other) = min(present), max(present)
+    if most - least > FARTHEST:
+        problem = f"its {what} is 2^{most - least:.0f} times smaller than that of {other!r}"
+        remedy = "leave it out, or bring them to like sizes"
+        raise AdapterError(name, stack.name, problem, remedy)
+
+
+def _near_one(side: Problem, sizes: Sequence[float]) -> tuple[Problem, int]:
+    """The side with a power of two taken out of all blocks, and of all scales, and the power."""
+    top = max(sizes)
+    if abs(top) <= CENTRE or math.isinf(top):
+        return side, 0
+    raw = max(_exponent(block, 1.0) for block in side.blocks)
+    of_blocks = GRID * round(raw / GRID)
+    of_scales = GRID * round((top - of_blocks) / GRID)
+    blocks = tuple(_times(block, -of_blocks).to(block.dtype) for block in side.blocks)
+    scales = tuple(math.ldexp(scale, -of_scales) for scale in side.scales)
+    return Problem(blocks if of_blocks else side.blocks, scales), of_blocks + of_scales
+
+
+def of_weights(weights: Sequence[float], by_ratio: bool) -> int:
+    """The power of two to take out of all weights. OptionError for weights that no result with
+    their size could be written with."""
+    largest = max(map(abs, weights))
+    power = extreme(largest)
+    if abs(power) > MOST / 2 and not by_ratio:
+        problem = f"{largest!r} is beyond what float32 factors hold"
+        raise OptionError("weights", problem, "give weights nearer to 1")
+    return power
+
+
+def weighted(stack: Stack, power: int, by_ratio: bool) -> Stack:
+    """The stack with a power of two taken out of its weights; B has it then, unless only the
+    ratios of weights count."""
+    if not power:
+        return stack
+    weights = tuple(math.ldexp(w, -power) for w in stack.weights)
+    power_a, power_b = stack.powers
+    powers = stack.powers if by_ratio else (power_a, power_b + power)
+    return dataclasses.replace(stack, weights=weights, powers=powers)
+
+
+def fits(pairs: Sequence[tuple[Tensor, ...]], backend: str) -> list[bool]:
+    """Whether every merged module is finite and, in float16, rounded by little for sure."""
+    finite = iter(ops.all_finite([t for pair in pairs for t in pair], backend=backend))
+    whole = [all(list(islice(finite, len(pair)))) for pair in pairs]
+    narrow = [k for k, pair in enumerate(pairs) if whole[k] and _may_round(pair)]
+    if narrow:
+        errors = torch.stack([_expected_error(*pairs[k]) for k in narrow]).tolist()
+        for k, error in zip(narrow, errors):
+            whole[k] = error <= torch.finfo(torch.float16).eps
+    return whole
+
+
+def _may_round(pair: Sequence[Tensor]) -> bool:
+    return len(pair) == 2 and pair[0].dtype == torch.float16
+
+
+def _expected_error(a: Tensor, b: Tensor) -> Tensor:
+    """The error that rounding to float16 would have if all numbers were small, from a sample."""
+    rows = a[:, :: max(1, a.shape[1] // SAMPLE)].float().square().mean(1)
+    columns = b[:: max(1, len(b) // SAMPLE)].float().square().mean(0)
+    error = ROUNDING * ((rows + columns).sum() / (rows * columns).sum()).sqrt()
+    return error.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def fitted(
+    name: str, a: Tensor, b: Tensor, powers: tuple[int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """2^(sum of powers) B A as factors of the dtype, for A [R, n] and B [m, R] in float32.
+
+    As the powers say, where that is as exact as the dtype is; otherwise with the rows of A and the
+    columns of B at one size, and zero where one of both is. DomergeError where neither comes
+    within LIMIT.
+    """
+    total = sum(powers)
+    if abs(total) > MOST:
+        raise refusal(name, dtype, "large" if total > 0 else "small")
+    rows, columns = a.double().square().sum(1), b.double().square().sum(0)
+    of_a, of_b = (torch.full_like(rows, p) for p in powers)
+    pair, error = _rounded(a, b, of_a, of_b, dtype)
+    if error <= torch.finfo(dtype).eps:
+        return pair
+    size_a, size_b = torch.frexp(rows)[1].double() / 2, torch.frexp(columns)[1].double() / 2
+    to_a = ((total + size_b - size_a) / 2).round()
+    live = rows * columns != 0
+    share_a, share_b = (torch.where(live, p, VANISHING) for p in (to_a, total - to_a))
+    shared, least = _rounded(a, b, share_a, share_b, dtype)
+    pair, error = min(((pair, error), (shared, least)), key=lambda found: found[1])
+    if error <= LIMIT:
+        return pair
+    raise refusal(name, dtype, "large" if math.isinf(error) else "small", error)
+
+
+def _rounded(
+    a: Tensor, b: Tensor, to_a: Tensor, to_b: Tensor, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor], float]:
+    """Rows of A and columns of B times their powers of two in the dtype, and the error."""
+    wide_a, wide_b = a.double(), b.double()
+    pair = (wide_a * _two_to(to_a)[:, None]).to(dtype), (wide_b * _two_to(to_b)).to(dtype)
+    if not all(bool(torch.isfinite(x).all()) for x in pair):
+        return pair, math.inf
+    rows, columns = wide_a.square().sum(1), wide_b.square().sum(0)
+    off_a = (pair[0].double() * _two_to(-to_a)[:, None] - wide_a).square().sum(1)
+    off_b = (pair[1].double() * _two_to(-to_b) - wide_b).square().sum(0)
+    total = (rows * columns).sum()
+    if total == 0:
+        return pair, 0.0
+    return pair, float(((off_a * columns + rows * off_b).sum() / total).sqrt())
+
+
+def scaled(name: str, delta: Tensor, power: int) -> Tensor:
+    """2^power ΔW in float32; DomergeError where it is beyond that."""
+    if abs(power) > MOST:
+        raise refusal(name, delta.dtype, "large" if power > 0 else "small")
+    found = _times(delta, power).to(delta.dtype)
+    if not math.isfinite(_largest(found)):
+        raise refusal(name, delta.dtype, "large")
+    check_rounding(name, delta, _times(found, -power), delta.dtype)
+    return found
+
+
+def check_rounding(name: str, given: Tensor, found: Tensor, dtype: torch.dtype) -> None:
+    """DomergeError where `found`, which is `given` after a rounding to dtype, is off by LIMIT."""
+    size = float(torch.linalg.vector_norm(given, dtype=torch.float64))
+    off = float(torch.linalg.vector_norm(found.to(given.dtype) - given, dtype=torch.float64))
+    if off > LIMIT * size:
+        raise refusal(name, dtype, "small", off / size)
+
+
+def refusal(name: str, dtype: torch.dtype, what: str, error: float = 1.0) -> DomergeError:
+    """Of a result that is too "large" or too "small" for the dtype."""
+    word = str(dtype).removeprefix("torch.")
+    narrow = dtype != torch.float32
+    if what == "large":
+        remedy = "write it with dtype='float32'" if narrow else "use a smaller scale or weights"
+        return DomergeError(f"module {name!r}: the merged update does not fit in {word}; {remedy}")
+    remedy = "use a larger scale or weights"
+    if narrow:
+        remedy = f"write it with dtype='float32', or {remedy}"
+    loss = f"rounding would change it by {100 * error:.3g} %"
+    problem = f"the merged update is too small for {word} ({loss})"
+    return DomergeError(f"module {name!r}: {problem}; {remedy}")
+
+
+def _times(x: Tensor, power: int) -> Tensor:
+    """2^power x, in float64."""
+    return x.double() * 2.0**power
+
+
+def _two_to(powers: Tensor) -> Tensor:
+    """2^p of whole numbers in float64, exactly."""
+    bits = (powers.clamp(-1022, 1023).long() + 1023) << 52
+    return bits.view(torch.float64)
