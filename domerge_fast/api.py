@@ -282,7 +282,8 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 def _check_form(form: str, output: Any, base: Any) -> None:
     options.choose("form", form, FORMS)
-    if base is not None and not isinstance(base, (str, os.PathLike)):
+    known = base is None or isinstance(base, (str, os.PathLike))
+    if not known or "\0" in os.fspath(base or ""):
         raise OptionError("base", f"{base!r} is no folder", "give the path of the base model")
     if form == "model" and base is None:
         raise OptionError("form", "'model' needs the base model", "give its folder as base")

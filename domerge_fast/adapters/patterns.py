@@ -3,7 +3,8 @@ r"""PEFT's patterns of module names, matched in linear time.
 PEFT's rule: of several keys that one holds for which ``re.match(rf"(.*\.)?({key})$", name)`` is the
 first to find something. Keys come from files, and Python's `re` can take for ever over one: it is
 never given any. Most keys are names, or several of them (their dots stand for any character); these
-are looked up. The others become one automaton, see there. Names have no line breaks.
+are looked up. The others become one automaton, see there. Names must have no line breaks, which
+mean something else to `re`; no adapter's have.
 """
 
 from __future__ import annotations

@@ -141,9 +141,6 @@ def _patterns(
     def resolve(module: str) -> Any:
         if not pattern:
             return default
-        if "\n" in module:  # where "." and "$" mean something else
-            problem = f"{field} cannot be matched against a name with a line break"
-            raise AdapterError(adapter, module, problem, "rename the module")
         try:
             first = patterns.first(module)
         except BadPattern as error:

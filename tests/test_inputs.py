@@ -1,0 +1,399 @@
+"""Inputs are read as they were when they were opened, or refused in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.make import random_factors, write_adapter
+
+import domerge_fast as dm
+from domerge_fast import engine
+from domerge_fast.adapters import load
+from domerge_fast.adapters.safetensors_file import read_group
+from domerge_fast.api import POST_STEPS, PRE_STEPS
+from domerge_fast.errors import AdapterError, DomergeError, OptionError
+from domerge_fast.sequential import Sequential
+from domerge_fast.storage import buffers, input_file
+from domerge_fast.storage.input_file import InputFile
+
+NAMES = [f"layers.{i}.q_proj" for i in range(6)]
+SHAPES = dict.fromkeys(NAMES, (24, 32))
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    return [write_adapter(tmp_path / f"in{i}", random_factors(SHAPES, 4, seed=i)) for i in (0, 1)]
+
+
+@pytest.fixture
+def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One module a group."""
+    monkeypatch.setattr(engine, "GROUP_BYTES", 1)
+
+
+def other(folder: Path) -> bytes:
+    """Bytes of another adapter of the same size."""
+    made = write_adapter(folder.parent / "other", random_factors(SHAPES, 4, seed=9))
+    return (made / WEIGHTS).read_bytes()
+
+
+def rewrite(folder: Path) -> None:
+    with (folder / WEIGHTS).open("r+b") as file:
+        file.write(other(folder))
+
+
+def replace(folder: Path) -> None:
+    (folder.parent / "new").write_bytes(other(folder))
+    os.replace(folder.parent / "new", folder / WEIGHTS)
+
+
+def keep_times(folder: Path) -> None:
+    """Size and mtime stay, as `cp -p` and `rsync` leave them."""
+    before = os.stat(folder / WEIGHTS)
+    rewrite(folder)
+    os.utime(folder / WEIGHTS, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def change_config(folder: Path) -> None:
+    text = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(text.replace('"lora_alpha": 4', '"lora_alpha": 8'))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "rewritten": (rewrite, "changed since it was loaded"),
+    "replaced": (replace, "changed since it was loaded"),
+    "rewritten, times kept": (keep_times, "changed since it was loaded"),
+    "shrunk": (lambda folder: os.truncate(folder / WEIGHTS, 900), "changed since it was loaded"),
+    "grown": (lambda folder: os.truncate(folder / WEIGHTS, 10**6), "changed since it was loaded"),
+    "gone": (lambda folder: (folder / WEIGHTS).unlink(), "changed since|cannot be read"),
+    "config": (change_config, "adapter_config.json changed since it was loaded"),
+}
+
+
+@pytest.mark.usefixtures("small_groups")
+@pytest.mark.parametrize("method", ["do", "linear", "ties"])
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("at", [1, len(NAMES)])
+def test_an_input_that_changes_while_it_is_merged(change, method, at, pair, tmp_path, monkeypatch):
+    spoil, fragment = CHANGES[change]
+    check, calls = engine._check_factors, []
+
+    def spoiling(*arguments: object) -> None:
+        check(*arguments)
+        calls.append(0)
+        if len(calls) == at:
+            spoil(pair[1])
+
+    monkeypatch.setattr(engine, "_check_factors", spoiling)
+    with pytest.raises(AdapterError, match=fragment) as caught:
+        dm.merge(pair, method, output=tmp_path / "out")
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_survey_of_an_input_that_changes(pair, monkeypatch):
+    check = engine._check_factors
+    monkeypatch.setattr(engine, "_check_factors", lambda *x: (check(*x), rewrite(pair[0])))
+    with pytest.raises(AdapterError, match="changed since it was loaded"):
+        dm.inspect(pair)
+
+
+def test_factors_of_a_file_that_shrank(pair):
+    adapter = load(pair[0])
+    a, b = adapter.factors(NAMES[0])
+    before = a.clone(), b.clone()
+    os.truncate(pair[0] / WEIGHTS, 8)
+    assert all(map(torch.equal, (a, b), before))
+    with pytest.raises(AdapterError, match="changed since it was loaded"):
+        adapter.factors(NAMES[0])
+
+
+def test_a_running_sum_that_changes_is_noticed(pair, tmp_path, monkeypatch):
+    growing = Sequential.start(tmp_path / "state")
+    growing.add(pair[0])
+    check, path = engine._check_factors, tmp_path / "state" / "running_sum.safetensors"
+
+    def spoiling(*arguments: object) -> None:
+        check(*arguments)
+        os.utime(path)
+
+    monkeypatch.setattr(engine, "_check_factors", spoiling)
+    state = (tmp_path / "state" / "sequential.json").read_bytes()
+    with pytest.raises(AdapterError, match="changed since it was loaded"):
+        growing.add(pair[1])
+    assert (tmp_path / "state" / "sequential.json").read_bytes() == state
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOMEM, errno.ESTALE])
+def test_a_read_that_fails(code, pair, tmp_path, monkeypatch):
+    loaded = [load(folder) for folder in pair]
+
+    def fail(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(input_file.os, "preadv", fail)
+    for merge in (
+        lambda: loaded[0].factors(NAMES[0]),
+        lambda: dm.merge(loaded),
+        lambda: load(pair[0]),
+    ):
+        with pytest.raises(AdapterError, match=f"cannot be read .{os.strerror(code)}.; check"):
+            merge()
+    with pytest.raises(AdapterError):
+        dm.merge(loaded, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_ends_under_the_reader(pair, monkeypatch):
+    loaded = load(pair[0])
+    monkeypatch.setattr(input_file.os, "preadv", lambda *_: 0)
+    with pytest.raises(AdapterError, match="ends before its data does"):
+        loaded.factors(NAMES[0])
+
+
+@pytest.mark.parametrize("most", [1, 7, 100])
+def test_reads_that_return_less_than_asked_for(most, pair, monkeypatch):
+    whole = dm.merge(pair, "linear")
+    read = os.preadv
+
+    def short(file: int, parts: list[memoryview], start: int) -> int:
+        joined, left = [], most
+        for part in parts:
+            joined.append(part[:left])
+            left -= len(joined[-1])
+        return read(file, [part for part in joined if part], start)
+
+    monkeypatch.setattr(input_file.os, "preadv", short)
+    monkeypatch.setattr(input_file, "_MOST_PARTS", 3)
+    pieces = dm.merge(pair, "linear")
+    for name in NAMES:
+        assert all(map(torch.equal, pieces.factors(name), whole.factors(name)))
+
+
+def test_too_many_open_files(pair, tmp_path, monkeypatch):
+    loaded = [load(folder) for folder in pair]
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(input_file.os, "open", fail)
+    for merge in (lambda: dm.merge(loaded), lambda: load(pair[0])):
+        with pytest.raises(AdapterError, match=r"cannot be read \(Too many open files\); check"):
+            merge()
+
+
+def test_a_library_needs_no_descriptor_for_each_adapter(tmp_path):
+    factors = random_factors({"q": (4, 6)}, 2)
+    folders = [write_adapter(tmp_path / f"{i}", factors) for i in range(40)]
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 16, limit[1]))
+    try:
+        merged = dm.merge(folders, "linear", output=tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    a, b = factors["q"]
+    torch.testing.assert_close(merged.delta("q"), 40 * b @ a)
+
+
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+SPECIAL = {"fifo": fifo, "folder": Path.mkdir, "loop": loop}
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS])
+def test_what_is_no_file_is_refused_at_once(kind, name, pair):
+    (pair[0] / name).unlink()
+    SPECIAL[kind](pair[0] / name)
+    with pytest.raises(AdapterError, match=f"has no {name}; "):
+        load(pair[0])
+    file = InputFile(pair[0] / name, lambda *line: DomergeError("; ".join(line)))
+    with pytest.raises(DomergeError, match=r"is no regular file|cannot be read \(Too many levels"):
+        file.read(100)
+
+
+@pytest.mark.parametrize("path", ["x" * 5000, "x/" * 2500, "a\0b"], ids=["name", "path", "nul"])
+def test_paths_that_cannot_be(path, pair):
+    with pytest.raises(AdapterError) as caught:
+        load(path)
+    assert len(str(caught.value)) <= 300
+    with pytest.raises(OptionError) as refused:
+        dm.merge(pair, form="model", base=path, output=pair[0].parent / "out")
+    assert len(str(refused.value)) <= 300
+
+
+def test_a_folder_whose_name_is_no_utf8(pair, tmp_path):
+    strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\n"))
+    os.rename(pair[0], strange)
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/out\xe9"))
+    merged = dm.merge([strange, pair[1]], output=out)
+    assert merged.report.adapters[0].endswith(r"caf\udce9\n")
+    text = (out / "README.md").read_bytes().decode("utf-8")
+    assert "udce9" in text
+    again = dm.merge([out], "linear").delta(NAMES[0])
+    torch.testing.assert_close(again, merged.delta(NAMES[0]))
+    growing = Sequential.start(tmp_path / "state")
+    growing.add(strange)
+    assert Sequential.open(tmp_path / "state").state.steps[0].adapter == merged.report.adapters[0]
+
+
+def test_a_text_that_no_file_can_hold_is_refused(pair):
+    with pytest.raises(OptionError, match=r"'base_model': .* is no text"):
+        dm.merge(pair, base_model="b\udce9")
+    factors = random_factors({"q": (4, 6)}, 2)
+    with pytest.raises(AdapterError, match="no file can hold"):
+        dm.from_tensors({"q\udce9": factors["q"]})
+    with pytest.raises(AdapterError, match="which is no name"):
+        dm.from_tensors(factors, base_model="b\udce9")
+
+
+def test_a_buffer_comes_back_when_the_last_tensor_is_gone(pair):
+    adapter, pool = load(pair[0]), buffers.Buffers(1 << 20)
+    wanted = [x for pair_of in adapter.stored.values() for x in pair_of]
+    found = read_group(wanted, pool)
+    place = found[0].data_ptr()
+    assert all(x.data_ptr() % buffers.ALIGNMENT == 0 for x in found)
+    view = found[-1][1:, 1:]
+    kept = view.clone()
+    del found
+    second = read_group(wanted, pool)
+    assert second[0].data_ptr() != place
+    assert torch.equal(view, kept)
+    del view, second
+    assert len(pool._free) == 2
+    for _ in range(3):
+        read_group(wanted, pool)
+    assert len(pool._free) == 2
+
+
+METHODS = [name for name in dm.methods() if name not in ("slerp",)]
+OPTIONS = {"robust": {"inner": "do"}, "iso_cts": {"rank": 4}}
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Memory is spoilt the moment it is handed back; counts how often that was."""
+    counted: list[int] = []
+    hand_back = buffers.Buffers._hand_back
+
+    def spoil(self: buffers.Buffers, memory) -> None:
+        memory[:] = b"\xff" * len(memory)  # NaN in every dtype
+        counted.append(len(memory))
+        hand_back(self, memory)
+
+    monkeypatch.setattr(buffers.Buffers, "_hand_back", spoil)
+    return counted
+
+
+@pytest.mark.usefixtures("small_groups")
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_that_outlives_its_group_lies_in_a_buffer(method, poisoned, pair, tmp_path):
+    inputs = {f"in{i}": random_factors(SHAPES, 4, seed=i) for i in (0, 1)}
+    plain = [dm.from_tensors(x, name=name, base_model="base") for name, x in inputs.items()]
+    expected = dm.merge(plain, method)
+    kept = dm.merge(pair, method)
+    dm.merge(pair, method, output=tmp_path / "out")
+    written = load(tmp_path / "out")
+    assert len(poisoned) >= 2 * len(NAMES)
+    for name in NAMES:
+        assert all(map(torch.equal, kept.factors(name), expected.factors(name)))
+        assert all(map(torch.equal, written.factors(name), expected.factors(name)))
+
+
+@pytest.mark.usefixtures("small_groups")
+@pytest.mark.parametrize("one", [True, False], ids=["one adapter", "two"])
+@pytest.mark.parametrize(
+    "options",
+    [{"pre": [step], "method": "linear"} for step in PRE_STEPS]
+    + [{"post": [step], "method": "do"} for step in POST_STEPS]
+    + [{"method": "linear", "form": "deltas"}, {"method": "ties", "form": "deltas"}],
+    ids=str,
+)
+def test_steps_and_dense_results_lie_in_no_buffer(options, one, poisoned, pair):
+    sources = pair[: 1 if one else 2]
+    plain = [
+        dm.from_tensors(random_factors(SHAPES, 4, seed=i), base_model="base")
+        for i in range(len(sources))
+    ]
+    expected, kept = dm.merge(plain, **options), dm.merge(sources, **options)
+    assert poisoned
+    for name in NAMES:
+        assert torch.equal(kept.delta(name), expected.delta(name))
+
+
+def base_folder(folder: Path) -> Path:
+    folder.mkdir()
+    weights = {f"{name}.weight": torch.ones(*SHAPES[name]) for name in NAMES}
+    save_file(
+        weights | {"norm.weight": torch.ones(3), "scalar": torch.tensor(2.0)},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text('{"tie_word_embeddings": false}')
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_base_that_changes_while_it_is_merged(name, pair, tmp_path, monkeypatch):
+    base = base_folder(tmp_path / "base")
+    check = engine._check_factors
+    monkeypatch.setattr(engine, "_check_factors", lambda *x: (check(*x), os.utime(base / name)))
+    with pytest.raises(OptionError, match=f"{name} changed since it was loaded"):
+        dm.merge(pair, form="model", base=base, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_is_copied_piece_by_piece(pair, tmp_path, monkeypatch):
+    base = base_folder(tmp_path / "base")
+    dm.merge(pair, form="model", base=base, output=tmp_path / "whole")
+    monkeypatch.setattr("domerge_fast.adapters.lazy.in_step.__defaults__", (64,))
+    monkeypatch.setattr("domerge_fast.adapters.lazy.pieces.__defaults__", (64,))
+    monkeypatch.setattr("domerge_fast.outputs.base.CHUNK_BYTES", 300)
+    dm.merge(pair, form="model", base=base, output=tmp_path / "pieces")
+    one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "pieces"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_rows_are_read_alone(pair, monkeypatch):
+    adapter = load(pair[0])
+    a, _ = adapter.stored[NAMES[2]]
+    whole, sizes = a.read(), []
+    fill = InputFile.fill
+
+    def counting(self: InputFile, file: int, runs) -> None:
+        sizes.extend(len(part) for _, parts in runs for part in parts)
+        fill(self, file, runs)
+
+    monkeypatch.setattr(InputFile, "fill", counting)
+    assert torch.equal(a.rows(1, 3), whole[1:3])
+    assert sizes == [2 * 32 * 4]
+
+
+def test_a_file_is_opened_once_for_a_group(pair, monkeypatch):
+    loaded = [load(folder) for folder in pair]
+    opened = []
+    opening = InputFile.opened
+    monkeypatch.setattr(InputFile, "opened", lambda self: (opened.append(self), opening(self))[1])
+    calls, read = [], os.preadv
+    monkeypatch.setattr(
+        input_file.os, "preadv", lambda *arguments: (calls.append(0), read(*arguments))[1]
+    )
+    dm.merge(loaded, "linear")
+    assert len(opened) == len(calls) == len(pair)
