@@ -128,6 +128,7 @@ def _state(plain: Mapping[str, Any]) -> State:
         alpha=options.check("alpha", plain["alpha"], float, **_ALPHA),
         rank=None if plain["rank"] is None else options.check("rank", plain["rank"], int, low=1),
         base_model=options.text("base_model", plain["base_model"]),
+        whole=check_policy(plain["whole"]),
         dtype=None
         if plain["dtype"] is None
         else options.choose("dtype", plain["dtype"], api.DTYPES),

@@ -474,6 +474,15 @@ def test_an_add_that_is_stopped_leaves_the_old_state(moment, number, tmp_path):
     assert sorted(os.listdir(place)) == sorted(FILES)
 
 
+def test_the_choices_of_the_start_are_kept(tmp_path):
+    chosen = {"alpha": 0.25, "rank": 3, "base_model": "base", "whole": "drop"}
+    growing = Sequential.start(tmp_path / "state", **chosen)
+    for found in (growing.state, Sequential.open(tmp_path / "state").state):
+        assert {name: getattr(found, name) for name in chosen} == chosen
+    growing.add(folders(tmp_path, 1)[0])
+    assert {name: getattr(growing.state, name) for name in chosen} == chosen
+
+
 def test_a_copied_folder_goes_its_own_way(tmp_path):
     inputs = folders(tmp_path)
     added(tmp_path / "state", inputs[:1], False)
