@@ -1,0 +1,190 @@
+"""Damaged files: every case is refused in one line, or merged to what its files say."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import torch
+
+from . import mutate
+from .forks import Tally, each
+from .inputs import CONFIG, STATE, SUM, WEIGHTS, copy, write_adapter, write_base
+from .judge import (
+    adapter_problem,
+    differs,
+    fingerprint,
+    hidden,
+    remove,
+    run,
+    strict_json,
+    tensors,
+    total,
+    updates,
+)
+
+KINDS = {"weights": 0.35, "config": 0.25, "base": 0.22, "state": 0.18}
+METHODS = (
+    *([["linear"]] * 6),
+    *(["do"], ["svd", "--rank", "2"], ["ties", "--density", "0.5"], ["iso_c"], ["tsvm"]),
+    *(["knots"], ["slerp"], ["linear", "--dtype", "float16"], ["dare", "--seed", "1"], ["wudi"]),
+)
+
+
+def attack(folder: Path, seed: int, count: int) -> Tally:
+    """`count` damaged files, a kind in turn by its share of them."""
+    good = folder / "good"
+    write_adapter(good / "a", 4, 1)
+    write_adapter(good / "b", 2, 2)
+    write_base(good / "base")
+    for arguments in (["start", good / "state"], ["add", good / "state", good / "a"]):
+        if (ending := run("sequential", *arguments)).code:
+            raise RuntimeError(f"a good input is refused: {ending.err}")
+    names = [f"{kind} {k}" for kind, share in KINDS.items() for k in range(int(share * count))]
+    tally = Tally()
+    work = folder / "work"
+
+    def judge(number: int) -> str:
+        random = Random(f"{seed} {names[number]}")
+        for path in [*work.glob("*"), *work.glob(".*")]:
+            remove(path)
+        work.mkdir(exist_ok=True)
+        kind = names[number].split()[0]
+        did, ending = CASES[kind](good, work, random)
+        _unlock(work)
+        return f"!{did}: {ending[1:]}" if ending.startswith("!") else ending
+
+    for case, ending in each(names, judge):
+        tally.add(f"seed {seed}, {case}", ending)
+    return tally
+
+
+def _adapter(good: Path, work: Path, random: Random, damage: mutate.Damage, name: str) -> tuple:
+    a, b, out = copy(good / "a", work / "a"), good / "b", work / "out"
+    did = damage(a / name, random)
+    method = random.choice(METHODS)
+    before = _fingerprint(a, b)
+    ending = run("merge", a, b, "-o", out, "-q", "--method", *method)
+    did = f"{damage.__name__} {did}, {method[0]}"
+    if problem := _after(work, before, a, b):
+        return did, f"!{problem}"
+    if not out.exists():
+        return did, _as_refusal(ending.refusal())
+    if ending.code or ending.err:
+        return did, f"!wrote an output, exit code {ending.code}: {ending.err[:300]}"
+    if problem := adapter_problem(out):
+        return did, f"!{problem}"
+    if method == ["linear"]:
+        inputs = [updates(_place(a)), updates(b)]
+        if None in inputs:
+            return did, "merged"
+        problem = differs(updates(out) or {}, total([x for x in inputs if x is not None]))
+        return did, f"!{problem}" if problem else "merged to what the files say"
+    return did, "merged"
+
+
+def _weights(good: Path, work: Path, random: Random) -> tuple[str, str]:
+    return _adapter(good, work, random, random.choice(mutate.SAFETENSORS), WEIGHTS)
+
+
+def _config(good: Path, work: Path, random: Random) -> tuple[str, str]:
+    return _adapter(good, work, random, random.choice(mutate.JSON), CONFIG)
+
+
+def _base(good: Path, work: Path, random: Random) -> tuple[str, str]:
+    a, b, out = good / "a", good / "b", work / "out"
+    base = copy(good / "base", work / "base")
+    name = random.choice(sorted(x.name for x in base.iterdir()))
+    pool = mutate.SAFETENSORS[:-1] if name.endswith(".safetensors") else mutate.JSON
+    damage = random.choice(pool)
+    if name == "tokenizer.json" and damage is mutate.field_of:
+        damage = mutate.place_of
+    did = f"{name}: {damage.__name__} {damage(base / name, random)}"
+    before = _fingerprint(base, a, b)
+    ending = run(
+        *("merge", a, b, "-o", out, "-q", "--method", "linear", "--form", "model", "--base", base)
+    )
+    if problem := _after(work, before, base, a, b):
+        return did, f"!{problem}"
+    if not out.exists():
+        return did, _as_refusal(ending.refusal())
+    if ending.code or ending.err:
+        return did, f"!wrote an output, exit code {ending.code}: {ending.err[:300]}"
+    strict_json(out / "config.json")
+    shards = [sorted(x.glob("*.safetensors")) for x in (base, out)]
+    w0, w = tensors(*[x for x in shards[0] if x.name in {y.name for y in shards[1]}]), {}
+    w = tensors(*shards[1])
+    if w.keys() != w0.keys():
+        return did, f"!tensors {sorted(w.keys() ^ w0.keys())[:3]} on one side only"
+    changed = {}
+    for key, x in w.items():
+        old, new = w0[key], x
+        if not torch.equal(old.view(torch.uint8), new.view(torch.uint8)):
+            changed[key.removesuffix(".weight")] = new.double() - old.double()
+    if not all(bool(torch.isfinite(x).all()) for x in changed.values()):
+        return did, "!a changed weight is not finite"
+    wanted = total([updates(a) or {}, updates(b) or {}])
+    rounding = max((float(x.double().abs().max()) for x in w0.values() if x.numel()), default=0)
+    if rounding > 1e3:
+        return did, "merged"
+    problem = differs(changed, wanted)
+    return did, f"!{problem}" if problem else "merged to what the files say"
+
+
+def _state(good: Path, work: Path, random: Random) -> tuple[str, str]:
+    state, b, out = copy(good / "state", work / "state"), good / "b", work / "out"
+    name = random.choice((STATE, STATE, SUM))
+    damage = random.choice(mutate.SAFETENSORS[:-1] if name == SUM else mutate.JSON)
+    did = f"{name}: {damage.__name__} {damage(state / name, random)}"
+    before = _fingerprint(state, b)
+    ending = run("sequential", "add", state, b)
+    if hidden(work):
+        return did, f"!left {hidden(work)}"
+    if ending.code:
+        if _fingerprint(state, b) != before:
+            return did, "!refused, but the state changed"
+        return did, _as_refusal(ending.refusal())
+    ending = run("sequential", "save", state, "-o", out)
+    if ending.code or ending.err:
+        return did, f"!was added to, but cannot be saved: {ending.err[:300]}"
+    problem = adapter_problem(out)
+    return did, f"!{problem}" if problem else "added to and saved"
+
+
+CASES: dict[str, Callable[[Path, Path, Random], tuple[str, str]]] = {
+    "weights": _weights,
+    "config": _config,
+    "base": _base,
+    "state": _state,
+}
+
+
+def _as_refusal(problem: str | None) -> str:
+    return f"!{problem}" if problem else "refused"
+
+
+def _after(work: Path, before: str, *inputs: Path) -> str | None:
+    """What a command did that no command may."""
+    if left := hidden(work):
+        return f"left {left}"
+    if _fingerprint(*inputs) != before:
+        return "changed an input"
+    return None
+
+
+def _fingerprint(*paths: Path) -> str:
+    return fingerprint(*[path for path in paths if path.exists()])
+
+
+def _place(folder: Path) -> Path:
+    """Where the adapter is: in the folder, or in the only one inside."""
+    return folder if (folder / CONFIG).exists() else next(folder.glob(f"*/{CONFIG}")).parent
+
+
+def _unlock(work: Path) -> None:
+    for path in work.rglob("*"):
+        if not path.is_symlink() and stat.S_IMODE(path.stat().st_mode) & 0o700 == 0:
+            os.chmod(path, 0o700)
