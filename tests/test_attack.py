@@ -7,12 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from attack import faults, interrupts, judge, mutants
+from attack.runs import commands
 
 from domerge_fast import cli
 from domerge_fast.outputs import folder as folders
-
-from .attack import faults, interrupts, judge, mutants
-from .attack.runs import commands
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses Linux's system calls")
 
@@ -81,7 +80,7 @@ def test_a_planted_fault_is_found(planted, found, tmp_path: Path, monkeypatch) -
         return real(*args)
 
     monkeypatch.setattr(mutants, "each", each)
-    tally = mutants.attack(tmp_path, seed=1, count=24)
+    tally = mutants.attack(tmp_path, seed=1, count=48)
     assert any(found in finding for finding in tally.findings), tally.findings
 
 

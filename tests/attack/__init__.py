@@ -1,6 +1,6 @@
 """Attacks on the command line: damaged inputs, failing system calls, kills, Ctrl-C, two writers.
 
-`python -m tests.attack --seed N` runs all of them and fails on any finding: an ending other than a
-whole output or one line of refusal, an output that is torn or wrong, an input that was touched, a
-file left behind. Every case is a function of the seed and its number alone.
+`make attack` runs all of them and fails on any finding: an ending other than a whole output or one
+line of refusal, an output that is torn or wrong, an input that was touched, a file left behind.
+Every case is a function of the seed and its number alone.
 """

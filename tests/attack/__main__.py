@@ -1,4 +1,4 @@
-"""All attacks, one after the other, and how they ended: `python -m tests.attack --seed N`."""
+"""All attacks, one after the other, and how they ended."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STAGES = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.attack", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m attack", description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--share", type=float, default=1.0, help="of the usual number of cases")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only these")

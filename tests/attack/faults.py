@@ -1,7 +1,7 @@
 """System calls that fail: the n-th of a kind, once or for good, and calls that do half their work.
 
 The shim has to be there when a process starts, so the cases run in forks of one that this module
-starts for itself: `python -m tests.attack.faults`, with shim.c preloaded.
+starts for itself: `python -m attack.faults`, with shim.c preloaded.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def attack(folder: Path, seed: int, count: int) -> Tally:
     shim = folder / "shim.so"
     compiler = os.environ.get("CC", "cc")
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", shim, SOURCE, "-ldl"], check=True)
-    words = [sys.executable, "-m", __name__, folder, seed, count]
+    words = [sys.executable, "-m", "attack.faults", folder, seed, count]
     done = subprocess.run(
         [str(word) for word in words],
         env=os.environ | {"LD_PRELOAD": str(shim)},
+        cwd=SOURCE.parents[1],
         stdout=subprocess.PIPE,
         check=True,
     )
