@@ -85,7 +85,7 @@ def _one(command: Command, arm: tuple, half: bool) -> str:
     if problem := _problem(ending, found, half):
         return f"!{problem}"
     left = judge.hidden(command.output.parent)
-    if left and ending.code == 0:
+    if left and ending.code == 0 and not ending.err:
         return f"!left {left} and said nothing"
     command.reset(hidden=False)
     again = judge.run(*command.arguments)
@@ -94,8 +94,8 @@ def _one(command: Command, arm: tuple, half: bool) -> str:
     if left := judge.hidden(command.output.parent):
         return f"!the next run leaves {left}"
     if ending.code == 0:
-        return "done"
-    return "refused" if found == "old" else "done, and said what failed after it"
+        return "done, and said what failed after it" if ending.err else "done"
+    return "refused"
 
 
 def _problem(ending: judge.Ending, found: str, half: bool) -> str | None:
@@ -106,12 +106,19 @@ def _problem(ending: judge.Ending, found: str, half: bool) -> str | None:
     if ending.code == 0:
         if found == "old":
             return "exit code 0, and nothing was written"
-        return f"said {ending.err[:300]!r}" if ending.err else None
+        return None if _is_told(ending) else f"said {ending.err[:300]!r}"
     if found == "old":
         return ending.refusal()
+    return f"the output is new, exit code {ending.code}: {ending.err[:300]!r}"
+
+
+def _is_told(ending: judge.Ending) -> bool:
+    """Whether what failed after the output was in its place is told in one line, if anything did."""
     lines = ending.err.splitlines()
-    told = len(lines) == 1 and "written" in lines[0] and "nothing" not in lines[0]
-    return None if told else f"the output is new, exit code {ending.code}: {ending.err[:300]!r}"
+    start = "domerge-fast: warning: "
+    return not lines or (
+        len(lines) == 1 and lines[0].startswith(start) and "was written, but" in lines[0]
+    )
 
 
 def _calls(command: Command, kind: str, word: str) -> int:

@@ -78,11 +78,11 @@ def hidden(folder: Path) -> list[str]:
 
 
 def remove(path: Path) -> None:
-    """A file or a whole folder."""
+    """A file or a whole folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def strict_json(path: Path) -> Any:
@@ -165,7 +165,10 @@ def adapter_problem(folder: Path) -> str | None:
     from peft import PeftConfig
 
     config = strict_json(folder / CONFIG)
-    PeftConfig.from_pretrained(str(folder))
+    try:
+        PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError) as error:
+        return f"PEFT refuses its config: {error}"
     for key, tensor in tensors(folder / WEIGHTS).items():
         if not bool(torch.isfinite(tensor.double()).all()):
             return f"{key} is not finite"
