@@ -113,7 +113,7 @@ def _problem(ending: judge.Ending, found: str, half: bool) -> str | None:
 
 
 def _is_told(ending: judge.Ending) -> bool:
-    """Whether what failed after the output was in its place is told in one line, if anything did."""
+    """Whether what failed after the commit, if anything did, is told in one line."""
     lines = ending.err.splitlines()
     start = "domerge-fast: warning: "
     return not lines or (
