@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from support.close import assert_close, distance
-from support.merges import adapters, dense
+from support.merges import adapters, dense, merge_all
 from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
@@ -30,8 +30,6 @@ OPTIONS = {
     "cat": [{}],
 }
 RUNS = [pytest.param(m, o, id=f"{m} {o}") for m, options in OPTIONS.items() for o in options]
-
-every_case = pytest.mark.parametrize("name", CASES)
 
 
 def updates(case: Case, weights: Sequence[float]) -> list[Tensor]:
@@ -131,14 +129,11 @@ def pico(deltas: Sequence[Tensor], case: Case) -> Tensor:
 
 
 @pytest.mark.parametrize(("method", "options"), RUNS)
-@every_case
-def test_a_method_is_its_dense_definition(name, method, options):
-    case = CASES[name]
-    merged = dm.merge(
-        adapters({"x": case}), method, weights=case.weights, scale=-0.3, backend="torch", **options
-    )
-    expected = -0.3 * DENSE[method](updates(case, case.weights), case, **options)
-    assert distance(dense(merged, "x"), expected) < 1e-5
+def test_a_method_is_its_dense_definition(method, options):
+    merged = merge_all(CASES, method, scale=-0.3, backend="torch", **options)
+    for name, case in CASES.items():
+        expected = -0.3 * DENSE[method](updates(case, case.weights), case, **options)
+        assert_close(dense(merged, name), expected, 1e-5, name=name)
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)

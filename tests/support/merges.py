@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,15 +14,23 @@ from .shapes import Case
 
 
 def adapters(cases: dict[str, Case], dtype: torch.dtype | None = None) -> list[Adapter]:
-    """One adapter for each block of the cases, which are its modules; rounded to a dtype."""
-    return [
-        from_tensors(
-            {name: (c.a[i].to(dtype), c.b[i].to(dtype)) for name, c in cases.items()},
-            {name: c.scalings[i] for name, c in cases.items()},
-            name=f"adapter-{i}",
-        )
-        for i in range(len(next(iter(cases.values())).ranks))
-    ]
+    """One adapter for each block of the cases, which are its modules; rounded to a dtype.
+
+    Adapter i lacks the modules of the cases that have no block i.
+    """
+    loaded = []
+    for i in range(max(len(case.ranks) for case in cases.values())):
+        own = {name: case for name, case in cases.items() if i < len(case.ranks)}
+        factors = {name: (c.a[i].to(dtype), c.b[i].to(dtype)) for name, c in own.items()}
+        scalings = {name: c.scalings[i] for name, c in own.items()}
+        loaded.append(from_tensors(factors, scalings, name=f"adapter-{i}"))
+    return loaded
+
+
+def merge_all(cases: dict[str, Case], method: str, **options: Any) -> dm.Merged:
+    """All cases as the modules of one model, with the weights of each."""
+    weights = max((case.weights for case in cases.values()), key=len)
+    return dm.merge(adapters(cases), method, weights=weights, **options)
 
 
 def dense(merged: dm.Merged, name: str) -> Tensor:

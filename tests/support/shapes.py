@@ -26,6 +26,12 @@ class Case:
         return tuple(len(a) for a in self.a)
 
     @property
+    def ranks_read(self) -> tuple[int, ...]:
+        """Without rows at the end that are zero on both sides, but for one: padding is not read."""
+        used = [a.any(1) | b.any(0) for a, b in zip(self.a, self.b, strict=True)]
+        return tuple(1 + max([0, *rows.nonzero().flatten().tolist()]) for rows in used)
+
+    @property
     def weights(self) -> list[float]:
         """Weights of both signs and of different sizes."""
         return [(1.0, -0.5, 2.0)[i % 3] for i in range(len(self.a))]
