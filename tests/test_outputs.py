@@ -251,7 +251,7 @@ def test_what_adapters_save_whole_is_carried_bit_by_bit(tmp_path):
     assert json.loads((tmp_path / "streamed" / CONFIG).read_text())["modules_to_save"] == ["score"]
 
 
-def test_the_card_says_how_to_repeat_the_merge(pair, tmp_path):
+def test_the_card_says_how_to_repeat_the_merge(pair, tmp_path, monkeypatch):
     given = {"method": "do", "weights": [2.0, -1.0], "scale": 0.5, "gamma": 0.7, "energy": 0.8}
     dm.merge(pair, output=tmp_path / "out", **given)
     card = (tmp_path / "out" / CARD).read_text()
@@ -259,7 +259,8 @@ def test_the_card_says_how_to_repeat_the_merge(pair, tmp_path):
     recipe = json.loads(card.partition("```json\n")[2].partition("```")[0])
     assert {key: recipe[key] for key in given} == given
     adapters = recipe.pop("adapters")
-    assert adapters == [str(folder) for folder in pair]
+    assert adapters == [folder.name for folder in pair]
+    monkeypatch.chdir(pair[0].parent)
     dm.merge(adapters, output=tmp_path / "again", **recipe)
     assert load_bytes(tmp_path / "again") == load_bytes(tmp_path / "out")
     found = dm.inspect(pair)
