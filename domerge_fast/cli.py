@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import json
 import re
 import signal
@@ -16,7 +15,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-from . import __version__, streams
+from . import __version__, elsewhere, options, streams
 from .errors import DomergeError, OutputWarning
 from .outputs import folder
 
@@ -145,10 +144,13 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     args, unknown = _parser(arguments).parse_known_args(arguments)
     if unknown:
+        flag = unknown[0].partition("=")[0]
         flags = re.findall(r"--[a-z][a-z-]*", args.parser.format_help())
-        near = difflib.get_close_matches(unknown[0], flags, 1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        args.parser.error(f"{unknown[0]!r} is not understood{hint}")
+        meanings = {
+            w: (name and f"--{name}", text) for w, (name, text) in elsewhere.OPTIONS.items()
+        }
+        hint = options.meant(flag, flags, meanings)
+        args.parser.error(f"{flag!r} is not understood{hint and ', ' + hint}")
     return args
 
 

@@ -13,9 +13,10 @@ import numbers
 import re
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from . import elsewhere
 from .errors import OptionError, is_text
 
 T = TypeVar("T")
@@ -34,19 +35,53 @@ def option(
     )
 
 
-def suggest(word: str, known: Iterable[str]) -> str:
-    """What to do about an unknown word: "did you mean ..." and the words there are."""
+def suggest(
+    word: str,
+    known: Iterable[str],
+    meanings: elsewhere.Meanings | None = None,
+    besides: Iterable[str] = (),
+) -> str:
+    """What to do about an unknown word: what was meant, if that is near, and the words there are.
+
+    meanings: what words of elsewhere are here. besides: names that they may lead to, too.
+    """
     known = list(known)
-    near = difflib.get_close_matches(str(word), known, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}use one of: {', '.join(known)}"
+    hint = meant(str(word), known, meanings or {}, besides)
+    if known:
+        words = f"use one of: {', '.join(known)}"
+        return f"{hint}{' ' if hint.endswith('?') else '; '}{words}" if hint else words
+    return hint or "leave it out"
+
+
+def meant(
+    word: str, known: Sequence[str], meanings: elsewhere.Meanings, besides: Iterable[str] = ()
+) -> str:
+    """What was probably meant by an unknown word, or "": what it is here, else by its spelling."""
+    names = {*known, *besides}
+    usable = {
+        w: m for w, m in meanings.items() if w not in names and (m[0] is None or m[0] in names)
+    }
+    plain = elsewhere.plain(word)
+    if plain in usable:
+        return _meaning(*usable[plain])
+    words = [*known, *usable]
+    near = difflib.get_close_matches(word, words, 1) or difflib.get_close_matches(plain, words, 1)
+    if not near:
+        return ""
+    hint = f"did you mean {near[0]!r}?"
+    return hint if near[0] in known else f"{hint} {_meaning(*usable[near[0]])}"
+
+
+def _meaning(name: str | None, remark: str) -> str:
+    return remark if name is None else " ".join(f"it is {name!r} here {remark}".split())
 
 
 def choose(name: str, value: Any, known: Iterable[str]) -> str:
     """`value`, if it is one of the known words; otherwise an OptionError that suggests one."""
     known = list(known)
     if value not in known:
-        raise OptionError(name, f"{value!r} is not known", suggest(value, known))
+        remedy = suggest(value, known, elsewhere.TABLES.get(name))
+        raise OptionError(name, f"{value!r} is not known", remedy)
     return value
 
 
@@ -90,7 +125,7 @@ def build(cls: type[T], given: Mapping[str, Any], owner: str, others: Iterable[s
     for name in given:
         if name not in fields:
             known = [*fields, *others]
-            remedy = suggest(name, known) if known else "leave it out"
+            remedy = suggest(name, known, elsewhere.OPTIONS, elsewhere.ALWAYS)
             raise OptionError(name, f"{owner} has no such option", remedy)
     values = {
         name: check(name, value, types[name], **fields[name].metadata)

@@ -14,7 +14,7 @@ from typing import TextIO
 WIDTH = 80
 """Columns of what is no terminal."""
 
-NARROW = 16
+NARROW = 13
 """Columns that a column of a table gets at least."""
 
 

@@ -265,6 +265,12 @@ WRONG = {
     "sequential add s a --weight -Infinity": "/s' holds no sequential merge",
     "merge a b -o out --steps 2.5": "--steps: invalid int value: '2.5'",
     "merge --weights 1 1 a b -o out": "--weights: invalid float value: 'a'",
+    "merge a b -o out --svd-rank 4": "'--svd-rank' is not understood, it is '--rank' here; see",
+    "merge a b -o out --svd_rank=4": "'--svd_rank' is not understood, it is '--rank' here; see",
+    "merge a b -o out --lambda 2": "'--lambda' is not understood, it is '--scale' here; see",
+    "merge a b -o out --method dare_linear": "'dare_linear' is not known; it is 'dare' here; use",
+    "merge a b -o out --int8-mask": "'--int8-mask' is not understood, nothing here needs it; see",
+    "inspect a b --svd-rank 4": "'--svd-rank' is not understood; see",
     "inspect a b --jsno": "'--jsno' is not understood, did you mean '--json'?",
     "doctor now": "'now' is not understood; see 'domerge-fast doctor --help'",
     "merge a none -o out": "adapter 'none': no such folder; check the path",
@@ -547,7 +553,7 @@ def test_tables_fit_80_columns(line, capsys):
 def test_a_table_takes_the_width_of_the_terminal(capsys, monkeypatch):
     names = wide_adapters(3)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    for columns in (60, 100, 200):
+    for columns in (70, 100, 200):
         monkeypatch.setenv("COLUMNS", str(columns))
         assert cli.main(["inspect", *names]) == 0
         widest = max(map(len, capsys.readouterr().out.splitlines()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import re
 
@@ -10,7 +11,7 @@ import pytest
 from support.shapes import CASES
 
 import domerge_fast as dm
-from domerge_fast import options
+from domerge_fast import elsewhere, options
 from domerge_fast.adapters import from_tensors
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.do import DoOptions
@@ -170,6 +171,65 @@ def test_suggestions_name_what_there_is():
         "did you mean 'linear'? use one of: do, linear"
     )
     assert options.suggest("xyz", ["do", "linear"]) == "use one of: do, linear"
+
+
+NAMES_ELSEWHERE = {
+    "dare_linear": "it is 'dare' here; use one of: do,",
+    "dare_linear_svd": "it is 'dare' here with a rank; use one of: do,",
+    "ties_svd": "it is 'ties' here with a rank; use one of: do,",
+    "task_arithmetic": "it is 'linear' here; use one of: do,",
+    "TASK-ARITHMETIC": "it is 'linear' here; use one of: do,",
+    "nuslerp": "it is 'slerp' here; use one of: do,",
+    "model_stock": "nothing here chooses weights by angles; use one of: do,",
+    "della_linear": "'della' elects signs, 'dare' drops all entries alike; use one of: do,",
+    "breadcrumbs_ties": "'breadcrumbs' elects no signs, 'ties' keeps the largest entries;",
+    "dare_linaer": "did you mean 'dare_linear'? it is 'dare' here; use one of: do,",
+    "DARE-TIES": "did you mean 'dare_ties'? use one of: do,",
+}
+
+
+@pytest.mark.parametrize("name", NAMES_ELSEWHERE)
+def test_a_method_is_known_by_its_name_elsewhere(name):
+    for option, given in (("method", {}), ("inner", {"method": "knots"})):
+        message = refusal(**given, **{option: name})
+        assert message.startswith(
+            f"option {option!r}: {name!r} is not known; {NAMES_ELSEWHERE[name]}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"svd_rank": 4}, "method 'do' has no such option; it is 'rank' here; use one of: ortho"),
+        ({"method": "linear", "svd_rank": 4}, "has no such option; it is 'rank' here"),
+        ({"combination_type": "ties"}, "it is 'method' here"),
+        ({"lambda_": 0.5}, "it is 'scale' here"),
+        ({"out_path": "x"}, "it is 'output' here"),
+        ({"normalize": True}, "it is 'weights' here as they are to be used: give some that add"),
+        ({"method": "breadcrumbs", "gamma": 0.1}, "it is 'outliers' here; use one of: density,"),
+        ({"method": "linear", "gamma": 1.0}, "method 'linear' has no such option; leave it out"),
+        ({"int8_mask": True}, "nothing here needs it"),
+        ({"dtype": "bf16"}, "'bf16' is not known; it is 'bfloat16' here; use one of: float32,"),
+    ],
+)
+def test_an_option_is_known_by_its_name_elsewhere(given, words):
+    assert words in refusal(**given)
+
+
+def test_what_is_known_elsewhere_leads_to_names_there_are():
+    arguments = set(inspect.signature(dm.merge).parameters)
+    assert arguments >= elsewhere.ALWAYS
+    names = {f.name for method in TABLE.values() for f in dataclasses.fields(method.options)}
+    for words, known in (
+        (elsewhere.METHODS, set(TABLE)),
+        (elsewhere.OPTIONS, names | arguments),
+        (elsewhere.DTYPES, {"float32", "bfloat16", "float16"}),
+    ):
+        for word, (name, remark) in words.items():
+            assert word == elsewhere.plain(word)
+            assert name is None or name in known
+            assert name or remark
+    assert not set(elsewhere.METHODS) & set(TABLE)
 
 
 def test_errors_are_value_errors_of_one_line():
