@@ -18,6 +18,7 @@ from typing import Literal
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.close import assert_close
 from test_peft import (
     CASES,
@@ -516,3 +517,50 @@ def test_a_missing_peft_is_told_in_one_line(monkeypatch):
     monkeypatch.delitem(sys.modules, live.__name__)
     with pytest.raises(dm.DomergeError, match=r"^domerge_fast.integrations.peft needs PEFT .*$"):
         importlib.import_module(live.__name__)
+
+
+def saving(*modules: list[str] | None) -> peft.PeftModel:
+    """Adapters of the Llama that save modules whole, each with its own values."""
+    settings = [{**PAIR[1], "modules_to_save": some} for some in modules]
+    model = live_model(base("llama"), settings)
+    for seed, (name, parameter) in enumerate(sorted(model.named_parameters())):
+        if "modules_to_save" in name:
+            generator = torch.Generator().manual_seed(seed)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [0.5, -2.0]])
+def test_modules_saved_whole_are_merged_as_their_files_are(weights, tmp_path):
+    saved = ["embed_tokens", "lm_head"]
+    model = saving(saved, saved[:1])
+    model.save_pretrained(tmp_path)
+    base("llama").save_pretrained(tmp_path / "base")
+    live.add_weighted_adapter(model, ["a0", "a1"], weights, "new", "linear")
+    files = [tmp_path / "a0", tmp_path / "a1"]
+    options = {"weights": weights, "base": tmp_path / "base", "output": tmp_path / "out"}
+    dm.merge(files, "linear", **options)
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["new"])
+    ours = load_file(tmp_path / "out/adapter_model.safetensors")
+    theirs = load_file(tmp_path / "saved/new/adapter_model.safetensors")
+    whole = [key for key in ours if ".lora_" not in key]
+    assert {key.split(".")[-2] for key in whole} == set(saved)
+    assert whole == [key for key in theirs if ".lora_" not in key]
+    assert all(torch.equal(ours[key], theirs[key]) for key in whole)
+    again = loaded(base("llama"), tmp_path / "out")
+    torch.testing.assert_close(logits(again), with_adapter(model, "new"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("whole", "owner"), [("from:a1", "a1"), ("from:1", "a0"), ("drop", None)])
+def test_the_policy_for_modules_saved_whole_can_be_chosen(whole, owner, tmp_path):
+    model = saving(["lm_head"], ["lm_head"])
+    live.add_weighted_adapter(model, ["a0", "a1"], [1.0, 1.0], "new", whole=whole)
+    saved = model.base_model.model.lm_head.modules_to_save
+    assert ("new" in saved) == (owner is not None)
+    assert owner is None or torch.equal(saved["new"].weight, saved[owner].weight)
+    expected = with_adapter(model, "new")
+    model.save_pretrained(tmp_path, selected_adapters=["new"])
+    again = loaded(base("llama"), tmp_path / "new")
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(dm.OptionError, match="no adapter is called 'a2'"):
+        live.add_weighted_adapter(model, ["a0", "a1"], [1.0, 1.0], "next", whole="from:a2")

@@ -369,3 +369,26 @@ def test_rows_for_other_tokens_are_refused(tmp_path):
     assert (tmp_path / "out/tokenizer.json").read_bytes() == (b / "tokenizer.json").read_bytes()
     merge(tmp_path, a, b, whole="drop")
     assert tokenizer_files(tmp_path / "out") == set()
+
+
+def test_what_peft_saves_of_a_wrapper_is_the_tensor_and_what_it_was(tmp_path):
+    """As PEFT writes an embedding that was resized and is in modules_to_save."""
+    stem = EMBED.removesuffix("weight")
+
+    def wrapped(new: Tensor, old: Tensor) -> dict[str, Tensor]:
+        parts = {f"{stem}modules_to_save.weight": new, f"{stem}original_module.weight": old.clone()}
+        return {EMBED: new.clone(), **parts}
+
+    x, y, z = (rand(k, 6, 4) for k in range(3))
+    a, b = (adapter(tmp_path / n, wrapped(t, x)) for n, t in (("a", y), ("b", z)))
+    whole, _, _ = merge(tmp_path, a)
+    assert whole.keys() == {EMBED}
+    assert torch.equal(whole[EMBED], y)
+    whole, _, _ = merge(tmp_path, a, b, weights=[0.5, 2.0])
+    torch.testing.assert_close(whole[EMBED], x + 0.5 * (y - x) + 2.0 * (z - x))
+    other = adapter(tmp_path / "c", wrapped(z, z))
+    with pytest.raises(DomergeError, match="was not the same in all of them before training"):
+        merge(tmp_path, a, other)
+    base = model(tmp_path / "base", {EMBED: rand(3, 6, 4)})
+    whole, _, _ = merge(tmp_path, a, other, base=base)
+    torch.testing.assert_close(whole[EMBED], y + z - rand(3, 6, 4))

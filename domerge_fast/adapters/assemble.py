@@ -25,6 +25,9 @@ _FACTOR = re.compile(
     r"(.+)\.lora_(?:([AB])(?:\.(.+))?\.weight"
     r"|embedding_([AB])(?:\.((?!weight$|bias$).+))?)"
 )
+# Of an embedding in modules_to_save that PEFT saves along because it was resized: all that its
+# wrapper holds, the trained weight twice.
+_INNER = re.compile(r"(.+\.)(original_module|modules_to_save)\.(weight|bias)")
 _SAVED = re.compile(r"(.+)\.modules_to_save\.([^.]+)\.(.+)")
 # What PEFT saves of the base model beside its own tensors: the input and output embeddings, under
 # the names that transformers models give them.
@@ -53,7 +56,7 @@ def assemble(
     tensor that is not part of a plain LoRA and for factors that do not fit each other.
     """
     spell = Spelling(tensors)
-    factors, carried = _sort_tensors(name, config, tensors, spell)
+    factors, carried, originals = _sort_tensors(name, config, tensors, spell)
     modules: dict[str, Module] = {}
     stored: dict[str, tuple[LazyTensor, LazyTensor]] = {}
     for module, sides in sorted(factors.items()):
@@ -67,15 +70,17 @@ def assemble(
     removed = tuple(spell.removed(tensors))
     if removed:
         config = without_paths(config)
-    return Adapter(name, config, modules, carried, stored, file, inputs, removed)
+    return Adapter(name, config, modules, carried, stored, file, inputs, removed, originals)
 
 
 def _sort_tensors(
     name: str, config: AdapterConfig, tensors: Mapping[str, LazyTensor], spell: Spelling
-) -> tuple[dict[str, Sides], dict[str, LazyTensor]]:
+) -> tuple[dict[str, Sides], dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """The factors, what is saved whole, and what of that was before training."""
     factors: dict[str, Sides] = {}
     others: list[str] = []
     owners: dict[str, str] = {}
+    saved_names = config.modules_to_save or ()
     for key, tensor in tensors.items():
         if not is_text(key):
             problem = f"tensor {key!r} has a name that no file can hold"
@@ -92,12 +97,20 @@ def _sort_tensors(
         if owner := owner or other_owner:
             owners.setdefault(owner, key)
     carried: dict[str, str] = {}
+    originals: dict[str, LazyTensor] = {}
+    paths = {spell(key) for key in others}
     for key in others:
         path = spell(key)
-        if saved := _SAVED.fullmatch(path):
+        if (inner := _INNER.fullmatch(path)) and _is_carried(inner[1] + inner[3], saved_names):
+            path = inner[1] + inner[3]
+            if inner[2] == "original_module":
+                originals[path] = tensors[key]
+            if inner[2] == "original_module" or path in paths:
+                continue
+        elif saved := _SAVED.fullmatch(path):
             path = f"{saved[1]}.{saved[3]}"
             owners.setdefault(saved[2], key)
-        elif ".lora_" in path or not _is_carried(path, config.modules_to_save or ()):
+        elif ".lora_" in path or not _is_carried(path, saved_names):
             raise _unknown(name, path)
         first = carried.setdefault(path, key)
         if first != key:
@@ -110,7 +123,8 @@ def _sort_tensors(
         (one, key), (other, other_key) = list(owners.items())[:2]
         problem = f"holds adapters {one!r} and {other!r} in one file ({key!r}, {other_key!r})"
         raise AdapterError(name, None, problem, "save each to a folder of its own")
-    return factors, {PREFIX + path: tensors[key] for path, key in carried.items()}
+    whole = {PREFIX + path: tensors[key] for path, key in carried.items()}
+    return factors, whole, {path: x for path, x in originals.items() if PREFIX + path in whole}
 
 
 def _is_carried(path: str, modules_to_save: Sequence[str]) -> bool:

@@ -162,33 +162,52 @@ def keep(
             continue
         chosen[key] = _one(key, having, origins if can_add else None)
         _check_under_factors(key, having[0][0], chosen[key], [a for a, _ in merging])
-    known = {key: found for key in chosen if (found := origins(key)) is not None}
+    known = {key: x for key, t in chosen.items() if (x := origins.of(key, t)) is not None}
     names = _modules_to_save([a for a, _ in owners], chosen)
     return Kept(chosen, known, names, owner, tuple(_notes(chosen, owners, owner)))
 
 
 class _Origins:
-    """W0 of a carried tensor by its key: the base's, a live model's, or a copy in an adapter."""
+    """W0 of carried tensors: the base's, and what adapters (or a live model) have kept of it."""
 
     def __init__(self, adapters: Sequence[Adapter], base: Origin | None) -> None:
         self._adapters = adapters
         self._base = base
         self.could_have_base = base is None and any(adapter.file for adapter in adapters)
 
-    def __call__(self, key: str) -> LazyTensor | None:
-        path = parameter(key)
-        if self._base is not None:
-            return self._base(path)
-        for adapter in self._adapters:
-            if path in adapter.originals:
-                return adapter.originals[path]
-        return None if COPY in key else self.copy(key)
+    def __call__(self, key: str, shape: tuple[int, ...]) -> LazyTensor | None:
+        """W0 of this shape if there is one, or of another. DomergeError where adapters differ."""
+        known = self.kept(key)
+        if self._base is not None and (found := self._base(parameter(key))) is not None:
+            known = [found] if found.shape == shape else [*known, found]
+        fitting = [x for x in known if x.shape == shape] or known
+        for other in fitting[1:]:
+            if not equal(fitting[0], other):
+                name = key.removeprefix(PREFIX)
+                problem = f"{name!r}, which adapters save whole, was not the same in all of them"
+                raise DomergeError(f"{problem} before training; {_CHOOSE}")
+        return fitting[0] if fitting else None
 
-    def copy(self, key: str) -> LazyTensor | None:
-        """The copy of an adapted module's own weight that an adapter has."""
-        stem, _, tensor = key.rpartition(".")
-        copies = (a.carried.get(f"{stem}{COPY}{tensor}") for a in self._adapters)
-        return next((copy for copy in copies if copy is not None), None)
+    def of(self, key: str, kept: LazyTensor) -> LazyTensor | None:
+        """W0 of what is kept."""
+        if isinstance(kept, Sum):
+            return kept.origin
+        return next((x for x in self.below(key)[::-1] if x.shape == kept.shape), None)
+
+    def below(self, key: str) -> list[LazyTensor]:
+        """What a LoRA of the module may be added to."""
+        base = self._base(parameter(key)) if self._base is not None else None
+        return [*self.kept(key), *([base] if base is not None else [])]
+
+    def kept(self, key: str) -> list[LazyTensor]:
+        """Those of adapters: saved along, of a live model, or below a LoRA."""
+        path = parameter(key)
+        found = [a.originals[path] for a in self._adapters if path in a.originals]
+        if COPY not in key:
+            stem, _, tensor = key.rpartition(".")
+            copies = (a.carried.get(f"{stem}{COPY}{tensor}") for a in self._adapters)
+            found += [copy for copy in copies if copy is not None]
+        return found
 
 
 Having = Sequence[tuple[Adapter, float, LazyTensor]]
@@ -212,7 +231,7 @@ def _is_untouched(key: str, having: Having, merging: Sequence[Adapter], origins:
         lora = None if other in saving else _adapted(other, module)
         if lora is None:
             continue
-        below = [x for x in (origins(key), origins.copy(key)) if x is not None]
+        below = origins.below(key)
         if lora == module and all(any(equal(t, x) for x in below) for _, _, t in having):
             return True
         problem = f"is LoRA here, but adapter {saving[0].name!r} saves it whole ({key})"
@@ -258,7 +277,7 @@ def _sum(
     differs = f"differs from that of adapter {first.name!r}"
     if origins is None:
         raise refused(differs)
-    origin = origins(key)
+    origin = origins(key, one.shape)
     if origin is None:
         remedy = _GIVE_BASE if origins.could_have_base else _CHOOSE
         raise refused(f"{differs}, and its original is not at hand", remedy)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import json
+import math
 import os
+from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
 
@@ -16,9 +19,11 @@ from ..adapters.safetensors_file import SafetensorsFile
 from ..errors import OutputError
 from ..merged import Target
 from ..report import Report
-from . import marker, weights
+from ..storage import json_file
+from ..storage.input_file import InputFile
+from . import marker, tokenizer, weights
 from .card import CARD, Heading
-from .checkpoint import open_checkpoint
+from .checkpoint import CONFIG, INDEX, open_checkpoint
 from .fit import fit
 from .folder import check_apart, check_path, is_same
 from .merge_folder import MergeFolder
@@ -47,23 +52,68 @@ class ModelFolder(MergeFolder):
         check_apart(path, base, "the base model's folder")
         self._base = open_checkpoint(base)
         self._fit = fit(target, self._base)
-        names = [*(file.path.name for file in self._base.inputs), CARD]
+        self.notes = self._fit.vocabulary.notes
+        if self._fit.vocabulary.rows and not target.copied:
+            self.notes += ("the tokenizer is the base's: the adapters have none for new tokens",)
+        names = [*(file.path.name for file in self._base.inputs), CARD, *tokenizer.FILES]
         super().__init__(path, target, overwrite, force, [glob.escape(name) for name in names])
 
     def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
-        self._files: dict[SafetensorsFile, FileIO] = {}
-        self._starts: dict[SafetensorsFile, int] = {}
+        self._places: dict[str, tuple[FileIO, int]] = {}
         for base in self._base.files:
-            head = marker.marked(base.head())
-            self._files[base] = files.enter_context(FileIO(folder / base.path.name, "w"))
-            write(self._files[base], head)
-            self._starts[base] = len(head)
+            head, begins = self._head(base)
+            file = files.enter_context(FileIO(folder / base.path.name, "w"))
+            write(file, head)
+            self._places |= {key: (file, len(head) + begin) for key, begin in begins.items()}
         self._missing = {place.key for place in self._fit.places.values()}
-        for key in self._base.tensors:
+        for key in self._places:
             if key not in self._missing:
                 self._copy(key)
+        self._copy_others(folder)
+
+    def _head(self, base: SafetensorsFile) -> tuple[bytes, dict[str, int]]:
+        """What stands before the data of a file, and where each tensor begins after it: as in the
+        base, unless a weight has another shape or is new, which is stored beside another."""
+        own = {key: tensor for key, tensor in self._base.tensors.items() if tensor.file is base}
+        beside = self._fit.vocabulary.beside
+        new = {key: own[stored] for key, stored in beside.items() if stored in own}
+        shapes = {key: self._before(key)[0].shape for key in {**own, **new}}
+        if not new and all(shapes[key] == tensor.shape for key, tensor in own.items()):
+            return marker.marked(base.head()), {key: x.begin for key, x in own.items()}
+        header = json_file.parse(base.head()[8:])
+        begins, end = {}, 0
+        for key, tensor in sorted({**own, **new}.items(), key=lambda item: item[1].begin):
+            begins[key] = end
+            end += math.prod(shapes[key]) * tensor.dtype.itemsize
+            entry = {"shape": list(shapes[key]), "data_offsets": [begins[key], end]}
+            header[key] = header[beside.get(key, key)] | entry
+        return marker.marked(bytes(8) + json.dumps(header).encode()), begins
+
+    def _copy_others(self, folder: Path) -> None:
+        """The other files; config and index as the weights are now, and the tokenizer that fits."""
+        vocabulary = self._fit.vocabulary
+        copied = self._target.copied if vocabulary.rows else ()
         for file in self._base.others:
+            name = file.path.name
+            if name == CONFIG and vocabulary.config is not None:
+                self._write_json(name, vocabulary.config)
+            elif name == INDEX and vocabulary.config is not None:
+                self._write_json(name, self._index(file))
+            elif not (copied and name in tokenizer.FILES):
+                copy_file(file, folder / name)
+        for file in copied:
             copy_file(file, folder / file.path.name)
+
+    def _index(self, file: InputFile) -> Mapping[str, object]:
+        index = json_file.read_object(file, json_file.INDEX_BYTES)
+        where = {key: Path(os.fsdecode(file.name)).name for key, (file, _) in self._places.items()}
+        sizes = (
+            math.prod(self._before(key)[0].shape) * self._before(key)[1].itemsize for key in where
+        )
+        metadata = index.get("metadata")
+        total = {"total_size": sum(sizes)}
+        metadata = (metadata if isinstance(metadata, dict) else {}) | total
+        return index | {"metadata": metadata, "weight_map": dict(sorted(where.items()))}
 
     def add(self, name: str, delta: Tensor) -> None:
         """ΔW [m, n] of a module, in any order of modules."""
@@ -90,7 +140,7 @@ class ModelFolder(MergeFolder):
 
     def _before(self, key: str) -> tuple[LazyTensor, torch.dtype]:
         """The weight that ΔW is added to, and the dtype that it has in the base."""
-        own = self._base.tensors[key]
+        own = self._base.tensors[self._fit.vocabulary.beside.get(key, key)]
         return self._fit.replaced.get(key, own), own.dtype
 
     def _copy(self, key: str) -> None:
@@ -103,9 +153,8 @@ class ModelFolder(MergeFolder):
 
     def _write(self, key: str, skipped: int, tensor: Tensor) -> None:
         """Write a tensor, or its part after so many bytes."""
-        place = self._base.tensors[key]
-        file: FileIO = self._files[place.file]
-        file.seek(self._starts[place.file] + place.begin + skipped)
+        file, begin = self._places[key]
+        file.seek(begin + skipped)
         write_tensor(file, tensor)
 
 

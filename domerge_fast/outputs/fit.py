@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-import torch
-
 from ..adapters import LazyTensor
 from ..adapters.assemble import is_of_tokens
-from ..adapters.lazy import in_step
-from ..adapters.names import PREFIX
+from ..adapters.whole import Sum, parameter
 from ..merged import Layout, Target
 from . import weights
 from .checkpoint import Checkpoint, refusal
+from .vocabulary import FLOATS, Vocabulary, check_replaceable, is_token_layout, settle
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_TOKENS = re.compile(
-    r"(?:.+\.)?(?:embed_tokens|wte|word_embeddings|embed_in|shared|lm_head|embed_out)"
-)
 _OTHER_BASE = "give the base model the adapters were trained on, or write an adapter"
-_UNTIE = "save the base with two weights and tie_word_embeddings=false, or write an adapter"
+_RESIZED = "save the adapters with save_embedding_layers=True, or resize the base and save it"
 
 
 @dataclass(frozen=True)
@@ -34,31 +28,37 @@ class Place:
 
 @dataclass(frozen=True)
 class Fit:
-    """places: by merged module. replaced: what adapters saved whole, by its name in the base."""
+    """places: by merged module. replaced: what a ΔW is added to, or is written, in place of the
+    base's own weight, by its name; vocabulary: of which weights more is to be said."""
 
     places: Mapping[str, Place]
     replaced: Mapping[str, LazyTensor]
+    vocabulary: Vocabulary
 
 
 def fit(target: Target, base: Checkpoint) -> Fit:
     """OptionError, in one line, unless every merged module and saved tensor has its place."""
     weights.check_no_replication(target)
     rename = _renaming([f"{name}.weight" for name in target.layouts], base)
+    vocabulary = settle(target, base, rename)
+    replaced = dict(vocabulary.replaced)
+    for name, tensor in target.carried.items():
+        if not is_of_tokens(path := parameter(name)):
+            key = rename(path)
+            check_replaceable(key, tensor, base.tensors.get(key), base)
+            replaced[key] = tensor
     places = {}
     for layout in target.layouts.values():
-        key = rename(f"{layout.name}.weight")
-        _check_present(layout, key, base)
-        places[layout.name] = Place(key, _turned(layout, key, target, base))
+        path = f"{layout.name}.weight"
+        key = vocabulary.keys.get(path) or rename(path)
+        stored = replaced.get(key) or _stored(layout, key, base)
+        places[layout.name] = Place(key, _turned(layout, key, stored, target, base))
     _check_squares(target, places, base)
-    replaced = {}
-    for path, tensor in target.carried.items():
-        key = rename(path.removeprefix(PREFIX).replace(".base_layer.", "."))
-        if base.is_tied and _is_token_weight(key):
-            _check_unchanged(key, tensor, base)
-        else:
-            _check_replaceable(key, tensor, base)
-            replaced[key] = tensor
-    return Fit(places, replaced)
+    for key, tensor in replaced.items():
+        if isinstance(tensor, Sum):
+            own = base.tensors[vocabulary.beside.get(key, key)]
+            replaced[key] = dataclasses.replace(tensor, dtype=own.dtype)
+    return Fit(places, replaced, vocabulary)
 
 
 def originals(names: Collection[str], base: Checkpoint) -> Callable[[str], LazyTensor | None]:
@@ -111,13 +111,10 @@ def _outer(names: Collection[str]) -> list[str]:
     return sorted({f"{name.partition('.')[0]}." for name in names})
 
 
-def _check_present(layout: Layout, key: str, base: Checkpoint) -> None:
-    module = f"module {layout.name!r}"
-    if base.is_tied and _is_of_tokens(layout, base):
-        problem = f"may tie the weight of {module} to another (tie_word_embeddings in config.json)"
-        raise refusal(base.folder, problem, _UNTIE)
+def _stored(layout: Layout, key: str, base: Checkpoint) -> LazyTensor:
     if key in base.tensors:
-        return
+        return base.tensors[key]
+    module = f"module {layout.name!r}"
     stem = key.removesuffix("weight")
     inside = sorted(k for k in base.tensors if k.startswith(stem))
     if inside:
@@ -126,20 +123,15 @@ def _check_present(layout: Layout, key: str, base: Checkpoint) -> None:
     raise refusal(base.folder, f"has no {key!r} for {module}", _OTHER_BASE)
 
 
-def _is_of_tokens(layout: Layout, base: Checkpoint) -> bool:
-    embeds = layout.kind == "embedding" and layout.inputs == (base.config.get("vocab_size"),)
-    return embeds or _TOKENS.fullmatch(layout.name) is not None
-
-
-def _turned(layout: Layout, key: str, target: Target, base: Checkpoint) -> bool:
+def _turned(layout: Layout, key: str, tensor: LazyTensor, target: Target, base: Checkpoint) -> bool:
     """Whether the weight is stored as [n, m].
 
     PEFT states `fan_in_fan_out` once, but sets it by the type of each layer: a model with Conv1D
     and Linear modules is told apart by their shapes.
     """
-    tensor = base.tensors[key]
-    if tensor.dtype not in _FLOATS:
-        name = str(tensor.dtype).removeprefix("torch.")
+    own = base.tensors.get(key, tensor)
+    if own.dtype not in FLOATS:
+        name = str(own.dtype).removeprefix("torch.")
         problem = f"stores {key!r} of module {layout.name!r} as {name}: it is quantized"
         raise refusal(base.folder, problem, "give the base in float32, float16 or bfloat16")
     stated = weights.is_turned(layout, target)
@@ -148,7 +140,8 @@ def _turned(layout: Layout, key: str, target: Target, base: Checkpoint) -> bool:
             return turned
     expected = list(weights.stored_shape(layout, stated))
     problem = f"stores {key!r} as {list(tensor.shape)}, module {layout.name!r} needs {expected}"
-    raise refusal(base.folder, problem, _OTHER_BASE)
+    resized = is_token_layout(layout, base) and tensor.shape[1:] == tuple(expected[1:])
+    raise refusal(base.folder, problem, _RESIZED if resized else _OTHER_BASE)
 
 
 def _check_squares(target: Target, places: Mapping[str, Place], base: Checkpoint) -> None:
@@ -161,40 +154,3 @@ def _check_squares(target: Target, places: Mapping[str, Place], base: Checkpoint
             problem = f"stores some weights as [in, out]; that of module {layout.name!r} is square"
             remedy = "say fan_in_fan_out if all are stored so, or write an adapter"
             raise refusal(base.folder, problem, remedy)
-
-
-def _check_unchanged(key: str, tensor: LazyTensor, base: Checkpoint) -> None:
-    """OptionError unless a tensor saved whole is the base's, under one of its tied names."""
-    if not any(_equal(tensor, k, base) for k in base.tensors if _is_token_weight(k)):
-        problem = f"may tie {key!r}, which the adapters save whole, to another weight"
-        raise refusal(base.folder, problem, _UNTIE)
-
-
-def _is_token_weight(key: str) -> bool:
-    return _TOKENS.fullmatch(key.removesuffix(".weight")) is not None
-
-
-def _equal(tensor: LazyTensor, key: str, base: Checkpoint) -> bool:
-    if tensor.shape != base.tensors[key].shape:
-        return False
-    own = base.tensors[key]
-    return all(torch.equal(x.cpu().to(y.dtype), y) for x, y in in_step([tensor, own]))
-
-
-def _check_replaceable(key: str, tensor: LazyTensor, base: Checkpoint) -> None:
-    if key not in base.tensors:
-        problem = f"has no {key!r}, which the adapters save whole"
-        remedy = "load the base as the class that was trained and save it, or write an adapter"
-        raise refusal(base.folder, problem, remedy)
-    own = base.tensors[key]
-    floats = tensor.dtype in _FLOATS and own.dtype in _FLOATS
-    if tensor.shape != own.shape or not (floats or tensor.dtype == own.dtype):
-        problem = (
-            f"stores {key!r} as {_described(own)}, the adapters save it as {_described(tensor)}"
-        )
-        remedy = "resize the base as for training and save it, or write an adapter"
-        raise refusal(base.folder, problem, remedy)
-
-
-def _described(tensor: LazyTensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
