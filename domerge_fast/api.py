@@ -32,7 +32,7 @@ from .outputs.fit import originals
 from .outputs.merge_folder import MergeFolder
 from .plan import Plan
 from .progress import shown
-from .report import Interference, Report
+from .report import Interference, ModuleReport, Report
 
 Source = str | os.PathLike[str] | Adapter
 Progress = bool | Callable[[int, int], None]
@@ -53,6 +53,7 @@ def merge(
     scale: float = 1.0,
     rank: int | None = None,
     energy: float | None = None,
+    ragged: bool = False,
     pre: Sequence[str] = (),
     post: Sequence[str] = (),
     backend: str = "auto",
@@ -78,9 +79,13 @@ def merge(
         w_i / sum w; all others use the weights as they are.
     scale: λ, a factor on the merged update.
     rank, energy: truncate every module to rank k, or to the smallest rank that keeps this share
-        of ||ΔW||_F^2; with both, whichever is smaller. None: exact, rank sum r_i; a method whose
-        result is dense ("ties" and the like) is cut to the largest rank of the adapters, unless
+        of ||ΔW||_F^2; with both, whichever is smaller. None: exact, of the rank that the method
+        gives, which is sum r_i in most and never more than min(m, n); a method whose result is
+        dense ("ties" and the like) is cut to the largest rank of the adapters, unless
         the form keeps it whole. The report says what share was kept.
+    ragged: write every module with its own rank and rank_pattern, which PEFT reads right and
+        several servers do not. By default a written adapter has one rank, by rows of zeros; in
+        memory nothing is padded. `energy` implies it.
     pre: steps on the adapters before the method, in order, of `PRE_STEPS`; e.g. ["canonicalize"].
     post: steps on the merged factors after it, of `POST_STEPS`; e.g. ["norm_match"].
     backend, device: where the ops run; "auto" takes the fastest backend for the device, and the
@@ -117,9 +122,12 @@ def merge(
     if scale == 0:
         raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
     cut = _cut(rank, energy)
+    ragged = options.check("ragged", ragged, bool) or energy is not None
     _check_form(form, output, base)
     options.text("base_model", base_model)
     check_policy(whole)
+    if ragged and form != "adapter" and energy is None:
+        raise OptionError("ragged", f"{form!r} has no ranks", "leave it out")
     loaded = _load(adapters, base_model)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
     out_dtype = _dtype(dtype, plan)
@@ -127,10 +135,22 @@ def merge(
         choose_device(device, loaded), options.size("max_device_memory", max_device_memory)
     )
     settings = Settings(scale, out_dtype, registry.choose(backend, place.device.type))
+    usual = _largest_rank(plan) if chosen.truncates or chosen.dense else engine.Cut()
+    work = engine.Work(
+        method=chosen,
+        settings=settings,
+        cut=usual if chosen.truncates and not cut else cut,
+        usual=usual,
+        pre=steps[0],
+        post=steps[1],
+        deltas=form != "adapter",
+        narrowing=plan.wide,
+    )
     checkpoint = None if base is None else open_checkpoint(Path(base))
     origin = None if checkpoint is None else originals(plan.names, checkpoint)
     kept = keep(loaded, plan.weights, whole, origin)
-    target, notes = _target(plan, out_dtype, base_model, kept)
+    ranks = work.ranks(plan)
+    target, notes = _target(plan, out_dtype, base_model, kept, ranks, ragged)
     sums = InterferenceSums([a.name for a in loaded])
 
     def finished(modules: dict, notes: tuple[str, ...]) -> Report:
@@ -139,7 +159,7 @@ def merge(
             adapters=sums.names,
             weights=tuple(plan.weights),
             scale=scale,
-            options=_recipe(chosen, rank, energy, pre, post, form, base, whole),
+            options=_recipe(chosen, rank, energy, ragged, pre, post, form, base, whole),
             backend=settings.backend,
             device=str(place.device),
             dtype=str(out_dtype).removeprefix("torch."),
@@ -147,21 +167,11 @@ def merge(
             modules=modules,
             interference=sums.result() if len(loaded) <= engine.MOST_COMPARED else None,
             seconds=time.perf_counter() - started,
-            notes=notes,
+            notes=(*notes, *_told(target, modules)) if form == "adapter" else notes,
         )
 
     def run(sink: engine.Sink, to_host: bool, notes: tuple[str, ...]) -> Report:
         with shown(progress, len(plan.names)) as show, torch.no_grad():
-            usual = _largest_rank(plan) if chosen.truncates or chosen.dense else engine.Cut()
-            work = engine.Work(
-                method=chosen,
-                settings=settings,
-                cut=usual if chosen.truncates and not cut else cut,
-                usual=usual,
-                pre=steps[0],
-                post=steps[1],
-                deltas=form != "adapter",
-            )
             return finished(engine.run(plan, work, place, sums, sink, to_host, show), notes)
 
     if output is None:
@@ -307,13 +317,23 @@ def _folder(
 
 
 def _target(
-    plan: Plan, dtype: torch.dtype, base_model: str | None, kept: Kept
+    plan: Plan,
+    dtype: torch.dtype,
+    base_model: str | None,
+    kept: Kept,
+    ranks: Mapping[str, int],
+    ragged: bool,
 ) -> tuple[Target, tuple[str, ...]]:
     """What the merge is written as, and what has to be said of it."""
     merging = [adapter for adapter, weight in zip(plan.adapters, plan.weights) if weight != 0]
     files, notes = tokenizer.files(merging, kept)
-    target = peft.target(plan, dtype, base_model, kept)
+    target = peft.target(plan, dtype, base_model, kept, ranks, ragged)
     return dataclasses.replace(target, copied=files), (*kept.notes, *notes)
+
+
+def _told(target: Target, modules: Mapping[str, ModuleReport]) -> tuple[str, ...]:
+    """What whoever serves the adapter has to know."""
+    return peft.notes(target, [module.rank for module in modules.values()])
 
 
 def _steps(option: str, names: Sequence[str], table: Mapping[str, S]) -> tuple[S, ...]:
@@ -328,6 +348,7 @@ def _recipe(
     chosen: Chosen,
     rank: int | None,
     energy: float | None,
+    ragged: bool,
     pre: Sequence[str],
     post: Sequence[str],
     form: str,
@@ -343,6 +364,7 @@ def _recipe(
     return given | {
         "rank": rank,
         "energy": energy,
+        "ragged": ragged,
         "pre": list(pre),
         "post": list(post),
         "form": form,

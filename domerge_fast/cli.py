@@ -200,6 +200,7 @@ def _fill_merge(parser: argparse.ArgumentParser) -> None:
     add("--scale", type=float, default=1.0, help="factor on the merged update (default: 1)")
     add("--rank", type=int, help="truncate every module to this rank (default: the method's own)")
     add("--energy", type=float, help="truncate to the least rank that keeps this share")
+    add("--ragged", action="store_true", help="write own ranks, not one (--energy implies it)")
     pre, post = ", ".join(PRE), ", ".join(POST)
     add("--pre", nargs="+", default=(), metavar="STEP", help=f"before the method, of: {pre}")
     add("--post", nargs="+", default=(), metavar="STEP", help=f"after the method, of: {post}")

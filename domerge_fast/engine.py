@@ -58,7 +58,8 @@ class Work:
     """What is done to every stack: steps before, the method, the truncation, steps after.
 
     deltas: whether the sink takes ΔW instead of its factors. usual: the cut of a dense result
-    that must become factors where no cut was asked for.
+    that must become factors where no cut was asked for. narrowing: whether there are modules of
+    more rows than rank.
     """
 
     method: Chosen
@@ -68,6 +69,7 @@ class Work:
     pre: Sequence[PreStep] = ()
     post: Sequence[PostStep] = ()
     deltas: bool = False
+    narrowing: bool = False
 
     @property
     def by_ratio(self) -> bool:
@@ -82,13 +84,24 @@ class Work:
     @property
     def inner(self) -> Settings:
         """Settings of what comes before the last step, which is in float32."""
-        last = not (self.cut or self.post or self.deltas)
+        last = not (self.cut or self.post or self.deltas or self.narrowing)
         return self.settings if last else replace(self.settings, dtype=torch.float32)
 
     @property
     def dense(self) -> bool:
         """Whether matrices [m, n] are formed."""
         return self.deltas or self.method.dense
+
+    def ranks(self, plan: Plan) -> dict[str, int]:
+        """What the rank of every module's factors is at most."""
+        cut = self.cut or (self.usual if self.method.dense else Cut())
+        ranks = {}
+        for name in plan.names:
+            most = plan.least_side(name)
+            if not self.method.dense:
+                most = min(most, self.method.rank([m.rank for m in plan.modules(name)]))
+            ranks[name] = most if cut.rank is None else min(most, cut.rank)
+        return ranks
 
     def before(self, stacks: Sequence[Stack]) -> Sequence[Stack]:
         for step in self.pre:
@@ -298,7 +311,11 @@ class _Result:
 
 def _settle(work: Work, stacks: Sequence[Stack], merged: Merged) -> list[_Result]:
     """Dense results as they are, or cut to factors where the sink or a step wants these; the
-    truncation of factors, the steps after it, and ΔW where the sink wants that."""
+    truncation of factors, the steps after it, and ΔW where the sink wants that.
+
+    Factors of more rows than ΔW has rank, R > min(m, n), are brought to min(m, n) of them: ΔW is
+    formed in float64 and taken apart by ops.truncate, which then cuts nothing off.
+    """
     cut = work.cut
     dense = [x for x in merged if isinstance(x, Dense)]
     factors = [x for x in merged if isinstance(x, Factors)]
@@ -315,6 +332,8 @@ def _settle(work: Work, stacks: Sequence[Stack], merged: Merged) -> list[_Result
         _check_finite(stacks, [(x.a, x.b) for x in factors], work.settings.backend)
     if cut and not dense:
         factors, kept, energy = _truncate(factors, cut, work)
+    elif not dense and not work.deltas:
+        factors = _narrowed(stacks, factors, work)
     for step in work.post:
         factors = step.run(stacks, factors, work.inner)
     dtype = work.settings.dtype
@@ -467,6 +486,21 @@ def _truncate(
     )
     energy = [_energy(a, b) for a, b in pairs]
     return [replace(f, a=a, b=b) for (a, b), f in zip(smaller, merged)], kept, energy
+
+
+def _narrowed(stacks: Sequence[Stack], merged: list[Factors], work: Work) -> list[Factors]:
+    """The factors with min(m, n) rows where they have more; the others as they are."""
+    wide = [k for k, f in enumerate(merged) if len(f.a) > min(f.a.shape[1], len(f.b))]
+    if not wide:
+        return merged
+    pairs = [(merged[k].a, merged[k].b) for k in wide]
+    _check_finite([stacks[k] for k in wide], pairs, work.settings.backend)
+    dtype = torch.float32 if work.post else work.settings.dtype
+    narrow, _ = ops.truncate(pairs, out_dtype=dtype, backend=work.settings.backend)
+    found = list(merged)
+    for k, (a, b) in zip(wide, narrow):
+        found[k] = replace(merged[k], a=a, b=b)
+    return found
 
 
 @full_precision()

@@ -20,7 +20,8 @@ from .storage.input_file import InputFile
 
 @dataclass(frozen=True)
 class Layout:
-    """How a merged module is stored: `inputs` is the stored shape of A without its rank."""
+    """How a merged module is stored: `inputs` is the stored shape of A without its rank, and
+    `largest_rank` what its rank is at most."""
 
     name: str
     kind: str
@@ -39,7 +40,8 @@ class Target:
     """What the merged adapter is written as: PEFT config fields that do not depend on ranks,
     the layout of every module, and what is kept of the tensors that adapters save whole. `inputs`
     are the folders of the adapters, which are never written to, `files` what was read of them;
-    `copied` are files that are written as they are."""
+    `copied` are files that are written as they are. `ragged`: whether every module is written with
+    its own rank."""
 
     config: Mapping[str, object]
     layouts: Mapping[str, Layout]
@@ -47,24 +49,31 @@ class Target:
     dtype: torch.dtype
     inputs: frozenset[Path]
     files: tuple[InputFile, ...] = ()
+    copied: tuple[InputFile, ...] = ()
+    ragged: bool = False
 
     def check_inputs(self) -> None:
         """Raise AdapterError if a file of an adapter is not any more what it was when loaded."""
         for file in self.files:
             file.check()
 
-    copied: tuple[InputFile, ...] = ()
-
     @property
     def carried(self) -> Mapping[str, LazyTensor]:
         """The tensors that are written whole, by the keys PEFT writes."""
         return self.whole.tensors
 
+    @property
+    def rank(self) -> int | None:
+        """The rank that every module is written with; None for its own."""
+        largest = max(layout.largest_rank for layout in self.layouts.values())
+        return None if self.ragged else largest
+
 
 @dataclass(frozen=True, eq=False)
 class Merged:
     """A merge. `results` holds A [R, n] and B [m, R] of every module, or ΔW [m, n] alone where it
-    was kept dense, or nothing where the merge was streamed to `path`."""
+    was kept dense, or nothing where the merge was streamed to `path`. R is the module's own rank;
+    files are padded to one rank (outputs/peft.py)."""
 
     report: Report
     target: Target

@@ -92,6 +92,21 @@ class Plan:
         """R, the stacked rank of a module."""
         return sum(module.rank for module in self.modules(name))
 
+    @property
+    def ranks(self) -> dict[str, int]:
+        """R of every module."""
+        return {name: self.rank(name) for name in self.names}
+
+    def least_side(self, name: str) -> int:
+        """min(m, n), which no module's rank has to exceed."""
+        module = self.module(name)
+        return min(module.m, module.n)
+
+    @property
+    def wide(self) -> bool:
+        """Whether a module's stacked rank exceeds what its update can have."""
+        return any(rank > self.least_side(name) for name, rank in self.ranks.items())
+
     def dtype(self) -> torch.dtype:
         """The dtype that all factors share, or float32 where they differ."""
         dtypes = {m.dtype for name in self.names for m in self.modules(name)}

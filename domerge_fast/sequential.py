@@ -400,6 +400,7 @@ class Sequential:
             },
             interference=None,
             seconds=time.perf_counter() - started,
+            notes=peft.notes(target, plan.ranks.values()),
         )
         return report, target, _Scaled(running[0], gain, target.dtype)
 

@@ -317,8 +317,11 @@ def test_a_part_of_sdxl_loads_and_merges(tmp_path):
     merged = dm.merge(adapters, output=tmp_path / "merged")
     ranks = {name: report.rank for name, report in merged.report.modules.items()}
     assert ranks == dict(zip(names, (4 + 8 + 16 + 32 + 64, 252, 8 + 64, 64)))
-    a, b = dm.load(tmp_path / "merged").stored[names[2]]
-    assert (a.shape, b.shape) == ((72, 640, 1, 1), (320, 72, 1, 1))
+    again = dm.load(tmp_path / "merged")
+    a, b = again.stored[names[2]]
+    assert (a.shape, b.shape) == ((252, 640, 1, 1), (320, 252, 1, 1))
+    module = again.modules[names[2]]
+    assert (module.a_shape, module.b_shape) == ((72, 640, 1, 1), (320, 72, 1, 1))
 
 
 # The command

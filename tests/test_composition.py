@@ -224,7 +224,7 @@ def test_do_in_a_shared_basis(backend):
         small = reference.do_merging(a, [u.T @ b for b in case.exact_b()], case.omegas, **FEW)
         merged = dm.merge(loaded, "core", inner="do", **given)
         assert distance(dense(merged, "x"), u @ small @ v.T) < 1e-5, name
-        assert merged.report["x"].rank == sum(case.ranks)
+        assert merged.report["x"].rank == case.exact_rank
 
 
 def test_what_the_signs_of_the_factors_and_their_split_change():
@@ -370,8 +370,11 @@ def test_directions_merged_by_linear_are_do_to_the_bit(backend):
     own = row.merge(stacks, *grams(stacks, [True] * 3, backend), row.options(), settings)
     for name, factors in zip(named.names, own, strict=True):
         a, b = named.factors(name)
-        assert torch.equal(a, factors.a)
-        assert torch.equal(b, factors.b)
+        if len(factors.a) == cases[name].exact_rank:
+            assert torch.equal(a, factors.a)
+            assert torch.equal(b, factors.b)
+        else:
+            assert distance(b.double() @ a.double(), factors.b.double() @ factors.a.double()) < 1e-6
         assert distance(dense(close, name), dense(named, name)) < 1e-5
         for side in ("a", "b"):
             assert getattr(close.report[name], side) == getattr(named.report[name], side)

@@ -363,8 +363,9 @@ RANKS = {
 }
 
 
+@pytest.mark.parametrize("ragged", [False, True], ids=["one rank", "ragged"])
 @pytest.mark.parametrize("names", [tuple(RANKS), tuple(RANKS)[4:]], ids=["all", "inner"])
-def test_every_module_gets_its_own_rank_and_no_other_module_is_adapted(names, tmp_path):
+def test_every_module_gets_its_rank_and_no_other_module_is_adapted(names, ragged, tmp_path):
     adapters = []
     for i in range(2):
         generator = torch.Generator().manual_seed(i)
@@ -379,20 +380,21 @@ def test_every_module_gets_its_own_rank_and_no_other_module_is_adapted(names, tm
         folder = tmp_path / f"adapter{i}"
         config = {"r": 7, "rank_pattern": pattern, "alpha_pattern": pattern}
         adapters.append(write_adapter(folder, factors, **config))
-    merged = dm.merge(adapters, output=tmp_path / "out")
+    merged = dm.merge(adapters, output=tmp_path / "out", ragged=ragged)
+    own = {name: min(8, RANKS[name] * (1 if name == names[0] else 2)) for name in names}
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == max(own.values()) == 8
+    assert bool(config["rank_pattern"]) == bool(config["alpha_pattern"]) == ragged
     torch.manual_seed(0)
     model = loaded(Maze(), tmp_path / "out")
     layers = adapted(model)
     assert set(layers) == set(names)
-    assert {name: layers[name].r["default"] for name in names} == {
-        name: RANKS[name] * (1 if name == names[0] else 2) for name in names
-    }
+    written = own if ragged else dict.fromkeys(names, 8)
+    assert {name: layers[name].r["default"] for name in names} == written
     assert {layer.scaling["default"] for layer in layers.values()} == {1.0}
     check_deltas(peft_deltas(model).__getitem__, {n: merged.delta(n) for n in names}, 1e-6)
     again = dm.load(tmp_path / "out")
-    assert {name: module.rank for name, module in again.modules.items()} == {
-        name: layer.r["default"] for name, layer in layers.items()
-    }
+    assert {name: module.rank for name, module in again.modules.items()} == own
 
 
 def test_the_files_are_what_peft_and_safetensors_read(saved, tmp_path):

@@ -50,7 +50,6 @@ def from_tensors(
 
     config = AdapterConfig(
         base_model_name_or_path=base_model,
-        target_modules=sorted(factors),
         fan_in_fan_out=fan_in_fan_out,
     )
     return assemble(name, config, tensors, scaling_of)

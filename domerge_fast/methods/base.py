@@ -89,6 +89,10 @@ def _by_size(options: Any) -> bool:
     return False
 
 
+def _stacked(ranks: Sequence[int], options: Any) -> int:
+    return sum(ranks)
+
+
 @dataclass(frozen=True)
 class Method:
     """A row of the table of methods.
@@ -97,6 +101,7 @@ class Method:
     whether it makes Dense results; None: if its inner method does. inner: the option that names
     another method, which works inside this one; that one's options are given along with these.
     by_ratio(options): whether the result depends on the weights' ratios alone, not on their size.
+    rank(ranks, options): what its factors' rank is at most, for adapters of these ranks.
     prepare(groups, options, settings): for a method that may have to see the whole model first;
     returns the merge to use. cost, source, needs: a few words each, for people who choose.
     """
@@ -110,6 +115,7 @@ class Method:
     dense: bool | None = False
     inner: str | None = None
     by_ratio: Callable[[Any], bool] = _by_size
+    rank: Callable[[Sequence[int], Any], int] = _stacked
     prepare: Callable[[Iterable[Sequence[Stack]], Any, Settings], Merge] | None = None
     cost: str = ""
     source: str = ""
@@ -140,6 +146,12 @@ class Chosen:
         """Whether only the ratios of weights count."""
         inner = self.inner is not None and self.inner.by_ratio
         return inner or self.method.by_ratio(self.options)
+
+    def rank(self, ranks: Sequence[int]) -> int:
+        """What a merged module's factors have as rank at most, for adapters of these ranks."""
+        if self.inner and not self.inner.dense:
+            return self.inner.rank(ranks)
+        return self.method.rank(ranks, self.options)
 
     def prepared(self, groups: Iterable[Sequence[Stack]], settings: Settings) -> Run:
         """The method as a function of stacks and their Grams. groups: of the whole model, gone

@@ -58,7 +58,7 @@ def merge(
     problems = [*(s.a for s in stacks), *(s.b for s in stacks)]
     grams = gather(ops.gram(problems, dtype=torch.float64, backend=settings.backend))
     coefficients: list[Tensor | None] = [None] * len(problems)
-    for clusters, members in _alike(stacks, options.clusters):
+    for clusters, members in _alike(stacks, options):
         gram_a = torch.stack([grams[k] for k in members])
         gram_b = torch.stack([grams[count + k] for k in members])
         gain_a, gain_b = _gains([stacks[k] for k in members], gram_a, gram_b, options.balance)
@@ -76,11 +76,11 @@ def merge(
     return [Factors(a, bt.T) for a, bt in zip(found, found[count:])]
 
 
-def _alike(stacks: Sequence[Stack], clusters: int) -> list[tuple[int, list[int]]]:
+def _alike(stacks: Sequence[Stack], options: LegoOptions) -> list[tuple[int, list[int]]]:
     """Numbers of clusters, and positions of stacks with as many and as many units, in batches."""
     found: dict[tuple[int, int], list[int]] = {}
     for k, s in enumerate(stacks):
-        found.setdefault((s.rank, min(clusters or max(s.a.ranks), s.rank)), []).append(k)
+        found.setdefault((s.rank, _most_clusters(s.a.ranks, options)), []).append(k)
     batches = []
     for (rank, number), members in found.items():
         most = max(1, BATCH_BYTES // (8 * rank**2))
@@ -176,11 +176,16 @@ def _present(means: Tensor) -> Tensor:
     return present
 
 
+def _most_clusters(ranks: Sequence[int], options: LegoOptions) -> int:
+    return min(options.clusters or max(ranks), sum(ranks))
+
+
 METHOD = Method(
     "lego",
     "LoRA-LEGO: clusters of the adapters' rank-1 parts, one rank each",
     LegoOptions,
     merge,
+    rank=_most_clusters,
     cost="two reads of the factors, 2 R^2 (m + n) flops, k-means on R x R",
     source="arXiv 2409.16167",
 )

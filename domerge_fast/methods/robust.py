@@ -117,6 +117,7 @@ METHOD = Method(
     "RobustMerge: pruned factors, made up for rank by rank and added",
     RobustOptions,
     merge,
+    rank=lambda ranks, options: max(ranks),
     cost="one read of the factors, a quantile of each",
     source="arXiv 2502.17159",
     needs="equal ranks",

@@ -32,6 +32,21 @@ class Case:
         return tuple(1 + max([0, *rows.nonzero().flatten().tolist()]) for rows in used)
 
     @property
+    def as_read(self) -> Case:
+        """As adapters of it are read."""
+        ranks = self.ranks_read
+        return Case(
+            [a[:rank] for a, rank in zip(self.a, ranks, strict=True)],
+            [b[:, :rank] for b, rank in zip(self.b, ranks, strict=True)],
+            self.scalings,
+        )
+
+    @property
+    def exact_rank(self) -> int:
+        """The rank of a merge's factors where nothing is cut off."""
+        return min(sum(self.ranks_read), self.a[0].shape[1], len(self.b[0]))
+
+    @property
     def weights(self) -> list[float]:
         """Weights of both signs and of different sizes."""
         return [(1.0, -0.5, 2.0)[i % 3] for i in range(len(self.a))]
