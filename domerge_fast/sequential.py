@@ -210,7 +210,7 @@ class Sequential:
     def open(cls, folder: str | os.PathLike[str]) -> Sequential:
         """The merge that was started in this folder, with all that was added. OptionError."""
         path = Path(folder).absolute()
-        if not path.exists():
+        if not os.path.exists(path):
             recover(path)
         return cls(path, State.read(path))
 

@@ -632,6 +632,18 @@ def test_only_regular_files_are_replaced(form, kind, inputs, tmp_path):
             form(inputs, out, **how)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b", "x" * 256, "y/" * 2100 + "z"], ids=len)
+@pytest.mark.parametrize("form", FORMS)
+def test_places_that_cannot_be_named(form, name, inputs, tmp_path):
+    with pytest.raises(OutputError) as caught:
+        form(inputs, tmp_path / name)
+    assert len(str(caught.value)) <= 300
+    assert str(caught.value).isprintable()
+    with pytest.raises((OutputError, OptionError)) as caught:
+        Sequential.open(tmp_path / name)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_files_of_other_names_are_never_replaced(form, inputs, tmp_path):
     out = tmp_path / "out"

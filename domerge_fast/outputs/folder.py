@@ -100,6 +100,7 @@ def whole_folder(target: Path, replacing: Replacing) -> Iterator[Path]:
 
 def recover(target: Path) -> None:
     """Put back an output that a kill has left without a name. OutputError."""
+    check_path(target)
     writing = _Writing(target, Replacing(False, False, (), lambda folder: False))
     if not writing.is_torn():
         return

@@ -25,7 +25,9 @@ WAIT_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _LOCK = "lock"
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL, errno.EBADF)
-_NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
+_GONE_OR_IN_USE = (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST)
+"""Another one has come in, and may have gone again."""
+
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -71,12 +73,13 @@ class Workplace:
         """Remove the lock, and the folder where nothing else is in it. OSError."""
         try:
             os.unlink(self._path)
+        finally:
+            self.let_go()  # first: NFS keeps a file by another name as long as it is open
+        try:
             os.rmdir(self.folder)
         except OSError as error:
-            if error.errno not in _NOT_EMPTY:  # another one has come in
+            if error.errno not in _GONE_OR_IN_USE:
                 raise
-        finally:
-            self.let_go()
 
     def let_go(self) -> None:
         """Let go of the lock, and leave everything where it is."""
