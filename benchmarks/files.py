@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -36,7 +37,8 @@ Call = Callable[[Path], object]
 
 
 def copy_floor(paths: Sequence[Path], output: Path) -> None:
-    """Read all factors, stack them, and write the stack, with the safetensors library."""
+    """Read all factors, stack them, and write the stack, with the safetensors library; flushed to
+    the disk, as a merge is."""
     files = [safe_open(path / "adapter_model.safetensors", framework="pt") for path in paths]
     keys = [set(file.keys()) for file in files]
     stacked = {}
@@ -44,7 +46,10 @@ def copy_floor(paths: Sequence[Path], output: Path) -> None:
         parts = [file.get_tensor(key) for file, has in zip(files, keys) if key in has]
         stacked[key] = torch.cat(parts, dim=0 if "lora_A" in key else 1)
     output.mkdir()
-    save_file(stacked, output / "adapter_model.safetensors", metadata={"format": "pt"})
+    written = output / "adapter_model.safetensors"
+    save_file(stacked, written, metadata={"format": "pt"})
+    with written.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def merge(

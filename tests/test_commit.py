@@ -8,6 +8,7 @@ import fcntl
 import os
 import signal
 import stat
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from domerge_fast.outputs import base as base_output
 from domerge_fast.outputs import folder as output_folder
 from domerge_fast.outputs import stream
 from domerge_fast.outputs.folder import Replacing, whole_folder
-from domerge_fast.storage import workplace
+from domerge_fast.storage import flush, workplace
 
 NAMES = ("one", "two")
 STEPS = ("mkdir", "open", "fsync", "replace", "unlink", "rmdir", "listdir")
@@ -773,3 +774,17 @@ def test_short_writes_make_the_same_bytes(form, inputs, tmp_path, monkeypatch):
     for name in ("README.md",):  # holds the time it took
         assert (found.pop(name, None) is None) == (expected.pop(name, None) is None)
     assert found == expected
+
+
+def test_the_disk_begins_before_the_end(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(flush, "STEP_BYTES", 1000)
+    begin = flush.begin_flush
+    monkeypatch.setattr(flush, "begin_flush", lambda file: begun.append((file.tell(), begin(file))))
+    with FileIO(tmp_path / "file", "w") as file:
+        for size in (400, 400, 400, 5000, 100):
+            stream.write(file, b"x" * size)
+    assert [end for end, _ in begun] == [1200, 6200]
+    if sys.platform == "linux":
+        assert all(done for _, done in begun)
+    assert (tmp_path / "file").stat().st_size == 6300

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.lazy import LazyTensor, pieces
+from ..storage import flush
 from ..storage.buffers import bytes_of
 from ..storage.input_file import InputFile
 from .marker import MARK, METADATA
@@ -94,8 +95,12 @@ def write_tensor(file: FileIO, tensor: Tensor) -> None:
 def write(file: FileIO, data: memoryview | bytes) -> None:
     """Write all of it: a system call may take less than it is given."""
     view = memoryview(data).cast("B")
+    size = len(view)
     while view:
         view = view[file.write(view) :]
+    end = file.tell()
+    if end // flush.STEP_BYTES != (end - size) // flush.STEP_BYTES:
+        flush.begin_flush(file)
 
 
 def copy_file(file: InputFile, target: Path) -> None:
