@@ -56,6 +56,9 @@ _REFUSED = {
     "megatron_config": ("is written for Megatron layers", "save it without megatron_config"),
     "ensure_weight_tying": ("ties adapters to each other (ensure_weight_tying)", _RETRAIN),
 }
+_TASKS = (
+    *("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+)
 _UNCHANGED_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _CONVERTIBLE = re.compile(r"pissa|corda|olora|lora_ga")
 
@@ -200,7 +203,7 @@ def _is_mapping(value: Any) -> bool:
 _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_model_name_or_path": (_is_text, "a name or a path"),
     "revision": (_is_text, "a revision name"),
-    "task_type": (_is_text, "a task type"),
+    "task_type": (lambda value: value in _TASKS, "a task type that PEFT knows"),
     "target_modules": (_is_names, "a list of names or a regular expression"),
     "exclude_modules": (_is_names, "a list of names or a regular expression"),
     "layers_to_transform": (_is_numbers, "layer numbers"),

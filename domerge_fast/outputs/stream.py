@@ -36,6 +36,9 @@ _NAMES = {
 }
 _METADATA = f'"{METADATA}":{json.dumps({"format": "pt"} | MARK)}'
 
+COPIED_BYTES = 1 << 30
+"""Of a file beside the weights; the largest tokenizers have a hundredth of it."""
+
 
 class SafetensorsWriter:
     """`largest` maps every key to the dtype and the largest shape its tensor may have.
@@ -104,9 +107,9 @@ def write(file: FileIO, data: memoryview | bytes) -> None:
 
 
 def copy_file(file: InputFile, target: Path) -> None:
-    """Write the bytes of a file to another, a piece at a time."""
+    """Write the bytes of a file to another, a piece at a time; refused above COPIED_BYTES."""
     with FileIO(target, "w") as copy:
-        for data in file.chunks():
+        for data in file.chunks(COPIED_BYTES):
             write(copy, data)
 
 

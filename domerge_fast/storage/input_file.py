@@ -46,13 +46,14 @@ class InputFile:
         """A descriptor; when the block ends without an error, all it read was of one file."""
         file = self._open()
         try:
-            self._compare(os.fstat(file))
-            yield file
-            self._compare(os.fstat(file))
+            try:
+                self._compare(os.fstat(file))
+                yield file
+                self._compare(os.fstat(file))
+            finally:
+                os.close(file)
         except OSError as error:
             raise self._unreadable(error) from error
-        finally:
-            os.close(file)
 
     def check(self) -> None:
         """Raise unless the file is still there, unchanged."""
@@ -70,16 +71,16 @@ class InputFile:
     def read(self, most: int) -> bytes:
         """All of it; refused if that is more than so many bytes."""
         with self.opened() as file:
-            if self.size > most:
-                problem = f"has {self.size} bytes, at most {most} are read"
-                raise self._problem(problem, "check the file")
+            self._check_size(most)
             data = bytearray(self.size)
             self.fill(file, [(0, [memoryview(data)])])
         return bytes(data)
 
-    def chunks(self, nbytes: int = 16 << 20) -> Iterator[memoryview]:
-        """All of it, a piece at a time in the same memory."""
+    def chunks(self, most: int, nbytes: int = 16 << 20) -> Iterator[memoryview]:
+        """All of it, a piece at a time in the same memory; refused if that is more than `most`
+        bytes."""
         with self.opened() as file:
+            self._check_size(most)
             memory = memoryview(bytearray(min(self.size, nbytes)))
             for start in range(0, self.size, nbytes):
                 part = memory[: self.size - start]
@@ -92,6 +93,11 @@ class InputFile:
             for k in range(0, len(parts), _MOST_PARTS):
                 some = parts[k : k + _MOST_PARTS]
                 start = self._fill(file, start, some)
+
+    def _check_size(self, most: int) -> None:
+        if self.size > most:
+            problem = f"has {self.size} bytes, at most {most} are read"
+            raise self._problem(problem, "check the file")
 
     def _open(self) -> int:
         try:

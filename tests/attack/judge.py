@@ -34,8 +34,11 @@ class Ending:
     err: str
 
     def refusal(self) -> str | None:
-        """What is wrong with it as a refusal: None if it is one line with exit code 2."""
+        """What is wrong with it as a refusal: None if it is one line with exit code 2, and before
+        that at most one on what could not be cleared away."""
         lines = self.err.splitlines()
+        if len(lines) == 2 and re.match(r"domerge-fast: warning: .* is left in ", lines[0]):
+            del lines[0]
         if self.code != 2:
             return f"exit code {self.code}: {self.err[-300:]!r}"
         if len(lines) != 1 or not lines[0].startswith("domerge-fast: error: "):
