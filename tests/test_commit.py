@@ -225,8 +225,7 @@ def test_an_interrupt_at_any_step(when, place):
             write(place, "new")
         written = output_folder.last_written is not None
         assert content(place) == ("new" if written else before)
-        if not written:
-            assert not left_beside(place)
+        assert not left_beside(place)
         check_next_run(place)
         restore(place, before)
 

@@ -95,7 +95,11 @@ def whole_folder(target: Path, replacing: Replacing) -> Iterator[Path]:
         if left:
             _warn(target, f"was not written, but {left}", "remove that")
         raise
-    writing.finish()
+    try:
+        writing.finish()
+    except KeyboardInterrupt:
+        writing.finish(again=True)
+        raise
 
 
 def recover(target: Path) -> None:
@@ -215,25 +219,33 @@ class _Writing:
         an interrupt may come at any moment."""
         return self._is_swapping and _identity(self._new) != self._born
 
-    def finish(self) -> None:
+    def finish(self, again: bool = False) -> None:
         """Flush the exchange, then remove the old output. There is no way back, so what fails is
-        told as a warning."""
+        told as a warning. again: after Ctrl-C in it."""
         global last_written
         last_written = self._target
-        old = next((path for path in (self._new, self._old) if path.exists()), None)
+        old = self._replaced()
         try:
-            _sync(self._target.parent)
-            _sync(self._work.folder)
-            if old:
-                self._check_old(old)
-            self._work.clear()
-            self._work.leave()
+            if not again or self._work.retake():
+                self._clear_away()
         except OSError as error:
             what = "what was there before" if old else "a hidden folder"
             problem = f"was written, but {what} is left in {self._work.folder.name!r} beside it"
             problem += f", which cannot be removed ({error.strerror})"
             self._work.let_go()
             _warn(self._shown, problem, "remove that")
+
+    def _replaced(self) -> Path | None:
+        """The old output, once the new one has its name."""
+        return next((path for path in (self._new, self._old) if path.exists()), None)
+
+    def _clear_away(self) -> None:
+        _sync(self._target.parent)
+        _sync(self._work.folder)
+        if old := self._replaced():
+            self._check_old(old)
+        self._work.clear()
+        self._work.leave()
 
     def _check_old(self, old: Path) -> None:
         """What another program put there at the last moment is not removed with the old output."""

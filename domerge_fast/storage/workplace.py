@@ -88,11 +88,16 @@ class Workplace:
             self._lock.close()
             self._lock = None
 
+    def retake(self) -> bool:
+        """After a `leave` that was stopped half-way: whether the folder is still there, nobody
+        else has come in, and the lock is held again. Raises as `enter` does."""
+        self.let_go()
+        return os.path.isdir(self.folder) and self._take()
+
     def forget(self) -> None:
         """Remove what an `enter` that was stopped half-way has left, if anything. OSError."""
-        self.let_go()
         try:
-            mine = os.path.isdir(self.folder) and self._take()
+            mine = self.retake()
         except (OSError, OutputError):
             if self._is_made:  # otherwise it is another one's
                 with contextlib.suppress(FileNotFoundError):
