@@ -15,6 +15,7 @@ from torch import Tensor
 
 import domerge_fast as dm
 from domerge_fast.adapters import lazy
+from domerge_fast.cli import main
 from domerge_fast.errors import AdapterError, DomergeError, OptionError
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -392,3 +393,59 @@ def test_what_peft_saves_of_a_wrapper_is_the_tensor_and_what_it_was(tmp_path):
     base = model(tmp_path / "base", {EMBED: rand(3, 6, 4)})
     whole, _, _ = merge(tmp_path, a, other, base=base)
     torch.testing.assert_close(whole[EMBED], y + z - rand(3, 6, 4))
+
+
+def grown(tmp_path: Path, *adapters: Path, whole: str = "auto") -> tuple[dict[str, Tensor], dict]:
+    """Adapters added one by one."""
+    growing = dm.Sequential.start(tmp_path / "state", whole=whole, overwrite=True)
+    for folder in adapters:
+        growing.add(folder.relative_to(tmp_path))
+    dm.Sequential.open(tmp_path / "state").save(tmp_path / "grown", overwrite=True)
+    return written(tmp_path / "grown")
+
+
+def test_one_by_one_what_differs_is_refused_unless_the_start_chose(tmp_path):
+    a, b = (adapter(tmp_path / n, {EMBED: rand(k, 6, 4)}) for k, n in enumerate("ab"))
+    c = adapter(tmp_path / "c")
+    same = adapter(tmp_path / "d", {EMBED: rand(0, 6, 4)})
+    whole, config = grown(tmp_path, c, a, same, c)
+    assert torch.equal(whole[EMBED], rand(0, 6, 4))
+    assert config["modules_to_save"] == SAVED
+    message = r"^adapter 'b': 'model.embed_tokens.weight', saved whole, differs.*; start again with"
+    with pytest.raises(AdapterError, match=message):
+        grown(tmp_path, a, b)
+    whole, config = grown(tmp_path, a, b, whole="drop")
+    assert whole == {}
+    assert config["modules_to_save"] is None
+    for name, seed in (("b", 1), ("3", 1), ("a", 0), ("2", 0)):
+        whole, config = grown(tmp_path, c, a, b, c, whole=f"from:{name}")
+        assert torch.equal(whole[EMBED], rand(seed, 6, 4))
+        assert config["modules_to_save"] == SAVED
+    assert grown(tmp_path, c, a, whole="from:b")[0] == {}
+    with pytest.raises(OptionError, match="c' saves no tensor whole"):
+        grown(tmp_path, a, c, whole="from:c")
+    with pytest.raises(AdapterError, match=r"'model.embed_tokens': is LoRA here, but adapter"):
+        grown(tmp_path, a, adapter(tmp_path / "e", embedding=True), whole="from:a")
+    with pytest.raises(OptionError, match="say 'auto', 'drop' or 'from:NAME'"):
+        grown(tmp_path, a, whole="none")
+
+
+@pytest.mark.parametrize("head", ["score", "classifier"])
+def test_heads_of_two_classifiers(head, tmp_path, capsys):
+    for k, name in enumerate("ab"):
+        carried = {f"{head}.weight": rand(k, 3, 4), f"{head}.bias": rand(k, 3)}
+        saved = {"modules_to_save": ["classifier", "score"], "task_type": "SEQ_CLS"}
+        adapter(tmp_path / name, carried, **saved)
+    assert main(["merge", "a", "b", "-o", "out"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"domerge-fast: error: adapter 'b': '{head}.bias', saved whole, differs")
+    assert "--whole" in line
+    assert main(["merge", "a", "b", "-o", "out", "--whole", "from:a"]) == 0
+    assert "those of adapter 'a'" in " ".join(capsys.readouterr().out.split())
+    whole, config = written(tmp_path / "out")
+    assert torch.equal(whole[f"{head}.weight"], rand(0, 3, 4))
+    assert (config["modules_to_save"], config["task_type"]) == (["classifier", "score"], "SEQ_CLS")
+    for action in (["start", "state", "--whole", "from:b"], ["add", "state", "a", "b"]):
+        assert main(["sequential", *action]) == 0
+    assert main(["sequential", "save", "state", "-o", "grown"]) == 0
+    assert torch.equal(written(tmp_path / "grown")[0][f"{head}.weight"], rand(1, 3, 4))

@@ -35,6 +35,7 @@ COPY = ".base_layer."
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 NEW_HEADS = ("classifier", "score", "qa_outputs")
 _CHOOSE = "say whole='from:NAME' to take one adapter's, or 'drop' (--whole)"
+_START = "start again with whole='from:NAME' to take one adapter's, or 'drop' (--whole)"
 _GIVE_BASE = f"give the base to add up the changes (--base), or {_CHOOSE}"
 
 Origin = Callable[[str], LazyTensor | None]
@@ -276,7 +277,7 @@ def _sum(
         raise refused(how)
     differs = f"differs from that of adapter {first.name!r}"
     if origins is None:
-        raise refused(differs)
+        raise refused(differs, _START)
     origin = origins(key, one.shape)
     if origin is None:
         remedy = _GIVE_BASE if origins.could_have_base else _CHOOSE

@@ -65,14 +65,15 @@ def originals(names: Collection[str], base: Checkpoint) -> Callable[[str], LazyT
     """From parameter names of the adapted model, with these adapted modules, to the base's weights;
     a head that is not stored because it is tied is the embedding. OptionError, when a weight is
     asked for, unless the base has the modules."""
-    rename = _renaming([f"{name}.weight" for name in names], base)
+    wanted = {f"{name}.weight": name for name in names}
+    rename = _renaming(wanted, base)
     tokens = [key for key in base.tensors if is_of_tokens(key)]
+    missing = [p for p in wanted if rename(p) not in base.tensors and not is_of_tokens(p)]
 
     def origin(path: str) -> LazyTensor | None:
-        for name in names:
-            if rename(f"{name}.weight") not in base.tensors and not is_of_tokens(f"{name}.weight"):
-                problem = f"has no {rename(f'{name}.weight')!r} for module {name!r}"
-                raise refusal(base.folder, problem, _OTHER_BASE)
+        if missing:
+            problem = f"has no {rename(missing[0])!r} for module {wanted[missing[0]]!r}"
+            raise refusal(base.folder, problem, _OTHER_BASE)
         key = rename(path)
         if key not in base.tensors and base.is_tied and is_of_tokens(path) and len(tokens) == 1:
             key = tokens[0]

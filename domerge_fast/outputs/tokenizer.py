@@ -69,7 +69,12 @@ def _beside(adapter: Adapter) -> dict[str, InputFile]:
     if adapter.file is None:
         return {}
     refuse = functools.partial(AdapterError, adapter.name, None)
-    paths = [adapter.file.path.parent / name for name in FILES]
+    folder = adapter.file.path.parent
+    try:
+        present = set(os.listdir(folder))
+    except OSError as error:
+        raise refuse(f"cannot be read ({error.strerror})", "check the folder") from error
+    paths = [folder / name for name in FILES if name in present]
     return {path.name: InputFile(path, refuse) for path in paths if os.path.isfile(path)}
 
 
