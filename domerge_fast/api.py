@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from . import __version__, engine, options
-from .adapters import Adapter, Kept, check_compatible, keep, load
+from .adapters import Adapter, Kept, check_compatible, keep, load, one_spelling
 from .adapters.whole import check_policy
 from .backends import registry
 from .errors import OptionError
@@ -128,7 +128,7 @@ def merge(
     check_policy(whole)
     if ragged and form != "adapter" and energy is None:
         raise OptionError("ragged", f"{form!r} has no ranks", "leave it out")
-    loaded = _load(adapters, base_model)
+    loaded, renamed = _load(adapters, base_model)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
     out_dtype = _dtype(dtype, plan)
     place = engine.Place(
@@ -151,6 +151,7 @@ def merge(
     kept = keep(loaded, plan.weights, whole, origin)
     ranks = work.ranks(plan)
     target, notes = _target(plan, out_dtype, base_model, kept, ranks, ragged)
+    notes = (*renamed, *notes)
     sums = InterferenceSums([a.name for a in loaded])
 
     def finished(modules: dict, notes: tuple[str, ...]) -> Report:
@@ -204,7 +205,7 @@ def inspect(
     Pairwise overlap of row spaces (A) and column spaces (B), the cosine between the updates, and
     each adapter's norm with its spread over modules. Raises as `merge` does.
     """
-    loaded = _load(adapters, base_model)
+    loaded, _ = _load(adapters, base_model)
     plan = Plan.make(loaded, [1.0] * len(loaded))
     where = choose_device(device, loaded)
     sums = InterferenceSums([a.name for a in loaded])
@@ -254,11 +255,12 @@ def versions() -> dict[str, str]:
     }
 
 
-def _load(sources: Iterable[Source], base_model: str | None) -> list[Adapter]:
+def _load(sources: Iterable[Source], base_model: str | None) -> tuple[list[Adapter], list[str]]:
+    """The adapters, their modules under one name each, and what is to be said of that."""
     if isinstance(sources, (str, os.PathLike, Adapter)):
         raise OptionError("adapters", "is one adapter, not a list", "put it in a list: [adapter]")
     registry.check_environment()
-    loaded = [_one(source) for source in sources]
+    loaded, notes = one_spelling([_one(source) for source in sources], base_model)
     check_compatible(loaded, base_model)
     named: dict[str, Adapter] = {}
     for adapter in loaded:
@@ -266,7 +268,7 @@ def _load(sources: Iterable[Source], base_model: str | None) -> list[Adapter]:
         names = itertools.chain([adapter.name], numbered)
         name = next(n for n in names if n not in named)
         named[name] = dataclasses.replace(adapter, name=name)
-    return list(named.values())
+    return list(named.values()), notes
 
 
 def _one(source: Source) -> Adapter:

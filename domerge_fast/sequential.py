@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from . import api, engine, options, precision
-from .adapters import Adapter, Kept, check_compatible, keep, load
+from .adapters import Adapter, Kept, check_compatible, keep, load, one_spelling
 from .adapters.assemble import assemble
 from .adapters.peft_config import read_config
 from .adapters.safetensors_file import SafetensorsFile
@@ -259,7 +259,9 @@ class Sequential:
         with whole_folder(self.folder, _replacing(True, True)) as fresh:
             state = self._current()
             running = self._running(state, self.folder)
-            check_compatible([*running, *loaded], state.base_model)
+            together, _ = one_spelling([*running, *loaded], state.base_model)
+            check_compatible(together, state.base_model)
+            running, loaded = together[: len(running)], together[len(running) :]
             for new, weight in zip(loaded, weights):
                 state = self._next(state, running, new, weight, fresh, run)
                 state.write(fresh)

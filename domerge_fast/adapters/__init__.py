@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import printable
 from .adapter import Adapter, AdapterConfig, Kind, Module
+from .bridge import one_spelling
 from .compatible import check_compatible
 from .lazy import LazyTensor
 from .peft import from_model, load_folder
@@ -25,6 +26,7 @@ __all__ = [
     "from_tensors",
     "keep",
     "load",
+    "one_spelling",
 ]
 
 

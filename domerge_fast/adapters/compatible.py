@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..errors import AdapterError, DomergeError
 from ..garbage import uncollected
 from .adapter import Adapter, Module
+from .base_model import check_base
 
 
 @uncollected()
@@ -21,24 +22,9 @@ def check_compatible(adapters: Sequence[Adapter], base_model: str | None = None)
     """
     if not adapters:
         raise DomergeError("no adapters given; give at least one")
-    if base_model is None:
-        for field, what in (
-            ("base_model_name_or_path", "base model"),
-            ("revision", "base model revision"),
-        ):
-            _check_stated(adapters, field, what)
+    check_base(adapters, base_model)
     _check_replication(adapters)
     _check_modules(adapters)
-
-
-def _check_stated(adapters: Sequence[Adapter], field: str, what: str) -> None:
-    stated = [(adapter, value) for adapter in adapters if (value := getattr(adapter.config, field))]
-    for adapter, value in stated[1:]:
-        first, expected = stated[0]
-        if value != expected:
-            problem = f"its {what} is {value!r}, that of adapter {first.name!r} is {expected!r}"
-            remedy = "merge adapters of one base, or say base_model=... if they are the same"
-            raise AdapterError(adapter.name, None, problem, remedy)
 
 
 def _check_replication(adapters: Sequence[Adapter]) -> None:

@@ -47,7 +47,7 @@ def bench(
             _check_file(path)
     if to_plot is not None:
         plot.figure()
-    loaded = api._load(adapters, None) if adapters else []
+    loaded = api._load(adapters, None)[0] if adapters else []
     where = api.choose_device(device, loaded)
     chosen = [registry.choose(name, where.type) for name in backends] or measure.usable(where)
     if loaded:

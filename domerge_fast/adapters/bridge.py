@@ -1,0 +1,405 @@
+"""One spelling for the modules of adapters that were saved from different classes of one model.
+
+A causal model calls `model.layers.0.mlp.up_proj` what its backbone calls `layers.0.mlp.up_proj`;
+a vision-language model has it as `model.language_model.layers…` or `language_model.model.layers…`,
+by version. Names are the same here when they are the same without such words, and what lies in a
+list of layers is looked at as a whole: the path before the first number is the *stem*, what comes
+from there on the *rest*.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NoReturn
+
+from ..errors import AdapterError
+from .adapter import Adapter, without_paths
+from .base_model import check_base, states_base
+from .names import PREFIX
+from .whole import parameter
+
+NEUTRAL = frozenset(
+    [
+        *("albert", "backbone", "base_model", "bert", "clip", "deberta", "distilbert", "electra"),
+        *("esm", "gpt_neox", "language_model", "llm", "lm", "model", "module", "pretrained_model"),
+        *("roberta", "text_model", "transformer", "unet", "vit"),
+    ]
+)
+"""Words that a class puts before the names of the one inside it, and that name no part of it."""
+
+_STACKS = {"encoder", "decoder"}
+_LAYERS = {"layers", "layer", "h", "block", "blocks"}
+_ATTENTION = {"self_attn", "attn", "attention", "self_attention"}
+_IN_LAYERS = _ATTENTION | {"mlp", "feed_forward", "block_sparse_moe"}
+_ONE_CLASS = "load both with one class of the model and save them again"
+
+Signature = tuple[object, ...]  # of a module or tensor: two of one name have the same
+Core = tuple[str, ...]  # a stem, or a name without a number in it, without neutral words
+
+
+Rests = dict[str, Signature]
+Trees = dict[Core, dict[str, Rests]]  # all that an adapter has, by stem
+"""A name without a number is a stem of its own, with one rest, ""."""
+
+
+def one_spelling(
+    adapters: Sequence[Adapter], base_model: str | None = None
+) -> tuple[list[Adapter], list[str]]:
+    """The adapters with each module under one name, and what was renamed, a sentence each.
+
+    Names become those of the first adapter, or of one that has what it lacks. AdapterError, naming
+    both spellings, where two may be one part of the model or two, and where adapters that state no
+    base model (nor ``base_model`` for them) have layers of different models.
+    """
+    check_base(adapters, base_model)
+    notes = [
+        f"{_called(k, a)}: names without {' and '.join(map(repr, a.removed))}"
+        for k, a in enumerate(adapters)
+        if a.removed
+    ]
+    if not adapters or all(_has_names_of(adapters[0], adapter) for adapter in adapters[1:]):
+        return list(adapters), notes
+    trees = [_trees(adapter) for adapter in adapters]
+    bridge = _Bridge(adapters, trees, base_model)
+    renamed, told = bridge.renamed()
+    if not states_base(adapters, base_model):
+        _check_layers(renamed, [_trees(adapter) for adapter in renamed])
+    return renamed, [*notes, *told, *_apart(renamed)]
+
+
+@functools.lru_cache(1 << 14)
+def core_of(stem: str) -> Core:
+    """A stem or name without neutral words, but for its last component."""
+    *outer, last = stem.split(".")
+    return (*(part for part in outer if part not in NEUTRAL), last)
+
+
+def split(name: str) -> tuple[str, str]:
+    """Stem and rest of a name."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
+    return ".".join(parts[:at]), ".".join(parts[at:])
+
+
+def joined(stem: str, rest: str) -> str:
+    return ".".join(part for part in (stem, rest) if part)
+
+
+def within(one: str, other: str) -> bool:
+    """Whether one stem has all words of the other, in any order."""
+    words, others = Counter(one.split(".")), Counter(other.split("."))
+    return words <= others or others <= words
+
+
+class _Bridge:
+    def __init__(
+        self, adapters: Sequence[Adapter], trees: Sequence[Trees], base_model: str | None
+    ) -> None:
+        self._adapters, self._trees = adapters, trees
+        self._of_one_base = states_base(adapters, base_model)
+        self._is_told = base_model is not None
+        self._owners: dict[Core, dict[str, list[int]]] = {}
+        for i, found in enumerate(trees):
+            for core, stems in found.items():
+                for stem in stems:
+                    self._owners.setdefault(core, {}).setdefault(stem, []).append(i)
+        self._differ = self._differing()
+
+    def _differing(self) -> set[Core]:
+        """What has more than one spelling and is one part of the model."""
+        several = [core for core, stems in self._owners.items() if len(stems) > 1]
+        differ = {core for core in several if self._is_listed(core) and self._is_one(core)}
+        if differ or self._of_one_base:
+            differ |= {c for c in several if not self._is_listed(c) and self._is_same_name(c)}
+        listed = [core for core in self._owners if self._is_listed(core)]
+        for one, other in itertools.permutations(listed, 2):
+            if one[-1] == other[-1]:
+                self._check_two_parts(one, other, one in differ)
+        return differ
+
+    def _is_listed(self, core: Core) -> bool:
+        """Whether these are lists of layers."""
+        return any(
+            "" not in self._trees[i][core][stem]
+            for stem, owners in self._owners[core].items()
+            for i in owners
+        )
+
+    def _is_one(self, core: Core) -> bool:
+        """Whether the stems are spellings of one part. AdapterError where that is not clear."""
+        stems = self._owners[core]
+        for i, found in enumerate(self._trees):
+            both = found.get(core, {})
+            if len(both) > 1:
+                # This adapter's model has two such parts.
+                for stem in stems.keys() - both.keys():
+                    self._refuse(stems[stem][0], i, stem, " or ".join(map(repr, both)))
+                return False
+        for (one, mine), (other, theirs) in itertools.combinations(stems.items(), 2):
+            first, second = self._rests(core, one), self._rests(core, other)
+            shared = first.keys() & second.keys()
+            fits = all(first[rest] == second[rest] for rest in shared)
+            if not within(one, other):
+                # A word for another: `bert.` for `roberta.` or, in one model, for `vit.`.
+                if self._of_one_base and not (shared and fits):
+                    return False
+                self._refuse(theirs[0], mine[0], other, repr(one))
+            if not fits:
+                if self._is_told:
+                    return False
+                self._refuse(theirs[0], mine[0], other, repr(one), "has other shapes than")
+            if not (self._of_one_base or shared or _children(first) & _children(second)):
+                self._refuse(theirs[0], mine[0], other, repr(one))
+        return True
+
+    def _is_same_name(self, core: Core) -> bool:
+        """As `_is_one` for names outside of lists, which may stand beside each other."""
+        stems = self._owners[core]
+        alone = all(len(found.get(core, {})) < 2 for found in self._trees)
+        signatures = [self._rests(core, stem)[""] for stem in stems]
+        related = all(within(one, other) for one, other in itertools.combinations(stems, 2))
+        return alone and related and all(x == signatures[0] for x in signatures)
+
+    def _rests(self, core: Core, stem: str) -> Rests:
+        found: Rests = {}
+        for i in self._owners[core][stem]:
+            found |= self._trees[i][core][stem]
+        return found
+
+    def _check_two_parts(self, one: Core, other: Core, differs: bool) -> None:
+        """AdapterError where a stem may be a spelling of another with a word that is not neutral,
+        which may as well name a second part with the same layers."""
+        known = any(one in found and other in found for found in self._trees)
+        for stem, owners in self._owners[one].items():
+            alone = next((i for i in owners if other not in self._trees[i]), None)
+            for foreign, theirs in self._owners[other].items():
+                if differs:
+                    apart = all(stem in self._trees[i].get(one, ()) for i in theirs)
+                else:
+                    apart = known
+                if alone is None or apart or not within(stem, foreign):
+                    continue
+                mine, rests = self._rests(one, stem), self._rests(other, foreign)
+                shared = mine.keys() & rests.keys()
+                if shared and all(mine[rest] == rests[rest] for rest in shared):
+                    self._refuse(alone, theirs[0], stem, repr(foreign))
+
+    def _refuse(self, i: int, k: int, stem: str, other: str, relation: str = "may be") -> NoReturn:
+        problem = f"its {stem!r} {relation} {other} of adapter {self._adapters[k].name!r}"
+        if relation == "may be":
+            problem += ", or another part of the model with the same layers"
+        raise AdapterError(self._adapters[i].name, None, problem, _ONE_CLASS)
+
+    def renamed(self) -> tuple[list[Adapter], list[str]]:
+        if not self._differ:
+            return list(self._adapters), []
+        styles: dict[tuple, list[int]] = {}
+        for i in range(len(self._adapters)):
+            if style := tuple(self._style(i)):
+                styles.setdefault(style, []).append(i)
+        ways = [_Way(self, members[0]) for members in styles.values()]
+        way = min(ways, key=lambda w: (len(w.stuck), w.heads, -w.kept, w.first))
+        if way.stuck:
+            i, name = way.stuck[0]
+            stem, target = next(iter(way.changes[i].items()))
+            problem = f"its {stem!r} is {target!r} in adapter {self._adapters[way.first].name!r}, "
+            problem += f"which has nothing to tell what {name!r} is there"
+            raise AdapterError(self._adapters[i].name, None, problem, _ONE_CLASS)
+        return way.adapters(), way.notes()
+
+    def _style(self, i: int) -> Iterator[tuple[Core, str]]:
+        for core in sorted(self._differ):
+            yield from ((core, stem) for stem in self._trees[i].get(core, ()))
+
+
+class _Way:
+    """All adapters in the spelling of one of them, the first.
+
+    names: by adapter that is renamed, the new stem of each of its stems. changes: those of them
+    that stand for the others: in what was matched. stuck: adapters with names that have no match
+    and are not below a stem that has one. heads: how many such names lie outside of all classes.
+    """
+
+    def __init__(self, bridge: _Bridge, first: int) -> None:
+        self._adapters, self._trees = bridge._adapters, bridge._trees
+        self.first = first
+        target: Trees = dict(self._trees[first])
+        other: list[int] = []
+        for i, found in enumerate(self._trees):
+            shared = bridge._differ & found.keys() & target.keys()
+            if all(found[core].keys() == target[core].keys() for core in shared):
+                target = {**found, **target}
+            else:
+                other.append(i)
+        self.kept = len(self._trees) - len(other)
+        self.changes: dict[int, dict[str, str]] = {}
+        self.names: dict[int, dict[str, str]] = {}
+        self.stuck: list[tuple[int, str]] = []
+        self.heads = 0
+        for i in other:
+            self.changes[i] = {
+                stem: next(iter(target[core]))
+                for core in bridge._differ & self._trees[i].keys() & target.keys()
+                for stem in self._trees[i][core]
+                if stem not in target[core]
+            }
+            self.names[i] = dict(self._new_stems(i, target))
+
+    def _new_stems(
+        self, i: int, target: Mapping[Core, Collection[str]]
+    ) -> Iterator[tuple[str, str]]:
+        outer = dict(_outer(old, new) for old, new in self.changes[i].items())
+        for core, stems in self._trees[i].items():
+            for stem, rests in stems.items():
+                below = [old for old in outer if _is_below(stem, old)]
+                if stem in self.changes[i]:
+                    yield stem, self.changes[i][stem]
+                elif core in target:
+                    yield stem, stem
+                elif below:
+                    old = max(below, key=len)
+                    yield stem, joined(outer[old], stem[len(old) :].lstrip("."))
+                else:
+                    is_head = stem.removesuffix(".weight").removesuffix(".bias").count(".") == 0
+                    if "" in rests and is_head:
+                        self.heads += 1
+                    else:
+                        self.stuck.append((i, stem))
+                    yield stem, stem
+
+    def adapters(self) -> list[Adapter]:
+        return [
+            _with_names(adapter, self.names[i]) if i in self.names else adapter
+            for i, adapter in enumerate(self._adapters)
+        ]
+
+    def notes(self) -> list[str]:
+        found = []
+        for i, changes in self.changes.items():
+            renamed = ", ".join(f"{old!r} is {new!r}" for old, new in sorted(changes.items())[:3])
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            as_in = _called(self.first, self._adapters[self.first])
+            found.append(f"{_called(i, self._adapters[i])}: {renamed}{more}, as in {as_in}")
+        return found
+
+
+def _with_names(adapter: Adapter, stems: Mapping[str, str]) -> Adapter:
+    def name_of(name: str) -> str:
+        stem, rest = split(name)
+        return joined(stems[stem], rest)
+
+    new = {name: name_of(name) for name in adapter.modules}
+    if len(set(new.values())) < len(new):
+        name = next(name for name, count in Counter(new.values()).items() if count > 1)
+        one, other = (old for old, renamed in new.items() if renamed == name)
+        problem = f"has both {one!r} and {other!r}, which are {name!r} in the other adapters"
+        raise AdapterError(adapter.name, None, problem, _ONE_CLASS)
+    modules = {new[n]: dataclasses.replace(m, name=new[n]) for n, m in adapter.modules.items()}
+    whole = {key: PREFIX + name_of(key.removeprefix(PREFIX)) for key in adapter.carried}
+    paths = {parameter(key): parameter(renamed) for key, renamed in whole.items()}
+    saved = [_saved_as(name, paths) for name in adapter.config.modules_to_save or ()]
+    config = dataclasses.replace(without_paths(adapter.config), modules_to_save=saved or None)
+    return dataclasses.replace(
+        adapter,
+        config=config,
+        modules=dict(sorted(modules.items())),
+        stored={new[name]: pair for name, pair in adapter.stored.items()},
+        carried={whole[key]: tensor for key, tensor in adapter.carried.items()},
+        originals={paths[path]: tensor for path, tensor in adapter.originals.items()},
+    )
+
+
+def _saved_as(module: str, paths: Mapping[str, str]) -> str:
+    """What a module that the config names as saved whole is called now."""
+    owners = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in paths.items()}
+    return owners.get(module, module)
+
+
+def _has_names_of(one: Adapter, other: Adapter) -> bool:
+    return one.modules.keys() == other.modules.keys() and one.carried.keys() == other.carried.keys()
+
+
+def _trees(adapter: Adapter) -> Trees:
+    rests: dict[str, Rests] = {}
+    for name, module in adapter.modules.items():
+        stem, rest = split(name)
+        layer = module.kind, module.b_shape[0], module.a_shape[1:]
+        rests.setdefault(stem, {})[rest] = layer
+    for key in adapter.carried:
+        stem, rest = split(key.removeprefix(PREFIX))
+        rests.setdefault(stem, {})[rest] = ("whole",)
+    found: Trees = {}
+    for stem, signatures in rests.items():
+        found.setdefault(core_of(stem), {})[stem] = signatures
+    return found
+
+
+def _children(rests: Collection[str]) -> set[str]:
+    """What every layer has directly inside."""
+    return {rest.partition(".")[2].partition(".")[0] for rest in rests}
+
+
+def _outer(old: str, new: str) -> tuple[str, str]:
+    """What two stems are without the end that they share."""
+    olds, news = old.split("."), new.split(".")
+    while olds and news and olds[-1] == news[-1]:
+        olds.pop(), news.pop()
+    return ".".join(olds), ".".join(news)
+
+
+def _is_below(stem: str, outer: str) -> bool:
+    return not outer or stem.startswith(f"{outer}.")
+
+
+def _check_layers(adapters: Sequence[Adapter], trees: Sequence[Trees]) -> None:
+    """AdapterError for layers of different models: other lists of layers, or other attention."""
+    seen: dict[tuple[str, str], tuple[str, Adapter]] = {}  # (stack, list) -> stem, owner
+    kinds: dict[tuple[str, str], tuple[str, Adapter]] = {}  # their attention
+    for adapter, found in zip(adapters, trees):
+        own = {
+            (core[0] if len(core) > 1 else "", core[-1]): (stem, _children(rests))
+            for core, stems in found.items()
+            if {*core[:-1]} <= _STACKS and core[-1] in _LAYERS
+            for stem, rests in stems.items()
+            if _children(rests) & _IN_LAYERS
+        }
+        for (stack, layers), (stem, children) in own.items():
+            if seen and not own.keys() & seen.keys():
+                for (other, _), (their_stem, owner) in seen.items():
+                    if {stack, other} != _STACKS:
+                        _refuse_layers(adapter, f"{stem}.N", owner, f"{their_stem}.N")
+            for word in children & _ATTENTION:
+                place = f"{stem}.N.{word}"
+                theirs, owner = kinds.setdefault((stack, layers), (place, adapter))
+                if theirs.rpartition(".")[2] not in children:
+                    _refuse_layers(adapter, place, owner, theirs)
+        for key, (stem, _) in own.items():
+            seen.setdefault(key, (stem, adapter))
+
+
+def _refuse_layers(adapter: Adapter, stem: str, owner: Adapter, other: str) -> NoReturn:
+    problem = (
+        f"its layers are {stem!r}, those of adapter {owner.name!r} are {other!r}, and not both "
+    )
+    problem += "name their base model"
+    remedy = "merge adapters of one base, or say base_model=... if they are parts of one"
+    raise AdapterError(adapter.name, None, problem, remedy)
+
+
+def _apart(adapters: Sequence[Adapter]) -> list[str]:
+    """What is to be said of adapters that share no module with another."""
+    owners = Counter(name for adapter in adapters for name in adapter.modules)
+    return [
+        f"{_called(k, adapter)}: has no module of another adapter, is kept beside them"
+        for k, adapter in enumerate(adapters)
+        if all(owners[name] == 1 for name in adapter.modules)
+    ]
+
+
+def _called(k: int, adapter: Adapter) -> str:
+    return f"adapter {k + 1} ({os.path.basename(os.path.normpath(adapter.name))})"

@@ -1,0 +1,296 @@
+"""Adapters saved from different classes of one model: bridged where that is clear, else refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+import pytest
+import torch
+from support.make import random_factors, write_adapter
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+
+import domerge_fast as dm
+from domerge_fast.adapters import one_spelling
+from domerge_fast.errors import AdapterError
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+def layers(stem: str, tails: Sequence[str] = ("self_attn.q_proj", "mlp.up"), n: int = 8) -> Shapes:
+    return {f"{stem}.{i}.{tail}": (6 + len(tail), n) for i in range(2) for tail in tails}
+
+
+def adapter(k: int, shapes: Shapes, base: str | None = "base") -> dm.Adapter:
+    factors = random_factors(shapes, 2, seed=k)
+    return dm.from_tensors(factors, name=f"a{k}", base_model=base)
+
+
+def bridged(*adapters: Shapes, base: str | None = "base") -> list[list[str]]:
+    made = [adapter(k, shapes, base) for k, shapes in enumerate(adapters)]
+    return [list(one.modules) for one in one_spelling(made)[0]]
+
+
+def renamed(shapes: Shapes, old: str, new: str) -> list[str]:
+    return sorted(new + name.removeprefix(old) for name in shapes if name.startswith(old))
+
+
+CASES: dict[str, tuple[str, str]] = {
+    "backbone and causal": ("layers", "model.layers"),
+    "GPT-2": ("h", "transformer.h"),
+    "BERT": ("encoder.layer", "bert.encoder.layer"),
+    "vision-language, 4.52": ("model.layers", "model.language_model.layers"),
+    "LLaVA, 4.52": ("language_model.model.layers", "model.language_model.layers"),
+    "text model alone": ("model.layers", "language_model.model.layers"),
+    "CLIP's text": ("encoder.layers", "text_model.encoder.layers"),
+    "U-Net": ("down_blocks", "unet.down_blocks"),
+    "in a module": ("model.layers", "module.model.layers"),
+}
+
+
+@pytest.mark.parametrize("base", ["base", None])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_classes_of_one_model_are_bridged_to_the_first_spelling(case, turned, base):
+    one, other = CASES[case][::-1] if turned else CASES[case]
+    first, second = layers(one), layers(other)
+    assert bridged(first, second, base=base) == [sorted(first)] * 2
+
+
+@pytest.mark.parametrize("tails", [["self_attn.q_proj"], ["mlp.up"], ["self_attn.o_proj"]])
+def test_adapters_of_other_projections_are_bridged(tails):
+    second = layers("model.language_model.layers", tails)
+    names = bridged(layers("model.layers", ["self_attn.v_proj"]), second)
+    assert names[1] == renamed(second, "model.language_model", "model")
+
+
+def test_siblings_are_enough_without_a_base_and_strangers_are_not():
+    first = layers("model.layers", ["self_attn.q_proj"])
+    second = layers("layers", ["self_attn.v_proj"])
+    assert bridged(first, second, base=None)[1] == renamed(second, "", "model.")
+    with pytest.raises(
+        AdapterError, match=r"'layers' may be 'model\.layers'.*; load both with one"
+    ):
+        bridged(first, layers("layers", ["mixer.in_proj"]), base=None)
+
+
+def test_the_majority_decides():
+    old, new = layers("model.layers"), layers("model.language_model.layers")
+    assert bridged(old, new, new) == [sorted(new)] * 3
+    assert bridged(new, old, old) == [sorted(old)] * 3
+    assert bridged(new, old) == [sorted(new)] * 2
+
+
+def test_several_parts_follow_each_by_itself():
+    old = {**layers("language_model.model.layers"), **layers("vision_tower.encoder.layers", n=5)}
+    new = {
+        **layers("model.language_model.layers"),
+        **layers("model.vision_tower.encoder.layers", n=5),
+    }
+    old |= {"language_model.lm_head": (30, 8), "multi_modal_projector.linear_1": (8, 5)}
+    new |= {"lm_head": (30, 8), "model.multi_modal_projector.linear_1": (8, 5)}
+    for pair in itertools.permutations([old, new]):
+        assert bridged(*pair) == [sorted(pair[0])] * 2
+
+
+def test_what_is_inside_of_the_class_follows_it():
+    backbone = {**layers("layers"), "embed_tokens": (8, 30)}
+    causal = layers("model.layers")
+    assert bridged(causal, backbone)[1] == renamed(backbone, "", "model.")
+    # A backbone has no place for the head, so its names cannot be those of the result.
+    with_head = {**causal, "lm_head": (30, 8)}
+    assert bridged(backbone, with_head)[0] == renamed(backbone, "", "model.")
+    old, new = layers("model.layers"), layers("model.language_model.layers")
+    vision = layers("model.visual.blocks", n=5)
+    assert bridged(old, {**new, **vision}) == [sorted(new), sorted({**new, **vision})]
+
+
+def test_what_neither_class_tells_is_refused():
+    old = {**layers("model.layers"), **layers("visual.merger", n=5)}
+    new = {**layers("model.language_model.layers"), **layers("model.visual.blocks", n=5)}
+    with pytest.raises(AdapterError, match=r"nothing to tell what '.*visual.*' is there"):
+        bridged(old, new)
+
+
+AMBIGUOUS: dict[str, list[Shapes]] = {
+    "text or vision": [layers("model.layers"), layers("model.vision.layers")],
+    "either of two": [
+        {**layers("model.layers"), **layers("model.vision.layers")},
+        layers("layers"),
+    ],
+    "two spellings in one": [
+        {**layers("model.layers"), **layers("layers")},
+        layers("transformer.layers"),
+    ],
+    "decoder or whole": [layers("layers"), layers("decoder.layers")],
+    "another word": [layers("bert.layers"), layers("roberta.layers")],
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_what_may_be_two_parts_is_refused_with_both_spellings(case, turned):
+    pair = AMBIGUOUS[case][::-1] if turned else AMBIGUOUS[case]
+    with pytest.raises(AdapterError) as caught:
+        bridged(*pair)
+    message = str(caught.value)
+    assert "another part of the model with the same layers; load both with one class" in message
+    stems = {name.split(".0.")[0] for shapes in pair for name in shapes if ".0." in name}
+    assert sum(f"{stem!r}" in message for stem in stems) >= 2
+
+
+PARTS: dict[str, list[Shapes]] = {
+    "T5": [layers("encoder.block", n=8), layers("decoder.block", n=8)],
+    "one has both towers": [
+        {**layers("model.layers"), **layers("model.vision.layers")},
+        layers("model.layers"),
+        layers("model.vision.layers"),
+    ],
+    "towers of other widths": [layers("model.layers"), layers("model.vision.layers", n=5)],
+    "text and image encoders": [
+        layers("text_model.encoder.layers"),
+        layers("vision_model.encoder.layers"),
+    ],
+    "two text encoders": [layers("text_encoder.layers"), layers("text_encoder_2.layers")],
+    "encoder and U-Net": [
+        layers("text_model.encoder.layers"),
+        layers("down_blocks", ["attentions.0.transformer_blocks.0.attn1.to_q"]),
+    ],
+    "kinds of blocks": [layers("transformer_blocks"), layers("single_transformer_blocks")],
+    "experts": [
+        layers("model.layers", [f"mlp.experts.{i}.up_proj" for i in range(3)]),
+        layers("model.layers", ["self_attn.q_proj"]),
+    ],
+    "plain names": [{"a": (4, 3), "b.c": (5, 3)}, {"model.a": (4, 3), "x.b.c": (5, 3)}],
+    "plain lists": [{"up.0": (4, 3), "up.1": (4, 3)}, {"down.0": (4, 3)}],
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_parts_of_one_model_stay_side_by_side(case):
+    shapes = PARTS[case]
+    assert bridged(*shapes, base=None) == [sorted(names) for names in shapes]
+
+
+def test_parts_side_by_side_are_said():
+    shapes = PARTS["encoder and U-Net"]
+    merged = dm.merge([adapter(k, x, None) for k, x in enumerate(shapes)], "linear")
+    assert set(merged.names) == {name for names in shapes for name in names}
+    assert merged.report.notes == (
+        "adapter 1 (a0): has no module of another adapter, is kept beside them",
+        "adapter 2 (a1): has no module of another adapter, is kept beside them",
+    )
+
+
+GPT = layers("transformer.h", ["attn.c_attn", "mlp.c_fc"])
+OTHERS: dict[str, list[Shapes]] = {
+    "Llama and GPT-2": [layers("model.layers"), GPT],
+    "GPT-2 and its like": [GPT, layers("transformer.h", ["self_attention.query_key_value"])],
+    "Llama and BERT": [
+        layers("model.layers"),
+        layers("bert.encoder.layer", ["attention.self.query"]),
+    ],
+    "Llama and NeoX": [layers("model.layers"), layers("gpt_neox.layers", ["attention.dense"])],
+}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("case", OTHERS)
+def test_layers_of_different_models_are_refused_unless_a_base_is_named(case, turned):
+    pair = OTHERS[case][::-1] if turned else OTHERS[case]
+    with pytest.raises(AdapterError) as caught:
+        bridged(*pair, base=None)
+    stems = [next(iter(shapes)).split(".0.")[0] for shapes in pair]
+    assert all(stem in str(caught.value) for stem in stems)
+    if case != "Llama and NeoX":
+        assert "say base_model=... if they are parts of one" in str(caught.value)
+    made = [adapter(k, shapes, None) for k, shapes in enumerate(pair)]
+    merged = dm.merge(made, "linear", base_model="mine")
+    assert set(merged.names) == {name for shapes in pair for name in shapes}
+
+
+def test_one_spelling_of_another_shape_is_another_model():
+    with pytest.raises(AdapterError, match=r"'layers' has other shapes than 'model\.layers' of"):
+        bridged(layers("model.layers"), layers("layers", n=9))
+    made = [adapter(0, layers("model.layers")), adapter(1, layers("layers", n=9))]
+    assert len(dm.merge(made, "linear", base_model="mine").names) == 8
+
+
+def test_bridged_adapters_merge_to_the_sum_and_it_is_said(tmp_path):
+    first, second = layers("model.layers"), layers("layers")
+    saved = {"target_modules": ["q_proj", "up"], "modules_to_save": ["norm"]}
+    norm = torch.ones(8)
+    factors = random_factors(first, 2, seed=1), random_factors(second, 3, seed=2)
+    write_adapter(tmp_path / "a", factors[0], carried={"model.norm.weight": norm}, **saved)
+    write_adapter(tmp_path / "b", factors[1], carried={"norm.weight": norm}, **saved)
+    out = tmp_path / "out"
+    merged = dm.merge([tmp_path / "a", tmp_path / "b"], "linear", output=out)
+    assert merged.names == tuple(sorted(first))
+    for name in first:
+        expected = sum(
+            f[b][1] @ f[b][0] for f, b in zip(factors, (name, name.removeprefix("model.")))
+        )
+        torch.testing.assert_close(merged.delta(name), expected, rtol=1e-5, atol=1e-5)
+    told = "adapter 2 (b): 'layers' is 'model.layers', 'norm.weight' is 'model.norm.weight', as in"
+    assert merged.report.notes == (f"{told} adapter 1 (a)",)
+    assert told.partition(",")[0] in (out / "README.md").read_text()
+    written = dm.load(out)
+    assert list(written.carried) == ["base_model.model.model.norm.weight"]
+    assert written.config.target_modules == ["q_proj", "up"]
+
+
+def test_a_sequential_merge_takes_either_spelling(tmp_path):
+    first, second = layers("model.layers"), layers("layers")
+    state = dm.Sequential.start(tmp_path / "s")
+    state.add(adapter(1, first))
+    state.add(adapter(2, second))
+    assert state.merged().names == tuple(sorted(first))
+
+
+LLAMA = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+REAL = {
+    "llama": (
+        (LlamaModel, LlamaForCausalLM),
+        LlamaConfig(**LLAMA, num_attention_heads=2, num_key_value_heads=1),
+        ["q_proj", "down_proj"],
+    ),
+    "gpt2": (
+        (GPT2Model, GPT2LMHeadModel),
+        GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32),
+        ["c_attn"],
+    ),
+    "bert": (
+        (BertModel, BertForSequenceClassification),
+        BertConfig(**LLAMA, num_attention_heads=2),
+        ["query", "dense"],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("case", REAL)
+def test_real_backbones_are_bridged_to_their_head_classes(case, turned):
+    import peft
+
+    classes, config, targets = REAL[case]
+    made = []
+    for k, make in enumerate(classes[::-1] if turned else classes):
+        options = {"r": 2, "init_lora_weights": False, "fan_in_fan_out": case == "gpt2"}
+        lora = peft.LoraConfig(target_modules=targets, **options)
+        found = dm.from_model(peft.get_peft_model(make(config), lora), name=f"a{k}")
+        stated = dataclasses.replace(found.config, base_model_name_or_path="base")
+        made.append(dataclasses.replace(found, config=stated))
+    one, other = one_spelling(made)[0]
+    assert one.modules.keys() == made[0].modules.keys() == other.modules.keys()
