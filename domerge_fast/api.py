@@ -154,7 +154,7 @@ def merge(
     notes = (*renamed, *notes)
     sums = InterferenceSums([a.name for a in loaded])
 
-    def finished(modules: dict, notes: tuple[str, ...]) -> Report:
+    def finished(modules: dict) -> Report:
         return Report(
             method=method,
             adapters=sums.names,
@@ -171,9 +171,9 @@ def merge(
             notes=(*notes, *_told(target, modules)) if form == "adapter" else notes,
         )
 
-    def run(sink: engine.Sink, to_host: bool, notes: tuple[str, ...]) -> Report:
+    def run(sink: engine.Sink, to_host: bool) -> Report:
         with shown(progress, len(plan.names)) as show, torch.no_grad():
-            return finished(engine.run(plan, work, place, sums, sink, to_host, show), notes)
+            return finished(engine.run(plan, work, place, sums, sink, to_host, show))
 
     if output is None:
         results: dict[str, tuple[torch.Tensor, ...]] = {}
@@ -181,12 +181,13 @@ def merge(
         def collect(name: str, *tensors: torch.Tensor) -> None:
             results[name] = tuple(x.contiguous() for x in tensors)
 
-        report = run(collect, False, notes)
+        report = run(collect, False)
         target.check_inputs()
         return Merged(report, target, results)
     path = Path(output).absolute()
     with _folder(form, path, target, base, overwrite, force) as folder:
-        report = run(folder.add, True, (*notes, *folder.notes))
+        report = run(folder.add, True)
+        report = dataclasses.replace(report, notes=(*notes, *folder.notes))
         folder.finish(report)
         target.check_inputs()
     return Merged(report, target, {}, path)

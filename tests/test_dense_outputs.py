@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -553,6 +554,47 @@ def test_sums_that_do_not_fit_are_refused(gpt2_case, tmp_path):
     message = rf"'{name}': the result has values that are not finite in float16; .* wider dtype"
     with unchanged(tmp_path), pytest.raises(DomergeError, match=message), folder:
         folder.add(name, case.merged.delta(name) + 1e5)
+
+
+def in_bfloat16(stored: dict[str, Tensor]) -> None:
+    stored.update({key: tensor.bfloat16() for key, tensor in stored.items()})
+
+
+def test_an_update_that_the_base_rounds_away_is_refused(gpt2_case, tmp_path):
+    edit_weights(gpt2_case.base, in_bfloat16)
+    name = gpt2_case.merged.names[0]
+    folder = ModelFolder(gpt2_case.out, gpt2_case.merged.target, gpt2_case.base, False)
+    message = rf"'{name}': the update is lost in the rounding of the base's bfloat16 .* float32$"
+    with unchanged(tmp_path), pytest.raises(DomergeError, match=message), folder:
+        folder.add(name, 1e-7 * gpt2_case.merged.delta(name))
+
+
+def test_what_the_base_rounds_away_in_part_is_said(gpt2_case):
+    edit_weights(gpt2_case.base, in_bfloat16)
+    merged, notes = gpt2_case.merged, {}
+    for size in (1.0, 3e-5):
+        folder = ModelFolder(gpt2_case.out, merged.target, gpt2_case.base, size != 1.0)
+        with folder:
+            for name in merged.names:
+                change = size * merged.delta(name)
+                # The rows that are looked at first lose theirs, the others do not.
+                rows = change.T if folder._fit.places[name].turned else change
+                rows[:: base_output.SAMPLED] *= 1e-7 if name == merged.names[0] else 1.0
+                folder.add(name, change)
+            folder.finish(merged.report)
+        notes[size] = folder.notes
+    assert notes[1.0] == ()
+    (note,) = notes[3e-5]
+    assert re.fullmatch(r"rounding to the base's dtype keeps \d\d? % of the update", note)
+
+
+def test_dense_updates_below_float16_are_refused(gpt2_case, tmp_path):
+    target = dataclasses.replace(gpt2_case.merged.target, dtype=torch.float16)
+    name = gpt2_case.merged.names[0]
+    folder = DeltaFolder(gpt2_case.out, target, False)
+    message = rf"'{name}': the merged update is too small for float16 \(rounding would change it"
+    with unchanged(tmp_path), pytest.raises(DomergeError, match=message), folder:
+        folder.add(name, 1e-5 * gpt2_case.merged.delta(name))
 
 
 @pytest.mark.parametrize("error", [RuntimeError("enough"), KeyboardInterrupt()], ids=repr)

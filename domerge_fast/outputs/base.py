@@ -7,7 +7,7 @@ import glob
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..adapters.lazy import LazyTensor, pieces
 from ..adapters.safetensors_file import SafetensorsFile
-from ..errors import OutputError
+from ..errors import DomergeError, OutputError
 from ..merged import Target
 from ..report import Report
 from ..storage import json_file
@@ -32,10 +32,17 @@ from .stream import copy_file, write, write_tensor
 CHUNK_BYTES = 16 << 20
 """Of a weight in float32, added and rounded at once."""
 
+SAMPLED = 16
+"""Of so many rows, one is looked at for what rounding leaves of ΔW."""
+
+LEAST_KEPT = 0.01
+"""An update of which rounding leaves a smaller share is refused."""
+
 
 class ModelFolder(MergeFolder):
     """Writes W0 + ΔW module by module into copies of the base's own files: same names, shards,
-    order and dtypes; their headers get our mark. Sums are float32 and rounded once.
+    order and dtypes; their headers get our mark. Sums are float32 and rounded once; where that
+    leaves next to nothing of a module's ΔW, DomergeError (see weights.Realised).
 
     Tensors that adapters save whole take the place of the base's. Other files of the folder's top
     level are copied, but for weights in other formats, adapters and the card. Raises OptionError
@@ -52,9 +59,10 @@ class ModelFolder(MergeFolder):
         check_apart(path, base, "the base model's folder")
         self._base = open_checkpoint(base)
         self._fit = fit(target, self._base)
-        self.notes = self._fit.vocabulary.notes
+        self._realised: dict[str, weights.Realised] = {}
+        self._notes = self._fit.vocabulary.notes
         if self._fit.vocabulary.rows and not target.copied:
-            self.notes += ("the tokenizer is the base's: the adapters have none for new tokens",)
+            self._notes += ("the tokenizer is the base's: the adapters have none for new tokens",)
         names = [*(file.path.name for file in self._base.inputs), CARD, *tokenizer.FILES]
         super().__init__(path, target, overwrite, force, [glob.escape(name) for name in names])
 
@@ -117,19 +125,50 @@ class ModelFolder(MergeFolder):
 
     def add(self, name: str, delta: Tensor) -> None:
         """ΔW [m, n] of a module, in any order of modules."""
+        key = self._fit.places[name].key
+        sample = weights.Realised()
+        written = 0
+        for sums in self._sums(name, delta):
+            self._write(key, written, sums[2])
+            written += sums[2].nbytes
+            sample.add(*(x[::SAMPLED] for x in sums))
+        if sample.share < LEAST_KEPT:
+            self._check_kept(name, delta)
+        self._realised[name] = sample
+        self._missing.discard(key)
+
+    def _sums(self, name: str, delta: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """W0, ΔW and their rounded sum, some rows of the weight at a time."""
         place = self._fit.places[name]
         before, dtype = self._before(place.key)
         change = weights.stored(self._target.layouts[name], delta.detach().cpu(), place.turned)
         wide = torch.promote_types(dtype, torch.float32)
         rows = max(1, CHUNK_BYTES // (change[0].numel() * wide.itemsize))
-        written = 0
         for start in range(0, len(change), rows):
             part = change[start : start + rows].to(wide)
-            after = before.rows(start, start + len(part)).cpu().to(dtype).to(wide) + part
-            rounded = weights.rounded(name, after, dtype)
-            self._write(place.key, written, rounded)
-            written += rounded.nbytes
-        self._missing.discard(place.key)
+            old = before.rows(start, start + len(part)).cpu().to(dtype).to(wide)
+            yield old, part, weights.rounded(name, old + part, dtype)
+
+    def _check_kept(self, name: str, delta: Tensor) -> None:
+        """DomergeError where next to nothing of ΔW is left: the sample may have missed it."""
+        whole = weights.Realised()
+        for sums in self._sums(name, delta):
+            whole.add(*sums)
+        if whole.share < LEAST_KEPT:
+            dtype = str(sums[2].dtype).removeprefix("torch.")
+            problem = f"module {name!r}: the update is lost in the rounding of the base's {dtype}"
+            remedy = "write an adapter, use a larger scale, or give the base in float32"
+            raise DomergeError(f"{problem} ({100 * whole.share:.2g} % is left); {remedy}")
+
+    @property
+    def notes(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Of the vocabulary; and what rounding left of the update, where it is not nearly all."""
+        wanted = sum(x.wanted for x in self._realised.values())
+        kept = sum(x.kept for x in self._realised.values())
+        if not wanted or kept > 0.99 * wanted:
+            return self._notes
+        note = f"rounding to the base's dtype keeps {100 * kept / wanted:.0f} % of the update"
+        return (*self._notes, note)
 
     def finish(self, report: Report) -> None:
         """The card. AssertionError if a module was not added: its weights would be zeros."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .. import precision
 from ..adapters import LazyTensor
 from ..adapters.whole import COPY, change
 from ..adapters.whole import parameter as saved_parameter
@@ -66,7 +67,9 @@ class DeltaFolder(MergeFolder):
         layout = self._target.layouts[name]
         stored = weights.stored(layout, delta, self._turned(layout))
         key = parameter(layout)
-        self._writers[key].add(key, weights.rounded(name, stored, self._target.dtype))
+        found = weights.rounded(name, stored, self._target.dtype)
+        precision.check_rounding(name, stored, found, found.dtype)
+        self._writers[key].add(key, found)
 
     def finish(self, report: Report) -> None:
         """Tensors saved whole, the index, if there are several shards, and the card."""

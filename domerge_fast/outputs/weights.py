@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,28 @@ def rounded(module: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         problem = f"module {module!r}: the result has values that are not finite in {name}"
         raise DomergeError(f"{problem}; merge with a smaller scale, or into a wider dtype")
     return found
+
+
+@dataclass
+class Realised:
+    """How much of ΔW is in W0 + ΔW once that is rounded: <rounded - W0, ΔW> / ||ΔW||^2.
+
+    Rounding to the base's dtype moves every weight by up to half a step of its own size, to either
+    side, so that most of a ΔW of about a step is kept in the mean. One that is far smaller changes
+    only weights near zero.
+    """
+
+    wanted: float = 0.0
+    kept: float = 0.0
+
+    def add(self, before: Tensor, change: Tensor, after: Tensor) -> None:
+        wide = change.double()
+        self.wanted += float(wide.square().sum())
+        self.kept += float(((after.double() - before.double()) * wide).sum())
+
+    @property
+    def share(self) -> float:
+        return self.kept / self.wanted if self.wanted else 1.0
 
 
 def check_no_replication(target: Target) -> None:
