@@ -14,12 +14,13 @@ unexport PYTHONDONTWRITEBYTECODE
 export DOMERGE_CUDA ?= 0
 BUILD := pyproject.toml setup.py tests/constraints.txt $(shell find csrc -type f)
 PYTEST := $(PY) -m pytest -n auto --dist loadfile
+SEED  ?= 1
 # What shows the work of the CPU kernels, on the instruction set that DOMERGE_CPU_ISA names.
 ON_AN_ISA := $(addprefix tests/test_,$(addsuffix .py,ops entries elementwise methods steps \
 	factor_space composition weighted_and_clustered opcm trained library interference))
 
 .PHONY: setup demo test test-all test-slow test-perturbed test-isa test-newest
-.PHONY: lint format bench bench-full quality gpu-check clean
+.PHONY: attack lint format bench bench-full quality gpu-check clean
 
 setup: $(VENV)/ready
 demo: $(VENV)/ready
@@ -28,7 +29,7 @@ test: $(VENV)/ready
 	$(PYTEST) -m "not slow"
 # The rest besides: what compiles, runs kernels under sanitizers or measures; all other tests with
 # the products of torch perturbed; the kernels on each instruction set that this machine has.
-test-all: test test-slow test-perturbed test-isa
+test-all: test test-slow test-perturbed test-isa attack
 test-slow: $(VENV)/ready
 	$(PYTEST) -m slow
 test-perturbed: $(VENV)/ready
@@ -39,6 +40,9 @@ test-isa: $(VENV)/ready
 	set -e; for isa in $$($(PY) -c "from domerge_fast import _C; print(*_C.isas()[1:])"); do \
 	  DOMERGE_CPU_ISA=$$isa $(PYTEST) -m "not slow" -k "not torch and not reference" $(ON_AN_ISA); \
 	done
+# Damaged inputs, failing system calls, kills, Ctrl-C, two writers at once: any finding fails it.
+attack: $(VENV)/ready
+	cd tests && $(abspath $(PY)) -m attack --seed $(SEED)
 # In an environment of its own, with the newest version of everything.
 test-newest:
 	rm -f .venv-newest/ready
