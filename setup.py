@@ -1,14 +1,16 @@
-"""Builds `domerge_fast._C`, C++ for every instruction set, and `._cuda` where nvcc is found.
+"""Builds `domerge_fast._C`, C++ for every instruction set, and `._cuda` where it is of use.
 
 Environment:
-    DOMERGE_CUDA        1: CUDA or fail; 0: no CUDA; unset: CUDA where nvcc is on PATH.
+    DOMERGE_CUDA        1: CUDA or fail; 0: no CUDA; unset: CUDA where nvcc is on PATH and the
+                        driver shows a GPU, and then for that GPU: nvcc takes minutes.
     DOMERGE_CUDA_ARCHS  e.g. "80;90;100"; PTX is made for the newest.
 
-Neither torch nor a GPU is needed or asked about.
+Torch is neither needed nor asked.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import shlex
@@ -114,6 +116,36 @@ def choose_archs(nvcc: str, wanted: str | None) -> tuple[str, ...]:
     return archs
 
 
+def gpu_archs() -> set[str]:
+    """Architectures of the GPUs that the driver shows; none without a driver."""
+    major, minor = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return set()
+    count, number = ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return set()
+
+    def attribute(which: int, device: int) -> int:
+        failed = driver.cuDeviceGetAttribute(ctypes.byref(number), which, device)
+        return 0 if failed else number.value
+
+    return {f"{attribute(major, k)}{attribute(minor, k)}" for k in range(count.value)}
+
+
+def archs_for(nvcc: str, gpus: set[str]) -> tuple[str, ...]:
+    """The architectures that code has to be made for to run on these GPUs: their own, or the newest
+    before it where nvcc does not know it yet, whose PTX the driver compiles. None for old GPUs."""
+    listed = run([nvcc, "--list-gpu-arch"]).split()
+    known = {int(line.removeprefix("compute_")) for line in listed if line[-1].isdigit()}
+    chosen = {
+        max((arch for arch in known if OLDEST_ARCH <= arch <= int(gpu)), default=None)
+        for gpu in gpus
+    }
+    return tuple(str(arch) for arch in sorted(chosen - {None}))
+
+
 def find_cuda(env: dict[str, str]) -> Cuda | None:
     """The CUDA compiler to use, or None to build without one."""
     wish = env.get("DOMERGE_CUDA", "")
@@ -129,7 +161,14 @@ def find_cuda(env: dict[str, str]) -> Cuda | None:
                 "folder on PATH, or unset DOMERGE_CUDA to build without CUDA"
             )
         return None
-    return Cuda(nvcc, toolkit_root(nvcc), choose_archs(nvcc, env.get("DOMERGE_CUDA_ARCHS")))
+    wanted = env.get("DOMERGE_CUDA_ARCHS")
+    if wish != "1":
+        archs = archs_for(nvcc, gpu_archs())
+        if not archs:
+            print("no CUDA part: no GPU is here that it runs on; DOMERGE_CUDA=1 builds it anyway")
+            return None
+        wanted = wanted or ";".join(archs)
+    return Cuda(nvcc, toolkit_root(nvcc), choose_archs(nvcc, wanted))
 
 
 def isas(machine: str) -> list[str]:

@@ -20,13 +20,13 @@ METHODS: Meanings = {
     "ties_svd": ("ties", "with a rank"),
     # mergekit
     "arcee_fusion": (None, "nothing here fuses by importance"),
-    "breadcrumbs_ties": (None, "'breadcrumbs' elects no signs, 'ties' keeps the largest entries"),
-    "della_linear": (None, "'della' elects signs, 'dare' drops all entries alike"),
-    "karcher": (None, "'multislerp' is the mean of directions, not iterated"),
+    "breadcrumbs_ties": (None, "'breadcrumbs' here elects no signs"),
+    "della_linear": (None, "'della' here elects signs"),
+    "karcher": (None, "'multislerp' does not iterate"),
     "model_stock": (None, "nothing here chooses weights by angles"),
     "nearswap": (None, "nothing here interpolates entry by entry"),
     "nuslerp": ("slerp", ""),
-    "passthrough": (None, "one adapter alone passes every method as it is"),
+    "passthrough": (None, "'linear' keeps one adapter as it is"),
     "sce": (None, "nothing here selects by variance"),
     "task_arithmetic": ("linear", ""),
     # papers and plain words

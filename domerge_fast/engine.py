@@ -29,6 +29,9 @@ MOST_COMPARED = 64
 DENSE_BYTES = 256 << 20
 """What the dense results of a group of modules may take; one module may take more."""
 
+PORTION_CUBES, PORTION_ENTRIES = 1 << 26, 1 << 22
+"""What a thread takes at once of R x R matrices (R^3), and all take of dense ones."""
+
 Sink = Callable[..., None]
 """(name, A [R, n], B [m, R]) or (name, ΔW [m, n] in float32) of every module."""
 Progress = Callable[[int, int], None]
@@ -134,7 +137,8 @@ def run(
     method = work.method.prepared(_Whole(plan, place, scaled, streams), work.inner)
     written: Future[None] | None = None
     with ThreadPoolExecutor(1, "domerge-write") as writer:
-        for stacks in _stacks(plan, place, work, streams):
+        groups = _stacks(plan, place, work, streams)
+        for stacks in (portion for group in groups for portion in _portions(group, work, place)):
             wanted = [compare or (not work.pre and method.wants_grams(s)) for s in stacks]
             group = _measured(plan, stacks, wanted, compare, backend)
             norms = sums.add(group.stacks, *group.exact) if compare else group.norms
@@ -146,7 +150,8 @@ def run(
             ready = transfer.ready_event(place.device) if to_host else None
             tensors = [r.tensors for r in results]
             written = writer.submit(_give, sink, [s.name for s in stacks], tensors, ready, streams)
-            progress(len(reports), len(plan.names))
+            for done in range(len(reports) - len(stacks), len(reports)):
+                progress(done + 1, len(plan.names))
         if written:
             written.result()
     return reports
@@ -359,8 +364,9 @@ def survey(
     for stacks in _stacks(plan, place, None, _streams(plan, place)):
         group = _measured(plan, stacks, [True] * len(stacks), True, backend)
         sums.add(group.stacks, *group.exact)
-        done += len(stacks)
-        progress(done, len(plan.names))
+        for _ in stacks:
+            done += 1
+            progress(done, len(plan.names))
 
 
 def _streams(plan: Plan, place: Place) -> list[torch.cuda.Stream]:
@@ -385,6 +391,26 @@ def _stacks(
             del following
         if ahead:
             yield ahead.result().wait()
+
+
+def _portions(group: Sequence[Stack], work: Work, place: Place) -> Iterator[Sequence[Stack]]:
+    """A group in pieces of some tenths of a second, or of a module that takes longer: between them
+    progress is told, and the merge can be stopped. A GPU takes a group at once."""
+    if place.device.type != "cpu":
+        yield group
+        return
+    threads = torch.get_num_threads()
+    portion: list[Stack] = []
+    share = 0.0
+    for stack in group:
+        portion.append(stack)
+        share += stack.a.rank**3 / (threads * PORTION_CUBES)
+        share += stack.a.d * stack.b.d / PORTION_ENTRIES if work.dense else 0
+        if share >= 1 and (work.dense or len(portion) >= threads):  # a module is one thread's work
+            yield portion
+            portion, share = [], 0.0
+    if portion:
+        yield portion
 
 
 def _groups(plan: Plan, place: Place, work: Work | None) -> Iterator[list[str]]:

@@ -65,12 +65,68 @@ def test_other_values_are_refused(build):
         build.find_cuda({"DOMERGE_CUDA": "yes"})
 
 
+def test_nvcc_without_a_gpu_costs_nothing(build, fake_nvcc, monkeypatch, capsys):
+    monkeypatch.setattr(build, "gpu_archs", set)
+    assert build.find_cuda(fake_nvcc(["80", "90"])) is None
+    assert "DOMERGE_CUDA=1 builds it anyway" in capsys.readouterr().out
+    assert build.find_cuda({**fake_nvcc(["80", "90"]), "DOMERGE_CUDA_ARCHS": "90"}) is None
+    asked = build.find_cuda({**fake_nvcc(["75", "80", "90"]), "DOMERGE_CUDA": "1"})
+    assert asked.archs == ("80", "90")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "archs"),
+    [
+        ({"90"}, ("90",)),
+        ({"86"}, ("80",)),  # nvcc does not know it: code for its older relative runs there
+        ({"120"}, ("90",)),  # nor this one: by PTX
+        ({"80", "90"}, ("80", "90")),
+        ({"75", "90"}, ("90",)),
+        ({"75"}, None),
+        (set(), None),
+    ],
+)
+def test_cuda_is_built_for_the_gpus_that_are_here(gpus, archs, build, fake_nvcc, monkeypatch):
+    monkeypatch.setattr(build, "gpu_archs", lambda: gpus)
+    env = fake_nvcc(["75", "80", "90", "90a"])
+    found = build.find_cuda(env)
+    assert (found and found.archs) == archs
+    if found:
+        assert build.find_cuda({**env, "DOMERGE_CUDA_ARCHS": "80;90a"}).archs == ("80", "90a")
+        assert build.find_cuda({**env, "DOMERGE_CUDA": "1"}).archs == ("80", "90")
+
+
+FAKE_DRIVER = """
+int cuInit(unsigned flags) { return FAILS; }
+int cuDeviceGetCount(int* count) { *count = 2; return 0; }
+int cuDeviceGetAttribute(int* value, int which, int device) {
+    *value = which == 75 ? 8 + device : which == 76 ? 0 : -1;
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no cc on PATH")
+@pytest.mark.parametrize(("fails", "archs"), [(0, ["80", "90"]), (34, [])])
+def test_gpus_are_those_of_the_driver(fails, archs, tmp_path):
+    (tmp_path / "cuda.c").write_text(FAKE_DRIVER.replace("FAILS", str(fails)))
+    command = ["cc", "-shared", "-fPIC", "cuda.c", "-o", "libcuda.so.1"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    code = "import json, setup; print(json.dumps(sorted(setup.gpu_archs())))"
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout) == archs, done.stderr
+
+
 def test_the_toolkit_is_where_nvcc_says(build, fake_nvcc, tmp_path):
     """The nvcc on PATH may be a wrapper far from the toolkit."""
     toolkit = tmp_path / "toolkit"
     (toolkit / "bin").mkdir(parents=True)
     (toolkit / "lib64").mkdir()
-    cuda = build.find_cuda(fake_nvcc(["80", "90"], toolkit / "bin" / ".."))
+    env = {**fake_nvcc(["80", "90"], toolkit / "bin" / ".."), "DOMERGE_CUDA": "1"}
+    cuda = build.find_cuda(env)
     assert cuda.root == toolkit.resolve()
     with pytest.raises(build.BuildError, match=r"libcudart_static.a is not under"):
         cuda.library_dir()
@@ -79,14 +135,16 @@ def test_the_toolkit_is_where_nvcc_says(build, fake_nvcc, tmp_path):
 
 
 def test_default_architectures_are_those_nvcc_knows(build, fake_nvcc):
-    assert build.find_cuda(fake_nvcc(["75", "80", "90"])).archs == ("80", "90")
-    assert build.find_cuda(fake_nvcc(["80", "90", "100", "120"])).archs == ("80", "90", "100")
+    asked = {"DOMERGE_CUDA": "1"}
+    assert build.find_cuda({**fake_nvcc(["75", "80", "90"]), **asked}).archs == ("80", "90")
+    known = fake_nvcc(["80", "90", "100", "120"])
+    assert build.find_cuda({**known, **asked}).archs == ("80", "90", "100")
     with pytest.raises(build.BuildError, match="set DOMERGE_CUDA_ARCHS"):
-        build.find_cuda(fake_nvcc(["50", "60"]))
+        build.find_cuda({**fake_nvcc(["50", "60"]), **asked})
 
 
 def test_architectures_asked_for(build, fake_nvcc):
-    env = fake_nvcc(["75", "80", "90"])
+    env = {**fake_nvcc(["75", "80", "90"]), "DOMERGE_CUDA": "1"}
     cuda = build.find_cuda({**env, "DOMERGE_CUDA_ARCHS": "80; 90a"})
     assert cuda.archs == ("80", "90a")
     assert cuda.gencode() == [
@@ -101,7 +159,7 @@ def test_architectures_asked_for(build, fake_nvcc):
 
 
 def test_a_failing_nvcc_is_quoted(build, fake_nvcc):
-    cuda = build.find_cuda(fake_nvcc(["80"]))
+    cuda = build.find_cuda({**fake_nvcc(["80"]), "DOMERGE_CUDA": "1"})
     with pytest.raises(build.BuildError, match="nvcc: what is"):
         build.compile_cuda(cuda, build.cuda_sources()[0], Path(cuda.nvcc).parent)
 

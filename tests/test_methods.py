@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
+from domerge_fast import engine
 from domerge_fast.adapters import from_tensors
 from domerge_fast.backends import reference, registry
 from domerge_fast.methods import TABLE, do
@@ -441,12 +441,37 @@ def test_the_report_tells_the_recipe():
     assert summary["energy kept"] == f"{100 * report.energy_kept:.2f} %"
 
 
-def test_progress_counts_every_module_up_to_all():
-    seen = []
-    cases = {f"{k}": CASES["one adapter"] for k in range(5)}
-    dm.merge(adapters(cases), progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (5, 5)
-    assert all(new[0] > old[0] for old, new in itertools.pairwise(seen))
+@pytest.mark.parametrize("method", ["do", "ties"])
+def test_progress_counts_one_module_after_the_other(method):
+    cases = {f"{k}": CASES["odd d"] for k in range(5)}
+    for call in (functools.partial(dm.merge, method=method), dm.inspect):
+        seen = []
+        call(adapters(cases), progress=lambda done, total: seen.append((done, total)))  # noqa: B023
+        assert seen == [(k, 5) for k in range(1, 6)]
+
+
+@pytest.mark.parametrize(("method", "most"), [("do", "CUBES"), ("ties", "ENTRIES")])
+def test_a_merge_is_stopped_between_modules_that_take_long(method, most, monkeypatch):
+    """Though one group holds them all; in how many portions they come changes no bit."""
+    cases = {f"{k}": CASES["odd d"] for k in range(3)}
+    whole = dm.merge(adapters(cases), method)
+    monkeypatch.setattr(engine, f"PORTION_{most}", 1)
+    calls: list[int] = []
+    before = engine._merge
+    monkeypatch.setattr(engine, "_merge", lambda *args: calls.append(1) or before(*args))
+    one_by_one = dm.merge(adapters(cases), method)
+    assert len(calls) == 3
+    for name in whole.names:
+        for x, y in zip(whole.factors(name), one_by_one.factors(name)):
+            assert torch.equal(x, y)
+
+    def stop(done: int, total: int) -> None:
+        raise InterruptedError
+
+    calls.clear()
+    with pytest.raises(InterruptedError):
+        dm.merge(adapters(cases), method, progress=stop)
+    assert len(calls) == 1
 
 
 def test_delta_is_the_product_of_the_factors_and_unknown_modules_are_suggested():

@@ -181,8 +181,8 @@ NAMES_ELSEWHERE = {
     "TASK-ARITHMETIC": "it is 'linear' here; use one of: do,",
     "nuslerp": "it is 'slerp' here; use one of: do,",
     "model_stock": "nothing here chooses weights by angles; use one of: do,",
-    "della_linear": "'della' elects signs, 'dare' drops all entries alike; use one of: do,",
-    "breadcrumbs_ties": "'breadcrumbs' elects no signs, 'ties' keeps the largest entries;",
+    "della_linear": "'della' here elects signs; use one of: do,",
+    "breadcrumbs_ties": "'breadcrumbs' here elects no signs; use one of: do,",
     "dare_linaer": "did you mean 'dare_linear'? it is 'dare' here; use one of: do,",
     "DARE-TIES": "did you mean 'dare_ties'? use one of: do,",
 }
@@ -230,6 +230,9 @@ def test_what_is_known_elsewhere_leads_to_names_there_are():
             assert name is None or name in known
             assert name or remark
     assert not set(elsewhere.METHODS) & set(TABLE)
+    for word in elsewhere.METHODS:  # the message has room for all of it
+        with pytest.raises(dm.OptionError, match=r"; use one of: do, .*, magnitude_prune$"):
+            options.choose("combination_type", word, TABLE)
 
 
 def test_errors_are_value_errors_of_one_line():

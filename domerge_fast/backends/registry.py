@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType, ModuleType
@@ -85,7 +86,8 @@ def cuda_extension() -> ModuleType | str:
     try:
         return importlib.import_module("domerge_fast._cuda")
     except ModuleNotFoundError:
-        return "built without nvcc; install the CUDA toolkit and reinstall with DOMERGE_CUDA=1"
+        first = "" if shutil.which("nvcc") else "put nvcc of a CUDA toolkit on PATH, then "
+        return f"built without it; {first}reinstall with `DOMERGE_CUDA=1 pip install .`"
     except ImportError as error:
         return f"the CUDA extension does not import ({error}); reinstall with `pip install .`"
 
