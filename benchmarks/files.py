@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import re
@@ -15,7 +17,6 @@ from pathlib import Path
 
 import stages
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from stages import Stages
 
@@ -36,20 +37,51 @@ PATIENCE = 60.0
 Call = Callable[[Path], object]
 
 
+WEIGHTS = "adapter_model.safetensors"
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class FloorFile:
+    """An adapter's factors, read into memory of their own as a merge reads them: never mapped."""
+
+    def __init__(self, path: Path, files: contextlib.ExitStack) -> None:
+        self.file = files.enter_context(path.open("rb", buffering=0))
+        length = int.from_bytes(self.file.read(8), "little")
+        self.header = json.loads(self.file.read(length))
+        self.header.pop("__metadata__", None)
+        self.start = 8 + length
+
+    def read(self, key: str) -> torch.Tensor:
+        entry = self.header[key]
+        tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
+        memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+        done, begin = 0, self.start + entry["data_offsets"][0]
+        while done < tensor.nbytes:
+            done += os.preadv(self.file.fileno(), [memoryview(memory)[done:]], begin + done)
+        return tensor
+
+
 def copy_floor(paths: Sequence[Path], output: Path) -> None:
-    """Read all factors, stack them, and write the stack, with the safetensors library; flushed to
-    the disk, as a merge is."""
-    files = [safe_open(path / "adapter_model.safetensors", framework="pt") for path in paths]
-    keys = [set(file.keys()) for file in files]
+    """Read all factors, stack them, write the stack with the safetensors library, and wait until
+    it is on the disk, as a merge does."""
     stacked = {}
-    for key in sorted(set().union(*keys)):
-        parts = [file.get_tensor(key) for file, has in zip(files, keys) if key in has]
-        stacked[key] = torch.cat(parts, dim=0 if "lora_A" in key else 1)
+    with contextlib.ExitStack() as opened:
+        files = [FloorFile(path / WEIGHTS, opened) for path in paths]
+        for key in sorted(set().union(*(file.header for file in files))):
+            parts = [file.read(key) for file in files if key in file.header]
+            stacked[key] = torch.cat(parts, dim=0 if "lora_A" in key else 1)
     output.mkdir()
-    written = output / "adapter_model.safetensors"
-    save_file(stacked, written, metadata={"format": "pt"})
-    with written.open("rb") as file:
-        os.fsync(file.fileno())
+    save_file(stacked, output / WEIGHTS, metadata={"format": "pt"})
+    for path in (output / WEIGHTS, output, output.parent):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def merge(

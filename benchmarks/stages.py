@@ -16,12 +16,12 @@ from domerge_fast.plan import Plan
 REST = "Python and waiting"
 TIMED = [
     (api, "load", "open"),
-    (Plan, "stack", "read"),
+    (Plan, "stacks", "read"),
     (PeftFolder, "add", "write"),
     (PeftFolder, "finish", "write"),
     *((ops, name, name) for name in ops.__all__),
 ]
-"""Functions and the stage they are. Files are mapped: what touches a factor first reads it."""
+"""Functions and the stage they are."""
 
 Stages = dict[str, dict[str, float]]
 T = TypeVar("T")
