@@ -34,7 +34,7 @@ class Buffers:
         return torch.frombuffer(lease, dtype=torch.uint8), memoryview(memory)
 
     def _new(self) -> mmap.mmap:
-        memory = mmap.mmap(-1, self.size)
+        memory = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             # Filled for the first time, small pages take longer than the reading. A kernel may not
             # have large ones.
