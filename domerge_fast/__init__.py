@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapters import Adapter, from_model, from_tensors, load
     from .api import backends, inspect, merge, methods
-    from .errors import AdapterError, DomergeError, OptionError, OutputError, OutputWarning
+    from .errors import AdapterError, DomergeError, FlatCut, OptionError, OutputError, OutputWarning
     from .merged import Merged
     from .report import Interference, Report
     from .sequential import Sequential
@@ -28,6 +28,7 @@ _HOME = {
     "Adapter": "adapters",
     "AdapterError": "errors",
     "DomergeError": "errors",
+    "FlatCut": "errors",
     "Interference": "report",
     "Merged": "merged",
     "OptionError": "errors",
@@ -48,6 +49,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "DomergeError",
+    "FlatCut",
     "Interference",
     "Merged",
     "OptionError",

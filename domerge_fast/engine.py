@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import ops, precision, transfer
 from .backends.torch import full_precision
-from .errors import AdapterError, OptionError
+from .errors import AdapterError, FlatCut, OptionError
 from .garbage import uncollected
 from .interference import InterferenceSums, own_norms
 from .lowrank import compress
@@ -329,14 +329,14 @@ def _settle(work: Work, stacks: Sequence[Stack], merged: Merged) -> list[_Result
     kept, energy = [1.0] * len(merged), [0.0] * len(merged)
     if dense:
         cut = cut or work.usual
-        cuts = [compress(x.delta, cut.rank, cut.energy) for x in dense]
+        cuts = [_compressed(s.name, x.delta, cut) for s, x in zip(stacks, dense)]
         factors = [Factors(c[0], c[1], *x.reports) for x, c in zip(dense, cuts)]
         kept, energy = [c[2] for c in cuts], [c[3] for c in cuts]
     if cut or work.post:
         # No decomposition takes what is not finite.
         _check_finite(stacks, [(x.a, x.b) for x in factors], work.settings.backend)
     if cut and not dense:
-        factors, kept, energy = _truncate(factors, cut, work)
+        factors, kept, energy = _truncate(stacks, factors, cut, work)
     elif not dense and not work.deltas:
         factors = _narrowed(stacks, factors, work)
     for step in work.post:
@@ -499,17 +499,27 @@ def _not_finite(plan: Plan, stack: Stack) -> AdapterError:
     raise AssertionError(f"no factor of {stack.name} explains its Gram matrix")
 
 
+def _compressed(name: str, delta: Tensor, cut: Cut) -> tuple[Tensor, Tensor, float, float]:
+    try:
+        return compress(delta, cut.rank, cut.energy)
+    except FlatCut as error:
+        raise error.of(name) from None
+
+
 def _truncate(
-    merged: Sequence[Factors], cut: Cut, work: Work
+    stacks: Sequence[Stack], merged: Sequence[Factors], cut: Cut, work: Work
 ) -> tuple[list[Factors], list[float], list[float]]:
     pairs = [(f.a, f.b) for f in merged]
-    smaller, kept = ops.truncate(
-        pairs,
-        rank=cut.rank,
-        energy=cut.energy,
-        out_dtype=torch.float32 if work.deltas or work.post else work.settings.dtype,
-        backend=work.settings.backend,
-    )
+    try:
+        smaller, kept = ops.truncate(
+            pairs,
+            rank=cut.rank,
+            energy=cut.energy,
+            out_dtype=torch.float32 if work.deltas or work.post else work.settings.dtype,
+            backend=work.settings.backend,
+        )
+    except FlatCut as error:
+        raise error.of(stacks[error.at].name) from None
     energy = [_energy(a, b) for a, b in pairs]
     return [replace(f, a=a, b=b) for (a, b), f in zip(smaller, merged)], kept, energy
 

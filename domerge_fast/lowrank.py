@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends.torch import cut, full_precision
+from .spectrum import check_cut
 
 OVERSAMPLING = 10
 POWERS = 2
@@ -30,7 +31,8 @@ def compress(
     k is the smallest rank found to keep the share `energy` of the squared norm, at most `rank`.
     Balanced: with B A = U S V^T, B = U sqrt(S) and A = sqrt(S) V^T. The same delta gives the same
     factors on the same number of threads. Exact where the rank of delta is k + OVERSAMPLING at
-    most. NaN where delta has values that are not finite.
+    most. NaN where delta has values that are not finite. Raises FlatCut where the cut falls between
+    equal singular values.
     """
     total = float(torch.linalg.vector_norm(delta, dtype=torch.float64)) ** 2
     if not math.isfinite(total):
@@ -49,6 +51,7 @@ def compress(
     k = count
     if energy is not None:
         k, _ = cut(s[:count].cpu(), count, min(1.0, energy * total / found) if found else 1.0)
+    check_cut(s.cpu(), k)
     root = s[:k].sqrt()
     kept = min(1.0, float(squares[:k].sum()) / total) if total > 0 else 1.0
     return root[:, None] * vh[:k], u[:, :k] * root, kept, total

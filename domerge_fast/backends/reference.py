@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
+from ..spectrum import check_cut
 from .reference_entries import entry_counts, entry_merge, entry_sums  # noqa: F401, more ops
 
 EPSILON = 1e-3
@@ -351,7 +352,7 @@ def truncate(
 ) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
     """The dense SVD of B A, cut."""
     results, kept = [], []
-    for a, b in pairs:
+    for at, (a, b) in enumerate(pairs):
         u, s, vh = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
         total = float(s.square().sum())
         k = len(s)
@@ -361,6 +362,7 @@ def truncate(
         elif energy is not None:
             k = 1
         k = min(k, rank or k, min(a.shape[0], len(s)))
+        check_cut(s, k, at)
         half = s[:k].sqrt()
         results.append(((half[:, None] * vh[:k]).to(out_dtype), (u[:, :k] * half).to(out_dtype)))
         kept.append(float(s[:k].square().sum()) / total if total > 0 else 1.0)

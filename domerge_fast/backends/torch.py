@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
+from ..spectrum import check_cut
 from . import descent
 from .entries import entry_counts, entry_merge, entry_sums  # noqa: F401, the rest of the ops
 
@@ -233,7 +234,7 @@ def truncate_by(
     kept = [1.0] * len(sides)
     for i, (a, b) in enumerate(sides):
         if a.rank > min(a.d, b.d):
-            a_k, b_k, kept[i] = _truncate_dense(a, b, rank, energy)
+            a_k, b_k, kept[i] = _truncate_dense(a, b, rank, energy, i)
             results[i] = a_k.to(out_dtype).contiguous(), b_k.to(out_dtype).contiguous()
     small = [i for i in range(len(sides)) if i not in results]
     problems = [side for i in small for side in sides[i]]
@@ -241,7 +242,8 @@ def truncate_by(
     coefficients = list(grams)
     for batch in _batches([len(g) for g in grams[::2]], [2 * g.nbytes for g in grams[::2]]):
         gram_a, gram_b = (torch.stack([grams[2 * p + side] for p in batch]) for side in (0, 1))
-        for p, (c_a, c_b, share) in zip(batch, _truncate_small(gram_a, gram_b, rank, energy)):
+        at = [small[p] for p in batch]
+        for p, (c_a, c_b, share) in zip(batch, _truncate_small(gram_a, gram_b, rank, energy, at)):
             coefficients[2 * p : 2 * p + 2] = c_a, c_b
             kept[small[p]] = share
     factors = _products(apply, coefficients, problems, out_dtype)
@@ -266,14 +268,15 @@ def _products(
 
 
 def _truncate_small(
-    gram_a: Tensor, gram_b: Tensor, rank: int | None, energy: float | None
+    gram_a: Tensor, gram_b: Tensor, rank: int | None, energy: float | None, at: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, float]]:
     """C_A [k, R] and C_B [k, R] with A_k = C_A A and B_k^T = C_B B^T, and the energy kept.
 
     gram_a, gram_b [P, R, R]: A A^T and B^T B. With A A^T = L_A L_A^T and B^T B = L_B L_B^T there
     are orthonormal Q_A, Q_B such that B A = Q_B (L_B^T L_A) Q_A^T, and the core's SVD U S V^T
     gives C_A = S^(-1/2) U^T L_B^T, C_B = S^(-1/2) V^T L_A^T: neither Q nor an inverse is needed.
-    The coefficients are in the precision that their products with the factors need.
+    The coefficients are in the precision that their products with the factors need. at: which of
+    the pairs these are.
     """
     balance = _balance(gram_a, gram_b)
     upper_a = _upper(balance[..., None] * gram_a * balance[:, None])
@@ -283,7 +286,7 @@ def _truncate_small(
     inverse = torch.where(s > NOISE * sizes[:, None], s.rsqrt(), 0.0)[..., None]
     shares = torch.where(sizes > 0, s.norm(dim=1) / sizes, 1.0).tolist()
     for k, (values, share) in enumerate(zip(s.cpu(), shares)):
-        count, kept = cut(values, rank, energy)
+        count, kept = cut(values, rank, energy, at[k])
         c_a = inverse[k, :count] * (u[k, :, :count].T @ upper_b[k]) * balance[k]
         c_b = inverse[k, :count] * (vh[k, :count] @ upper_a[k]) / balance[k]
         dtype = torch.float64 if share < CANCELS else torch.float32
@@ -307,14 +310,14 @@ def _upper(gram: Tensor) -> Tensor:
 
 
 def _truncate_dense(
-    a: Problem, b: Problem, rank: int | None, energy: float | None
+    a: Problem, b: Problem, rank: int | None, energy: float | None, at: int
 ) -> tuple[Tensor, Tensor, float]:
     """A_k [k, n] and B_k [m, k] in float64, and the energy kept, from B A [m, n]."""
     delta = b.stack(torch.float64).T @ a.stack(torch.float64)
     tall = delta if len(delta) >= delta.shape[1] else delta.T
     values, vectors = torch.linalg.eigh(tall.T @ tall)
     s = values.flip(0).clamp_min(0).sqrt()
-    count, share = cut(s.cpu(), rank, energy)
+    count, share = cut(s.cpu(), rank, energy, at)
     half, v = s[:count].sqrt(), vectors.flip(1)[:, :count]
     noise = NOISE * s[0]
     left = tall @ v * torch.where(s[:count] > noise, 1 / half, 0.0)
@@ -322,8 +325,11 @@ def _truncate_dense(
     return (right, left, share) if tall is delta else (left.T, right.T, share)
 
 
-def cut(singular_values: Tensor, rank: int | None, energy: float | None) -> tuple[int, float]:
-    """How many singular values to keep (at least one), and their share of the energy."""
+def cut(
+    singular_values: Tensor, rank: int | None, energy: float | None, at: int = 0
+) -> tuple[int, float]:
+    """How many singular values to keep (at least one), and their share of the energy. Raises
+    FlatCut, with `at`, where that is not determined."""
     cumulative = singular_values.double().square().cumsum(0)
     total = float(cumulative[-1])
     k = len(singular_values)
@@ -332,6 +338,7 @@ def cut(singular_values: Tensor, rank: int | None, energy: float | None) -> tupl
     if rank is not None:
         k = min(k, rank)
     k = min(k, len(singular_values))
+    check_cut(singular_values, k, at)
     return k, float(cumulative[k - 1]) / total if total > 0 else 1.0
 
 

@@ -59,6 +59,7 @@ _ELSEWHERE = {
     "overwrite": "save the new adapter with the model's save_pretrained",
     "force": "save the new adapter with the model's save_pretrained",
     "base_model": "leave it out, adapters of one model have one base",
+    "ragged": "leave it out, modules of a live model have their own ranks",
     "form": "leave it out, what is added is an adapter",
     "base": "leave it out, the model has its base",
 }
@@ -92,6 +93,9 @@ def add_weighted_adapter(
         takes a dense SVD.
     options: the method's own, and `scale`, `energy`, `pre`, `post`, `whole`, `dtype`, `backend`,
         `device`, `max_device_memory` and `progress` of `domerge_fast.merge`.
+
+    Modules have their own ranks: what the model's save_pretrained writes then has patterns, and
+    `merge` of that folder alone makes one rank of them.
 
     The new adapter is on the devices and in the dtype of those it is made of, frozen, with scaling
     1. Nothing else changes: not the active adapter, nor what is trained. Modules that adapters save

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..options import option
+from ..spectrum import check_cuts
 from . import space
 
 
@@ -43,8 +44,9 @@ def core(x: space.Coordinates, options: IsoCtsOptions) -> tuple[Tensor, Tensor]:
 
 
 def _first(triplets: tuple[Tensor, Tensor, Tensor], count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The first count [P] of singular triplets, the others zero."""
+    """The first count [P] of singular triplets, the others zero. Raises FlatCut."""
     u, s, v = triplets
+    check_cuts(s, count)
     kept = torch.arange(s.shape[1], device=s.device) < count[:, None]
     return u * kept[:, None], s * kept, v * kept[:, None]
 

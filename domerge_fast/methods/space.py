@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import FlatCut
 from ..plan import Stack
 from ..problem import Problem
 from .base import Factors, Method, Settings
@@ -127,7 +128,10 @@ def _merge(
     problems = sides(stacks)
     coefficients: list[Tensor | None] = [None] * len(problems)
     for members, x, to_a, to_b in coordinates(stacks, settings.backend):
-        left, right = core(x, options)
+        try:
+            left, right = core(x, options)
+        except FlatCut as error:
+            raise error.of(stacks[members[error.at]].name) from None
         for p, k in enumerate(members):
             columns, rows = _balanced(left[p], right[p])
             coefficients[k] = (rows @ to_a[p]).float()

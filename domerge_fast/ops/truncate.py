@@ -25,7 +25,8 @@ def truncate(
     """Factors (A [k, n], B [m, k]) of every pair (A [R, n], B [m, R]), and the energy kept.
 
     k is the smallest rank that keeps the share `energy` of ||B A||_F^2, and at most `rank`.
-    Balanced: with B A = U S V^T cut to k, B = U sqrt(S) and A = sqrt(S) V^T.
+    Balanced: with B A = U S V^T cut to k, B = U sqrt(S) and A = sqrt(S) V^T. Raises FlatCut for a
+    pair whose cut falls between equal singular values: there are many best approximations then.
     """
     for a, b in pairs:
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
