@@ -5,6 +5,8 @@ Fresh memory is NaN in all of these tests: what a kernel leaves unwritten shows.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from support.close import assert_close
@@ -33,12 +35,17 @@ def isa(request, monkeypatch):
     return request.param
 
 
+# What is expected does not depend on the instruction set: it is computed once.
+
+
+@functools.cache
 def problems(side: str, dtype: torch.dtype) -> dict[str, Problem]:
     """Every case whose numbers the dtype can hold."""
     found = {name: SIDES[side](case, dtype) for name, case in CASES.items()}
     return {n: p for n, p in found.items() if all(b.isfinite().all() for b in p.blocks)}
 
 
+@functools.cache
 def stacked(problem: Problem) -> Tensor:
     return torch.cat(exact(problem))
 
@@ -71,13 +78,18 @@ def test_gram(isa, side, dtype):
         assert_within(g64, x @ x.T, 1e-14 * scale, name)
 
 
+@functools.cache
+def block_gram(problem: Problem) -> Tensor:
+    return reference.block_gram([problem])[0]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", SIDES)
 def test_block_gram(isa, side, dtype):
     chosen = problems(side, dtype)
     results = cpu.block_gram(list(chosen.values()))
     for (name, p), packed in zip(chosen.items(), results, strict=True):
-        expected = reference.block_gram([p])[0]
+        expected = block_gram(p)
         assert_within(packed, expected, 1e-13 * expected.abs().max().expand_as(packed), name)
 
 
@@ -123,12 +135,35 @@ def test_conversions_are_exact(isa, half):
     torch.testing.assert_close(down, floats.to(half), rtol=0, atol=0, equal_nan=True)
 
 
+@functools.cache
+def cross_energy(problem: Problem) -> float:
+    return reference._cross_energy(exact(problem))
+
+
+@functools.cache
+def loss_before(problem: Problem, penalty: str, gamma: float) -> float:
+    return float(reference.loss(exact(problem), exact(problem), penalty, gamma))
+
+
+@functools.cache
+def first_steps(problem: Problem, penalty: str) -> tuple[list[Tensor], list[float]]:
+    return reference.descend(exact(problem), penalty, 1.0, 3, 0.0)
+
+
+@functools.cache
+def after_thirty_steps(problem: Problem, penalty: str) -> float:
+    """The objective, from the same descent in float64."""
+    x = stacked(problem)
+    stats = descent.in_gram_form((x @ x.T)[None], problem.ranks, penalty, 1.0, 30, 0.0)[1]
+    return float(stats[0, 2])
+
+
 def literal(problem: Problem, c: Tensor, penalty: str, gamma: float) -> tuple[float, float, float]:
     """Loss, share of the cross energy left and relative change of C X, from X itself."""
     x = exact(problem)
     moved = c.double() @ torch.cat(x)
     x_hat = list(moved.split(list(problem.ranks)))
-    energy = reference._cross_energy(x)
+    energy = cross_energy(problem)
     left = reference._cross_energy(x_hat) / energy if energy > 0 else 0.0
     size = float(torch.cat(x).norm())
     change = float((moved - torch.cat(x)).norm()) / size if size > 0 else 0.0
@@ -146,7 +181,7 @@ def test_the_descent_reports_the_truth_and_never_rises(isa, penalty, gamma):
         for (name, p), c, row in zip(chosen.items(), cs, stats.tolist(), strict=True):
             steps, before, after, left, change = row
             loss, true_left, true_change = literal(p, c, penalty, gamma)
-            start = literal(p, torch.eye(p.rank), penalty, gamma)[0]
+            start = loss_before(p, penalty, gamma)
             assert before == pytest.approx(start, rel=1e-4), name
             assert after == pytest.approx(loss, rel=1e-3, abs=1e-5 * start), name
             assert after <= before, name
@@ -159,7 +194,7 @@ def test_the_descent_reports_the_truth_and_never_rises(isa, penalty, gamma):
 def test_the_first_steps_are_those_of_the_reference(isa, penalty):
     for name, p in problems("rows", torch.float32).items():
         c, stats = cpu.orthogonalize(cpu.gram([p]), [p.ranks], penalty, 1.0, 3, 0.0)
-        x_hat, expected = reference.descend(exact(p), penalty, 1.0, 3, 0.0)
+        x_hat, expected = first_steps(p, penalty)
         size = float(stacked(p).norm())
         error = float((c[0].double() @ stacked(p) - torch.cat(x_hat)).norm())
         assert error <= 2e-4 * size, f"{name}: {error / size}"
@@ -169,11 +204,9 @@ def test_the_first_steps_are_those_of_the_reference(isa, penalty):
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_thirty_steps_get_as_far_as_in_float64(isa, penalty):
     for name in ("usual", "odd d", "rank 1 before 64", "64 adapters", "zero factors"):
-        p = CASES[name].columns()
+        p = problems("columns", torch.float32)[name]
         row = cpu.orthogonalize(cpu.gram([p]), [p.ranks], penalty, 1.0, 30, 0.0)[1][0]
-        x = stacked(p)
-        best = descent.in_gram_form((x @ x.T)[None], p.ranks, penalty, 1.0, 30, 0.0)[1][0, 2]
-        assert row[2] <= best * (1 + 2e-3), name
+        assert row[2] <= after_thirty_steps(p, penalty) * (1 + 2e-3), name
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -203,8 +236,23 @@ def columns_of(case, c: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return list(a), case.exact_b()
 
 
-def literal_decouple(case, c: Tensor, scale: float, renormalize: bool) -> tuple[Tensor, Tensor]:
+def somehow(rank: int) -> Tensor:
+    return torch.eye(rank) + 0.05 * coefficients(rank, rank)
+
+
+@functools.cache
+def grams_of_b(name: str) -> tuple[Tensor, Tensor]:
+    """The adapters' own, packed, and the whole one."""
+    b = CASES[name].columns()
+    return reference.block_gram([b])[0], reference.gram([b])[0]
+
+
+@functools.cache
+def literal_decouple(name: str, given: bool, scale: float, renormalize: bool) -> tuple[Tensor, ...]:
     """Merged ΔW [m, n] and the adapters' norms, from the dense deltas."""
+    case = CASES[name]
+    rank = sum(case.ranks)
+    c = somehow(rank) if given else torch.eye(rank)
     deltas = [b @ a for a, b in zip(*columns_of(case, c), strict=True)]
     norms = torch.stack([d.norm(dim=0) for d in deltas])
     omega = torch.tensor(case.omegas).double()
@@ -222,20 +270,17 @@ def literal_decouple(case, c: Tensor, scale: float, renormalize: bool) -> tuple[
 def test_apply_decouple(isa, given, renormalize):
     for name, case in CASES.items():
         b = case.columns()
-        rank = sum(case.ranks)
-        c = torch.eye(rank) + 0.05 * coefficients(rank, rank)
-        full = reference.gram([b]) if renormalize else None
+        packed, full = grams_of_b(name)
         (a,), (norms,) = cpu.apply_decouple(
-            [c if given else None],
+            [somehow(b.rank) if given else None],
             [case.rows()],
-            reference.block_gram([b]),
+            [packed],
             [case.omegas],
             1.7,
             torch.float32,
-            full,
+            [full] if renormalize else None,
         )
-        c = c if given else torch.eye(rank)
-        expected, expected_norms = literal_decouple(case, c, 1.7, renormalize)
+        expected, expected_norms = literal_decouple(name, given, 1.7, renormalize)
         merged = torch.cat(exact(b)).T @ a.double()
         size = expected.norm(dim=0) + 1e-12 * expected.norm()
         # Where B_i has fewer rows than columns, or parts cancel, rounding in a is magnified.

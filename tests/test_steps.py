@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.close import distance
+from support.close import assert_close, distance
 from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
@@ -24,8 +24,10 @@ AVAILABLE = [name for name, status in registry.backends().items() if status.avai
 GROUP = ("odd d", "d below R", "duplicated", "mixed sizes")
 LAMBDA = -0.3
 
+USUAL = "cpu"
+"""Steps ask a backend for gram, block_gram and apply, and know it by nothing else."""
+
 every_backend = pytest.mark.parametrize("backend", AVAILABLE)
-every_case = pytest.mark.parametrize("name", CASES)
 
 
 def settings(backend: str, scale: float = 1.0) -> Settings:
@@ -41,6 +43,10 @@ def merge(method: str, stacks: Sequence[Stack], given: Settings, **options: Any)
     row = TABLE[method]
     found = grams(stacks, [True] * len(stacks), given.backend)
     return row.merge(stacks, *found, row.options(**options), given)
+
+
+def stacks_of_all() -> list[Stack]:
+    return [stack(name, case) for name, case in CASES.items()]
 
 
 def factors(s: Stack) -> list[tuple[Tensor, Tensor]]:
@@ -146,64 +152,59 @@ def test_orthogonalize_is_the_descent_on_both_sides(backend):
 
 
 @every_backend
-@pytest.mark.parametrize("name", [name for name in CASES if name != "64 adapters"])
-def test_do_after_orthogonalize_does_not_do_it_again(name, backend):
-    stacks = [stack(name, CASES[name])]
+@pytest.mark.parametrize("decouple", [True, False])
+def test_do_after_orthogonalize_does_not_do_it_again(decouple, backend):
+    stacks = [s for s in stacks_of_all() if s.name != "64 adapters"]
     given = settings(backend, LAMBDA)
     apart = PRE["orthogonalize"].run(stacks, given)
-    for decouple in (True, False):
-        (whole,) = merge("do", stacks, given, decouple=decouple)
-        (rest,) = merge("do", apart, given, decouple=decouple, orthogonalize=False)
-        assert distance(dense(rest), dense(whole)) < 1e-6
+    whole = merge("do", stacks, given, decouple=decouple)
+    rest = merge("do", apart, given, decouple=decouple, orthogonalize=False)
+    for s, one, other in zip(stacks, rest, whole, strict=True):
+        assert_close(dense(one), dense(other), 1e-6, name=s.name)
 
 
 # pico
 
 
-@every_backend
-@every_case
-def test_pico_calibrates_what_the_bs_share(name, backend):
-    case = CASES[name]
-    (s,) = PRE["pico"].run([stack(name, case)], settings(backend))
-    together = torch.cat([b.double() for b in case.b], 1)
-    values, u = torch.linalg.eigh(together @ together.T)
-    share = values / values.sum() if values.any() else values
-    calibration = u @ (1 / (1 + (len(case.b) - 1) * share)).diag() @ u.T
-    assert s.a.blocks == tuple(case.a)
-    assert s.b.scales == tuple(case.scalings)
-    for x, b in zip(s.b.blocks, case.b, strict=True):
-        assert distance(x.T, calibration @ b.double()) < 1e-5
+def test_pico_calibrates_what_the_bs_share():
+    for s in PRE["pico"].run(stacks_of_all(), settings(USUAL)):
+        case = CASES[s.name]
+        together = torch.cat([b.double() for b in case.b], 1)
+        values, u = torch.linalg.eigh(together @ together.T)
+        share = values / values.sum() if values.any() else values
+        calibration = u @ (1 / (1 + (len(case.b) - 1) * share)).diag() @ u.T
+        assert s.a.blocks == tuple(case.a), s.name
+        assert s.b.scales == tuple(case.scalings), s.name
+        for x, b in zip(s.b.blocks, case.b, strict=True):
+            assert_close(x.T, calibration @ b.double(), 1e-5, name=s.name)
 
 
-@every_backend
-@every_case
-def test_the_method_pico_is_the_step_and_the_sum_brought_to_the_mean_norm(name, backend):
-    stacks, given = [stack(name, CASES[name])], settings(backend, LAMBDA)
-    (whole,) = merge("pico", stacks, given)
+def test_the_method_pico_is_the_step_and_the_sum_brought_to_the_mean_norm():
+    stacks, given = stacks_of_all(), settings(USUAL, LAMBDA)
+    whole = merge("pico", stacks, given)
     summed = merge("linear", PRE["pico"].run(stacks, given), given)
-    (parts,) = POST["norm_match"].run(stacks, summed, given)
-    assert distance(dense(parts), dense(whole)) < 1e-5
+    parts = POST["norm_match"].run(stacks, summed, given)
+    for s, one, other in zip(stacks, parts, whole, strict=True):
+        assert_close(dense(one), dense(other), 1e-5, name=s.name)
 
 
 # canonicalize
 
 
-@every_backend
-@every_case
-def test_canonicalize_balances_every_update_and_keeps_it(name, backend):
-    case = CASES[name]
-    (s,) = PRE["canonicalize"].run([stack(name, case)], settings(backend))
-    assert {*s.a.scales, *s.b.scales} == {1.0}
-    for (a, b), delta, size in zip(factors(s), case.deltas(), sizes(case), strict=True):
-        assert distance(b @ a, delta, size) < 1e-6
-        values = torch.zeros(len(a), dtype=torch.float64)
-        found = torch.linalg.svdvals(delta)[: len(a)]
-        values[: len(found)] = found
-        assert distance(a @ a.T, values.diag(), size) < 1e-5
-        assert distance(b.T @ b, values.diag(), size) < 1e-5
-        rank = torch.linalg.matrix_rank(delta)
-        assert not a[rank:].any()
-        assert not b[:, rank:].any()
+def test_canonicalize_balances_every_update_and_keeps_it():
+    for s in PRE["canonicalize"].run(stacks_of_all(), settings(USUAL)):
+        case = CASES[s.name]
+        assert {*s.a.scales, *s.b.scales} == {1.0}
+        for (a, b), delta, size in zip(factors(s), case.deltas(), sizes(case), strict=True):
+            assert_close(b @ a, delta, 1e-6, size, s.name)
+            values = torch.zeros(len(a), dtype=torch.float64)
+            found = torch.linalg.svdvals(delta)[: len(a)]
+            values[: len(found)] = found
+            assert_close(a @ a.T, values.diag(), 1e-5, size, s.name)
+            assert_close(b.T @ b, values.diag(), 1e-5, size, s.name)
+            rank = torch.linalg.matrix_rank(delta)
+            assert not a[rank:].any(), s.name
+            assert not b[:, rank:].any(), s.name
 
 
 @every_backend
@@ -231,14 +232,12 @@ def test_canonicalize_leaves_no_noise_where_an_adapter_has_less_rank_than_rows(b
     assert not b[:, 2:].any()
 
 
-@every_backend
-@every_case
-def test_the_sum_is_that_of_canonicalized_updates(name, backend):
-    case = CASES[name]
-    stacks, given = [stack(name, case)], settings(backend, LAMBDA)
-    (expected,) = merge("linear", stacks, given)
-    (result,) = merge("linear", PRE["canonicalize"].run(stacks, given), given)
-    assert distance(dense(result), dense(expected), sum(sizes(case))) < 1e-6
+def test_the_sum_is_that_of_canonicalized_updates():
+    stacks, given = stacks_of_all(), settings(USUAL, LAMBDA)
+    expected = merge("linear", stacks, given)
+    found = merge("linear", PRE["canonicalize"].run(stacks, given), given)
+    for s, one, other in zip(stacks, found, expected, strict=True):
+        assert_close(dense(one), dense(other), 1e-6, sum(sizes(CASES[s.name])), s.name)
 
 
 @every_backend
@@ -258,18 +257,16 @@ def test_canonicalized_adapters_merge_alike_however_they_are_split(method, optio
 # equalize
 
 
-@every_backend
-@every_case
-def test_equalize_brings_every_update_to_the_mean_norm(name, backend):
-    case = CASES[name]
-    given = stack(name, case)
-    (s,) = PRE["equalize"].run([given], settings(backend))
-    assert s.a is given.a
-    assert s.b.blocks is given.b.blocks
-    size = mean_norm(case, [1.0] * len(case.a))
-    for update, delta in zip(updates(s), case.deltas(), strict=True):
-        expected = delta * size / delta.norm() if delta.any() else delta
-        assert distance(update, expected) < 1e-6
+def test_equalize_brings_every_update_to_the_mean_norm():
+    stacks = stacks_of_all()
+    for s, given in zip(PRE["equalize"].run(stacks, settings(USUAL)), stacks, strict=True):
+        case = CASES[s.name]
+        assert s.a is given.a
+        assert s.b.blocks is given.b.blocks
+        size = mean_norm(case, [1.0] * len(case.a))
+        for update, delta in zip(updates(s), case.deltas(), strict=True):
+            expected = delta * size / delta.norm() if delta.any() else delta
+            assert_close(update, expected, 1e-6, name=s.name)
 
 
 def test_equalize_leaves_an_update_alone_that_is_only_rounding_noise():
@@ -287,35 +284,32 @@ def test_equalize_leaves_an_update_alone_that_is_only_rounding_noise():
 # subspace_boost
 
 
-@every_backend
-@every_case
-def test_subspace_boost_raises_the_weak_singular_values_of_what_was_merged(name, backend):
-    stacks, given = [stack(name, CASES[name])], settings(backend, LAMBDA)
-    for method in ("linear", "tsvm"):
-        merged = merge(method, stacks, given)
-        (boosted,) = POST["subspace_boost"].run(stacks, merged, given)
-        update = dense(merged[0])
-        u, s, vh = torch.linalg.svd(update, full_matrices=False)
-        strong = s[(s.cumsum(0) < 0.01 * s.sum()).sum().clamp_max(len(s) - 1)]
-        raised = torch.where(s > 2 * NOISE * s.norm(), s.maximum(strong), 0.0)
-        assert distance(dense(boosted), u @ raised.diag() @ vh) < 1e-5
+@pytest.mark.parametrize("method", ["linear", "tsvm"])
+def test_subspace_boost_raises_the_weak_singular_values_of_what_was_merged(method):
+    stacks, given = stacks_of_all(), settings(USUAL, LAMBDA)
+    merged = merge(method, stacks, given)
+    boosted = POST["subspace_boost"].run(stacks, merged, given)
+    for s, before, after in zip(stacks, merged, boosted, strict=True):
+        u, values, vh = torch.linalg.svd(dense(before), full_matrices=False)
+        few = (values.cumsum(0) < 0.01 * values.sum()).sum()
+        strong = values[few.clamp_max(len(values) - 1)]
+        raised = torch.where(values > 2 * NOISE * values.norm(), values.maximum(strong), 0.0)
+        assert_close(dense(after), u @ raised.diag() @ vh, 1e-5, name=s.name)
 
 
 # norm_match
 
 
-@every_backend
-@every_case
-def test_norm_match_brings_a_merge_to_the_adapters_mean_norm(name, backend):
-    case = CASES[name]
-    stacks, given = [stack(name, case)], settings(backend, LAMBDA)
-    wanted = abs(LAMBDA) * mean_norm(case, case.weights)
-    for method in ("linear", "iso_c"):
-        merged = merge(method, stacks, given)
-        (matched,) = POST["norm_match"].run(stacks, merged, given)
-        update = dense(merged[0])
+@pytest.mark.parametrize("method", ["linear", "iso_c"])
+def test_norm_match_brings_a_merge_to_the_adapters_mean_norm(method):
+    stacks, given = stacks_of_all(), settings(USUAL, LAMBDA)
+    merged = merge(method, stacks, given)
+    matched = POST["norm_match"].run(stacks, merged, given)
+    for s, before, after in zip(stacks, merged, matched, strict=True):
+        case, update = CASES[s.name], dense(before)
+        wanted = abs(LAMBDA) * mean_norm(case, case.weights)
         expected = update * wanted / update.norm() if update.any() else update
-        assert distance(dense(matched), expected) < 1e-6
+        assert_close(dense(after), expected, 1e-6, name=s.name)
 
 
 @every_backend

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.close import distance
-from support.merges import adapters, dense
+from support.close import assert_close, distance
+from support.merges import adapters, dense, merge_all
 from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
@@ -31,7 +31,6 @@ LEGO_OPTIONS: list[dict[str, Any]] = [
 ]
 
 every_backend = pytest.mark.parametrize("backend", AVAILABLE)
-every_case = pytest.mark.parametrize("name", CASES)
 
 
 def pick(case: Case, *positions: int) -> Case:
@@ -216,56 +215,39 @@ def lego_merge(
 # Against the definitions
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_slerp_is_its_dense_definition(name):
-    case = PAIRS[name]
-    for weights in ((1.0, 1.0), (1.0, 3.0), (-0.5, 2.0), (0.25, -1.0)):
-        merged = dm.merge(
-            adapters({"x": case}), "slerp", weights=weights, scale=-0.3, backend="torch"
-        )
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 3.0), (-0.5, 2.0), (0.25, -1.0)], ids=str)
+def test_slerp_is_its_dense_definition(weights):
+    merged = dm.merge(adapters(PAIRS), "slerp", weights=weights, scale=-0.3, backend="torch")
+    for name, case in PAIRS.items():
         expected = -0.3 * slerp(case.deltas(), weights)
-        assert distance(dense(merged, "x"), expected) < 1e-5
-        assert merged.report["x"].rank == case.exact_rank
+        assert_close(dense(merged, name), expected, 1e-5, name=name)
+        assert merged.report[name].rank == case.exact_rank, name
 
 
-@every_case
-def test_multislerp_is_its_dense_definition(name):
-    case = CASES[name]
-    merged = dm.merge(
-        adapters({"x": case}), "multislerp", weights=case.weights, scale=-0.3, backend="torch"
-    )
-    expected = -0.3 * multislerp(case.deltas(), case.weights)
-    assert distance(dense(merged, "x"), expected) < 1e-5
-    assert merged.report["x"].rank == case.exact_rank
+def test_multislerp_is_its_dense_definition():
+    merged = merge_all(CASES, "multislerp", scale=-0.3, backend="torch")
+    for name, case in CASES.items():
+        expected = -0.3 * multislerp(case.deltas(), case.weights)
+        assert_close(dense(merged, name), expected, 1e-5, name=name)
+        assert merged.report[name].rank == case.exact_rank, name
 
 
 @pytest.mark.parametrize("density", [0.2, 0.0, 1.0])
-@pytest.mark.parametrize("name", EQUAL)
-def test_robust_is_its_dense_definition(name, density):
-    case = EQUAL[name]
-    merged = dm.merge(
-        adapters({"x": case}),
-        "robust",
-        weights=case.weights,
-        scale=-0.3,
-        density=density,
-        backend="torch",
-    )
-    expected = -0.3 * robust(case, case.weights, density)
-    assert distance(dense(merged, "x"), expected) < 1e-5
-    assert merged.report["x"].rank == case.as_read.ranks[0]
+def test_robust_is_its_dense_definition(density):
+    merged = merge_all(EQUAL, "robust", scale=-0.3, density=density, backend="torch")
+    for name, case in EQUAL.items():
+        expected = -0.3 * robust(case, case.weights, density)
+        assert_close(dense(merged, name), expected, 1e-5, name=name)
+        assert merged.report[name].rank == case.as_read.ranks[0], name
 
 
 @pytest.mark.parametrize("options", LEGO_OPTIONS, ids=str)
-@every_case
-def test_lego_is_its_dense_definition(name, options):
-    case = CASES[name]
-    merged = dm.merge(
-        adapters({"x": case}), "lego", weights=case.weights, scale=-0.3, backend="torch", **options
-    )
-    expected, rank = lego_merge(case, case.weights, **options)
-    assert distance(dense(merged, "x"), -0.3 * expected) < 1e-5
-    assert merged.report["x"].rank == rank
+def test_lego_is_its_dense_definition(options):
+    merged = merge_all(CASES, "lego", scale=-0.3, backend="torch", **options)
+    for name, case in CASES.items():
+        expected, rank = lego_merge(case, case.weights, **options)
+        assert_close(dense(merged, name), -0.3 * expected, 1e-5, name=name)
+        assert merged.report[name].rank == rank, name
 
 
 @every_backend
