@@ -149,6 +149,8 @@ def merge(
     checkpoint = None if base is None else open_checkpoint(Path(base))
     origin = None if checkpoint is None else originals(plan.names, checkpoint)
     kept = keep(loaded, plan.weights, whole, origin)
+    if kept.owner is not None:
+        whole = f"from:{loaded.index(kept.owner) + 1}"  # the recipe has no paths
     ranks = work.ranks(plan)
     target, notes = _target(plan, out_dtype, base_model, kept, ranks, ragged)
     notes = (*renamed, *notes)
@@ -187,7 +189,7 @@ def merge(
     path = Path(output).absolute()
     with _folder(form, path, target, base, overwrite, force) as folder:
         report = run(folder.add, True)
-        report = dataclasses.replace(report, notes=(*notes, *folder.notes))
+        report = dataclasses.replace(report, notes=(*report.notes, *folder.notes))
         folder.finish(report)
         target.check_inputs()
     return Merged(report, target, {}, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -74,6 +75,11 @@ def without_paths(config: AdapterConfig) -> AdapterConfig:
         if isinstance(chosen, str) or any("." in str(name) for name in chosen):
             return dataclasses.replace(config, target_modules=None, exclude_modules=None)
     return config
+
+
+def called(k: int, adapter: Adapter) -> str:
+    """The adapter at position k as reports call it: they are published, and tell no whole path."""
+    return f"adapter {k + 1} ({os.path.basename(os.path.normpath(adapter.name))})"
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,13 +12,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from ..errors import AdapterError
-from .adapter import Adapter, without_paths
+from .adapter import Adapter, called, without_paths
 from .base_model import check_base, states_base
 from .names import PREFIX
 from .whole import parameter
@@ -58,7 +57,7 @@ def one_spelling(
     """
     check_base(adapters, base_model)
     notes = [
-        f"{_called(k, a)}: names without {' and '.join(map(repr, a.removed))}"
+        f"{called(k, a)}: names without {' and '.join(map(repr, a.removed))}"
         for k, a in enumerate(adapters)
         if a.removed
     ]
@@ -283,8 +282,8 @@ class _Way:
         for i, changes in self.changes.items():
             renamed = ", ".join(f"{old!r} is {new!r}" for old, new in sorted(changes.items())[:3])
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-            as_in = _called(self.first, self._adapters[self.first])
-            found.append(f"{_called(i, self._adapters[i])}: {renamed}{more}, as in {as_in}")
+            as_in = called(self.first, self._adapters[self.first])
+            found.append(f"{called(i, self._adapters[i])}: {renamed}{more}, as in {as_in}")
         return found
 
 
@@ -395,11 +394,7 @@ def _apart(adapters: Sequence[Adapter]) -> list[str]:
     """What is to be said of adapters that share no module with another."""
     owners = Counter(name for adapter in adapters for name in adapter.modules)
     return [
-        f"{_called(k, adapter)}: has no module of another adapter, is kept beside them"
+        f"{called(k, adapter)}: has no module of another adapter, is kept beside them"
         for k, adapter in enumerate(adapters)
         if all(owners[name] == 1 for name in adapter.modules)
     ]
-
-
-def _called(k: int, adapter: Adapter) -> str:
-    return f"adapter {k + 1} ({os.path.basename(os.path.normpath(adapter.name))})"

@@ -23,7 +23,7 @@ import torch
 
 from ..errors import AdapterError, DomergeError, OptionError
 from ..options import suggest
-from .adapter import Adapter, AdapterConfig
+from .adapter import Adapter, AdapterConfig, called
 from .assemble import is_of_tokens, is_saved
 from .lazy import LazyTensor, in_step
 from .names import PREFIX
@@ -165,7 +165,9 @@ def keep(
         _check_under_factors(key, having[0][0], chosen[key], [a for a, _ in merging])
     known = {key: x for key, t in chosen.items() if (x := origins.of(key, t)) is not None}
     names = _modules_to_save([a for a, _ in owners], chosen)
-    return Kept(chosen, known, names, owner, tuple(_notes(chosen, owners, owner)))
+    return Kept(
+        chosen, known, names, owner, tuple(_notes(chosen, adapters, [a for a, _ in owners]))
+    )
 
 
 class _Origins:
@@ -353,18 +355,15 @@ def lacks_head(config: AdapterConfig, modules_to_save: list[str] | None) -> bool
 
 
 def _notes(
-    chosen: Mapping[str, LazyTensor], owners: Sequence[tuple[Adapter, float]], owner: Adapter | None
+    chosen: Mapping[str, LazyTensor], adapters: Sequence[Adapter], owners: Collection[Adapter]
 ) -> Iterator[str]:
-    if owner is not None:
-        yield f"tensors saved whole are those of adapter {owner.name!r}: {_listed(chosen)}"
-        return
     sums = [key for key, tensor in chosen.items() if isinstance(tensor, Sum)]
     if sums:
         yield f"the changes of tensors that adapters save whole were added up: {_listed(sums)}"
-    for adapter, _ in owners:
-        alone = [k for k in chosen if [a for a, _ in owners if k in a.carried] == [adapter]]
-        if alone and len(owners) > 1:
-            yield f"as adapter {adapter.name!r} alone saves them: {_listed(alone)}"
+    for k, adapter in enumerate(adapters):
+        alone = [key for key in chosen if [a for a in owners if key in a.carried] == [adapter]]
+        if alone and len(adapters) > 1:
+            yield f"saved whole as in {called(k, adapter)}: {_listed(alone)}"
 
 
 def _listed(keys: Collection[str]) -> str:
