@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,26 @@ def test_one_source_is_compiled_for_every_instruction_set(build):
         "csrc/cpu/kernels_baseline.cpp"
     ]
     assert all((ROOT / name).exists() for name in [*sources, *build.cuda_sources()])
+
+
+def test_the_source_distribution_holds_what_an_install_needs(tmp_path):
+    """And no test, which would miss the rest of the repository there."""
+    copy, out = tmp_path / "copy", tmp_path / "out"
+    no_builds = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    for name in ("csrc", "domerge_fast", "tests"):
+        shutil.copytree(ROOT / name, copy / name, ignore=no_builds)
+    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, copy)
+    command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar", "-d", str(out)]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True)
+    (archive,) = out.iterdir()
+    with tarfile.open(archive) as tar:
+        files = {name.partition("/")[2] for name in tar.getnames()}
+    folders = ("csrc", "domerge_fast")
+    sources = [p.relative_to(copy) for f in folders for p in (copy / f).rglob("*.*")]
+    needed = {str(p) for p in sources} | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    assert needed - files == set()
+    assert not [name for name in files if name.startswith("tests")]
 
 
 def build_into(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
