@@ -2,7 +2,8 @@
 
 Nothing is checked here: callers pass contiguous CPU memory of the sizes that the names imply and
 keep it alive. `DOMERGE_CPU_ISA` chooses the instruction set, by default the best one; RuntimeError
-where this machine cannot run it. The GIL is released while the kernels run.
+where this machine cannot run it. The GIL is released while the kernels run. In Python's main thread
+they answer signals: what a handler raises is raised once no thread works any more.
 """
 
 from collections.abc import Sequence

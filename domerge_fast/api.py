@@ -92,7 +92,8 @@ def merge(
         device the factors are on (files: the CPU). Factors of a merge in memory stay there.
     max_device_memory: bytes (or "4GiB") of that device that groups of modules may take at once,
         besides the kernels' scratch memory (256 MiB at most); None: 80 % of what is free on a GPU.
-    progress: True for a bar on stderr, or a function of (modules done, modules in all).
+    progress: True for a bar on stderr, or a function of (modules done, modules in all), called
+        after every module; an error that it raises stops the merge, and nothing is written.
     output: write a folder while merging, so that no more than a group of modules is in
         memory. It appears whole or not at all, and is on the disk when this returns.
     overwrite: replace an existing output that domerge_fast wrote. force: replace also one that
