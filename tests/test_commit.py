@@ -492,6 +492,22 @@ def test_what_others_put_there_at_the_last_moment_is_kept(tmp_path, monkeypatch)
     assert (tmp_path / kept / "precious").read_text() == "mine"
 
 
+def test_an_old_output_that_cannot_be_looked_at_is_left_where_it_is(tmp_path, monkeypatch):
+    write(tmp_path / "out", "old")
+    scan = os.scandir
+
+    def fail(folder: Any) -> Any:
+        if str(folder).endswith("/new"):
+            raise OSError(errno.EIO, "Input/output error")
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.warns(OutputWarning, match=LEFT + r".*\(Input/output error\)"):
+        write(tmp_path / "out", "new")
+    monkeypatch.undo()
+    check_next_run(tmp_path / "out")
+
+
 def test_an_interrupt_after_the_commit_says_so(tmp_path, monkeypatch, capsys):
     inputs = [str(folder) for folder in write_pair(tmp_path)]
 

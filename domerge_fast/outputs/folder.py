@@ -251,7 +251,9 @@ class _Writing:
         """What another program put there at the last moment is not removed with the old output."""
         try:
             self._replacing.check(old, self._shown)
-        except OutputError:
+        except OutputError as error:
+            if isinstance(error.__cause__, OSError):  # it cannot be looked at
+                raise error.__cause__ from error
             kept = self._target.parent / f"replaced-{uuid.uuid4().hex[:8]}"
             os.replace(old, kept)
             problem = f"was written, but what was there had changed: it is now {kept.name!r}"

@@ -85,7 +85,8 @@ class Workplace:
         """Let go of the lock, and leave everything where it is."""
         self.is_held = False
         if self._lock is not None:
-            self._lock.close()
+            with contextlib.suppress(OSError):  # nothing was written to it, and it is closed
+                self._lock.close()
             self._lock = None
 
     def retake(self) -> bool:
