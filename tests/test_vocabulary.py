@@ -21,6 +21,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 
 import domerge_fast as dm
@@ -288,3 +290,35 @@ def test_new_rows_have_to_be_at_hand(tmp_path):
     line = r"as \[40, 32\], module 'model.embed_tokens' needs \[44, 32\]; save the adapters"
     with pytest.raises(OptionError, match=line):
         merge(tmp_path, [adapter])
+
+
+def test_a_language_model_inside_another(tmp_path):
+    """Both changes at once, in the nested config of a model of transformers."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    own = Qwen2VLConfig(
+        text_config={**SIZES, **sizes, "rope_parameters": rope, "tie_word_embeddings": True},
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2},
+        tie_word_embeddings=True,
+    )
+    Qwen2VLForConditionalGeneration(own).save_pretrained(tmp_path / "base")
+    stored = load_file(tmp_path / "base" / WEIGHTS)
+    renamed = {key.replace("model.", "model.language_model.", 1): x for key, x in stored.items()}
+    save_file(renamed, tmp_path / "base" / WEIGHTS, {"format": "pt"})
+    load_ = Qwen2VLForConditionalGeneration.from_pretrained
+
+    def grown_() -> nn.Module:
+        torch.manual_seed(9)
+        model = load_(tmp_path / "base").eval()
+        model.resize_token_embeddings(44)
+        return model
+
+    some = {"target_modules": ["q_proj", "embed_tokens"]}
+    adapter = trained(tmp_path / "a", grown_(), 1, {"save_embedding_layers": True}, **some)
+    merge(tmp_path, [adapter])
+    expected = together(grown_(), [adapter])
+    found = logits(load_(tmp_path / "out").eval())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    text = config(tmp_path / "out")["text_config"]
+    assert (text["vocab_size"], text["tie_word_embeddings"]) == (44, False)
+    assert config(tmp_path / "out")["tie_word_embeddings"] is False
