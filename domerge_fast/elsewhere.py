@@ -15,6 +15,7 @@ METHODS: Meanings = {
     # PEFT
     "dare_linear": ("dare", ""),
     "dare_linear_svd": ("dare", "with a rank"),
+    "dare_svd": ("dare", "with a rank"),
     "dare_ties_svd": ("dare_ties", "with a rank"),
     "magnitude_prune_svd": ("magnitude_prune", "with a rank"),
     "ties_svd": ("ties", "with a rank"),

@@ -295,7 +295,9 @@ CASES = {
         {"method": "ties", "density": 1.0, "scale": 1e70, "post": ["subspace_boost"]},
     ),
     "method": option({"method": "linaer"}, "'linaer' is not known; did you mean 'linear'?"),
-    "method of PEFT": option({"method": "dare_svd"}, "not known; did you mean 'dare_ties'? use"),
+    "method of PEFT": option(
+        {"method": "dare_svd"}, "not known; it is 'dare' here with a rank; use"
+    ),
     "option of another method": option(
         {"method": "linear", "gamma": 2.0}, "option 'gamma': method 'linear' has no such option"
     ),
