@@ -49,7 +49,6 @@ METHODS: Meanings = {
 
 DTYPES: Meanings = {
     "bf16": ("bfloat16", ""),
-    "float": ("float32", ""),
     "fp16": ("float16", ""),
     "fp32": ("float32", ""),
     "half": ("float16", ""),
