@@ -362,7 +362,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda base: edit_weights(
             base, lambda stored: [stored.pop(k) for k in list(stored) if ".1.mlp.c_fc." in k]
         ),
-        f"has no '{C_FC}' for {MODULE}; give the base model the adapters were trained on",
+        f"has no '{C_FC}' for {MODULE} (the nearest is '{C_FC.replace('.1.', '.0.')}'); give the",
     ),
     "another shape": (
         lambda base: edit_weights(base, shorten),
@@ -378,7 +378,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "names that fit twice": (
         lambda base: edit_weights(base, double),
-        "modules under more than one name ('decoder.' and 'encoder.')",
+        "modules under more than one name ('decoder.transformer.h.' and 'encoder.transformer.h.')",
     ),
     "a pickle": (unlink_weights, f"has no {WEIGHTS}; save it as safetensors"),
     "half a file": (truncate, "is truncated: its header promises"),

@@ -252,7 +252,7 @@ class _Way:
     def _new_stems(
         self, i: int, target: Mapping[Core, Collection[str]]
     ) -> Iterator[tuple[str, str]]:
-        outer = dict(_outer(old, new) for old, new in self.changes[i].items())
+        outer = dict(outer_of(old, new) for old, new in self.changes[i].items())
         for core, stems in self._trees[i].items():
             for stem, rests in stems.items():
                 below = [old for old in outer if _is_below(stem, old)]
@@ -343,7 +343,7 @@ def _children(rests: Collection[str]) -> set[str]:
     return {rest.partition(".")[2].partition(".")[0] for rest in rests}
 
 
-def _outer(old: str, new: str) -> tuple[str, str]:
+def outer_of(old: str, new: str) -> tuple[str, str]:
     """What two stems are without the end that they share."""
     olds, news = old.split("."), new.split(".")
     while olds and news and olds[-1] == news[-1]:

@@ -11,10 +11,10 @@ from ..adapters.assemble import is_of_tokens
 from ..adapters.whole import Sum, parameter
 from ..merged import Layout, Target
 from . import weights
+from .base_names import OTHER_BASE, nearest, renaming
 from .checkpoint import Checkpoint, refusal
 from .vocabulary import FLOATS, Vocabulary, check_replaceable, is_token_layout, settle
 
-_OTHER_BASE = "give the base model the adapters were trained on, or write an adapter"
 _RESIZED = "save the adapters with save_embedding_layers=True, or resize the base and save it"
 
 
@@ -39,7 +39,12 @@ class Fit:
 def fit(target: Target, base: Checkpoint) -> Fit:
     """OptionError, in one line, unless every merged module and saved tensor has its place."""
     weights.check_no_replication(target)
-    rename = _renaming([f"{name}.weight" for name in target.layouts], base)
+    both = (False, True)
+    shapes = {
+        f"{layout.name}.weight": [weights.stored_shape(layout, turned) for turned in both]
+        for layout in target.layouts.values()
+    }
+    rename = renaming(shapes, base)
     vocabulary = settle(target, base, rename)
     replaced = dict(vocabulary.replaced)
     for name, tensor in target.carried.items():
@@ -53,6 +58,7 @@ def fit(target: Target, base: Checkpoint) -> Fit:
         key = vocabulary.keys.get(path) or rename(path)
         stored = replaced.get(key) or _stored(layout, key, base)
         places[layout.name] = Place(key, _turned(layout, key, stored, target, base))
+    _check_one_each(places, base)
     _check_squares(target, places, base)
     for key, tensor in replaced.items():
         if isinstance(tensor, Sum):
@@ -66,50 +72,21 @@ def originals(names: Collection[str], base: Checkpoint) -> Callable[[str], LazyT
     a head that is not stored because it is tied is the embedding. OptionError, when a weight is
     asked for, unless the base has the modules."""
     wanted = {f"{name}.weight": name for name in names}
-    rename = _renaming(wanted, base)
+    rename = renaming(dict.fromkeys(wanted, ()), base)
     tokens = [key for key in base.tensors if is_of_tokens(key)]
     missing = [p for p in wanted if rename(p) not in base.tensors and not is_of_tokens(p)]
 
     def origin(path: str) -> LazyTensor | None:
         if missing:
-            problem = f"has no {rename(missing[0])!r} for module {wanted[missing[0]]!r}"
-            raise refusal(base.folder, problem, _OTHER_BASE)
+            key = rename(missing[0])
+            problem = f"has no {key!r} for module {wanted[missing[0]]!r}{nearest(key, base)}"
+            raise refusal(base.folder, problem, OTHER_BASE)
         key = rename(path)
         if key not in base.tensors and base.is_tied and is_of_tokens(path) and len(tokens) == 1:
             key = tokens[0]
         return base.tensors.get(key)
 
     return origin
-
-
-def _renaming(wanted: Collection[str], base: Checkpoint) -> Callable[[str], str]:
-    """From parameter names of the adapted model to those of the file.
-
-    A model with a head and the one without it load each other's files: transformers takes one
-    outer name (`transformer.`, `model.`, …) off or puts it on. Which one is not in the folder, so
-    it is the one that finds the modules.
-    """
-
-    def found(change: tuple[str, str]) -> int:
-        off, on = change
-        return sum(on + key.removeprefix(off) in base.tensors for key in wanted)
-
-    as_is = ("", "")
-    changes = [(outer, "") for outer in _outer(wanted)] + [
-        ("", outer) for outer in _outer(base.tensors)
-    ]
-    best = max(found(change) for change in [as_is, *changes])
-    chosen = [as_is] if found(as_is) == best else [c for c in changes if found(c) == best]
-    if len(chosen) > 1:
-        ways = " and ".join(repr(off + on) for off, on in chosen[:2])
-        problem = f"has the adapters' modules under more than one name ({ways})"
-        raise refusal(base.folder, problem, _OTHER_BASE)
-    off, on = chosen[0]
-    return lambda key: on + key.removeprefix(off)
-
-
-def _outer(names: Collection[str]) -> list[str]:
-    return sorted({f"{name.partition('.')[0]}." for name in names})
 
 
 def _stored(layout: Layout, key: str, base: Checkpoint) -> LazyTensor:
@@ -121,7 +98,7 @@ def _stored(layout: Layout, key: str, base: Checkpoint) -> LazyTensor:
     if inside:
         problem = f"stores {module} as {inside[0]!r}, not as {key!r}: it is quantized or changed"
         raise refusal(base.folder, problem, "give the base in float32, float16 or bfloat16")
-    raise refusal(base.folder, f"has no {key!r} for {module}", _OTHER_BASE)
+    raise refusal(base.folder, f"has no {key!r} for {module}{nearest(key, base)}", OTHER_BASE)
 
 
 def _turned(layout: Layout, key: str, tensor: LazyTensor, target: Target, base: Checkpoint) -> bool:
@@ -142,7 +119,17 @@ def _turned(layout: Layout, key: str, tensor: LazyTensor, target: Target, base: 
     expected = list(weights.stored_shape(layout, stated))
     problem = f"stores {key!r} as {list(tensor.shape)}, module {layout.name!r} needs {expected}"
     resized = is_token_layout(layout, base) and tensor.shape[1:] == tuple(expected[1:])
-    raise refusal(base.folder, problem, _RESIZED if resized else _OTHER_BASE)
+    raise refusal(base.folder, problem, _RESIZED if resized else OTHER_BASE)
+
+
+def _check_one_each(places: Mapping[str, Place], base: Checkpoint) -> None:
+    """OptionError where two modules are one weight: the second would take the first's place."""
+    owners: dict[str, str] = {}
+    for name, place in places.items():
+        if (first := owners.setdefault(place.key, name)) != name:
+            problem = f"has one weight {place.key!r} for modules {first!r} and {name!r}"
+            remedy = "merge adapters that name their modules alike, or write an adapter"
+            raise refusal(base.folder, problem, remedy)
 
 
 def _check_squares(target: Target, places: Mapping[str, Place], base: Checkpoint) -> None:

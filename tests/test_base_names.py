@@ -1,0 +1,152 @@
+"""A base model's weights are found by their last names and shapes, one weight for one module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.make import random_factors
+
+import domerge_fast as dm
+from domerge_fast.errors import OptionError
+from domerge_fast.outputs.base_names import renaming
+from domerge_fast.outputs.checkpoint import Checkpoint, open_checkpoint
+
+Shapes = Mapping[str, tuple[int, int]]
+TAILS = {"self_attn.q_proj": (6, 8), "mlp.up_proj": (9, 8)}
+
+
+def layers(stem: str, more: int = 0, tails: Shapes = TAILS) -> dict[str, tuple[int, int]]:
+    """Modules with their shapes [m, n]; more: of both."""
+    return {
+        f"{stem}.{i}.{tail}": (m + more, n + more)
+        for i in range(2)
+        for tail, (m, n) in tails.items()
+    }
+
+
+def base(folder: Path, *modules: Shapes) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
+    tensors = {f"{k}.weight": torch.zeros(shape) for some in modules for k, shape in some.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def opened(tmp_path: Path, *modules: Shapes) -> Checkpoint:
+    return open_checkpoint(base(tmp_path / "base", *modules))
+
+
+def found(shapes: Shapes, checkpoint: Checkpoint) -> list[str]:
+    rename = renaming({f"{k}.weight": [shape] for k, shape in shapes.items()}, checkpoint)
+    return [rename(f"{name}.weight").removesuffix(".weight") for name in shapes]
+
+
+STEMS = {
+    "alike": ("model.layers", "model.layers"),
+    "backbone of causal": ("layers", "model.layers"),
+    "causal of backbone": ("model.layers", "layers"),
+    "language model inside": ("model.language_model.layers", "language_model.model.layers"),
+    "text of the Hub": ("model.language_model.layers", "model.layers"),
+    "GPT-2": ("h", "transformer.h"),
+    "any outer name": ("encoder.layer", "my_encoder.encoder.layer"),
+    "T5": ("transformer.encoder.block", "encoder.block"),
+    "in DDP": ("model.layers", "module.model.layers"),
+}
+
+
+@pytest.mark.parametrize("case", STEMS)
+def test_a_list_of_layers_is_found_under_another_name(case, tmp_path):
+    own, files = STEMS[case]
+    checkpoint = opened(tmp_path, layers(files), layers("other.blocks"))
+    assert found(layers(own), checkpoint) == list(layers(files))
+
+
+def test_text_vision_and_head_are_found_each_by_itself(tmp_path):
+    own = {
+        **layers("model.language_model.layers"),
+        **layers("model.visual.blocks", 1),
+        "model.language_model.embed_tokens": (30, 8),
+        "model.visual.merger": (8, 9),
+        "lm_head": (30, 8),
+    }
+    for name, text, vision, head in (
+        ("LLaVA", "language_model.model", "visual", "language_model.lm_head"),
+        ("Qwen", "model", "visual", "lm_head"),
+        ("new", "model.language_model", "model.visual", "lm_head"),
+    ):
+        files = {
+            **layers(f"{text}.layers"),
+            **layers(f"{vision}.blocks", 1),
+            f"{text}.embed_tokens": (30, 8),
+            f"{vision}.merger": (8, 9),
+            head: (30, 8),
+        }
+        (tmp_path / name).mkdir()
+        assert found(own, opened(tmp_path / name, files)) == list(files)
+
+
+def test_towers_of_the_same_names_are_told_apart_by_shapes(tmp_path):
+    checkpoint = opened(tmp_path, layers("text.layers"), layers("vision.layers", 1))
+    assert found(layers("layers"), checkpoint) == list(layers("text.layers"))
+    assert found(layers("layers", 1), checkpoint) == list(layers("vision.layers"))
+
+
+def test_names_that_may_mean_two_weights_are_refused(tmp_path):
+    checkpoint = opened(tmp_path, layers("text.layers"), layers("vision.layers"))
+    with pytest.raises(
+        OptionError, match=r"more than one name \('text\.layers\.' and 'vision\.lay"
+    ):
+        found(layers("layers"), checkpoint)
+
+
+def test_a_part_of_another_name_is_not_taken_for_it(tmp_path):
+    checkpoint = opened(tmp_path, layers("encoder.block"), layers("model.vision.layers"))
+    own = {**layers("decoder.block"), **layers("model.layers")}
+    assert found(own, checkpoint) == list(own)
+
+
+def test_what_is_not_adapted_follows_what_is(tmp_path):
+    checkpoint = opened(tmp_path, layers("layers"), {"norm": (8, 8), "score": (2, 8)})
+    rename = renaming({f"{name}.weight": () for name in layers("model.layers")}, checkpoint)
+    assert rename("model.norm.weight") == "norm.weight"
+    assert rename("score.weight") == "score.weight"
+    assert rename("model.nothing.weight") == "model.nothing.weight"
+
+
+def written(tmp_path: Path, own: Shapes, files: Shapes) -> Path:
+    factors = random_factors(own, 2)
+    adapter = dm.from_tensors(factors, base_model="base")
+    folder = base(tmp_path / "base", files)
+    dm.merge([adapter], "linear", form="model", base=folder, output=tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_every_update_lands_in_its_weight(tmp_path):
+    own = {**layers("model.language_model.layers"), **layers("model.visual.blocks", 1)}
+    files = {**layers("language_model.model.layers"), **layers("visual.blocks", 1)}
+    stored = load_file(written(tmp_path, own, files) / "model.safetensors")
+    for (name, (a, b)), key in zip(random_factors(own, 2).items(), files):
+        assert name.rpartition(".")[2] == key.rpartition(".")[2]
+        torch.testing.assert_close(stored[f"{key}.weight"], b @ a, rtol=1e-5, atol=1e-5)
+
+
+def test_two_modules_of_one_weight_are_refused(tmp_path):
+    own = {**layers("model.layers"), **layers("layers")}
+    with pytest.raises(
+        OptionError, match=r"one weight 'model\.layers\.0\S+' for modules 'l\S+' and '"
+    ):
+        written(tmp_path, own, layers("model.layers"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_miss_shows_the_nearest_key(tmp_path):
+    own = layers("model.layers", tails={"mlp.gate_proj": (9, 8)})
+    with pytest.raises(
+        OptionError, match=r"has no 'm\S+gate_proj\.weight' for .* nearest is 'model\."
+    ):
+        written(tmp_path, own, layers("model.layers", tails={"mlp.gated_proj": (9, 8)}))
