@@ -14,6 +14,7 @@ import torch
 
 from ..errors import AdapterError, is_text
 from ..storage.input_file import InputFile
+from . import foreign
 from .adapter import Adapter, AdapterConfig, Kind, Module, without_paths
 from .lazy import LazyTensor
 from .names import PREFIX, Spelling
@@ -149,6 +150,8 @@ def _unknown(name: str, path: str) -> AdapterError:
         problem, remedy = "is a DoRA (lora_magnitude_vector)", "train it as a plain LoRA"
     elif tensor.startswith("B.") and tensor.endswith(".bias"):
         problem, remedy = "has a bias on B (lora_bias)", "train it with lora_bias=False"
+    elif told := foreign.of_key(path):
+        problem, remedy = f"{told[0]}, by its tensor {path!r}", told[1]
     else:
         problem, remedy = f"unknown tensor {path!r}", _SAVE_AGAIN + ", as a plain LoRA"
     return AdapterError(name, module if tensor else None, problem, remedy)

@@ -19,6 +19,7 @@ from ..errors import AdapterError
 from ..garbage import uncollected
 from ..storage import json_file
 from ..storage.input_file import InputFile
+from . import foreign
 from .adapter import Adapter, AdapterConfig
 from .assemble import assemble
 from .lazy import LazyTensor, MemoryTensor
@@ -48,7 +49,9 @@ def load_folder(folder: Path, name: str) -> Adapter:
     weights = folder / WEIGHTS
     if not os.path.isfile(weights):
         pickles = [pickle for pickle in _PICKLES if (folder / pickle).exists()]
-        if pickles:
+        if told := foreign.of_folder(folder):
+            problem, remedy = told
+        elif pickles:
             problem = f"has its weights only as a pickle ({pickles[0]}), which can run code"
             remedy = "load it with PEFT and save it again with save_pretrained (safetensors)"
         else:
@@ -155,7 +158,8 @@ def _scalings(raw: Mapping[str, Any], name: str, keys: Collection[str]) -> Scali
 
 def _find(folder: Path, name: str) -> Path:
     try:
-        is_folder = stat.S_ISDIR(os.stat(folder).st_mode)
+        mode = os.stat(folder).st_mode
+        is_folder = stat.S_ISDIR(mode)
         if is_folder and (folder / CONFIG).is_file():
             return folder
         inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if path.is_file())
@@ -166,7 +170,10 @@ def _find(folder: Path, name: str) -> Path:
         problem = f"cannot be read ({error.strerror})"
         raise AdapterError(name, None, problem, "check the path") from error
     if not is_folder:
-        raise AdapterError(name, None, "is a file", f"give the folder that holds {CONFIG}")
+        refuse = functools.partial(AdapterError, name, None)
+        told = foreign.of_file(folder, refuse) if stat.S_ISREG(mode) else None
+        told = told or ("is a file", f"give the folder that holds {CONFIG}")
+        raise AdapterError(name, None, *told)
     if len(inside) == 1:
         return inside[0]
     if inside:
@@ -174,7 +181,8 @@ def _find(folder: Path, name: str) -> Path:
         raise AdapterError(
             name, None, f"holds {len(inside)} adapters ({names})", "give one of them"
         )
-    raise AdapterError(name, None, f"has no {CONFIG}", "give a folder saved by PEFT")
+    told = foreign.of_folder(folder) or (f"has no {CONFIG}", "give a folder saved by PEFT")
+    raise AdapterError(name, None, *told)
 
 
 def _plain_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import AdapterError
 from .adapter import AdapterConfig
+from .foreign import of_config
 from .patterns import BadPattern, Patterns
 
 _CHECKED = {
@@ -65,6 +66,8 @@ _CONVERTIBLE = re.compile(r"pissa|corda|olora|lora_ga")
 
 def read_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
     """The config of a plain LoRA; AdapterError if it is anything else."""
+    if told := of_config(raw):
+        raise AdapterError(adapter, None, *told)
     if raw.get("peft_type") != "LORA":
         problem = f"peft_type is {raw.get('peft_type')!r}"
         raise AdapterError(adapter, None, problem, "only LORA adapters can be merged")
