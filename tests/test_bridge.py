@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.make import random_factors, write_adapter
 from transformers import (
     BertConfig,
@@ -19,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 
 import domerge_fast as dm
@@ -294,3 +297,59 @@ def test_real_backbones_are_bridged_to_their_head_classes(case, turned):
         made.append(dataclasses.replace(found, config=stated))
     one, other = one_spelling(made)[0]
     assert one.modules.keys() == made[0].modules.keys() == other.modules.keys()
+
+
+def vision_language() -> torch.nn.Module:
+    torch.manual_seed(0)
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "rope_scaling": rope}
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4}
+    tokens = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62}
+    config = Qwen2_5_VLConfig(
+        text_config={**text, **heads, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config={**vision, "out_hidden_size": 32, "patch_size": 4},
+        tie_word_embeddings=False,
+        vision_end_token_id=63,
+        **tokens,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_old_and_new_names_merge_into_the_files_of_a_vision_language_model(tmp_path):
+    """The files have the Hub's names, the live model those of the newest class."""
+    import peft
+
+    vision_language().save_pretrained(tmp_path / "base")
+    for k, targets in enumerate((["q_proj", "qkv", "lm_head"], ["q_proj", "o_proj", "qkv"])):
+        torch.manual_seed(k + 1)
+        lora = peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False)
+        adapted = peft.get_peft_model(vision_language(), lora)
+        adapted.peft_config["default"].base_model_name_or_path = "base"
+        adapted.save_pretrained(tmp_path / f"new{k}", save_embedding_layers=False)
+    (tmp_path / "old1").mkdir()
+    config = (tmp_path / "new1/adapter_config.json").read_text()
+    (tmp_path / "old1/adapter_config.json").write_text(config)
+    stored = load_file(tmp_path / "new1/adapter_model.safetensors")
+    older = {
+        key.replace("model.language_model.", "model.").replace("model.visual.", "visual."): tensor
+        for key, tensor in stored.items()
+    }
+    save_file(older, tmp_path / "old1/adapter_model.safetensors")
+    dm.merge(
+        [tmp_path / "new0", tmp_path / "old1"],
+        "linear",
+        form="model",
+        base=tmp_path / "base",
+        output=tmp_path / "out",
+    )
+    model = peft.PeftModel.from_pretrained(vision_language(), tmp_path / "new0", "a")
+    model.load_adapter(tmp_path / "new1", "b")
+    model.base_model.set_adapter(["a", "b"])
+    merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    expected = model.merge_and_unload().state_dict()
+    found = merged.state_dict()
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NoReturn
@@ -24,13 +25,24 @@ from .whole import parameter
 
 NEUTRAL = frozenset(
     [
-        *("albert", "backbone", "base_model", "bert", "clip", "deberta", "distilbert", "electra"),
-        *("esm", "gpt_neox", "language_model", "llm", "lm", "model", "module", "pretrained_model"),
-        *("roberta", "text_model", "transformer", "unet", "vit"),
+        *("albert", "backbone", "base_model", "beit", "bert", "clip", "deberta", "deit", "dinov2"),
+        *("distilbert", "electra", "esm", "gpt_neox", "hubert", "language_model", "llm", "lm"),
+        *(
+            "longformer",
+            "model",
+            "module",
+            "mpnet",
+            "pretrained_model",
+            "resnet",
+            "roberta",
+            "swin",
+        ),
+        *("text_model", "transformer", "unet", "vit", "wav2vec2"),
     ]
 )
 """Words that a class puts before the names of the one inside it, and that name no part of it."""
 
+_NUMBER = re.compile(r"(?:^|\.)\d+(?![^.])")
 _STACKS = {"encoder", "decoder"}
 _LAYERS = {"layers", "layer", "h", "block", "blocks"}
 _ATTENTION = {"self_attn", "attn", "attention", "self_attention"}
@@ -63,12 +75,40 @@ def one_spelling(
     ]
     if not adapters or all(_has_names_of(adapters[0], adapter) for adapter in adapters[1:]):
         return list(adapters), notes
+    of_one_base = states_base(adapters, base_model)
+    if of_one_base and not _alike(adapters):
+        return list(adapters), [*notes, *_apart(adapters)]
     trees = [_trees(adapter) for adapter in adapters]
     bridge = _Bridge(adapters, trees, base_model)
     renamed, told = bridge.renamed()
-    if not states_base(adapters, base_model):
+    if not of_one_base:
         _check_layers(renamed, [_trees(adapter) for adapter in renamed])
     return renamed, [*notes, *told, *_apart(renamed)]
+
+
+def _alike(adapters: Sequence[Adapter]) -> bool:
+    """Whether any two stems may be spellings of each other: most often none, without a look at all
+    that is below them."""
+    names = {
+        name
+        for adapter in adapters
+        for name in (*adapter.modules, *map(parameter, adapter.carried))
+    }
+    stems: dict[str, set[str]] = {}
+    cores: dict[Core, str] = {}
+    for stem, rest in set(map(_stem, names)):
+        if rest:
+            stems.setdefault(stem.rpartition(".")[2], set()).add(stem)
+        elif cores.setdefault(core_of(stem), stem) != stem:
+            return True
+    pairs = (pair for found in stems.values() for pair in itertools.combinations(found, 2))
+    return any(core_of(one) == core_of(other) or within(one, other) for one, other in pairs)
+
+
+def _stem(name: str) -> tuple[str, bool]:
+    """The stem of a name, and whether there is a rest."""
+    number = _NUMBER.search(name)
+    return (name[: number.start()], True) if number else (name, False)
 
 
 @functools.lru_cache(1 << 14)
@@ -80,9 +120,8 @@ def core_of(stem: str) -> Core:
 
 def split(name: str) -> tuple[str, str]:
     """Stem and rest of a name."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[:at]), ".".join(parts[at:])
+    number = _NUMBER.search(name)
+    return (name[: number.start()], name[number.start() :].lstrip(".")) if number else (name, "")
 
 
 def joined(stem: str, rest: str) -> str:
