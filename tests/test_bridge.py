@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 
 import pytest
@@ -353,3 +354,41 @@ def test_old_and_new_names_merge_into_the_files_of_a_vision_language_model(tmp_p
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5)
+
+
+class Towers(torch.nn.Module):
+    """A text and an image tower whose layers look the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.layers = self._tower()
+        self.model.vision = torch.nn.Module()
+        self.model.vision.layers = self._tower()
+
+    @staticmethod
+    def _tower() -> torch.nn.ModuleList:
+        return torch.nn.ModuleList([torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 6)})])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_names_of_one_live_model_are_what_they_are():
+    import peft
+
+    from domerge_fast.integrations import peft as live
+
+    torch.manual_seed(0)
+    targets = {"a": "model.layers.0.q_proj", "b": "model.vision.layers.0.q_proj"}
+    configs = {
+        name: peft.LoraConfig(r=2, target_modules=re.escape(path), init_lora_weights=False)
+        for name, path in targets.items()
+    }
+    model = peft.get_peft_model(Towers(), configs["a"], "a")
+    model.add_adapter("b", configs["b"])
+    made = [dm.from_model(model, name) for name in targets]
+    merged = dm.merge(made, "linear")
+    assert set(merged.names) == set(targets.values())
+    live.add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "both", "linear")
+    assert set(dm.from_model(model, "both").modules) == set(targets.values())
+    with pytest.raises(AdapterError, match="another part of the model"):
+        one_spelling([made[0], dataclasses.replace(made[1], model=None)])

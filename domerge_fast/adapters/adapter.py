@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -91,7 +92,7 @@ class Adapter:
     writes (with its ``base_model.model.`` prefix). ``inputs`` are all files it was read from. Names
     are those of the plain model; ``removed`` are the components that something around it had added
     to them. ``originals`` holds what some of the tensors stored whole were before training, by the
-    name of the parameter, where that is known.
+    name of the parameter, where that is known. ``model`` is the live model it was read from.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Adapter:
     inputs: tuple[InputFile, ...] = field(default=(), repr=False)
     removed: tuple[str, ...] = ()
     originals: Mapping[str, LazyTensor] = field(default_factory=dict, repr=False)
+    model: weakref.ref[Any] | None = field(default=None, repr=False)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, n] and B [m, r] of a module: row-major, stored dtype, scaling not applied.

@@ -64,7 +64,8 @@ def one_spelling(
     """The adapters with each module under one name, and what was renamed, a sentence each.
 
     Names become those of the first adapter, or of one that has what it lacks. AdapterError, naming
-    both spellings, where two may be one part of the model or two, and where adapters that state no
+    both spellings, where two may be one part of the model or two (in one live model they are
+    two), and where adapters that state no
     base model (nor ``base_model`` for them) have layers of different models.
     """
     check_base(adapters, base_model)
@@ -75,8 +76,10 @@ def one_spelling(
     ]
     if not adapters or all(_has_names_of(adapters[0], adapter) for adapter in adapters[1:]):
         return list(adapters), notes
-    of_one_base = states_base(adapters, base_model)
-    if of_one_base and not _alike(adapters):
+    model = adapters[0].model
+    of_one_model = model is not None and all(adapter.model == model for adapter in adapters)
+    of_one_base = of_one_model or states_base(adapters, base_model)
+    if of_one_model or (of_one_base and not _alike(adapters)):
         return list(adapters), [*notes, *_apart(adapters)]
     trees = [_trees(adapter) for adapter in adapters]
     bridge = _Bridge(adapters, trees, base_model)

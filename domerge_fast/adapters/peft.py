@@ -11,6 +11,7 @@ import json
 import os
 import re
 import stat
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,8 @@ def from_model(peft_model: Any, adapter_name: str = "default", name: str | None 
     }
     found = assemble(name, config, tensors, lambda module, rank: float(scaling[module]))
     originals = _originals(peft_model, config, spell, found)
-    return dataclasses.replace(found, originals=originals)
+    model = weakref.ref(unwrapped(peft_model))
+    return dataclasses.replace(found, originals=originals, model=model)
 
 
 def _originals(
