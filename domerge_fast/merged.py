@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from . import precision
 from .adapters import Adapter, Kept, LazyTensor, load
 from .errors import OptionError
 from .options import suggest
@@ -116,12 +117,15 @@ class Merged:
         return load(self.path)
 
     def delta(self, name: str) -> Tensor:
-        """ΔW = B A [m, n] in float32, out x in whatever way the base stores its weight."""
+        """ΔW = B A [m, n] in float32, out x in whatever way the base stores its weight.
+
+        DomergeError where float32 holds the factors but not their product.
+        """
         self._check(name)
         if self._form == "deltas" and self.path is None:
             return self.results[name][0]
         a, b = self.factors(name)
-        return b.float() @ a.float()
+        return precision.product(name, a, b)
 
     def save(
         self, output: str | os.PathLike[str], overwrite: bool = False, force: bool = False

@@ -48,8 +48,8 @@ CENTRE = 25
 GRID = 32
 """Powers taken out are multiples of it, so that modules of like sizes have the same."""
 
-FARTHEST = 100
-"""log2 of how many times larger than another an adapter's side or update may be."""
+FARTHEST = 105
+"""log2 of how far below the largest A times the largest B of a module an adapter's may be."""
 
 EXTREME = 30
 """log2 of the weights and λ that are left as they are."""
@@ -102,16 +102,15 @@ def centred(plan: Plan, stack: Stack, diagonals: Diagonals) -> Stack:
     pairs = list(zip(*sizes))
     if any(math.isinf(e) and e > 0 for pair in pairs for e in pair):
         return stack
-    of_updates = [a + b for a, b in pairs]
-    _check_size(plan, stack, of_updates)
-    for what, column in (("lora_A", sizes[0]), ("lora_B", sizes[1]), ("update", of_updates)):
-        _check_apart(plan, stack, what, column)
-    (a, power_a), (b, power_b) = (_near_one(side, size) for side, size in zip(sides, sizes))
-    if not power_a and not power_b and not any(map(_is_far, sizes)):
+    _check_size(plan, stack, [a + b for a, b in pairs])
+    bare = [_exponent(block, 1.0) for block in stack.b.blocks]
+    _check_apart(plan, stack, "lora_A and lora_B are", sizes)
+    _check_apart(plan, stack, "lora_B without its scaling is", [bare])
+    far = any(map(_is_far, sizes))
+    (a, power_a), (b, power_b) = (_near_one(side, size, far) for side, size in zip(sides, sizes))
+    if a is stack.a and b is stack.b and not far:
         return stack
-    return dataclasses.replace(
-        stack, a=a, b=b, powers=(power_a, power_b), far=any(map(_is_far, sizes))
-    )
+    return dataclasses.replace(stack, a=a, b=b, powers=(power_a, power_b), far=far)
 
 
 def exponents(side: Problem, diagonal: Tensor | None = None) -> list[float]:
@@ -155,29 +154,40 @@ def _check_size(plan: Plan, stack: Stack, sizes: Sequence[float]) -> None:
             raise AdapterError(plan.adapters[i].name, stack.name, problem, remedy)
 
 
-def _check_apart(plan: Plan, stack: Stack, what: str, sizes: Sequence[float]) -> None:
-    present = [(size, plan.adapters[i].name) for size, i in zip(sizes, stack.adapters)]
-    present = [pair for pair in present if pair[0] > -math.inf]
-    if not present:
-        return
-    (least, name), (most, other) = min(present), max(present)
-    if most - least > FARTHEST:
-        problem = f"its {what} is 2^{most - least:.0f} times smaller than that of {other!r}"
-        remedy = "leave it out, or bring them to like sizes"
-        raise AdapterError(name, stack.name, problem, remedy)
+def _check_apart(plan: Plan, stack: Stack, what: str, sides: Sequence[Sequence[float]]) -> None:
+    """How far all sides of an adapter together are below the largest ones, if it is not zero."""
+    tops = [max(sizes) for sizes in sides]
+    for i, own in zip(stack.adapters, zip(*sides)):
+        below = sum(top - size for top, size in zip(tops, own) if top > -math.inf)
+        if FARTHEST < below < math.inf:
+            problem = f"its {what} 2^{below:.0f} times smaller than the module's largest"
+            remedy = "leave it out, or bring the adapters to like sizes"
+            raise AdapterError(plan.adapters[i].name, stack.name, problem, remedy)
 
 
-def _near_one(side: Problem, sizes: Sequence[float]) -> tuple[Problem, int]:
-    """The side with a power of two taken out of all blocks, and of all scales, and the power."""
-    top = max(sizes)
-    if abs(top) <= CENTRE or math.isinf(top):
+def _near_one(side: Problem, sizes: Sequence[float], far: bool) -> tuple[Problem, int]:
+    """The side with a power of two taken out of all blocks, and of all scales, and the power; the
+    same side where neither is needed. far: whether there is room for the largest entry at 1 only.
+    """
+    top, raw = max(sizes), max(_exponent(block, 1.0) for block in side.blocks)
+    narrow = all(abs(math.frexp(scale)[1]) <= FARTHEST for scale in side.scales)
+    if math.isinf(top) or (abs(top) <= CENTRE and narrow and not far):
         return side, 0
-    raw = max(_exponent(block, 1.0) for block in side.blocks)
-    of_blocks = GRID * round(raw / GRID)
-    of_scales = GRID * round((top - of_blocks) / GRID)
-    blocks = tuple(_times(block, -of_blocks).to(block.dtype) for block in side.blocks)
-    scales = tuple(math.ldexp(scale, -of_scales) for scale in side.scales)
+    grid = 1 if far else GRID
+    of_blocks = grid * round(raw / grid)
+    # The scales of A are 1, and stay so: methods do not look at them.
+    of_scales = grid * round((top - of_blocks) / grid) if set(side.scales) != {1.0} else 0
+    blocks = tuple(_times(block, -of_blocks).to(_wide(block.dtype)) for block in side.blocks)
+    scales = tuple(
+        1.0 if math.isinf(size) else math.ldexp(scale, -of_scales)
+        for scale, size in zip(side.scales, sizes)
+    )
     return Problem(blocks if of_blocks else side.blocks, scales), of_blocks + of_scales
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """One with the exponents of float32."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def of_weights(weights: Sequence[float], by_ratio: bool) -> int:
@@ -286,6 +296,18 @@ def scaled(name: str, delta: Tensor, power: int) -> Tensor:
     if not math.isfinite(_largest(found)):
         raise refusal(name, delta.dtype, "large")
     check_rounding(name, delta, _times(found, -power), delta.dtype)
+    return found
+
+
+def product(name: str, a: Tensor, b: Tensor) -> Tensor:
+    """B A in float32; DomergeError where it is beyond that."""
+    found = b.float() @ a.float()
+    if not TINY <= _largest(found) < math.inf:
+        exact = b.double() @ a.double()
+        if float(exact.abs().max()) > torch.finfo(torch.float32).max:
+            raise refusal(name, torch.float32, "large")
+        found = exact.float()
+        check_rounding(name, exact, found, torch.float32)
     return found
 
 

@@ -184,7 +184,7 @@ CASES = {
         valued(V, -float("inf")), "an infinite value in lora_A", "leave it out", module=V
     ),
     "too far apart": adapter(
-        shrunk(V, 1e-35), "lora_B is 2^", "smaller than that of 'one'", "like sizes", module=V
+        shrunk(V, 1e-35), "are 2^", "smaller than the module's largest", "like sizes", module=V
     ),
     "alpha beyond floats": adapter(
         lambda: make("two", lora_alpha=1e300), "update is of size 2^", "correct its alpha", module=Q

@@ -278,26 +278,29 @@ def _truncate_small(
     The coefficients are in the precision that their products with the factors need. at: which of
     the pairs these are.
     """
-    balance = _balance(gram_a, gram_b)
-    upper_a = _upper(balance[..., None] * gram_a * balance[:, None])
-    upper_b = _upper(gram_b / balance[..., None] / balance[:, None])
+    balance, live = _balance(gram_a, gram_b)
+    pairs = live[..., None] & live[:, None]
+    upper_a = _upper(balance[..., None] * gram_a * balance[:, None] * pairs)
+    upper_b = _upper(gram_b / balance[..., None] / balance[:, None] * pairs)
     u, s, vh = torch.linalg.svd(upper_b @ upper_a.mT)
     sizes = upper_a.norm(dim=(1, 2)) * upper_b.norm(dim=(1, 2))
     inverse = torch.where(s > NOISE * sizes[:, None], s.rsqrt(), 0.0)[..., None]
     shares = torch.where(sizes > 0, s.norm(dim=1) / sizes, 1.0).tolist()
     for k, (values, share) in enumerate(zip(s.cpu(), shares)):
         count, kept = cut(values, rank, energy, at[k])
-        c_a = inverse[k, :count] * (u[k, :, :count].T @ upper_b[k]) * balance[k]
-        c_b = inverse[k, :count] * (vh[k, :count] @ upper_a[k]) / balance[k]
+        c_a = inverse[k, :count] * (u[k, :, :count].T @ upper_b[k]) * balance[k] * live[k]
+        c_b = inverse[k, :count] * (vh[k, :count] @ upper_a[k]) / balance[k] * live[k]
         dtype = torch.float64 if share < CANCELS else torch.float32
         yield c_a.to(dtype), c_b.to(dtype), kept
 
 
-def _balance(gram_a: Tensor, gram_b: Tensor) -> Tensor:
+def _balance(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
     """What brings row k of A and column k of B to one norm, [P, R]: neither side alone may decide
-    which part of B A is rounding noise."""
+    which part of B A is rounding noise. And which rows meet no column of zeros, [P, R]: the others
+    have no part in B A, whatever their size."""
     rows, columns = (g.diagonal(dim1=1, dim2=2) for g in (gram_a, gram_b))
-    return torch.where((rows > 0) & (columns > 0), (columns / rows) ** 0.25, 1.0)
+    live = (rows > 0) & (columns > 0)
+    return torch.where(live, (columns / rows) ** 0.25, 1.0), live
 
 
 def _upper(gram: Tensor) -> Tensor:

@@ -74,7 +74,8 @@ Merge = Callable[
     [Sequence[Stack], Sequence[Tensor | None], Sequence[Tensor | None], Any, Settings],
     Merged,
 ]
-"""(stacks, grams_a, grams_b, options, settings) -> the merge of every stack.
+"""(stacks, grams_a, grams_b, options, settings) -> the merge of every stack, in its own units: what
+`Stack.powers` took out comes back later.
 
 The Grams are [R, R] in float32, of the scaled factors, None where `needs_grams(stack, options)` is
 false and nobody else wanted them. options is the method's frozen dataclass.

@@ -25,7 +25,7 @@ from .space import NOISE
 def inner_products(stacks: Sequence[Stack], backend: str) -> list[Tensor]:
     """<τ_i, τ_j> of the τ_i = s_i B_i A_i of every stack, [T, T] in float64 in the host's memory.
 
-    An update that is rounding noise of ||B_i|| ||A_i|| is zero.
+    An update that is rounding noise of its parts of rank 1 is zero.
     """
     problems = [*(s.a for s in stacks), *(s.b for s in stacks)]
     grams = ops.gram(problems, dtype=torch.float64, backend=backend)
@@ -55,9 +55,7 @@ def shares(stack: Stack) -> list[float]:
 def _inner_products(gram_a: Tensor, gram_b: Tensor, ranks: tuple[int, ...]) -> Tensor:
     rows = torch.stack([block.sum(0) for block in (gram_a * gram_b).split(ranks)])
     found = torch.stack([block.sum(1) for block in rows.split(ranks, 1)], 1)
-    size_a, size_b = (
-        torch.stack([part.sum() for part in gram.diagonal().split(ranks)])
-        for gram in (gram_a, gram_b)
-    )
-    present = found.diagonal() > NOISE**2 * size_a * size_b
+    parts = (gram_a.diagonal() * gram_b.diagonal()).clamp_min(0).sqrt()
+    size = torch.stack([part.sum() for part in parts.split(ranks)])
+    present = found.diagonal() > (NOISE * size) ** 2
     return found * present * present[:, None]

@@ -67,16 +67,20 @@ def _joined(blocks: Iterator[Tensor], count: int) -> Problem:
 def _coefficients(grams_a: Tensor, grams_b: Tensor) -> tuple[Tensor, Tensor]:
     """C_A and C_B [P, r, r] in float32 with A' = C_A A and B'^T = C_B B^T, from A A^T and B^T B.
 
-    Row k of A and column k of B are brought to one norm first: neither side alone decides what is
-    rounding noise.
+    Row k of A and column k of B are brought to one norm first, or to zero if one of them is:
+    neither side alone decides what is rounding noise.
     """
     rows, columns = (g.diagonal(dim1=1, dim2=2) for g in (grams_a, grams_b))
-    gains = torch.where((rows > 0) & (columns > 0), (columns / rows) ** 0.25, 1.0)[:, None]
-    root_a, root_b = root(gains.mT * grams_a * gains), root(grams_b / gains.mT / gains)
+    live = ((rows > 0) & (columns > 0))[:, None]
+    gains = torch.where(live, (columns / rows)[:, None] ** 0.25, 1.0)
+    root_a, root_b = (
+        root(g * (live.mT & live)) for g in (gains.mT * grams_a * gains, grams_b / gains.mT / gains)
+    )
     u, s, vh = torch.linalg.svd(root_b @ root_a.mT)
     sizes = torch.linalg.matrix_norm(root_a) * torch.linalg.matrix_norm(root_b)
     inverse = torch.where(s > NOISE * sizes[:, None], s.rsqrt(), 0.0)[..., None]
-    return (inverse * (u.mT @ root_b) * gains).float(), (inverse * (vh @ root_a) / gains).float()
+    c_a, c_b = inverse * (u.mT @ root_b) * gains, inverse * (vh @ root_a) / gains
+    return (c_a * live).float(), (c_b * live).float()
 
 
 STEP = PreStep("canonicalize", "balance each update: B = U sqrt(S), A = sqrt(S) V^T", run)
