@@ -98,13 +98,11 @@ class Work:
     def ranks(self, plan: Plan) -> dict[str, int]:
         """What the rank of every module's factors is at most."""
         cut = self.cut or (self.usual if self.method.dense else Cut())
-        ranks = {}
-        for name in plan.names:
-            most = plan.least_side(name)
-            if not self.method.dense:
-                most = min(most, self.method.rank([m.rank for m in plan.modules(name)]))
-            ranks[name] = most if cut.rank is None else min(most, cut.rank)
-        return ranks
+        most = {}
+        for ranks, side in set(plan.sizes.values()):
+            limits = [side, side if self.method.dense else self.method.rank(ranks)]
+            most[ranks, side] = min([*limits, cut.rank or side])
+        return {name: most[size] for name, size in plan.sizes.items()}
 
     def before(self, stacks: Sequence[Stack]) -> Sequence[Stack]:
         for step in self.pre:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -95,17 +96,22 @@ class Plan:
     @property
     def ranks(self) -> dict[str, int]:
         """R of every module."""
-        return {name: self.rank(name) for name in self.names}
+        return {name: sum(ranks) for name, (ranks, _) in self.sizes.items()}
 
-    def least_side(self, name: str) -> int:
-        """min(m, n), which no module's rank has to exceed."""
-        module = self.module(name)
-        return min(module.m, module.n)
+    @cached_property
+    def sizes(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """The r_i of every module, and min(m, n), which no rank has to exceed."""
+        adapters, found = self.adapters, {}
+        for name, owners in self.owners.items():
+            modules = [adapters[i].modules[name] for i in owners]
+            first = modules[0]
+            found[name] = tuple([module.rank for module in modules]), min(first.m, first.n)
+        return found
 
     @property
     def wide(self) -> bool:
         """Whether a module's stacked rank exceeds what its update can have."""
-        return any(rank > self.least_side(name) for name, rank in self.ranks.items())
+        return any(sum(ranks) > side for ranks, side in set(self.sizes.values()))
 
     def dtype(self) -> torch.dtype:
         """The dtype that all factors share, or float32 where they differ."""
