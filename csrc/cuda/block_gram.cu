@@ -48,12 +48,12 @@ struct BlockGram {
                 block.each([&](int thread) {
                     for (int e = thread; e < kSize * kSize; e += kThreads) {
                         const int64_t i = row + e / kSize, j = column + e % kSize;
-                        if (i >= work.rank || j >= work.rank) continue;
+                        if (i >= work.rank || j > i) continue;
                         const double value =
                             own.scale * own.scale *
                             Product<kSize>::Product::gather(product, e / kSize, e % kSize);
                         out[i * work.rank + j] = value;
-                        if (row != column) out[j * work.rank + i] = value;
+                        out[j * work.rank + i] = value;
                     }
                 });
             }

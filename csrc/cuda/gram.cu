@@ -45,14 +45,14 @@ struct Target {
         return table.blocks[table.owner[problem.first_owner + i]].scale;
     }
 
-    // One entry, scaled, and its mirror image.
+    // One entry at or below the diagonal, scaled, and its mirror image.
     DOMERGE_DEVICE void put(int64_t i, int64_t j, float value) const {
         i += row;
         j += column;
-        if (i >= problem.rank || j >= problem.rank) return;
+        if (i >= problem.rank || j > i) return;
         value = static_cast<float>(scale(i) * scale(j) * value);
         gram[i * problem.rank + j] = value;
-        if (row != column) gram[j * problem.rank + i] = value;
+        gram[j * problem.rank + i] = value;
     }
 };
 
