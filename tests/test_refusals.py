@@ -329,7 +329,7 @@ CASES = {
     "output below a file": output(
         nothing,
         {"output": "one/adapter_config.json/out"},
-        "cannot be written (File exists); nothing was kept",
+        "cannot be written (Not a directory); nothing was kept",
     ),
 }
 
