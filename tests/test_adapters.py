@@ -290,7 +290,7 @@ def test_plain_tensors_make_an_adapter():
     factors = random_factors(QV, 3)
     factors["conv"] = torch.randn(3, 4, 2, 5), torch.randn(7, 3, 1, 1)
     factors["emb"] = torch.randn(3, 11, requires_grad=True), torch.randn(9, 6)[:, ::2]
-    by_module = {name: float(i) for i, name in enumerate(factors)}
+    by_module = {name: float(i) for i, name in enumerate(factors, 1)}
     adapter = from_tensors(factors, by_module, name="mine", base_model="b", embeddings=["emb"])
     assert {name: module.scaling for name, module in adapter.modules.items()} == by_module
     assert adapter.modules["conv"].kind == "conv2d"
