@@ -33,7 +33,7 @@ ROOM = 6
 they make of it when they are timed."""
 
 Say = Callable[[str], None]
-HEAD = ("op", "backend", "µs", "from", "to", "GB/s", "TFLOP/s", "bound µs", "by", "reached")
+HEAD = ("op", "backend", "µs", "from", "to", "GB/s", "TFLOP/s", "bound", "by", "reached")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Row:
             self.backend + (" graph" if self.graph else ""),
             *(f"{1e6 * t:.0f}" for t in times),
             f"{self.bytes / median / 1e9:.1f}",
-            f"{self.flops / median / 1e12:.3g}",
+            f"{self.flops / median / 1e12:.2g}",
             f"{1e6 * self.bound:.0f}",
             self.limit,
             f"{100 * self.bound / median:.0f} %",
