@@ -33,7 +33,7 @@ ROOM = 6
 they make of it when they are timed."""
 
 Say = Callable[[str], None]
-HEAD = ("op", "backend", "µs", "from", "to", "GB/s", "TFLOP/s", "bound", "by", "reached")
+HEAD = ("op", "backend", "µs", "from", "to", "GB/s", "TFLOP/s", "bound", "reached")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ class Row:
             f"{self.bytes / median / 1e9:.1f}",
             f"{self.flops / median / 1e12:.2g}",
             f"{1e6 * self.bound:.0f}",
-            self.limit,
-            f"{100 * self.bound / median:.0f} %",
+            f"{100 * self.bound / median:.0f} % {self.limit}",
         )
 
 
