@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, LazyTensor, Module
-from .adapters.safetensors_file import group_bytes, read_group
 from .problem import Problem
 from .storage.buffers import Buffers
+from .storage.safetensors_file import group_bytes, read_group
 
 GROUP_BYTES = 64 << 20
 """Factor bytes in a group of modules: small enough for the cache, large enough for all cores."""

@@ -28,7 +28,6 @@ from . import api, engine, options, precision
 from .adapters import Adapter, Kept, check_compatible, keep, load, one_spelling
 from .adapters.assemble import assemble
 from .adapters.peft_config import read_config
-from .adapters.safetensors_file import SafetensorsFile
 from .adapters.whole import AUTO, DROP, check_policy, is_named
 from .backends import registry
 from .errors import AdapterError, OptionError, OutputError, printable
@@ -46,6 +45,7 @@ from .progress import shown
 from .report import ModuleReport, Report
 from .storage import json_file
 from .storage.input_file import InputFile
+from .storage.safetensors_file import SafetensorsFile
 
 STATE = "sequential.json"
 FACTORS = "running_sum.safetensors"

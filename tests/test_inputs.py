@@ -16,12 +16,12 @@ from support.make import random_factors, write_adapter
 import domerge_fast as dm
 from domerge_fast import engine
 from domerge_fast.adapters import load
-from domerge_fast.adapters.safetensors_file import read_group
 from domerge_fast.api import POST_STEPS, PRE_STEPS
 from domerge_fast.errors import AdapterError, DomergeError, OptionError
 from domerge_fast.sequential import Sequential
 from domerge_fast.storage import buffers, input_file
 from domerge_fast.storage.input_file import InputFile
+from domerge_fast.storage.safetensors_file import read_group
 
 NAMES = [f"layers.{i}.q_proj" for i in range(6)]
 SHAPES = dict.fromkeys(NAMES, (24, 32))
@@ -362,8 +362,8 @@ def test_a_base_that_changes_while_it_is_merged(name, pair, tmp_path, monkeypatc
 def test_a_base_is_copied_piece_by_piece(pair, tmp_path, monkeypatch):
     base = base_folder(tmp_path / "base")
     dm.merge(pair, form="model", base=base, output=tmp_path / "whole")
-    monkeypatch.setattr("domerge_fast.adapters.lazy.in_step.__defaults__", (64,))
-    monkeypatch.setattr("domerge_fast.adapters.lazy.pieces.__defaults__", (64,))
+    monkeypatch.setattr("domerge_fast.storage.lazy.in_step.__defaults__", (64,))
+    monkeypatch.setattr("domerge_fast.storage.lazy.pieces.__defaults__", (64,))
     monkeypatch.setattr("domerge_fast.outputs.base.CHUNK_BYTES", 300)
     dm.merge(pair, form="model", base=base, output=tmp_path / "pieces")
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "pieces"))

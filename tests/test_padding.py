@@ -11,8 +11,8 @@ from support.make import Factors, random_factors, write_adapter
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.adapters import safetensors_file
 from domerge_fast.methods import TABLE
+from domerge_fast.storage import safetensors_file
 
 SHAPES = {"layers.0.q": (24, 20), "layers.1.q": (24, 20), "up": (30, 12)}
 

@@ -13,8 +13,8 @@ from support.make import PREFIX, lora_tensors, random_factors, write_adapter, wr
 from torch import nn
 
 from domerge_fast.adapters import check_compatible, from_model, from_tensors, load
-from domerge_fast.adapters.safetensors_file import SafetensorsFile
 from domerge_fast.errors import AdapterError, DomergeError, OptionError, OutputError
+from domerge_fast.storage.safetensors_file import SafetensorsFile
 
 Q, V = "layers.0.q_proj", "layers.0.v_proj"
 SHAPES = {Q: (6, 8), V: (4, 8)}

@@ -14,9 +14,9 @@ from support.make import PREFIX, random_factors, write_adapter
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.adapters import lazy
 from domerge_fast.cli import main
 from domerge_fast.errors import AdapterError, DomergeError, OptionError
+from domerge_fast.storage import lazy
 
 Q = "model.layers.0.self_attn.q_proj"
 EMBED, HEAD, SCORE = "model.embed_tokens.weight", "lm_head.weight", "score.weight"
@@ -80,6 +80,14 @@ def test_what_is_the_same_in_all_is_kept_bit_by_bit(tmp_path):
         assert torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (whole[key], tensor)))
     assert config["modules_to_save"] == SAVED
     assert notes == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16, torch.complex64])
+def test_what_can_be_read_can_be_written(dtype, tmp_path):
+    saved = {SCORE: torch.arange(6).view(2, 3).to(dtype)}
+    whole, _, _ = merge(tmp_path, adapter(tmp_path / "a", saved))
+    assert whole[SCORE].dtype == dtype
+    assert torch.equal(whole[SCORE].view(torch.uint8), saved[SCORE].view(torch.uint8))
 
 
 def test_signs_of_zero_make_a_difference(tmp_path):

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from ..errors import printable
+from ..storage.lazy import LazyTensor
 from .adapter import Adapter, AdapterConfig, Kind, Module
 from .bridge import one_spelling
 from .compatible import check_compatible
-from .lazy import LazyTensor
 from .peft import from_model, load_folder
 from .tensors import from_tensors
 from .whole import Kept, keep

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 
 from ..storage.input_file import InputFile
-from .lazy import LazyTensor, MemoryTensor
-from .safetensors_file import SafetensorsFile
+from ..storage.lazy import LazyTensor, MemoryTensor
+from ..storage.safetensors_file import SafetensorsFile
 
 Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d"]
 

@@ -14,12 +14,12 @@ import torch
 
 from ..errors import AdapterError, is_text
 from ..storage.input_file import InputFile
+from ..storage.lazy import LazyTensor
+from ..storage.safetensors_file import SafetensorsFile
 from . import foreign
 from .adapter import Adapter, AdapterConfig, Kind, Module, without_paths
-from .lazy import LazyTensor
 from .names import PREFIX, Spelling
 from .padding import unpadded_ranks
-from .safetensors_file import SafetensorsFile
 
 # A live model, and what consolidates its shards, have the adapter's name after the side.
 _FACTOR = re.compile(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..storage.input_file import Refuse
-from .safetensors_file import SafetensorsFile
+from ..storage.safetensors_file import SafetensorsFile
 
 Told = tuple[str, str]  # problem, remedy
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .lazy import LazyTensor, MemoryTensor
-from .safetensors_file import FileTensor, SafetensorsFile
+from ..storage.lazy import LazyTensor, MemoryTensor
+from ..storage.safetensors_file import FileTensor, SafetensorsFile
 
 HEAD_BYTES = 64
 """Of A's last row, read of every module: in a trained one they are hardly ever all zeros."""

@@ -20,13 +20,13 @@ from ..errors import AdapterError
 from ..garbage import uncollected
 from ..storage import json_file
 from ..storage.input_file import InputFile
+from ..storage.lazy import LazyTensor, MemoryTensor
+from ..storage.safetensors_file import SafetensorsFile
 from . import foreign
 from .adapter import Adapter, AdapterConfig
 from .assemble import assemble
-from .lazy import LazyTensor, MemoryTensor
 from .names import AROUND, Spelling, in_peft
 from .peft_config import read_config, scalings
-from .safetensors_file import SafetensorsFile
 from .whole import NEW_HEADS, WITH_HEAD, parameter
 
 CONFIG = "adapter_config.json"

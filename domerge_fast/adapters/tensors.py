@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ..errors import AdapterError, is_text
+from ..storage.lazy import MemoryTensor
 from .adapter import Adapter, AdapterConfig
 from .assemble import assemble
-from .lazy import MemoryTensor
 
 
 def from_tensors(

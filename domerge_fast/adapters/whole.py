@@ -23,9 +23,9 @@ import torch
 
 from ..errors import AdapterError, DomergeError, OptionError
 from ..options import suggest
+from ..storage.lazy import LazyTensor, in_step
 from .adapter import Adapter, AdapterConfig, called
 from .assemble import is_of_tokens, is_saved
-from .lazy import LazyTensor, in_step
 from .names import PREFIX
 
 AUTO, DROP, FROM = "auto", "drop", "from:"

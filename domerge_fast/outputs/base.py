@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters.lazy import LazyTensor, pieces
-from ..adapters.safetensors_file import SafetensorsFile
 from ..errors import DomergeError, OutputError
 from ..merged import Target
 from ..report import Report
 from ..storage import json_file
 from ..storage.input_file import InputFile
+from ..storage.lazy import LazyTensor, pieces
+from ..storage.safetensors_file import SafetensorsFile
 from . import marker, tokenizer, weights
 from .card import CARD, Heading
 from .checkpoint import CONFIG, INDEX, open_checkpoint

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.safetensors_file import FileTensor, SafetensorsFile
 from ..errors import OptionError
 from ..storage import json_file
 from ..storage.input_file import InputFile
+from ..storage.safetensors_file import FileTensor, SafetensorsFile
 from .card import CARD
 
 CONFIG = "config.json"

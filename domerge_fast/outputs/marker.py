@@ -11,8 +11,8 @@ from typing import Any
 
 from .. import __version__
 from ..storage import json_file
+from ..storage.safetensors_file import METADATA
 
-METADATA = "__metadata__"
 MARK = {"domerge_fast": __version__}
 
 

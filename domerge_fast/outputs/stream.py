@@ -8,6 +8,7 @@ is computed, so room for the longest possible header is left at the start and fi
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -16,24 +17,14 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from ..adapters.lazy import LazyTensor, pieces
 from ..storage import flush
 from ..storage.buffers import bytes_of
 from ..storage.input_file import InputFile
-from .marker import MARK, METADATA
+from ..storage.lazy import LazyTensor, pieces
+from ..storage.safetensors_file import DTYPES, METADATA
+from .marker import MARK
 
-_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = f'"{METADATA}":{json.dumps({"format": "pt"} | MARK)}'
 
 COPIED_BYTES = 1 << 30
@@ -49,7 +40,7 @@ class SafetensorsWriter:
     def __init__(
         self, path: Path, largest: Mapping[str, tuple[torch.dtype, Sequence[int]]]
     ) -> None:
-        end = sum(dtype.itemsize * _count(shape) for dtype, shape in largest.values())
+        end = sum(dtype.itemsize * math.prod(shape) for dtype, shape in largest.values())
         entries = [_entry(k, dtype, shape, end, end) for k, (dtype, shape) in largest.items()]
         room = len(_header(entries))
         self._room = room + (-room % 8)
@@ -111,13 +102,6 @@ def copy_file(file: InputFile, target: Path) -> None:
     with FileIO(target, "w") as copy:
         for data in file.chunks(COPIED_BYTES):
             write(copy, data)
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _entry(key: str, dtype: torch.dtype, shape: Sequence[int], start: int, end: int) -> str:

@@ -1,1 +1,1 @@
-"""Bytes on disk: files that are read as they were opened, and strict JSON."""
+"""Bytes on disk: inputs read as they were opened, strict JSON, safetensors, locked folders."""

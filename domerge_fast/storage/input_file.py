@@ -34,7 +34,7 @@ class InputFile:
     before and after what it reads.
     """
 
-    __slots__ = ("__weakref__", "_identity", "path", "refuse")
+    __slots__ = ("_identity", "path", "refuse")
 
     def __init__(self, path: Path, refuse: Refuse) -> None:
         self.path = path

@@ -18,12 +18,15 @@ from typing import Any
 import torch
 
 from ..errors import DomergeError
-from ..storage import json_file
-from ..storage.buffers import Buffers, aligned, bytes_of
-from ..storage.input_file import InputFile, Refuse
+from . import json_file
+from .buffers import Buffers, aligned, bytes_of
+from .input_file import InputFile, Refuse
 from .lazy import LazyTensor
 
-_DTYPES = {
+METADATA = "__metadata__"
+"""What a header has beside its tensors, if anything: a map of texts."""
+
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -44,7 +47,7 @@ _DTYPES = {
     "C64": torch.complex64,
 }
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
-    _DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 _MAX_HEADER = json_file.INDEX_BYTES  # the limit of the safetensors library itself
 _MOST_DIMENSIONS = 64
 _MOST_BYTES = 2**63 - 1  # sizes and strides of torch are int64
@@ -132,7 +135,7 @@ class SafetensorsFile:
         return header
 
     def _check_entries(self, header: dict[str, Any]) -> dict[str, FileTensor]:
-        self._check_metadata(header.pop("__metadata__", None))
+        self._check_metadata(header.pop(METADATA, None))
         tensors = {key: self._entry(key, entry) for key, entry in header.items()}
         position = 0
         by_place = sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes))
@@ -154,7 +157,7 @@ class SafetensorsFile:
         if not isinstance(metadata, dict) or not all(
             isinstance(text, str) for text in metadata.values()
         ):
-            raise self._error("has a __metadata__ that is no map of texts", _AGAIN)
+            raise self._error(f"has a {METADATA} that is no map of texts", _AGAIN)
 
     def _entry(self, key: str, entry: Any) -> FileTensor:
         try:
@@ -164,10 +167,10 @@ class SafetensorsFile:
         sizes = isinstance(shape, list) and len(shape) <= _MOST_DIMENSIONS
         if not sizes or not _are_sizes(*shape, begin, end):
             raise self._error(f"gives tensor {key!r} an impossible shape or place", _AGAIN)
-        if not isinstance(dtype, str) or dtype not in _DTYPES:
+        if not isinstance(dtype, str) or dtype not in DTYPES:
             problem = f"stores tensor {key!r} as unknown dtype {dtype!r}"
             raise self._error(problem, "save it as float32, float16 or bfloat16")
-        torch_dtype = _DTYPES[dtype]
+        torch_dtype = DTYPES[dtype]
         nbytes = math.prod(shape) * torch_dtype.itemsize
         if end - begin != nbytes:
             problem = f"gives tensor {key!r} {end - begin} bytes where its shape needs {nbytes}"
