@@ -20,7 +20,7 @@ from .adapters.whole import check_policy
 from .backends import registry
 from .errors import OptionError
 from .interference import InterferenceSums
-from .merged import Merged, Target
+from .merged import Merged
 from .methods import TABLE, choose
 from .methods.base import Chosen, Method, Settings
 from .methods.steps import POST, PRE
@@ -30,6 +30,7 @@ from .outputs.checkpoint import open_checkpoint
 from .outputs.deltas import DeltaFolder
 from .outputs.fit import originals
 from .outputs.merge_folder import MergeFolder
+from .outputs.target import Target
 from .plan import Plan
 from .progress import shown
 from .report import Interference, ModuleReport, Report

@@ -32,13 +32,14 @@ from .adapters.whole import AUTO, DROP, check_policy, is_named
 from .backends import registry
 from .errors import AdapterError, OptionError, OutputError, printable
 from .interference import InterferenceSums, own_norms
-from .merged import Merged, Target
+from .merged import Merged
 from .methods import opcm
 from .methods.base import Chosen, Settings
 from .outputs import peft
 from .outputs.folder import Replacing, recover, whole_folder
 from .outputs.marker import all_marked
 from .outputs.stream import SafetensorsWriter
+from .outputs.target import Target
 from .plan import Plan, Stack
 from .problem import Problem
 from .progress import shown

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..errors import DomergeError, OutputError
-from ..merged import Target
 from ..report import Report
 from ..storage import json_file
 from ..storage.input_file import InputFile
@@ -28,6 +27,7 @@ from .fit import fit
 from .folder import check_apart, check_path, is_same
 from .merge_folder import MergeFolder
 from .stream import copy_file, write, write_tensor
+from .target import Target
 
 CHUNK_BYTES = 16 << 20
 """Of a weight in float32, added and rounded at once."""

@@ -14,12 +14,12 @@ from ..adapters import LazyTensor
 from ..adapters.whole import COPY, change
 from ..adapters.whole import parameter as saved_parameter
 from ..errors import DomergeError
-from ..merged import Layout, Target
 from ..report import Report
 from . import weights
 from .card import CARD, Heading
 from .merge_folder import MergeFolder
 from .stream import SafetensorsWriter
+from .target import Layout, Target
 
 WEIGHTS = "deltas.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from ..adapters import LazyTensor
 from ..adapters.assemble import is_of_tokens
 from ..adapters.whole import Sum, parameter
-from ..merged import Layout, Target
 from . import weights
 from .base_names import OTHER_BASE, nearest, renaming
 from .checkpoint import Checkpoint, refusal
+from .target import Layout, Target
 from .vocabulary import FLOATS, Vocabulary, check_replaceable, is_token_layout, settle
 
 _RESIZED = "save the adapters with save_embedding_layers=True, or resize the base and save it"

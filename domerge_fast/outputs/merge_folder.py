@@ -10,11 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from ..merged import Target
 from ..report import Report
 from .card import CARD, Heading, model_card
 from .folder import Replacing, check_apart, check_path, whole_folder
 from .marker import all_marked
+from .target import Target
 
 Folder = TypeVar("Folder", bound="MergeFolder")
 

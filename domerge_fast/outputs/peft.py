@@ -21,13 +21,13 @@ from ..adapters import Adapter, AdapterConfig, Kept
 from ..adapters.names import PREFIX
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..adapters.whole import lacks_head
-from ..merged import Layout, Target
 from ..plan import Plan
 from ..report import Report
 from . import tokenizer
 from .card import CARD, Heading
 from .merge_folder import MergeFolder
 from .stream import SafetensorsWriter, copy_file
+from .target import Layout, Target
 
 FILES = (CONFIG, WEIGHTS, CARD)
 

@@ -17,8 +17,8 @@ import torch
 from ..adapters import LazyTensor
 from ..adapters.assemble import EMBEDDINGS, HEADS, is_of_tokens, is_saved
 from ..adapters.whole import COPY, equal, parameter
-from ..merged import Layout, Target
 from .checkpoint import Checkpoint, refusal
+from .target import Layout, Target
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TIED, SIZE = "tie_word_embeddings", "vocab_size"

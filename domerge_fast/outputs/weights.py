@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DomergeError
-from ..merged import Layout, Target
+from .target import Layout, Target
 
 
 def is_turned(layout: Layout, target: Target) -> bool:
