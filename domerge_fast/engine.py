@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops, precision, transfer
-from .backends.torch import full_precision
+from .backends.full_precision import full_precision
 from .errors import AdapterError, FlatCut, OptionError
 from .garbage import uncollected
 from .interference import InterferenceSums, own_norms

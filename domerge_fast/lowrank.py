@@ -13,7 +13,8 @@ import math
 import torch
 from torch import Tensor
 
-from .backends.torch import cut, full_precision
+from .backends.full_precision import full_precision
+from .backends.torch import cut
 from .spectrum import check_cut
 
 OVERSAMPLING = 10

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..entries import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..problem import Problem
+from .full_precision import full_precision
 
 TILE_BYTES = 2 << 20
 """What a tile of rows of one τ_i may take in float32."""
@@ -71,8 +72,6 @@ def tiles(a: Problem, b: Problem) -> Iterator[slice]:
 
 def update(a: Problem, b: Problem, i: int, rows: slice) -> Tensor:
     """τ_i [rows, n] in float32."""
-    from .torch import full_precision
-
     with full_precision():
         return b.scales[i] * (b.blocks[i][:, rows].T.float() @ a.blocks[i].float())
 

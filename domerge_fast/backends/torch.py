@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
@@ -12,6 +11,7 @@ from ..problem import Problem
 from ..spectrum import check_cut
 from . import descent
 from .entries import entry_counts, entry_merge, entry_sums  # noqa: F401, the rest of the ops
+from .full_precision import full_precision
 
 ZERO_COLUMN = 1e-6
 """A column of B_i A_i below this share of ||B_i|| ||a|| is rounding noise: its direction is 0."""
@@ -24,17 +24,6 @@ CANCELS = 2.0**-8
 
 BATCH_BYTES = 64 << 20
 """What one batch of problems may hold in each of its buffers."""
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """float32 products in float32, whatever the caller has allowed for training."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(allowed)
 
 
 @full_precision()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..backends.torch import column_norms, full_precision, root
+from ..backends.full_precision import full_precision
+from ..backends.torch import column_norms, root
 from ..plan import Stack
 from ..problem import Problem
 from ..report import SideReport
