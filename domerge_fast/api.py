@@ -130,7 +130,7 @@ def merge(
     check_policy(whole)
     if ragged and form != "adapter" and energy is None:
         raise OptionError("ragged", f"{form!r} has no ranks", "leave it out")
-    loaded, renamed = _load(adapters, base_model)
+    loaded, renamed = _load(adapters, base_model, weights)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
     out_dtype = _dtype(dtype, plan)
     place = engine.Place(
@@ -260,12 +260,16 @@ def versions() -> dict[str, str]:
     }
 
 
-def _load(sources: Iterable[Source], base_model: str | None) -> tuple[list[Adapter], list[str]]:
+def _load(
+    sources: Iterable[Source], base_model: str | None, weights: Sequence[float] | None = None
+) -> tuple[list[Adapter], list[str]]:
     """The adapters, their modules under one name each, and what is to be said of that."""
     if isinstance(sources, (str, os.PathLike, Adapter)):
         raise OptionError("adapters", "is one adapter, not a list", "put it in a list: [adapter]")
     registry.check_environment()
-    loaded, notes = one_spelling([_one(source) for source in sources], base_model)
+    found = [_one(source) for source in sources]
+    given = _weights(weights, len(found)) if found else None
+    loaded, notes = one_spelling(found, base_model, given)
     check_compatible(loaded, base_model)
     named: dict[str, Adapter] = {}
     for adapter in loaded:

@@ -392,3 +392,47 @@ def test_the_names_of_one_live_model_are_what_they_are():
     assert set(dm.from_model(model, "both").modules) == set(targets.values())
     with pytest.raises(AdapterError, match="another part of the model"):
         one_spelling([made[0], dataclasses.replace(made[1], model=None)])
+
+
+@pytest.mark.parametrize(("weights", "expected"), [([0, 1], "model.layers"), ([1, 0], "layers")])
+@pytest.mark.parametrize("turned", [False, True])
+def test_no_name_comes_from_an_adapter_of_weight_zero(weights, expected, turned):
+    backbone, causal = adapter(0, layers("layers")), adapter(1, layers("model.layers"))
+    order = slice(None, None, -1 if turned else 1)
+    found = dm.merge([backbone, causal][order], "linear", weights=weights[order])
+    assert list(found.names) == sorted(layers(expected))
+    counted = causal if weights[1] else backbone
+    for name in found.names:
+        a, b = counted.factors(name)
+        torch.testing.assert_close(found.delta(name), b @ a)
+
+
+def test_an_adapter_of_weight_zero_lends_no_names_either():
+    one, left_out = layers("model.layers"), {**layers("layers"), "conv": (3, 4)}
+    found = dm.merge(
+        [adapter(0, left_out), adapter(1, one), adapter(2, layers("layers"))],
+        "linear",
+        weights=[0.0, 1.0, -1.0],
+    )
+    assert list(found.names) == sorted(one)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+@pytest.mark.parametrize(
+    ("alone", "expected"),
+    [
+        ("model.embed_tokens", "model.layers"),
+        ("lm_head", "model.layers"),
+        ("embed_tokens", "layers"),
+    ],
+)
+def test_a_name_without_a_match_tells_which_class_all_are_named_as(alone, expected, order):
+    given = [layers("layers"), layers("model.layers"), {alone: (4, 8)}]
+    names = {name for one in bridged(*(given[k] for k in order)) for name in one}
+    assert names == {*layers(expected), alone}
+
+
+def test_a_head_inside_a_larger_model_tells_its_class():
+    inner = layers("language_model.model.layers")
+    given = layers("layers"), inner, {"language_model.lm_head": (4, 8)}
+    assert bridged(*given)[0] == sorted(inner)

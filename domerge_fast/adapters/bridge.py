@@ -19,9 +19,10 @@ from typing import NoReturn
 
 from ..errors import AdapterError
 from .adapter import Adapter, called, without_paths
+from .assemble import EMBEDDINGS, HEADS
 from .base_model import check_base, states_base
 from .names import PREFIX
-from .whole import parameter
+from .whole import NEW_HEADS, parameter
 
 NEUTRAL = frozenset(
     [
@@ -59,14 +60,16 @@ Trees = dict[Core, dict[str, Rests]]  # all that an adapter has, by stem
 
 
 def one_spelling(
-    adapters: Sequence[Adapter], base_model: str | None = None
+    adapters: Sequence[Adapter],
+    base_model: str | None = None,
+    weights: Sequence[float] | None = None,
 ) -> tuple[list[Adapter], list[str]]:
     """The adapters with each module under one name, and what was renamed, a sentence each.
 
-    Names become those of the first adapter, or of one that has what it lacks. AdapterError, naming
-    both spellings, where two may be one part of the model or two (in one live model they are
-    two), and where adapters that state no
-    base model (nor ``base_model`` for them) have layers of different models.
+    Names become those of the first adapter, or of one that has what it lacks, never of one whose
+    weight is zero: nothing of it is in the result. AdapterError, naming both spellings, where two
+    may be one part of the model or two (in one live model they are two), and where adapters that
+    state no base model (nor ``base_model`` for them) have layers of different models.
     """
     check_base(adapters, base_model)
     notes = [
@@ -82,7 +85,8 @@ def one_spelling(
     if of_one_model or (of_one_base and not _alike(adapters)):
         return list(adapters), [*notes, *_apart(adapters)]
     trees = [_trees(adapter) for adapter in adapters]
-    bridge = _Bridge(adapters, trees, base_model)
+    counted = [i for i in range(len(adapters)) if weights is None or weights[i] != 0]
+    bridge = _Bridge(adapters, trees, base_model, counted)
     renamed, told = bridge.renamed()
     if not of_one_base:
         _check_layers(renamed, [_trees(adapter) for adapter in renamed])
@@ -139,9 +143,13 @@ def within(one: str, other: str) -> bool:
 
 class _Bridge:
     def __init__(
-        self, adapters: Sequence[Adapter], trees: Sequence[Trees], base_model: str | None
+        self,
+        adapters: Sequence[Adapter],
+        trees: Sequence[Trees],
+        base_model: str | None,
+        counted: Sequence[int],
     ) -> None:
-        self._adapters, self._trees = adapters, trees
+        self._adapters, self._trees, self._counted = adapters, trees, counted
         self._of_one_base = states_base(adapters, base_model)
         self._is_told = base_model is not None
         self._owners: dict[Core, dict[str, list[int]]] = {}
@@ -240,9 +248,11 @@ class _Bridge:
         if not self._differ:
             return list(self._adapters), []
         styles: dict[tuple, list[int]] = {}
-        for i in range(len(self._adapters)):
+        for i in self._counted:
             if style := tuple(self._style(i)):
                 styles.setdefault(style, []).append(i)
+        if not styles:
+            return list(self._adapters), []
         ways = [_Way(self, members[0]) for members in styles.values()]
         way = min(ways, key=lambda w: (len(w.stuck), w.heads, -w.kept, w.first))
         if way.stuck:
@@ -263,7 +273,8 @@ class _Way:
 
     names: by adapter that is renamed, the new stem of each of its stems. changes: those of them
     that stand for the others: in what was matched. stuck: adapters with names that have no match
-    and are not below a stem that has one. heads: how many such names lie outside of all classes.
+    and are not below a stem that has one. heads: how many such names lie outside of all classes,
+    and how many names of adapters that had nothing to match are of another class.
     """
 
     def __init__(self, bridge: _Bridge, first: int) -> None:
@@ -271,13 +282,15 @@ class _Way:
         self.first = first
         target: Trees = dict(self._trees[first])
         other: list[int] = []
-        for i, found in enumerate(self._trees):
+        left_out = set(range(len(self._trees))).difference(bridge._counted)
+        for i in (*bridge._counted, *sorted(left_out)):
+            found = self._trees[i]
             shared = bridge._differ & found.keys() & target.keys()
             if all(found[core].keys() == target[core].keys() for core in shared):
-                target = {**found, **target}
+                target = target if i in left_out else {**found, **target}
             else:
                 other.append(i)
-        self.kept = len(self._trees) - len(other)
+        self.kept = len(set(bridge._counted).difference(other))
         self.changes: dict[int, dict[str, str]] = {}
         self.names: dict[int, dict[str, str]] = {}
         self.stuck: list[tuple[int, str]] = []
@@ -289,10 +302,16 @@ class _Way:
                 for stem in self._trees[i][core]
                 if stem not in target[core]
             }
-            self.names[i] = dict(self._new_stems(i, target))
+            self.names[i] = dict(self._new_stems(i, target, i not in left_out))
+        outer = {outer_of(old, new) for x in self.changes.values() for old, new in x.items()}
+        alone = (
+            self._trees[i] for i in bridge._counted if not bridge._differ & self._trees[i].keys()
+        )
+        stems = {stem for found in alone for names in found.values() for stem in names}
+        self.heads += sum(_is_of_other(stem, *way) for stem in stems for way in outer)
 
     def _new_stems(
-        self, i: int, target: Mapping[Core, Collection[str]]
+        self, i: int, target: Mapping[Core, Collection[str]], counts: bool
     ) -> Iterator[tuple[str, str]]:
         outer = dict(outer_of(old, new) for old, new in self.changes[i].items())
         for core, stems in self._trees[i].items():
@@ -308,8 +327,8 @@ class _Way:
                 else:
                     is_head = stem.removesuffix(".weight").removesuffix(".bias").count(".") == 0
                     if "" in rests and is_head:
-                        self.heads += 1
-                    else:
+                        self.heads += counts
+                    elif counts:
                         self.stuck.append((i, stem))
                     yield stem, stem
 
@@ -391,6 +410,16 @@ def outer_of(old: str, new: str) -> tuple[str, str]:
     while olds and news and olds[-1] == news[-1]:
         olds.pop(), news.pop()
     return ".".join(olds), ".".join(news)
+
+
+def _is_of_other(stem: str, old: str, new: str) -> bool:
+    """Whether a name is of the class that has `old` where this spelling has `new`."""
+    first = stem.split(".")[0]
+    if old and not new and first in (*HEADS, *NEW_HEADS):
+        return True
+    if new and not old and first in EMBEDDINGS:
+        return True
+    return bool(old) and first == old.split(".")[0] != new.split(".")[0]
 
 
 def _is_below(stem: str, outer: str) -> bool:
