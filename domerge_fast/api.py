@@ -34,6 +34,7 @@ from .outputs.target import Target
 from .plan import Plan
 from .progress import shown
 from .report import Interference, ModuleReport, Report
+from .work import Cut, Work
 
 Source = str | os.PathLike[str] | Adapter
 Progress = bool | Callable[[int, int], None]
@@ -137,8 +138,8 @@ def merge(
         choose_device(device, loaded), options.size("max_device_memory", max_device_memory)
     )
     settings = Settings(scale, out_dtype, registry.choose(backend, place.device.type))
-    usual = _largest_rank(plan) if chosen.truncates or chosen.dense else engine.Cut()
-    work = engine.Work(
+    usual = _largest_rank(plan) if chosen.truncates or chosen.dense else Cut()
+    work = Work(
         method=chosen,
         settings=settings,
         cut=usual if chosen.truncates and not cut else cut,
@@ -384,19 +385,19 @@ def _recipe(
     }
 
 
-def _cut(rank: int | None, energy: float | None) -> engine.Cut:
+def _cut(rank: int | None, energy: float | None) -> Cut:
     if rank is not None:
         rank = options.check("rank", rank, int, low=1)
     if energy is not None:
         energy = options.check("energy", energy, float)
         if not 0 < energy <= 1:
             raise OptionError("energy", f"{energy!r} is not a share", "give one in (0, 1]")
-    return engine.Cut(rank, energy)
+    return Cut(rank, energy)
 
 
-def _largest_rank(plan: Plan) -> engine.Cut:
+def _largest_rank(plan: Plan) -> Cut:
     """To the largest rank of an adapter."""
-    return engine.Cut(max(m.rank for name in plan.names for m in plan.modules(name)))
+    return Cut(max(m.rank for name in plan.names for m in plan.modules(name)))
 
 
 def _dtype(dtype: str | None, plan: Plan) -> torch.dtype:

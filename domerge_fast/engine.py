@@ -12,16 +12,15 @@ import torch
 from torch import Tensor
 
 from . import ops, precision, transfer
-from .backends.full_precision import full_precision
-from .errors import AdapterError, FlatCut, OptionError
+from .errors import AdapterError, OptionError
+from .finish import Result, finished, in_range
 from .garbage import uncollected
 from .interference import InterferenceSums, own_norms
-from .lowrank import compress
-from .methods.base import Chosen, Dense, Factors, Merged, Run, Settings, grams
-from .methods.steps.base import PostStep, PreStep
+from .methods.base import Run, grams
 from .plan import GPU_GROUP_BYTES, GROUP_BYTES, Plan, Stack
 from .report import ModuleReport
 from .storage.buffers import Buffers
+from .work import Work
 
 MOST_COMPARED = 64
 """Adapters up to which every merge also measures their pairwise interference."""
@@ -38,76 +37,11 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How far results are truncated; both None: not at all."""
-
-    rank: int | None = None
-    energy: float | None = None
-
-    def __bool__(self) -> bool:
-        return self.rank is not None or self.energy is not None
-
-
-@dataclass(frozen=True)
 class Place:
     """Where a merge runs, and how many bytes of that device's memory its groups may take."""
 
     device: torch.device
     most_bytes: int | None = None
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is done to every stack: steps before, the method, the truncation, steps after.
-
-    deltas: whether the sink takes ΔW instead of its factors. usual: the cut of a dense result
-    that must become factors where no cut was asked for. narrowing: whether there are modules of
-    more rows than rank.
-    """
-
-    method: Chosen
-    settings: Settings
-    cut: Cut = Cut()
-    usual: Cut = Cut()
-    pre: Sequence[PreStep] = ()
-    post: Sequence[PostStep] = ()
-    deltas: bool = False
-    narrowing: bool = False
-
-    @property
-    def by_ratio(self) -> bool:
-        """Whether results do not depend on the size of the weights, only on their ratios."""
-        return self.method.by_ratio and all(step.name != "norm_match" for step in self.post)
-
-    @property
-    def wide(self) -> Work:
-        """The same with results in float32."""
-        return replace(self, settings=replace(self.settings, dtype=torch.float32))
-
-    @property
-    def inner(self) -> Settings:
-        """Settings of what comes before the last step, which is in float32."""
-        last = not (self.cut or self.post or self.deltas or self.narrowing)
-        return self.settings if last else replace(self.settings, dtype=torch.float32)
-
-    @property
-    def dense(self) -> bool:
-        """Whether matrices [m, n] are formed."""
-        return self.deltas or self.method.dense
-
-    def ranks(self, plan: Plan) -> dict[str, int]:
-        """What the rank of every module's factors is at most."""
-        cut = self.cut or (self.usual if self.method.dense else Cut())
-        most = {}
-        for ranks, side in set(plan.sizes.values()):
-            limits = [side, side if self.method.dense else self.method.rank(ranks)]
-            most[ranks, side] = min([*limits, cut.rank or side])
-        return {name: most[size] for name, size in plan.sizes.items()}
-
-    def before(self, stacks: Sequence[Stack]) -> Sequence[Stack]:
-        for step in self.pre:
-            stacks = step.run(stacks, self.settings)
-        return stacks
 
 
 @uncollected()
@@ -132,7 +66,7 @@ def run(
     streams = _streams(plan, place)
     scaled = _Scaled.of(plan, work)
     work = scaled.work
-    method = work.method.prepared(_Whole(plan, place, scaled, streams), work.inner)
+    method = work.method.prepared(_EveryGroup(plan, place, scaled, streams), work.inner)
     written: Future[None] | None = None
     with ThreadPoolExecutor(1, "domerge-write") as writer:
         groups = _stacks(plan, place, work, streams)
@@ -147,7 +81,7 @@ def run(
                 written.result()
             ready = transfer.ready_event(place.device) if to_host else None
             tensors = [r.tensors for r in results]
-            written = writer.submit(_give, sink, [s.name for s in stacks], tensors, ready, streams)
+            written = writer.submit(_write, sink, [s.name for s in stacks], tensors, ready, streams)
             for done in range(len(reports) - len(stacks), len(reports)):
                 progress(done + 1, len(plan.names))
         if written:
@@ -156,7 +90,7 @@ def run(
 
 
 @dataclass(frozen=True)
-class _Whole:
+class _EveryGroup:
     """The model's groups of stacks as the method sees them, read once more on every pass."""
 
     plan: Plan
@@ -244,7 +178,7 @@ def _measured(
     return _Group(stacks, found, exact, norms)
 
 
-def _merge(scaled: _Scaled, method: Run, group: _Group) -> list[_Result]:
+def _merge(scaled: _Scaled, method: Run, group: _Group) -> list[Result]:
     """What the sink takes of every module. Those that may have lost digits to the output's dtype,
     or have powers of two to come back, are merged again in float32."""
     stacks = scaled.weighted(group.stacks)
@@ -261,7 +195,7 @@ def _merge(scaled: _Scaled, method: Run, group: _Group) -> list[_Result]:
         wide = scaled.wide
         for k, result in zip(again, _results(wide.work, method, stacks, group.grams, again)):
             given = group.stacks[k].powers
-            results[k] = _in_range(result, stacks[k], given, wide.of_scale, scaled.work)
+            results[k] = in_range(result, stacks[k], given, wide.of_scale, scaled.work)
     return results
 
 
@@ -271,87 +205,12 @@ def _results(
     stacks: Sequence[Stack],
     found: tuple[Sequence[Tensor | None], Sequence[Tensor | None]],
     chosen: Sequence[int],
-) -> list[_Result]:
+) -> list[Result]:
     """Of the chosen stacks."""
     given = [stacks[k] for k in chosen]
     grams_a, grams_b = ([side[k] for k in chosen] for side in found)
     known = None if work.pre else (grams_a, grams_b)
-    return _settle(work, given, method(work.before(given), work.inner, known))
-
-
-def _in_range(
-    result: _Result, stack: Stack, given: tuple[int, int], of_scale: int, work: Work
-) -> _Result:
-    """The result in float32 with its powers of two, in the output's dtype."""
-    power_a, power_b = stack.powers
-    power = power_a + power_b + of_scale
-    if work.deltas:
-        (delta,) = result.tensors
-        tensors: tuple[Tensor, ...] = (precision.scaled(stack.name, delta, power),)
-    else:
-        a, b = result.tensors
-        powers = power_a, power_b + of_scale
-        tensors = precision.fitted(stack.name, a, b, powers, work.settings.dtype)
-    return replace(
-        result,
-        tensors=tensors,
-        made=result.made.times(*given),
-        energy=math.ldexp(result.energy, 2 * power),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Result:
-    """A merged module as the sink takes it, and for its report: what the method says of it, its
-    rank, the energy kept and that before."""
-
-    tensors: tuple[Tensor, ...]
-    made: Factors | Dense
-    rank: int
-    kept: float = 1.0
-    energy: float = 0.0
-
-
-def _settle(work: Work, stacks: Sequence[Stack], merged: Merged) -> list[_Result]:
-    """Dense results as they are, or cut to factors where the sink or a step wants these; the
-    truncation of factors, the steps after it, and ΔW where the sink wants that.
-
-    Factors of more rows than ΔW has rank, R > min(m, n), are brought to min(m, n) of them: ΔW is
-    formed in float64 and taken apart by ops.truncate, which then cuts nothing off.
-    """
-    cut = work.cut
-    dense = [x for x in merged if isinstance(x, Dense)]
-    factors = [x for x in merged if isinstance(x, Factors)]
-    if dense and work.deltas and not cut and not work.post:
-        return [_Result((x.delta,), x, min(x.delta.shape)) for x in dense]
-    kept, energy = [1.0] * len(merged), [0.0] * len(merged)
-    if dense:
-        cut = cut or work.usual
-        cuts = [_compressed(s.name, x.delta, cut) for s, x in zip(stacks, dense)]
-        factors = [Factors(c[0], c[1], *x.reports) for x, c in zip(dense, cuts)]
-        kept, energy = [c[2] for c in cuts], [c[3] for c in cuts]
-    if cut or work.post:
-        # No decomposition takes what is not finite.
-        _check_finite(stacks, [(x.a, x.b) for x in factors], work.settings.backend)
-    if cut and not dense:
-        factors, kept, energy = _truncate(stacks, factors, cut, work)
-    elif not dense and not work.deltas:
-        factors = _narrowed(stacks, factors, work)
-    for step in work.post:
-        factors = step.run(stacks, factors, work.inner)
-    dtype = work.settings.dtype
-    tensors: list[tuple[Tensor, ...]] = (
-        [(_product(x.a, x.b),) for x in factors]
-        if work.deltas
-        else [(x.a.to(dtype), x.b.to(dtype)) for x in factors]
-    )
-    ranks = [x.a.shape[0] for x in factors]
-    return [_Result(*row) for row in zip(tensors, factors, ranks, kept, energy)]
-
-
-@full_precision()
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return b.float() @ a.float()
+    return finished(work, given, method(work.before(given), work.inner, known))
 
 
 def survey(
@@ -497,62 +356,7 @@ def _not_finite(plan: Plan, stack: Stack) -> AdapterError:
     raise AssertionError(f"no factor of {stack.name} explains its Gram matrix")
 
 
-def _compressed(name: str, delta: Tensor, cut: Cut) -> tuple[Tensor, Tensor, float, float]:
-    try:
-        return compress(delta, cut.rank, cut.energy)
-    except FlatCut as error:
-        raise error.of(name) from None
-
-
-def _truncate(
-    stacks: Sequence[Stack], merged: Sequence[Factors], cut: Cut, work: Work
-) -> tuple[list[Factors], list[float], list[float]]:
-    pairs = [(f.a, f.b) for f in merged]
-    try:
-        smaller, kept = ops.truncate(
-            pairs,
-            rank=cut.rank,
-            energy=cut.energy,
-            out_dtype=torch.float32 if work.deltas or work.post else work.settings.dtype,
-            backend=work.settings.backend,
-        )
-    except FlatCut as error:
-        raise error.of(stacks[error.at].name) from None
-    energy = [_energy(a, b) for a, b in pairs]
-    return [replace(f, a=a, b=b) for (a, b), f in zip(smaller, merged)], kept, energy
-
-
-def _narrowed(stacks: Sequence[Stack], merged: list[Factors], work: Work) -> list[Factors]:
-    """The factors with min(m, n) rows where they have more; the others as they are."""
-    wide = [k for k, f in enumerate(merged) if len(f.a) > min(f.a.shape[1], len(f.b))]
-    if not wide:
-        return merged
-    pairs = [(merged[k].a, merged[k].b) for k in wide]
-    _check_finite([stacks[k] for k in wide], pairs, work.settings.backend)
-    dtype = torch.float32 if work.post else work.settings.dtype
-    narrow, _ = ops.truncate(pairs, out_dtype=dtype, backend=work.settings.backend)
-    found = list(merged)
-    for k, (a, b) in zip(wide, narrow):
-        found[k] = replace(merged[k], a=a, b=b)
-    return found
-
-
-@full_precision()
-def _energy(a: Tensor, b: Tensor) -> float:
-    """||B A||_F^2 from the two Grams."""
-    return float(((a @ a.T).double() * (b.T @ b).double()).sum())
-
-
-def _check_finite(
-    stacks: Sequence[Stack], results: Sequence[tuple[Tensor, Tensor]], backend: str
-) -> None:
-    """Of results in float32."""
-    for s, whole in zip(stacks, precision.fits(results, backend)):
-        if not whole:
-            raise precision.refusal(s.name, torch.float32, "large")
-
-
-def _report(plan: Plan, stack: Stack, result: _Result, norms: Sequence[float]) -> ModuleReport:
+def _report(plan: Plan, stack: Stack, result: Result, norms: Sequence[float]) -> ModuleReport:
     names = [plan.adapters[i].name for i in stack.adapters]
     made = result.made
     # Where sizes are far apart, the smallest may vanish in the method's float32 sums alone.
@@ -561,7 +365,7 @@ def _report(plan: Plan, stack: Stack, result: _Result, norms: Sequence[float]) -
     return ModuleReport(stack.name, result.rank, *sides, magnitudes, result.kept, result.energy)
 
 
-def _give(
+def _write(
     sink: Sink,
     names: Sequence[str],
     results: Sequence[tuple[Tensor, ...]],

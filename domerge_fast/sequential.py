@@ -43,6 +43,7 @@ from .progress import shown
 from .report import ModuleReport, Report
 from .sequential_state import STATE, State, Step
 from .storage.safetensors_file import SafetensorsFile
+from .work import Cut, Work
 
 FACTORS = "running_sum.safetensors"
 FILES = (STATE, FACTORS)
@@ -242,7 +243,7 @@ class Sequential:
         place = engine.Place(api.choose_device(device, plan.adapters))
         settings = Settings(1.0, torch.float32, registry.choose(backend, place.device.type))
         chosen = Chosen(opcm.SUM, opcm.OpcmOptions(self.state.alpha))
-        work = engine.Work(chosen, settings, engine.Cut(self.state.rank))
+        work = Work(chosen, settings, Cut(self.state.rank))
         with shown(progress, len(plan.names)) as show, torch.no_grad():
             return engine.run(plan, work, place, sums, sink, True, show)
 

@@ -1,0 +1,77 @@
+"""What is done to every module of a merge, in the order in which it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .methods.base import Chosen, Settings
+from .methods.steps.base import PostStep, PreStep
+from .plan import Plan, Stack
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How far results are truncated; both None: not at all."""
+
+    rank: int | None = None
+    energy: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.rank is not None or self.energy is not None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done to every stack: steps before, the method, the truncation, steps after.
+
+    deltas: whether the sink takes ΔW instead of its factors. usual: the cut of a dense result
+    that must become factors where no cut was asked for. narrowing: whether there are modules of
+    more rows than rank.
+    """
+
+    method: Chosen
+    settings: Settings
+    cut: Cut = Cut()
+    usual: Cut = Cut()
+    pre: Sequence[PreStep] = ()
+    post: Sequence[PostStep] = ()
+    deltas: bool = False
+    narrowing: bool = False
+
+    @property
+    def by_ratio(self) -> bool:
+        """Whether results do not depend on the size of the weights, only on their ratios."""
+        return self.method.by_ratio and all(step.name != "norm_match" for step in self.post)
+
+    @property
+    def wide(self) -> Work:
+        """The same with results in float32."""
+        return replace(self, settings=replace(self.settings, dtype=torch.float32))
+
+    @property
+    def inner(self) -> Settings:
+        """Settings of what comes before the last step, which is in float32."""
+        last = not (self.cut or self.post or self.deltas or self.narrowing)
+        return self.settings if last else replace(self.settings, dtype=torch.float32)
+
+    @property
+    def dense(self) -> bool:
+        """Whether matrices [m, n] are formed."""
+        return self.deltas or self.method.dense
+
+    def ranks(self, plan: Plan) -> dict[str, int]:
+        """What the rank of every module's factors is at most."""
+        cut = self.cut or (self.usual if self.method.dense else Cut())
+        most = {}
+        for ranks, side in set(plan.sizes.values()):
+            limits = [side, side if self.method.dense else self.method.rank(ranks)]
+            most[ranks, side] = min([*limits, cut.rank or side])
+        return {name: most[size] for name, size in plan.sizes.items()}
+
+    def before(self, stacks: Sequence[Stack]) -> Sequence[Stack]:
+        for step in self.pre:
+            stacks = step.run(stacks, self.settings)
+        return stacks
