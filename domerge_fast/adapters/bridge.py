@@ -2,17 +2,14 @@
 
 A causal model calls `model.layers.0.mlp.up_proj` what its backbone calls `layers.0.mlp.up_proj`;
 a vision-language model has it as `model.language_model.layers…` or `language_model.model.layers…`,
-by version. Names are the same here when they are the same without such words, and what lies in a
-list of layers is looked at as a whole: the path before the first number is the *stem*, what comes
-from there on the *rest*.
+by version. Names are the same here when they are the same without such words (stems.py), and what
+lies in a list of layers is looked at as a whole (layers.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NoReturn
@@ -21,42 +18,12 @@ from ..errors import AdapterError
 from .adapter import Adapter, called, without_paths
 from .assemble import EMBEDDINGS, HEADS
 from .base_model import check_base, states_base
+from .layers import Rests, Trees, check_layers, children_of, trees_of
 from .names import PREFIX
+from .stems import Core, core_of, is_below, joined, outer_of, split, within
 from .whole import NEW_HEADS, parameter
 
-NEUTRAL = frozenset(
-    [
-        *("albert", "backbone", "base_model", "beit", "bert", "clip", "deberta", "deit", "dinov2"),
-        *("distilbert", "electra", "esm", "gpt_neox", "hubert", "language_model", "llm", "lm"),
-        *(
-            "longformer",
-            "model",
-            "module",
-            "mpnet",
-            "pretrained_model",
-            "resnet",
-            "roberta",
-            "swin",
-        ),
-        *("text_model", "transformer", "unet", "vit", "wav2vec2"),
-    ]
-)
-"""Words that a class puts before the names of the one inside it, and that name no part of it."""
-
-_NUMBER = re.compile(r"(?:^|\.)\d+(?![^.])")
-_STACKS = {"encoder", "decoder"}
-_LAYERS = {"layers", "layer", "h", "block", "blocks"}
-_ATTENTION = {"self_attn", "attn", "attention", "self_attention"}
-_IN_LAYERS = _ATTENTION | {"mlp", "feed_forward", "block_sparse_moe"}
 _ONE_CLASS = "load both with one class of the model and save them again"
-
-Signature = tuple[object, ...]  # of a module or tensor: two of one name have the same
-Core = tuple[str, ...]  # a stem, or a name without a number in it, without neutral words
-
-
-Rests = dict[str, Signature]
-Trees = dict[Core, dict[str, Rests]]  # all that an adapter has, by stem
-"""A name without a number is a stem of its own, with one rest, ""."""
 
 
 def one_spelling(
@@ -84,61 +51,28 @@ def one_spelling(
     of_one_base = of_one_model or states_base(adapters, base_model)
     if of_one_model or (of_one_base and not _alike(adapters)):
         return list(adapters), [*notes, *_apart(adapters)]
-    trees = [_trees(adapter) for adapter in adapters]
+    trees = [trees_of(adapter) for adapter in adapters]
     counted = [i for i in range(len(adapters)) if weights is None or weights[i] != 0]
     bridge = _Bridge(adapters, trees, base_model, counted)
     renamed, told = bridge.renamed()
     if not of_one_base:
-        _check_layers(renamed, [_trees(adapter) for adapter in renamed])
+        check_layers(renamed, [trees_of(adapter) for adapter in renamed])
     return renamed, [*notes, *told, *_apart(renamed)]
 
 
 def _alike(adapters: Sequence[Adapter]) -> bool:
     """Whether any two stems may be spellings of each other: most often none, without a look at all
     that is below them."""
-    names = {
-        name
-        for adapter in adapters
-        for name in (*adapter.modules, *map(parameter, adapter.carried))
-    }
+    names = {n for a in adapters for n in (*a.modules, *map(parameter, a.carried))}
     stems: dict[str, set[str]] = {}
     cores: dict[Core, str] = {}
-    for stem, rest in set(map(_stem, names)):
+    for stem, rest in {(stem, bool(rest)) for stem, rest in map(split, names)}:
         if rest:
             stems.setdefault(stem.rpartition(".")[2], set()).add(stem)
         elif cores.setdefault(core_of(stem), stem) != stem:
             return True
     pairs = (pair for found in stems.values() for pair in itertools.combinations(found, 2))
     return any(core_of(one) == core_of(other) or within(one, other) for one, other in pairs)
-
-
-def _stem(name: str) -> tuple[str, bool]:
-    """The stem of a name, and whether there is a rest."""
-    number = _NUMBER.search(name)
-    return (name[: number.start()], True) if number else (name, False)
-
-
-@functools.lru_cache(1 << 14)
-def core_of(stem: str) -> Core:
-    """A stem or name without neutral words, but for its last component."""
-    *outer, last = stem.split(".")
-    return (*(part for part in outer if part not in NEUTRAL), last)
-
-
-def split(name: str) -> tuple[str, str]:
-    """Stem and rest of a name."""
-    number = _NUMBER.search(name)
-    return (name[: number.start()], name[number.start() :].lstrip(".")) if number else (name, "")
-
-
-def joined(stem: str, rest: str) -> str:
-    return ".".join(part for part in (stem, rest) if part)
-
-
-def within(one: str, other: str) -> bool:
-    """Whether one stem has all words of the other, in any order."""
-    words, others = Counter(one.split(".")), Counter(other.split("."))
-    return words <= others or others <= words
 
 
 class _Bridge:
@@ -202,7 +136,7 @@ class _Bridge:
                 if self._is_told:
                     return False
                 self._refuse(theirs[0], mine[0], other, repr(one), "has other shapes than")
-            if not (self._of_one_base or shared or _children(first) & _children(second)):
+            if not (self._of_one_base or shared or children_of(first) & children_of(second)):
                 self._refuse(theirs[0], mine[0], other, repr(one))
         return True
 
@@ -316,7 +250,7 @@ class _Way:
         outer = dict(outer_of(old, new) for old, new in self.changes[i].items())
         for core, stems in self._trees[i].items():
             for stem, rests in stems.items():
-                below = [old for old in outer if _is_below(stem, old)]
+                below = [old for old in outer if is_below(stem, old)]
                 if stem in self.changes[i]:
                     yield stem, self.changes[i][stem]
                 elif core in target:
@@ -384,34 +318,6 @@ def _has_names_of(one: Adapter, other: Adapter) -> bool:
     return one.modules.keys() == other.modules.keys() and one.carried.keys() == other.carried.keys()
 
 
-def _trees(adapter: Adapter) -> Trees:
-    rests: dict[str, Rests] = {}
-    for name, module in adapter.modules.items():
-        stem, rest = split(name)
-        layer = module.kind, module.b_shape[0], module.a_shape[1:]
-        rests.setdefault(stem, {})[rest] = layer
-    for key in adapter.carried:
-        stem, rest = split(key.removeprefix(PREFIX))
-        rests.setdefault(stem, {})[rest] = ("whole",)
-    found: Trees = {}
-    for stem, signatures in rests.items():
-        found.setdefault(core_of(stem), {})[stem] = signatures
-    return found
-
-
-def _children(rests: Collection[str]) -> set[str]:
-    """What every layer has directly inside."""
-    return {rest.partition(".")[2].partition(".")[0] for rest in rests}
-
-
-def outer_of(old: str, new: str) -> tuple[str, str]:
-    """What two stems are without the end that they share."""
-    olds, news = old.split("."), new.split(".")
-    while olds and news and olds[-1] == news[-1]:
-        olds.pop(), news.pop()
-    return ".".join(olds), ".".join(news)
-
-
 def _is_of_other(stem: str, old: str, new: str) -> bool:
     """Whether a name is of the class that has `old` where this spelling has `new`."""
     first = stem.split(".")[0]
@@ -420,45 +326,6 @@ def _is_of_other(stem: str, old: str, new: str) -> bool:
     if new and not old and first in EMBEDDINGS:
         return True
     return bool(old) and first == old.split(".")[0] != new.split(".")[0]
-
-
-def _is_below(stem: str, outer: str) -> bool:
-    return not outer or stem.startswith(f"{outer}.")
-
-
-def _check_layers(adapters: Sequence[Adapter], trees: Sequence[Trees]) -> None:
-    """AdapterError for layers of different models: other lists of layers, or other attention."""
-    seen: dict[tuple[str, str], tuple[str, Adapter]] = {}  # (stack, list) -> stem, owner
-    kinds: dict[tuple[str, str], tuple[str, Adapter]] = {}  # their attention
-    for adapter, found in zip(adapters, trees):
-        own = {
-            (core[0] if len(core) > 1 else "", core[-1]): (stem, _children(rests))
-            for core, stems in found.items()
-            if {*core[:-1]} <= _STACKS and core[-1] in _LAYERS
-            for stem, rests in stems.items()
-            if _children(rests) & _IN_LAYERS
-        }
-        for (stack, layers), (stem, children) in own.items():
-            if seen and not own.keys() & seen.keys():
-                for (other, _), (their_stem, owner) in seen.items():
-                    if {stack, other} != _STACKS:
-                        _refuse_layers(adapter, f"{stem}.N", owner, f"{their_stem}.N")
-            for word in children & _ATTENTION:
-                place = f"{stem}.N.{word}"
-                theirs, owner = kinds.setdefault((stack, layers), (place, adapter))
-                if theirs.rpartition(".")[2] not in children:
-                    _refuse_layers(adapter, place, owner, theirs)
-        for key, (stem, _) in own.items():
-            seen.setdefault(key, (stem, adapter))
-
-
-def _refuse_layers(adapter: Adapter, stem: str, owner: Adapter, other: str) -> NoReturn:
-    problem = (
-        f"its layers are {stem!r}, those of adapter {owner.name!r} are {other!r}, and not both "
-    )
-    problem += "name their base model"
-    remedy = "merge adapters of one base, or say base_model=... if they are parts of one"
-    raise AdapterError(adapter.name, None, problem, remedy)
 
 
 def _apart(adapters: Sequence[Adapter]) -> list[str]:

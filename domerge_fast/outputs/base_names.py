@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection, Mapping
 
-from ..adapters.bridge import NEUTRAL, core_of, outer_of, split
+from ..adapters.stems import NEUTRAL, core_of, outer_of, split
 from .checkpoint import Checkpoint, refusal
 
 Shapes = Collection[tuple[int, ...]]
