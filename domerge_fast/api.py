@@ -34,6 +34,7 @@ from .outputs.target import Target
 from .plan import Plan
 from .progress import shown
 from .report import Interference, ModuleReport, Report
+from .storage.lazy import dtype_name
 from .work import Cut, Work
 
 Source = str | os.PathLike[str] | Adapter
@@ -121,9 +122,7 @@ def merge(
     started = time.perf_counter()
     chosen = choose(method, method_options)
     steps = _steps("pre", pre, PRE), _steps("post", post, POST)
-    scale = options.check("scale", scale, float)
-    if scale == 0:
-        raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
+    scale = check_scale(scale)
     cut = _cut(rank, energy)
     ragged = options.check("ragged", ragged, bool) or energy is not None
     _check_form(form, output, base)
@@ -168,7 +167,7 @@ def merge(
             options=_recipe(chosen, rank, energy, ragged, pre, post, form, base, whole),
             backend=settings.backend,
             device=str(place.device),
-            dtype=str(out_dtype).removeprefix("torch."),
+            dtype=dtype_name(out_dtype),
             versions=versions(),
             modules=modules,
             interference=sums.result() if len(loaded) <= engine.MOST_COMPARED else None,
@@ -218,8 +217,9 @@ def inspect(
     with shown(progress, len(plan.names)) as show, torch.no_grad():
         chosen = registry.choose(backend, where.type)
         engine.survey(plan, engine.Place(where), chosen, sums, show)
-    for file in (file for adapter in loaded for file in adapter.inputs):
-        file.check()
+    for adapter in loaded:
+        for file in adapter.inputs:
+            file.check()
     return sums.result()
 
 
@@ -291,15 +291,29 @@ def _one(source: Source) -> Adapter:
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    checked = check_weights(weights, count)
+    if not any(checked):
+        raise OptionError("weights", "all are zero", "give at least one adapter a weight")
+    return checked
+
+
+def check_scale(scale: float) -> float:
+    scale = options.check("scale", scale, float)
+    if scale == 0:
+        raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
+    return scale
+
+
+def check_weights(
+    weights: Sequence[float] | None, count: int, each: str = "weights"
+) -> list[float]:
+    """One for each of `count` adapters; None is 1 for each. each: the option that one is of."""
     if weights is None:
         return [1.0] * count
     if len(weights) != count:
         problem = f"{len(weights)} weights for {count} adapters"
         raise OptionError("weights", problem, "give one number for each adapter, in order")
-    checked = [options.check("weights", w, float) for w in weights]
-    if not any(checked):
-        raise OptionError("weights", "all are zero", "give at least one adapter a weight")
-    return checked
+    return [options.check(each, w, float) for w in weights]
 
 
 def _check_form(form: str, output: Any, base: Any) -> None:

@@ -6,6 +6,7 @@ The CLI prints ``str(error)`` and exits with 2; the API raises it.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 MOST = 300
 """Characters of a message."""
@@ -17,6 +18,12 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of several names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def is_text(text: object) -> bool:

@@ -35,6 +35,7 @@ from . import ops
 from .errors import AdapterError, DomergeError, OptionError
 from .plan import Plan, Stack
 from .problem import Problem
+from .storage.lazy import dtype_name
 
 LIMIT = 0.01
 """Largest share of an update that rounding may change."""
@@ -323,7 +324,7 @@ def check_rounding(name: str, given: Tensor, found: Tensor, dtype: torch.dtype) 
 
 def refusal(name: str, dtype: torch.dtype, what: str, error: float = 1.0) -> DomergeError:
     """Of a result that is too "large" or too "small" for the dtype."""
-    word = str(dtype).removeprefix("torch.")
+    word = dtype_name(dtype)
     narrow = dtype != torch.float32
     if what == "large":
         remedy = "write it with dtype='float32'" if narrow else "use a smaller scale or weights"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,9 +100,7 @@ class Report:
     @property
     def energy_kept(self) -> float:
         """Share of the squared norm kept over all modules."""
-        total = sum(m.energy for m in self.modules.values())
-        kept = sum(m.energy * m.energy_kept for m in self.modules.values())
-        return kept / total if total > 0 else 1.0
+        return energy_kept(self.modules.values())
 
     def summary(self) -> list[tuple[str, str]]:
         """Headline figures as (label, text), for the CLI and the model card."""
@@ -136,6 +134,13 @@ class Report:
             "interference": self.interference and self.interference.to_dict(),
             "energy_kept": self.energy_kept,
         }
+
+
+def energy_kept(modules: Collection[ModuleReport]) -> float:
+    """Share of the squared norm of all modules that truncation left."""
+    total = math.fsum(m.energy for m in modules)
+    kept = math.fsum(m.energy * m.energy_kept for m in modules)
+    return kept / total if total > 0 else 1.0
 
 
 def _describe(sides: Sequence[SideReport]) -> str:

@@ -40,8 +40,9 @@ from .outputs.target import Target
 from .plan import Plan, Stack
 from .problem import Problem
 from .progress import shown
-from .report import ModuleReport, Report
+from .report import ModuleReport, Report, energy_kept
 from .sequential_state import STATE, State, Step
+from .storage.lazy import dtype_name
 from .storage.safetensors_file import SafetensorsFile
 from .work import Cut, Work
 
@@ -128,11 +129,7 @@ class Sequential:
         loaded = [x if isinstance(x, Adapter) else load(x) for x in adapters]
         if not loaded:
             raise OptionError("adapters", "there are none", "give at least one")
-        weights = [1.0] * len(loaded) if weights is None else weights
-        if len(weights) != len(loaded):
-            problem = f"{len(weights)} weights for {len(loaded)} adapters"
-            raise OptionError("weights", problem, "give one number for each adapter, in order")
-        weights = [options.check("weight", weight, float) for weight in weights]
+        weights = api.check_weights(weights, len(loaded), each="weight")
         if 0 in weights:
             raise OptionError("weight", "0 adds nothing", "give another, or leave the adapter out")
         run = functools.partial(self._run, backend=backend, device=device, progress=progress)
@@ -185,7 +182,7 @@ class Sequential:
         target.check_inputs()
         os.replace(path, fresh / FACTORS)
         norm = abs(weight) * sums.result().norms[-1]
-        step = Step(printable(new.name), weight, norm, _energy_kept(modules))
+        step = Step(printable(new.name), weight, norm, energy_kept(modules.values()))
         return dataclasses.replace(
             state,
             dtype=_shared_dtype(state.dtype, new),
@@ -250,9 +247,7 @@ class Sequential:
     def _result(self, scale: float, dtype: str | None) -> tuple[Report, Target, _Scaled]:
         """g λ S: its factors are read from the folder when they are asked for."""
         started = time.perf_counter()
-        scale = options.check("scale", scale, float)
-        if scale == 0:
-            raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
+        scale = api.check_scale(scale)
         running, steps = self._running(self.state, self.folder), self.state.steps
         if not running:
             problem = f"nothing was added to {str(self.folder)!r} yet"
@@ -347,13 +342,6 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _shared_dtype(so_far: str | None, new: Adapter) -> str:
-    dtypes = {str(module.dtype).removeprefix("torch.") for module in new.modules.values()}
+    dtypes = {dtype_name(module.dtype) for module in new.modules.values()}
     dtypes |= {so_far} if so_far else set()
     return dtypes.pop() if len(dtypes) == 1 else "float32"
-
-
-def _energy_kept(modules: Mapping[str, ModuleReport]) -> float:
-    """Share of the squared norm that truncation left, over all modules."""
-    total = math.fsum(m.energy for m in modules.values())
-    kept = math.fsum(m.energy * m.energy_kept for m in modules.values())
-    return kept / total if total else 1.0

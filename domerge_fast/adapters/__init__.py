@@ -34,7 +34,6 @@ def load(source: str | os.PathLike[str], name: str | None = None) -> Adapter:
     """The adapter in a PEFT folder: config and header are read and checked, factors stay on disk.
 
     ``name`` is what messages call it (the path as given if not stated, its bytes escaped where they
-    are no UTF-8). Raises AdapterError, in
-    one line, for whatever cannot be merged exactly.
+    are no UTF-8). Raises AdapterError, in one line, for whatever cannot be merged exactly.
     """
     return load_folder(Path(source), name or printable(os.fspath(source)))

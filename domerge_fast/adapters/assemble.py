@@ -14,7 +14,7 @@ import torch
 
 from ..errors import AdapterError, is_text
 from ..storage.input_file import InputFile
-from ..storage.lazy import LazyTensor
+from ..storage.lazy import LazyTensor, dtype_name
 from ..storage.safetensors_file import SafetensorsFile
 from . import foreign
 from .adapter import Adapter, AdapterConfig, Kind, Module, without_paths
@@ -204,7 +204,7 @@ def _check_dtype(adapter: str, module: str, side: str, dtype: torch.dtype) -> No
     remedy = "dequantize the adapter to float32, float16 or bfloat16"
     if dtype == torch.float64:
         remedy = "cast the adapter to float32"
-    problem = f"factor {side} is {str(dtype).removeprefix('torch.')}"
+    problem = f"factor {side} is {dtype_name(dtype)}"
     raise AdapterError(adapter, module, problem, remedy)
 
 

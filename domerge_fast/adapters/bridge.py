@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NoReturn
 
-from ..errors import AdapterError
+from ..errors import AdapterError, some
 from .adapter import Adapter, called, without_paths
 from .assemble import EMBEDDINGS, HEADS
 from .base_model import check_base, states_base
@@ -275,10 +275,9 @@ class _Way:
     def notes(self) -> list[str]:
         found = []
         for i, changes in self.changes.items():
-            renamed = ", ".join(f"{old!r} is {new!r}" for old, new in sorted(changes.items())[:3])
-            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            renamed = some([f"{old!r} is {new!r}" for old, new in sorted(changes.items())])
             as_in = called(self.first, self._adapters[self.first])
-            found.append(f"{called(i, self._adapters[i])}: {renamed}{more}, as in {as_in}")
+            found.append(f"{called(i, self._adapters[i])}: {renamed}, as in {as_in}")
         return found
 
 

@@ -1,5 +1,5 @@
-"""Names of modules in lists of layers: the path before the first number is the *stem*, what comes from
-there on the *rest*. Classes of one model differ in the stem alone, and there in neutral words."""
+"""Names of modules in lists of layers: the path before the first number is the *stem*, what comes
+from there on the *rest*. Classes of one model differ in the stem alone, there in neutral words."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 
-from ..errors import AdapterError, DomergeError, OptionError
+from ..errors import AdapterError, DomergeError, OptionError, some
 from ..options import suggest
-from ..storage.lazy import LazyTensor, in_step
+from ..storage.lazy import LazyTensor, dtype_name, in_step
 from .adapter import Adapter, AdapterConfig, called
 from .assemble import is_of_tokens, is_saved
 from .names import PREFIX
@@ -93,7 +93,7 @@ class Sum:
         rounded = total.to(self.dtype)
         if not torch.isfinite(rounded).all():
             problem = f"{self.name!r}, which adapters save whole: the sum is not finite"
-            raise DomergeError(f"{problem} in {_dtype(self.dtype)}; {_CHOOSE}")
+            raise DomergeError(f"{problem} in {dtype_name(self.dtype)}; {_CHOOSE}")
         return rounded
 
 
@@ -289,7 +289,7 @@ def _sum(
         raise refused(how)
     dtypes = {tensor.dtype for _, _, tensor in having}
     if not all(dtype.is_floating_point for dtype in dtypes | {origin.dtype}):
-        raise refused(f"{differs}, and is {_dtype(one.dtype)}, which cannot be added up")
+        raise refused(f"{differs}, and is {dtype_name(one.dtype)}, which cannot be added up")
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     terms = tuple((weight, tensor) for _, weight, tensor in having)
     return Sum(key, origin, terms, dtype)
@@ -367,9 +367,4 @@ def _notes(
 
 
 def _listed(keys: Collection[str]) -> str:
-    names = sorted(key.removeprefix(PREFIX) for key in keys)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return some(sorted(key.removeprefix(PREFIX) for key in keys))

@@ -19,6 +19,7 @@ from ..backends.gpu import MAX_RANK
 from ..errors import DomergeError
 from ..methods.do import DoOptions
 from ..plan import Plan, Stack
+from ..storage.lazy import dtype_name
 from . import bounds, cases, machine, timing
 from .bounds import NOTHING, Rates, Work
 from .cases import Case
@@ -159,7 +160,7 @@ def run(
         source=source,
         device=str(device),
         machine=machine.describe(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         adapters=len(adapters),
         modules=len(names),
         modules_in_all=modules_in_all,

@@ -18,7 +18,7 @@ from ..errors import DomergeError, OutputError
 from ..report import Report
 from ..storage import json_file
 from ..storage.input_file import InputFile
-from ..storage.lazy import LazyTensor, pieces
+from ..storage.lazy import LazyTensor, dtype_name, pieces
 from ..storage.safetensors_file import SafetensorsFile
 from . import marker, tokenizer, weights
 from .card import CARD, Heading
@@ -155,7 +155,7 @@ class ModelFolder(MergeFolder):
         for sums in self._sums(name, delta):
             whole.add(*sums)
         if whole.share < LEAST_KEPT:
-            dtype = str(sums[2].dtype).removeprefix("torch.")
+            dtype = dtype_name(sums[2].dtype)
             problem = f"module {name!r}: the update is lost in the rounding of the base's {dtype}"
             remedy = "write an adapter, use a larger scale, or give the base in float32"
             raise DomergeError(f"{problem} ({100 * whole.share:.2g} % is left); {remedy}")

@@ -18,6 +18,7 @@ from .card import CARD
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
+TIED = "tie_word_embeddings"
 
 _WEIGHTS = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
@@ -51,9 +52,14 @@ class Checkpoint:
     def is_tied(self) -> bool:
         """Whether loading may make one weight of the input and the output embeddings; where the
         config does not say, some versions of transformers do."""
-        text = self.config.get("text_config")
-        text = text if isinstance(text, dict) else {}
-        return bool(self.config.get("tie_word_embeddings", text.get("tie_word_embeddings", True)))
+        stated = [part[TIED] for part in parts(self.config) if TIED in part]
+        return bool(stated[0]) if stated else True
+
+
+def parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The config, and that of the language model in a larger one."""
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, dict) else [config]
 
 
 def refusal(folder: Path, problem: str, remedy: str) -> OptionError:
@@ -95,11 +101,10 @@ def _config(folder: Path, file: InputFile) -> dict[str, Any]:
     if not os.path.isfile(file.path):
         raise refusal(folder, f"has no {CONFIG}", "give a folder saved by transformers")
     config = json_file.read_object(file, json_file.CONFIG_BYTES)
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        tied = part.get("tie_word_embeddings")
+    for part in parts(config):
+        tied = part.get(TIED)
         if tied is not None and not isinstance(tied, bool):
-            problem = f"has tie_word_embeddings={str(tied)[:40]!r} in {CONFIG}, not true or false"
+            problem = f"has {TIED}={str(tied)[:40]!r} in {CONFIG}, not true or false"
             raise refusal(folder, problem, f"correct {CONFIG}")
     return config
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..adapters import LazyTensor
 from ..adapters.assemble import is_of_tokens
 from ..adapters.whole import Sum, parameter
+from ..storage.lazy import dtype_name
 from . import weights
 from .base_names import OTHER_BASE, nearest, renaming
 from .checkpoint import Checkpoint, refusal
@@ -109,7 +110,7 @@ def _turned(layout: Layout, key: str, tensor: LazyTensor, target: Target, base: 
     """
     own = base.tensors.get(key, tensor)
     if own.dtype not in FLOATS:
-        name = str(own.dtype).removeprefix("torch.")
+        name = dtype_name(own.dtype)
         problem = f"stores {key!r} of module {layout.name!r} as {name}: it is quantized"
         raise refusal(base.folder, problem, "give the base in float32, float16 or bfloat16")
     stated = weights.is_turned(layout, target)

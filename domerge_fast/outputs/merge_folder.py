@@ -20,8 +20,8 @@ Folder = TypeVar("Folder", bound="MergeFolder")
 
 
 class MergeFolder(ABC):
-    """A merge written module by module. The folder appears when `finish`
-    was called and the block ends without an error; otherwise nothing does.
+    """A merge written module by module. The folder appears when `finish` was called and the block
+    ends without an error; otherwise nothing does.
 
     names: patterns of the file names of the form.
     """

@@ -21,6 +21,7 @@ from ..adapters import Adapter, AdapterConfig, Kept
 from ..adapters.names import PREFIX
 from ..adapters.peft import CONFIG, WEIGHTS
 from ..adapters.whole import lacks_head
+from ..errors import some
 from ..plan import Plan
 from ..report import Report
 from . import tokenizer
@@ -32,7 +33,7 @@ from .target import Layout, Target
 FILES = (CONFIG, WEIGHTS, CARD)
 
 WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-
+"""Fields of a config that say which modules it adapts."""
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for max_lora_rank (0.33); it serves no adapter of a larger rank."""
@@ -170,10 +171,9 @@ def notes(target: Target, ranks: Collection[int]) -> tuple[str, ...]:
             "of other modules too"
         )
     if target.carried:
-        keys = [key.removeprefix(PREFIX) for key in target.carried]
-        more = f" and {len(keys) - 1} more" if keys[1:] else ""
+        saved = some([key.removeprefix(PREFIX) for key in target.carried], 1)
         found.append(
-            f"{keys[0]}{more}: saved whole, which SGLang does not load and vLLM refuses (but for "
+            f"{saved}: saved whole, which SGLang does not load and vLLM refuses (but for "
             "classifier and score)"
         )
     return tuple(found)

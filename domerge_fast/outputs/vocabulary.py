@@ -8,7 +8,7 @@ embedding, the weight below a LoRA) is loaded into the pair.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,12 @@ import torch
 from ..adapters import LazyTensor
 from ..adapters.assemble import EMBEDDINGS, HEADS, is_of_tokens, is_saved
 from ..adapters.whole import COPY, equal, parameter
-from .checkpoint import Checkpoint, refusal
+from ..storage.lazy import dtype_name
+from .checkpoint import TIED, Checkpoint, parts, refusal
 from .target import Layout, Target
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-TIED, SIZE = "tie_word_embeddings", "vocab_size"
+SIZE = "vocab_size"
 _UNTIE = f"save the base with two weights and {TIED}=false, or write an adapter"
 _OTHER = "give the base model the adapters were trained on, or write an adapter"
 _WITHOUT_HEAD = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
@@ -98,7 +99,7 @@ def check_replaceable(
 
 
 def _described(tensor: LazyTensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
 
 
 def _is_base_s_own(saved: Collection[LazyTensor], base: Checkpoint) -> bool:
@@ -109,7 +110,7 @@ def _is_base_s_own(saved: Collection[LazyTensor], base: Checkpoint) -> bool:
 
 def is_token_layout(layout: Layout, base: Checkpoint) -> bool:
     """Whether a module has a row or a column for every token."""
-    sizes = [(part.get(SIZE),) for part in _parts(base.config)]
+    sizes = [(part.get(SIZE),) for part in parts(base.config)]
     embeds = layout.kind == "embedding" and layout.inputs in sizes
     return embeds or is_of_tokens(f"{layout.name}.weight")
 
@@ -155,7 +156,7 @@ def _pair(base: Checkpoint, touched: Collection[str]) -> tuple[str, str] | None:
 
 
 def _states_tied(base: Checkpoint) -> bool:
-    return any(part.get(TIED) is not None for part in _parts(base.config))
+    return any(part.get(TIED) is not None for part in parts(base.config))
 
 
 def _settle_pair(
@@ -199,18 +200,11 @@ def _resize(found: Vocabulary, base: Checkpoint) -> None:
             problem = f"would have {after[0]} rows in {first!r}, but {now[0]} in {key!r}"
             remedy = "save both with the adapters (save_embedding_layers=True), or resize the base"
             raise refusal(base.folder, problem, remedy)
-    if not any(part.get(SIZE) for part in _parts(base.config)):
+    if not any(part.get(SIZE) for part in parts(base.config)):
         raise refusal(base.folder, f"has no {SIZE} in config.json to change", _OTHER)
     found.config = _changed(found.config or base.config, SIZE, after[0])
     found.rows = after[0]
     found.notes += (f"the vocabulary has {after[0]} rows now, and had {before[0]} in the base",)
-
-
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The config, and that of the language model in a larger one."""
-    yield config
-    if isinstance(text := config.get("text_config"), dict):
-        yield text
 
 
 def _changed(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DomergeError
+from ..storage.lazy import dtype_name
 from .target import Layout, Target
 
 
@@ -32,7 +33,7 @@ def rounded(module: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """x in a dtype of the output; DomergeError if it is not finite there."""
     found = x.to(dtype)
     if not all(math.isfinite(end) for end in torch.aminmax(found)):
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         problem = f"module {module!r}: the result has values that are not finite in {name}"
         raise DomergeError(f"{problem}; merge with a smaller scale, or into a wider dtype")
     return found

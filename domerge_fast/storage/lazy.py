@@ -55,6 +55,11 @@ class MemoryTensor:
         return self.tensor.detach()[start:stop]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options, cards and messages have it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def pieces(tensor: LazyTensor, most_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
     """The tensor in parts along its first dimension, in order, none much larger than so many
     bytes (but one row)."""
