@@ -24,12 +24,13 @@ from .merged import Merged
 from .methods import TABLE, choose
 from .methods.base import Chosen, Method, Settings
 from .methods.steps import POST, PRE
+from .methods.steps.base import PostStep, PreStep
 from .outputs import peft, tokenizer
-from .outputs.base import ModelFolder
-from .outputs.checkpoint import open_checkpoint
+from .outputs.checkpoint import Checkpoint, open_checkpoint
 from .outputs.deltas import DeltaFolder
 from .outputs.fit import originals
 from .outputs.merge_folder import MergeFolder
+from .outputs.model import ModelFolder
 from .outputs.target import Target
 from .plan import Plan
 from .progress import shown
@@ -121,7 +122,7 @@ def merge(
     """
     started = time.perf_counter()
     chosen = choose(method, method_options)
-    steps = _steps("pre", pre, PRE), _steps("post", post, POST)
+    before, after = _steps("pre", pre, PRE), _steps("post", post, POST)
     scale = check_scale(scale)
     cut = _cut(rank, energy)
     ragged = options.check("ragged", ragged, bool) or energy is not None
@@ -137,24 +138,13 @@ def merge(
         choose_device(device, loaded), options.size("max_device_memory", max_device_memory)
     )
     settings = Settings(scale, out_dtype, registry.choose(backend, place.device.type))
-    usual = _largest_rank(plan) if chosen.truncates or chosen.dense else Cut()
-    work = Work(
-        method=chosen,
-        settings=settings,
-        cut=usual if chosen.truncates and not cut else cut,
-        usual=usual,
-        pre=steps[0],
-        post=steps[1],
-        deltas=form != "adapter",
-        narrowing=plan.wide,
-    )
+    work = _work(plan, chosen, settings, cut, before, after, deltas=form != "adapter")
     checkpoint = None if base is None else open_checkpoint(Path(base))
     origin = None if checkpoint is None else originals(plan.names, checkpoint)
     kept = keep(loaded, plan.weights, whole, origin)
     if kept.owner is not None:
         whole = f"from:{loaded.index(kept.owner) + 1}"  # the recipe has no paths
-    ranks = work.ranks(plan)
-    target, notes = _target(plan, out_dtype, base_model, kept, ranks, ragged)
+    target, notes = _target(plan, out_dtype, base_model, kept, work.ranks(plan), ragged)
     notes = (*renamed, *notes)
     sums = InterferenceSums([a.name for a in loaded])
 
@@ -189,7 +179,7 @@ def merge(
         target.check_inputs()
         return Merged(report, target, results)
     path = Path(output).absolute()
-    with _folder(form, path, target, base, overwrite, force) as folder:
+    with _folder(form, path, target, checkpoint, overwrite, force) as folder:
         report = run(folder.add, True)
         report = dataclasses.replace(report, notes=(*report.notes, *folder.notes))
         folder.finish(report)
@@ -331,7 +321,7 @@ def _folder(
     form: str,
     path: Path,
     target: Target,
-    base: str | os.PathLike[str] | None,
+    base: Checkpoint | None,
     overwrite: bool,
     force: bool,
 ) -> MergeFolder:
@@ -339,7 +329,7 @@ def _folder(
         return peft.PeftFolder(path, target, overwrite, force)
     if form == "deltas" or base is None:
         return DeltaFolder(path, target, overwrite, force)
-    return ModelFolder(path, target, Path(base), overwrite, force)
+    return ModelFolder(path, target, base, overwrite, force)
 
 
 def _target(
@@ -407,6 +397,21 @@ def _cut(rank: int | None, energy: float | None) -> Cut:
         if not 0 < energy <= 1:
             raise OptionError("energy", f"{energy!r} is not a share", "give one in (0, 1]")
     return Cut(rank, energy)
+
+
+def _work(
+    plan: Plan,
+    method: Chosen,
+    settings: Settings,
+    cut: Cut,
+    before: Sequence[PreStep],
+    after: Sequence[PostStep],
+    deltas: bool,
+) -> Work:
+    usual = _largest_rank(plan) if method.truncates or method.dense else Cut()
+    if method.truncates and not cut:
+        cut = usual
+    return Work(method, settings, cut, usual, before, after, deltas, narrowing=plan.wide)
 
 
 def _largest_rank(plan: Plan) -> Cut:

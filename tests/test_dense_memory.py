@@ -14,8 +14,9 @@ from test_memory import memory
 from test_outputs import forked
 
 import domerge_fast as dm
-from domerge_fast.outputs.base import ModelFolder
+from domerge_fast.outputs.checkpoint import open_checkpoint
 from domerge_fast.outputs.deltas import DeltaFolder
+from domerge_fast.outputs.model import ModelFolder
 
 SIZE, COUNT = 1024, 24
 WEIGHT = 4 * SIZE * SIZE  # bytes
@@ -32,7 +33,9 @@ def measure(folder: Path, form: str, pipe: Connection) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the kernel starts VmHWM again
     before = memory()["VmHWM"]
     if form == "model":
-        writing = ModelFolder(folder / "out", merged.target, folder / "base", False)
+        writing = ModelFolder(
+            folder / "out", merged.target, open_checkpoint(folder / "base"), False
+        )
     else:
         writing = DeltaFolder(folder / "out", merged.target, False)
     with writing as out:

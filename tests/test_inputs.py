@@ -364,7 +364,7 @@ def test_a_base_is_copied_piece_by_piece(pair, tmp_path, monkeypatch):
     dm.merge(pair, form="model", base=base, output=tmp_path / "whole")
     monkeypatch.setattr("domerge_fast.storage.lazy.in_step.__defaults__", (64,))
     monkeypatch.setattr("domerge_fast.storage.lazy.pieces.__defaults__", (64,))
-    monkeypatch.setattr("domerge_fast.outputs.base.CHUNK_BYTES", 300)
+    monkeypatch.setattr("domerge_fast.outputs.model.CHUNK_BYTES", 300)
     dm.merge(pair, form="model", base=base, output=tmp_path / "pieces")
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "pieces"))
     assert one.keys() == two.keys()

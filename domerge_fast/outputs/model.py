@@ -22,7 +22,7 @@ from ..storage.lazy import LazyTensor, dtype_name, pieces
 from ..storage.safetensors_file import SafetensorsFile
 from . import marker, tokenizer, weights
 from .card import CARD, Heading
-from .checkpoint import CONFIG, INDEX, open_checkpoint
+from .checkpoint import CONFIG, INDEX, Checkpoint
 from .fit import fit
 from .folder import check_apart, check_path, is_same
 from .merge_folder import MergeFolder
@@ -52,12 +52,12 @@ class ModelFolder(MergeFolder):
     heading = Heading("Model with merged LoRA adapters", "transformers")
 
     def __init__(
-        self, path: Path, target: Target, base: Path, overwrite: bool, force: bool = False
+        self, path: Path, target: Target, base: Checkpoint, overwrite: bool, force: bool = False
     ) -> None:
         check_path(path)
-        _check_outside(path, base)
-        check_apart(path, base, "the base model's folder")
-        self._base = open_checkpoint(base)
+        _check_outside(path, base.folder)
+        check_apart(path, base.folder, "the base model's folder")
+        self._base = base
         self._fit = fit(target, self._base)
         self._realised: dict[str, weights.Realised] = {}
         self._notes = self._fit.vocabulary.notes
