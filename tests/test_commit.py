@@ -25,8 +25,8 @@ from test_outputs import forked, load_bytes, small_disk, state, unchanged, write
 
 import domerge_fast as dm
 from domerge_fast import OptionError, OutputError, OutputWarning, Sequential, cli
-from domerge_fast.outputs import base as base_output
 from domerge_fast.outputs import folder as output_folder
+from domerge_fast.outputs import model as model_output
 from domerge_fast.outputs import stream
 from domerge_fast.outputs.folder import Replacing, whole_folder
 from domerge_fast.storage import flush, workplace
@@ -783,7 +783,7 @@ class Half(FileIO):
 def test_short_writes_make_the_same_bytes(form, inputs, tmp_path, monkeypatch):
     form(inputs, tmp_path / "expected")
     monkeypatch.setattr(stream, "FileIO", Half)
-    monkeypatch.setattr(base_output, "FileIO", Half)
+    monkeypatch.setattr(model_output, "FileIO", Half)
     form(inputs, tmp_path / "out")
     found, expected = state(tmp_path / "out"), state(tmp_path / "expected")
     for name in ("README.md",):  # holds the time it took

@@ -34,8 +34,8 @@ from transformers import (
 
 import domerge_fast as dm
 from domerge_fast import DomergeError, Merged, OptionError, OutputError
-from domerge_fast.outputs import base as base_output
 from domerge_fast.outputs import deltas
+from domerge_fast.outputs import model as model_output
 from domerge_fast.outputs.checkpoint import open_checkpoint
 from domerge_fast.outputs.deltas import DeltaFolder
 from domerge_fast.outputs.model import ModelFolder
@@ -222,7 +222,7 @@ def test_metadata_of_the_base_is_kept_beside_our_mark(metadata, gpt2_case):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_sums_are_rounded_once_to_the_dtype_of_the_base(dtype, gpt2_case, monkeypatch):
     case = gpt2_case
-    monkeypatch.setattr(base_output, "CHUNK_BYTES", 1000)  # several chunks, the last one smaller
+    monkeypatch.setattr(model_output, "CHUNK_BYTES", 1000)  # several chunks, the last one smaller
     edit_weights(
         case.base, lambda stored: stored.update({k: v.to(dtype) for k, v in stored.items()})
     )
@@ -588,7 +588,7 @@ def test_what_the_base_rounds_away_in_part_is_said(gpt2_case):
                 change = size * merged.delta(name)
                 # The rows that are looked at first lose theirs, the others do not.
                 rows = change.T if folder._fit.places[name].turned else change
-                rows[:: base_output.SAMPLED] *= 1e-7 if name == merged.names[0] else 1.0
+                rows[:: model_output.SAMPLED] *= 1e-7 if name == merged.names[0] else 1.0
                 folder.add(name, change)
             folder.finish(merged.report)
         notes[size] = folder.notes
