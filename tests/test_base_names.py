@@ -13,7 +13,7 @@ from support.make import random_factors
 
 import domerge_fast as dm
 from domerge_fast.errors import OptionError
-from domerge_fast.outputs.base_names import renaming
+from domerge_fast.outputs.base_names import Renaming
 from domerge_fast.outputs.checkpoint import Checkpoint, open_checkpoint
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -42,7 +42,7 @@ def opened(tmp_path: Path, *modules: Shapes) -> Checkpoint:
 
 
 def found(shapes: Shapes, checkpoint: Checkpoint) -> list[str]:
-    rename = renaming({f"{k}.weight": [shape] for k, shape in shapes.items()}, checkpoint)
+    rename = Renaming({f"{k}.weight": [shape] for k, shape in shapes.items()}, checkpoint)
     return [rename(f"{name}.weight").removesuffix(".weight") for name in shapes]
 
 
@@ -112,7 +112,7 @@ def test_a_part_of_another_name_is_not_taken_for_it(tmp_path):
 
 def test_what_is_not_adapted_follows_what_is(tmp_path):
     checkpoint = opened(tmp_path, layers("layers"), {"norm": (8, 8), "score": (2, 8)})
-    rename = renaming({f"{name}.weight": () for name in layers("model.layers")}, checkpoint)
+    rename = Renaming({f"{name}.weight": () for name in layers("model.layers")}, checkpoint)
     assert rename("model.norm.weight") == "norm.weight"
     assert rename("score.weight") == "score.weight"
     assert rename("model.nothing.weight") == "model.nothing.weight"

@@ -78,16 +78,28 @@ def _sort_tensors(
     name: str, config: AdapterConfig, tensors: Mapping[str, LazyTensor], spell: Spelling
 ) -> tuple[dict[str, Sides], dict[str, LazyTensor], dict[str, LazyTensor]]:
     """The factors, what is saved whole, and what of that was before training."""
+    owners: dict[str, str] = {}  # names of adapters in keys, and the first key of each
+    factors, others = _factors(name, tensors, spell, owners)
+    carried, originals = _carried(name, config.modules_to_save or (), others, spell, owners)
+    if len(owners) > 1:
+        (one, key), (other, other_key) = list(owners.items())[:2]
+        problem = f"holds adapters {one!r} and {other!r} in one file ({key!r}, {other_key!r})"
+        raise AdapterError(name, None, problem, "save each to a folder of its own")
+    return factors, carried, originals
+
+
+def _factors(
+    name: str, tensors: Mapping[str, LazyTensor], spell: Spelling, owners: dict[str, str]
+) -> tuple[dict[str, Sides], dict[str, LazyTensor]]:
+    """Both sides of every module; and all other tensors."""
     factors: dict[str, Sides] = {}
-    others: list[str] = []
-    owners: dict[str, str] = {}
-    saved_names = config.modules_to_save or ()
+    others: dict[str, LazyTensor] = {}
     for key, tensor in tensors.items():
         if not is_text(key):
             problem = f"tensor {key!r} has a name that no file can hold"
             raise AdapterError(name, None, problem, "give it another, in Unicode")
         if not (match := _FACTOR.fullmatch(spell(key))):
-            others.append(key)
+            others[key] = tensor
             continue
         module, one, owner, side, other_owner = match.groups()
         sides, side = factors.setdefault(module, {}), one or side
@@ -97,15 +109,26 @@ def _sort_tensors(
         sides[side] = key, tensor
         if owner := owner or other_owner:
             owners.setdefault(owner, key)
+    return factors, others
+
+
+def _carried(
+    name: str,
+    saved_names: Sequence[str],
+    others: Mapping[str, LazyTensor],
+    spell: Spelling,
+    owners: dict[str, str],
+) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """What is saved whole, by the keys PEFT writes, and what of that was before training."""
     carried: dict[str, str] = {}
     originals: dict[str, LazyTensor] = {}
     paths = {spell(key) for key in others}
-    for key in others:
+    for key, tensor in others.items():
         path = spell(key)
         if (inner := _INNER.fullmatch(path)) and _is_carried(inner[1] + inner[3], saved_names):
             path = inner[1] + inner[3]
             if inner[2] == "original_module":
-                originals[path] = tensors[key]
+                originals[path] = tensor
             if inner[2] == "original_module" or path in paths:
                 continue
         elif saved := _SAVED.fullmatch(path):
@@ -117,15 +140,11 @@ def _sort_tensors(
         if first != key:
             problem = f"stores {path!r} twice, as {first!r} and {key!r}"
             raise AdapterError(name, None, problem, _SAVE_AGAIN)
-        if 0 in tensors[key].shape:
-            problem = f"stores {path!r} whole but empty (shape {list(tensors[key].shape)})"
+        if 0 in tensor.shape:
+            problem = f"stores {path!r} whole but empty (shape {list(tensor.shape)})"
             raise AdapterError(name, None, problem, _GATHER)
-    if len(owners) > 1:
-        (one, key), (other, other_key) = list(owners.items())[:2]
-        problem = f"holds adapters {one!r} and {other!r} in one file ({key!r}, {other_key!r})"
-        raise AdapterError(name, None, problem, "save each to a folder of its own")
-    whole = {PREFIX + path: tensors[key] for path, key in carried.items()}
-    return factors, whole, {path: x for path, x in originals.items() if PREFIX + path in whole}
+    whole = {PREFIX + path: others[key] for path, key in carried.items()}
+    return whole, {path: x for path, x in originals.items() if PREFIX + path in whole}
 
 
 def _is_carried(path: str, modules_to_save: Sequence[str]) -> bool:

@@ -9,9 +9,9 @@ shapes where they are known; other parameters by their last names.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 
-from ..adapters.stems import NEUTRAL, core_of, outer_of, split
+from ..adapters.stems import NEUTRAL, core_of, is_below, outer_of, split
 from .checkpoint import Checkpoint, refusal
 
 Shapes = Collection[tuple[int, ...]]
@@ -20,60 +20,63 @@ Family = tuple[bool, str]  # whether it is a list of layers; its stem, or what i
 OTHER_BASE = "give the base model the adapters were trained on, or write an adapter"
 
 
-def renaming(wanted: Mapping[str, Shapes], base: Checkpoint) -> Callable[[str], str]:
+class Renaming:
     """From parameter names of the adapted model to those of the base.
 
     wanted: the adapted weights, with the shapes that would do (none: any). A name that leads
-    nowhere comes back as it is most likely meant. OptionError where a name may mean two weights.
+    nowhere comes back as it is most likely meant. OptionError, also on making it, where a name may
+    mean two weights.
     """
-    stored: dict[Family, list[str]] = {}
-    for key in base.tensors:
-        stored.setdefault(_family(key), []).append(key)
-    stems: dict[str, list[Family]] = {}
-    for family in stored:
-        stems.setdefault(_last(family), []).append(family)
 
-    def best(family: Family, paths: Collection[str]) -> Family:
+    def __init__(self, wanted: Mapping[str, Shapes], base: Checkpoint) -> None:
+        self._wanted, self._base = wanted, base
+        self._stored: dict[str, list[Family]] = {}  # by last names
+        for family in dict.fromkeys(map(_family, base.tensors)):
+            self._stored.setdefault(_last(family), []).append(family)
+        families: dict[Family, list[str]] = {}
+        for path in wanted:
+            families.setdefault(_family(path), []).append(path)
+        self._moved = {family: self._best(family, paths) for family, paths in families.items()}
+        moves = ((old, new) for (_, old), (_, new) in self._moved.items() if old != new)
+        self._outer = dict(outer_of(old, new) for old, new in moves)
+        self._known: dict[str, str] = {}
+
+    def __call__(self, path: str) -> str:
+        if path not in self._known:
+            self._known[path] = self._find(path)
+        return self._known[path]
+
+    def _best(self, family: Family, paths: Collection[str]) -> Family:
         """The base's family that has most of the paths: of the same name if that has as many."""
         scores: dict[Family, tuple[int, int]] = {}
-        for other in {family, *stems.get(_last(family), ())}:
+        for other in {family, *self._stored.get(_last(family), ())}:
             if nearness := _nearness(family, other):
-                found = sum(_fits(_moved(p, family, other), wanted.get(p, ()), base) for p in paths)
+                found = sum(self._fits(path, _moved(path, family, other)) for path in paths)
                 scores[other] = found, nearness
         most = max(scores.values())
         ways = sorted(other for other, score in scores.items() if score == most)
         if most[0] and len(ways) > 1:
             names = " and ".join(repr(f"{stem}.".lstrip(".")) for _, stem in ways[:2])
             problem = f"has the adapters' modules under more than one name ({names})"
-            raise refusal(base.folder, problem, OTHER_BASE)
+            raise refusal(self._base.folder, problem, OTHER_BASE)
         return ways[0] if most[0] else family
 
-    families: dict[Family, list[str]] = {}
-    for path in wanted:
-        families.setdefault(_family(path), []).append(path)
-    moved = {family: best(family, paths) for family, paths in families.items()}
-    outer = dict(outer_of(old, new) for (_, old), (_, new) in moved.items() if old != new)
-    known: dict[str, str] = {}
+    def _fits(self, path: str, key: str) -> bool:
+        tensors, shapes = self._base.tensors, self._wanted.get(path, ())
+        return key in tensors and (not shapes or tuple(tensors[key].shape) in shapes)
 
-    def rename(path: str) -> str:
-        if path not in known:
-            known[path] = find(path)
-        return known[path]
-
-    def find(path: str) -> str:
+    def _find(self, path: str) -> str:
         family = _family(path)
-        likely = _moved(path, family, moved.get(family, family))
-        if likely in base.tensors:
+        likely = _moved(path, family, self._moved.get(family, family))
+        if likely in self._base.tensors:
             return likely
-        inside = [old for old in outer if not old or path.startswith(f"{old}.")]
+        inside = [old for old in self._outer if is_below(path, old)]
         for old in sorted(inside, key=len, reverse=True):
-            followed = f"{outer[old]}.{path[len(old) :].lstrip('.')}".lstrip(".")
-            if followed in base.tensors:
+            followed = f"{self._outer[old]}.{path[len(old) :].lstrip('.')}".lstrip(".")
+            if followed in self._base.tensors:
                 return followed
-        alone = _moved(path, family, best(family, [path]))
-        return alone if alone in base.tensors else likely
-
-    return rename
+        alone = _moved(path, family, self._best(family, [path]))
+        return alone if alone in self._base.tensors else likely
 
 
 def nearest(key: str, base: Checkpoint) -> str:
@@ -102,8 +105,10 @@ def _nearness(one: Family, other: Family) -> int:
     if is_list:
         alike = core_of(stem) == core_of(other_stem)
     else:
-        words, others = ([w for w in s.split(".") if w not in NEUTRAL] for s in (stem, other_stem))
-        alike = [w for w in words if w] == [w for w in others if w]
+        words, others = (
+            [w for w in s.split(".") if w and w not in NEUTRAL] for s in (stem, other_stem)
+        )
+        alike = words == others
     if alike:
         return 2
     inner, other_inner = stem.partition(".")[2], other_stem.partition(".")[2]
@@ -113,7 +118,3 @@ def _nearness(one: Family, other: Family) -> int:
 def _moved(path: str, family: Family, other: Family) -> str:
     rest = path[len(family[1]) :].lstrip(".")
     return f"{other[1]}.{rest}".lstrip(".")
-
-
-def _fits(key: str, shapes: Shapes, base: Checkpoint) -> bool:
-    return key in base.tensors and (not shapes or tuple(base.tensors[key].shape) in shapes)

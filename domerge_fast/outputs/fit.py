@@ -11,7 +11,7 @@ from ..adapters.assemble import is_of_tokens
 from ..adapters.whole import Sum, parameter
 from ..storage.lazy import dtype_name
 from . import weights
-from .base_names import OTHER_BASE, nearest, renaming
+from .base_names import OTHER_BASE, Renaming, nearest
 from .checkpoint import Checkpoint, refusal
 from .target import Layout, Target
 from .vocabulary import FLOATS, Vocabulary, check_replaceable, is_token_layout, settle
@@ -45,7 +45,7 @@ def fit(target: Target, base: Checkpoint) -> Fit:
         f"{layout.name}.weight": [weights.stored_shape(layout, turned) for turned in both]
         for layout in target.layouts.values()
     }
-    rename = renaming(shapes, base)
+    rename = Renaming(shapes, base)
     vocabulary = settle(target, base, rename)
     replaced = dict(vocabulary.replaced)
     for name, tensor in target.carried.items():
@@ -73,7 +73,7 @@ def originals(names: Collection[str], base: Checkpoint) -> Callable[[str], LazyT
     a head that is not stored because it is tied is the embedding. OptionError, when a weight is
     asked for, unless the base has the modules."""
     wanted = {f"{name}.weight": name for name in names}
-    rename = renaming(dict.fromkeys(wanted, ()), base)
+    rename = Renaming(dict.fromkeys(wanted, ()), base)
     tokens = [key for key in base.tensors if is_of_tokens(key)]
     missing = [p for p in wanted if rename(p) not in base.tensors and not is_of_tokens(p)]
 

@@ -105,7 +105,7 @@ def tensors(*files: Path) -> dict[str, torch.Tensor]:
 
 
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
-_WRAPPERS = re.compile(r"(?:base_model\.model\.|_orig_mod\.|(?<=\.)_orig_mod\.)")
+_WRAPPERS = re.compile(r"base_model\.model\.|_orig_mod\.")
 
 
 def updates(folder: Path) -> dict[str, torch.Tensor] | None:

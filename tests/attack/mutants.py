@@ -115,7 +115,7 @@ def _base(good: Path, work: Path, random: Random) -> tuple[str, str]:
         return did, f"!wrote an output, exit code {ending.code}: {ending.err[:300]}"
     strict_json(out / "config.json")
     shards = [sorted(x.glob("*.safetensors")) for x in (base, out)]
-    w0, w = tensors(*[x for x in shards[0] if x.name in {y.name for y in shards[1]}]), {}
+    w0 = tensors(*[x for x in shards[0] if x.name in {y.name for y in shards[1]}])
     w = tensors(*shards[1])
     if w.keys() != w0.keys():
         return did, f"!tensors {sorted(w.keys() ^ w0.keys())[:3]} on one side only"

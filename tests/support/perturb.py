@@ -24,8 +24,6 @@ EXACT = {torch.float64: 16, torch.float32: 6, torch.bfloat16: 2, torch.float16: 
 numbers, powers of two): it is the same everywhere, and stays."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 _LIBRARY = torch.library.Library("aten", "IMPL")
 
 
