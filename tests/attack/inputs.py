@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from support.make import random_factors, write_adapter
 
 MODULES = {
     "model.layers.0.self_attn.q_proj": (24, 16),
@@ -15,42 +16,33 @@ MODULES = {
     "model.layers.1.self_attn.q_proj": (24, 16),
     "model.layers.1.mlp.down_proj": (16, 40),
 }
-PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 STATE = "sequential.json"
 SUM = "running_sum.safetensors"
 
 
-def write_adapter(folder: Path, rank: int, seed: int, wide: int = 1) -> Path:
+def adapter(folder: Path, rank: int, seed: int, wide: int = 1) -> Path:
     """A PEFT folder of rank `rank`; every side is `wide` times as long as in MODULES."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, (m, n) in MODULES.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = _normal(generator, rank, n * wide)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = _normal(generator, m * wide, rank)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "someone/base",
-        "r": rank,
-        "lora_alpha": 2 * rank,
-        "target_modules": ["q_proj", "v_proj", "down_proj"],
-        "bias": "none",
-        "rank_pattern": {},
-        "alpha_pattern": {"v_proj": rank},
-        "layers_to_transform": None,
-        "modules_to_save": None,
-        "use_rslora": False,
-        "inference_mode": True,
-    }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2))
-    return folder
+    shapes = {name: (m * wide, n * wide) for name, (m, n) in MODULES.items()}
+    factors = random_factors(shapes, rank, seed=seed)
+    return write_adapter(
+        folder,
+        {name: (a / 4, b / 4) for name, (a, b) in factors.items()},
+        task_type="CAUSAL_LM",
+        base_model_name_or_path="someone/base",
+        lora_alpha=2 * rank,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={},
+        alpha_pattern={"v_proj": rank},
+        layers_to_transform=None,
+        modules_to_save=None,
+        use_rslora=False,
+        inference_mode=True,
+    )
 
 
-def write_base(folder: Path, wide: int = 1) -> Path:
+def base_model(folder: Path, wide: int = 1) -> Path:
     """A model folder in two shards, with a tokenizer file beside them."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(9)

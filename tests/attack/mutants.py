@@ -12,7 +12,7 @@ import torch
 
 from . import mutate
 from .forks import Tally, each
-from .inputs import CONFIG, STATE, SUM, WEIGHTS, copy, write_adapter, write_base
+from .inputs import CONFIG, STATE, SUM, WEIGHTS, adapter, base_model, copy
 from .judge import (
     adapter_problem,
     differs,
@@ -27,6 +27,8 @@ from .judge import (
 )
 
 KINDS = {"weights": 0.35, "config": 0.25, "base": 0.22, "state": 0.18}
+LARGEST = 1e3
+"""Of a weight, for updates beside it to be seen in float32."""
 METHODS = (
     *([["linear"]] * 6),
     *(["do"], ["svd", "--rank", "2"], ["ties", "--density", "0.5"], ["iso_c"], ["tsvm"]),
@@ -37,9 +39,9 @@ METHODS = (
 def attack(folder: Path, seed: int, count: int) -> Tally:
     """`count` damaged files, a kind in turn by its share of them."""
     good = folder / "good"
-    write_adapter(good / "a", 4, 1)
-    write_adapter(good / "b", 2, 2)
-    write_base(good / "base")
+    adapter(good / "a", 4, 1)
+    adapter(good / "b", 2, 2)
+    base_model(good / "base")
     for arguments in (["start", good / "state"], ["add", good / "state", good / "a"]):
         if (ending := run("sequential", *arguments)).code:
             raise RuntimeError(f"a good input is refused: {ending.err}")
@@ -113,25 +115,29 @@ def _base(good: Path, work: Path, random: Random) -> tuple[str, str]:
         return did, _as_refusal(ending.refusal())
     if ending.code or ending.err:
         return did, f"!wrote an output, exit code {ending.code}: {ending.err[:300]}"
+    return did, _model(base, out, total([updates(a) or {}, updates(b) or {}]))
+
+
+def _model(base: Path, out: Path, wanted: dict[str, torch.Tensor]) -> str:
+    """How a case ended that wrote a model: it should be the base with these updates added."""
     strict_json(out / "config.json")
-    shards = [sorted(x.glob("*.safetensors")) for x in (base, out)]
-    w0 = tensors(*[x for x in shards[0] if x.name in {y.name for y in shards[1]}])
-    w = tensors(*shards[1])
+    shards = sorted(x.name for x in out.glob("*.safetensors"))
+    w0 = tensors(*[base / name for name in shards if (base / name).exists()])
+    w = tensors(*[out / name for name in shards])
     if w.keys() != w0.keys():
-        return did, f"!tensors {sorted(w.keys() ^ w0.keys())[:3]} on one side only"
-    changed = {}
-    for key, x in w.items():
-        old, new = w0[key], x
-        if not torch.equal(old.view(torch.uint8), new.view(torch.uint8)):
-            changed[key.removesuffix(".weight")] = new.double() - old.double()
+        return f"!tensors {sorted(w.keys() ^ w0.keys())[:3]} on one side only"
+    changed = {
+        key.removesuffix(".weight"): new.double() - w0[key].double()
+        for key, new in w.items()
+        if not torch.equal(w0[key].view(torch.uint8), new.view(torch.uint8))
+    }
     if not all(bool(torch.isfinite(x).all()) for x in changed.values()):
-        return did, "!a changed weight is not finite"
-    wanted = total([updates(a) or {}, updates(b) or {}])
-    rounding = max((float(x.double().abs().max()) for x in w0.values() if x.numel()), default=0)
-    if rounding > 1e3:
-        return did, "merged"
+        return "!a changed weight is not finite"
+    largest = max((float(x.double().abs().max()) for x in w0.values() if x.numel()), default=0.0)
+    if largest > LARGEST:
+        return "merged"
     problem = differs(changed, wanted)
-    return did, f"!{problem}" if problem else "merged to what the files say"
+    return f"!{problem}" if problem else "merged to what the files say"
 
 
 def _state(good: Path, work: Path, random: Random) -> tuple[str, str]:

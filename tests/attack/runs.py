@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import judge
-from .inputs import STATE, copy, write_adapter, write_base
+from .inputs import STATE, adapter, base_model, copy
 
 SAME_EVERY_TIME = (".safetensors", ".json")
 """Of these files a command always writes the same bytes; a card has times in it."""
@@ -53,9 +53,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def commands(folder: Path, wide: int) -> list[Command]:
     """A new merge, one over an older one, a whole model, and one adapter more."""
-    a = write_adapter(folder / "in" / "a", 4, 1, wide)
-    b = write_adapter(folder / "in" / "b", 2, 2, wide)
-    base = write_base(folder / "in" / "base", wide)
+    a = adapter(folder / "in" / "a", 4, 1, wide)
+    b = adapter(folder / "in" / "b", 2, 2, wide)
+    base = base_model(folder / "in" / "base", wide)
     state = folder / "in" / "state"
     _must("sequential", "start", state)
     _must("sequential", "add", state, a)
