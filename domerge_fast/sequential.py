@@ -25,7 +25,7 @@ from . import api, engine, options, precision
 from .adapters import Adapter, Kept, check_compatible, keep, load, one_spelling
 from .adapters.assemble import assemble
 from .adapters.peft_config import read_config
-from .adapters.whole import AUTO, DROP, check_policy, is_named
+from .adapters.whole import AUTO, DROP, FROM, check_policy, is_named
 from .backends import registry
 from .errors import AdapterError, OptionError, OutputError, printable
 from .interference import InterferenceSums, own_norms
@@ -277,7 +277,7 @@ class Sequential:
             },
             interference=None,
             seconds=time.perf_counter() - started,
-            notes=peft.notes(target, plan.ranks.values()),
+            notes=(*_missing(self.state), *peft.notes(target, plan.ranks.values())),
         )
         return report, target, _Scaled(running[0], gain, target.dtype)
 
@@ -287,11 +287,28 @@ def _kept(state: State, sources: Sequence[Adapter]) -> Kept:
     weights = [1.0] * len(sources)
     if state.whole in (AUTO, DROP):
         return keep(sources, weights, state.whole, can_add=False)
-    if is_named(sources[-1], len(state.steps) + 1, state.whole):
+    if is_named(sources[-1].name, len(state.steps) + 1, state.whole):
+        if any(_named(state)):
+            problem = f"two adapters are called {state.whole.removeprefix(FROM)!r}"
+            raise OptionError("whole", problem, "start again, with its number in place of its name")
         return keep(sources, weights, f"from:{sources[-1].name}")
     if not any(running.carried for running in sources[:-1]):
         return Kept()
     return keep(sources, weights, f"from:{sources[0].name}")
+
+
+def _missing(state: State) -> tuple[str, ...]:
+    """What is to be said where the adapter whose tensors are kept was never added."""
+    if not state.whole.startswith(FROM) or any(_named(state)):
+        return ()
+    name = printable(state.whole.removeprefix(FROM))
+    return (f"nothing that adapters save whole is kept: none that was added is called {name!r}",)
+
+
+def _named(state: State) -> Iterator[bool]:
+    """Of every adapter that was added, whether it is the one whose tensors are kept."""
+    for k, step in enumerate(state.steps, 1):
+        yield is_named(step.adapter, k, state.whole)
 
 
 class _Sink:

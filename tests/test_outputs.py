@@ -218,6 +218,14 @@ def test_the_writer_makes_files_that_safetensors_reads(tmp_path):
         assert torch.equal(stored[key], tensor)
 
 
+def test_the_writer_never_writes_a_header_over_the_data(tmp_path):
+    writer = SafetensorsWriter(tmp_path / "file", {"a": (torch.float32, (2, 3))})
+    writer.add("a", torch.ones(2, 3))
+    writer.add("a" * 20, torch.ones(2, 3))
+    with pytest.raises(AssertionError, match="more tensors were added"):
+        writer.__exit__(None, None, None)
+
+
 def test_what_adapters_save_whole_is_carried_bit_by_bit(tmp_path):
     carried = {
         "score.weight": torch.tensor([[0.5, float("nan"), -0.0]]),

@@ -440,6 +440,48 @@ def test_one_by_one_what_differs_is_refused_unless_the_start_chose(tmp_path):
         grown(tmp_path, a, whole="none")
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("name", ["same", "2"])
+def test_one_by_one_a_name_stands_for_one_adapter(name, at_once, tmp_path):
+    one, other = ("2", "same") if name == "2" else ("same", "same")
+    a = adapter(tmp_path / "x" / one, {EMBED: rand(0, 6, 4)})
+    b = adapter(tmp_path / "y" / other, {EMBED: rand(1, 6, 4)})
+    growing = dm.Sequential.start(tmp_path / "state", whole=f"from:{name}")
+    if not at_once:
+        growing.add(a)
+    with pytest.raises(OptionError, match=f"two adapters are called '{name}'; start again"):
+        growing.add_all([a, b] if at_once else [b])
+    assert len(dm.Sequential.open(tmp_path / "state").state.steps) == (not at_once)
+
+
+def test_one_by_one_a_name_that_was_never_added_is_told(tmp_path):
+    a = adapter(tmp_path / "a", {EMBED: rand(0, 6, 4)})
+    growing = dm.Sequential.start(tmp_path / "state", whole="from:b")
+    growing.add(a)
+    note = "nothing that adapters save whole is kept: none that was added is called 'b'"
+    assert note in growing.merged().report.notes
+    growing.add(adapter(tmp_path / "b", {EMBED: rand(1, 6, 4)}))
+    assert note not in growing.merged().report.notes
+
+
+def test_what_is_lora_and_saved_whole_is_no_one_update(tmp_path):
+    factors = random_factors({Q: (4, 4)}, 2)
+    both = write_adapter(
+        tmp_path / "a",
+        factors,
+        carried={f"{Q}.weight": rand(1, 4, 4)},
+        modules_to_save=["q_proj"],
+    )
+    base = model(tmp_path / "base", {})
+    with pytest.raises(DomergeError, match="is saved whole by the adapters, and is LoRA in one"):
+        dm.merge([both], "linear", form="deltas", base=base, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    dm.merge([both], "linear", form="model", base=base, output=tmp_path / "model")
+    a, b = factors[Q]
+    found = load_file(tmp_path / "model/model.safetensors")[f"{Q}.weight"]
+    torch.testing.assert_close(found, rand(1, 4, 4) + b @ a)
+
+
 @pytest.mark.parametrize("head", ["score", "classifier"])
 def test_heads_of_two_classifiers(head, tmp_path, capsys):
     for k, name in enumerate("ab"):

@@ -115,20 +115,20 @@ def check_policy(whole: str) -> str:
 def named(name: str, adapters: Sequence[Adapter]) -> Adapter:
     """The adapter that is called so, or whose folder is, or that has this place (from 1)."""
     for way in range(3):
-        found = [a for k, a in enumerate(adapters, 1) if _names(a, k)[way] == name]
+        found = [a for k, a in enumerate(adapters, 1) if _names(a.name, k)[way] == name]
         if len(found) == 1:
             return found[0]
     problem = f"no adapter is called {name!r}"
     raise OptionError("whole", problem, suggest(name, [a.name for a in adapters]))
 
 
-def is_named(adapter: Adapter, number: int, whole: str) -> bool:
-    """Whether "from:NAME" names this adapter, the others not being known."""
+def is_named(adapter: str, number: int, whole: str) -> bool:
+    """Whether "from:NAME" names the adapter of this name, the others not being known."""
     return whole.removeprefix(FROM) in _names(adapter, number)
 
 
-def _names(adapter: Adapter, number: int) -> tuple[str, str, str]:
-    return adapter.name, Path(adapter.name).name, str(number)
+def _names(adapter: str, number: int) -> tuple[str, str, str]:
+    return adapter, Path(adapter).name, str(number)
 
 
 def keep(

@@ -87,9 +87,14 @@ class DeltaFolder(MergeFolder):
 
 def _changes(target: Target) -> Iterator[tuple[str, LazyTensor]]:
     """W - W0 of the tensors that are kept whole, by the base model's names for them."""
+    adapted = set(map(parameter, target.layouts.values()))
     for key, tensor in target.carried.items():
         if COPY in key:
             continue
+        if saved_parameter(key) in adapted:
+            problem = f"{key!r} is saved whole by the adapters, and is LoRA in one as well"
+            remedy = "write an adapter or a model, or say whole='drop' to have the LoRA alone"
+            raise DomergeError(f"{problem}: two updates of one weight; {remedy}")
         origin = target.whole.origins.get(key)
         if origin is None or origin.shape != tensor.shape:
             problem = f"{key!r} is saved whole by the adapters, which is no update"

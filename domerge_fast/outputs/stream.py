@@ -75,9 +75,12 @@ class SafetensorsWriter:
     ) -> None:
         with self._file:
             if kind is None:
+                header = _header(self._entries).ljust(self._room)
+                if len(header) > self._room:
+                    raise AssertionError("more tensors were added than there is room for")
                 self._file.seek(0)
                 write(self._file, self._room.to_bytes(8, "little"))
-                write(self._file, _header(self._entries).ljust(self._room))
+                write(self._file, header)
 
 
 def write_tensor(file: FileIO, tensor: Tensor) -> None:
