@@ -46,6 +46,11 @@ class Module:
     def n(self) -> int:
         return math.prod(self.a_shape[1:])
 
+    @property
+    def layer(self) -> tuple[Kind, int, tuple[int, ...]]:
+        """What all adapters of the module have in common: kind, m and the shape of the inputs."""
+        return self.kind, self.b_shape[0], self.a_shape[1:]
+
 
 @dataclass(frozen=True)
 class AdapterConfig:

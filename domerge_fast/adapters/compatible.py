@@ -43,7 +43,7 @@ def _check_modules(adapters: Sequence[Adapter]) -> None:
     for adapter in adapters:
         for name, module in adapter.modules.items():
             owner, expected = seen.setdefault(name, (adapter, module))
-            if _layer(module) != _layer(expected):
+            if module.layer != expected.layer:
                 alike = module.kind == expected.kind == "embedding" and module.m == expected.m
                 remedy = "merge adapters of one base model"
                 if alike:
@@ -52,10 +52,6 @@ def _check_modules(adapters: Sequence[Adapter]) -> None:
                     f"adapts a {_describe(module)}, adapter {owner.name!r} a {_describe(expected)}"
                 )
                 raise AdapterError(adapter.name, name, problem, remedy)
-
-
-def _layer(module: Module) -> tuple[object, ...]:
-    return module.kind, module.b_shape[0], module.a_shape[1:]
 
 
 def _describe(module: Module) -> str:

@@ -29,8 +29,7 @@ def trees_of(adapter: Adapter) -> Trees:
     rests: dict[str, Rests] = {}
     for name, module in adapter.modules.items():
         stem, rest = split(name)
-        layer = module.kind, module.b_shape[0], module.a_shape[1:]
-        rests.setdefault(stem, {})[rest] = layer
+        rests.setdefault(stem, {})[rest] = module.layer
     for key in adapter.carried:
         stem, rest = split(key.removeprefix(PREFIX))
         rests.setdefault(stem, {})[rest] = ("whole",)

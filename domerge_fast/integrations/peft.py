@@ -163,7 +163,7 @@ def uninstall() -> None:
     LoraModel.add_weighted_adapter = original  # type: ignore[method-assign]
 
 
-class _Whole(nn.Module):
+class _AsPeftModel(nn.Module):
     """A LoraModel under the names that its PeftModel gives its parts."""
 
     def __init__(self, base_model: LoraModel) -> None:
@@ -199,8 +199,8 @@ def _read(tuner: LoraModel, adapters: Sequence[str]) -> list[Adapter]:
     What their configs say of the base is said for all by the first that says it: PEFT writes it
     into the config of the adapter that was there first.
     """
-    whole = _Whole(tuner)
-    found = [from_model(whole, name) for name in adapters]
+    model = _AsPeftModel(tuner)
+    found = [from_model(model, name) for name in adapters]
     of_base = {
         field: next(filter(None, (getattr(x.config, field) for x in found)), default)
         for field, default in _OF_BASE.items()

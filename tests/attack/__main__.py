@@ -8,8 +8,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-
 from . import faults, interrupts, mutants
 
 STAGES = {
@@ -27,7 +25,6 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=1.0, help="of the usual number of cases")
     parser.add_argument("--stage", choices=STAGES, action="append", help="only these")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     findings: list[str] = []
     for name, (attack, count) in STAGES.items():
         if args.stage and name not in args.stage:

@@ -132,10 +132,6 @@ int rmdir(const char* path) {
   REAL(int, "rmdir", const char*);
   return fails("rmdir", path, AT_FDCWD) ? -1 : real(path);
 }
-int chmod(const char* path, mode_t mode) {
-  REAL(int, "chmod", const char*, mode_t);
-  return fails("chmod", path, AT_FDCWD) ? -1 : real(path, mode);
-}
 int flock(int fd, int how) {
   REAL(int, "flock", int, int);
   return fails("flock", 0, fd) ? -1 : real(fd, how);
@@ -147,8 +143,4 @@ int stat64(const char* path, struct stat64* into) {
 int fstat64(int fd, struct stat64* into) {
   REAL(int, "fstat64", int, struct stat64*);
   return fails("stat", 0, fd) ? -1 : real(fd, into);
-}
-ssize_t sendfile64(int to, int from, off64_t* at, size_t n) {
-  REAL(ssize_t, "sendfile64", int, int, off64_t*, size_t);
-  return fails("sendfile", 0, to) ? -1 : real(to, from, at, n);
 }
