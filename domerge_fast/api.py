@@ -198,9 +198,10 @@ def inspect(
     """How much adapters of one base model interfere, from their Gram matrices alone.
 
     Pairwise overlap of row spaces (A) and column spaces (B), the cosine between the updates, and
-    each adapter's norm with its spread over modules. Raises as `merge` does.
+    each adapter's norm with its spread over modules; what names were brought together is in its
+    notes. Raises as `merge` does.
     """
-    loaded, _ = _load(adapters, base_model)
+    loaded, notes = _load(adapters, base_model)
     plan = Plan.make(loaded, [1.0] * len(loaded))
     where = choose_device(device, loaded)
     sums = InterferenceSums([a.name for a in loaded])
@@ -210,7 +211,7 @@ def inspect(
     for adapter in loaded:
         for file in adapter.inputs:
             file.check()
-    return sums.result()
+    return dataclasses.replace(sums.result(), notes=tuple(notes))
 
 
 @dataclass(frozen=True)

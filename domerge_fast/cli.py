@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 from . import __version__, elsewhere, options, streams
-from .errors import DomergeError, OutputWarning
+from .errors import DomergeError, OutputWarning, printable
 from .outputs import folder
 
 FAILED = 1
@@ -252,7 +252,9 @@ def _merge(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k not in _OWN}
     merged = api.merge(given.pop("adapters"), output=args.output, progress=_bar(args), **given)
     if not args.quiet:
-        streams.show([*streams.table(merged.report.summary()), f"written to {args.output}"])
+        streams.show(
+            [*streams.table(merged.report.summary()), f"written to {printable(args.output)}"]
+        )
     return 0
 
 
@@ -277,7 +279,9 @@ def _inspect(args: argparse.Namespace) -> int:
     head = ("", "adapter", "norm of ΔW", "least of a module", "median", "largest")
     rows = [
         (k, name, *(f"{v:.4g}" for v in (norm, *spread)))
-        for k, name, norm, spread in zip(numbers, found.adapters, found.norms, found.spread)
+        for k, name, norm, spread in zip(
+            numbers, map(printable, found.adapters), found.norms, found.spread
+        )
     ]
     lines = streams.table([head, *rows], names=1)
     for title, table in (
@@ -287,8 +291,14 @@ def _inspect(args: argparse.Namespace) -> int:
     ):
         cells = [(k, *(f"{v:.3f}" for v in row)) for k, row in zip(numbers, table)]
         lines += ["", title, *streams.matrix([("", *numbers), *cells])]
+    if found.notes:
+        lines += ["", *_notes(found.notes)]
     streams.show(lines)
     return 0
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    return [line for note in notes for line in streams.wrap(f"note: {note}")]
 
 
 def _fill_sequential(parser: argparse.ArgumentParser) -> None:
@@ -329,8 +339,12 @@ def _add_to(args: argparse.Namespace) -> int:
     weights = [args.weight] * len(args.adapters)
     steps = Sequential.open(args.folder).add_all(args.adapters, weights)
     streams.show(
-        f"{step.adapter}: norm {step.norm:.4g}, energy kept {100 * step.energy_kept:.2f} %"
+        line
         for step in steps
+        for line in (
+            f"{step.adapter}: norm {step.norm:.4g}, energy kept {100 * step.energy_kept:.2f} %",
+            *_notes(step.notes),
+        )
     )
     return 0
 
@@ -340,7 +354,7 @@ def _save(args: argparse.Namespace) -> int:
 
     given = {name: getattr(args, name) for name in ("scale", "dtype", "overwrite", "force")}
     merged = Sequential.open(args.folder).save(args.output, **given)
-    streams.show([*streams.table(merged.report.summary()), f"written to {args.output}"])
+    streams.show([*streams.table(merged.report.summary()), f"written to {printable(args.output)}"])
     return 0
 
 

@@ -58,7 +58,8 @@ class Interference:
     rows: mean over shared modules of <A_i^T A_i, A_j^T A_j> / (norms): 0 for orthogonal row
     spaces, 1 for the same A up to scale and rotation. columns: the same of B. cosine: of all
     ΔW_i against all ΔW_j. norms: ||ΔW_i||_F over all modules. spread: per adapter the smallest,
-    median and largest ||ΔW_i||_F of a module.
+    median and largest ||ΔW_i||_F of a module. notes: what a user has to know besides, a sentence
+    each, where this was asked for by itself; those of a merge are in its report.
     """
 
     adapters: tuple[str, ...]
@@ -67,6 +68,7 @@ class Interference:
     cosine: tuple[tuple[float, ...], ...]
     norms: tuple[float, ...]
     spread: tuple[tuple[float, float, float], ...]
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

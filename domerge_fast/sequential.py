@@ -23,16 +23,17 @@ from torch import Tensor
 
 from . import api, engine, options, precision
 from .adapters import Adapter, Kept, check_compatible, keep, load, one_spelling
+from .adapters.adapter import called
 from .adapters.assemble import assemble
 from .adapters.peft_config import read_config
-from .adapters.whole import AUTO, DROP, FROM, check_policy, is_named
+from .adapters.whole import AUTO, DROP, FROM, check_policy, is_named, listed
 from .backends import registry
 from .errors import AdapterError, OptionError, OutputError, printable
 from .interference import InterferenceSums, own_norms
 from .merged import Merged
 from .methods import opcm
 from .methods.base import Chosen, Settings
-from .outputs import peft
+from .outputs import peft, tokenizer
 from .outputs.folder import Replacing, recover, whole_folder
 from .outputs.marker import all_marked
 from .outputs.stream import SafetensorsWriter
@@ -136,11 +137,14 @@ class Sequential:
         with whole_folder(self.folder, _replacing(True, True)) as fresh:
             state = self._current()
             running = self._running(state, self.folder)
-            together, _ = one_spelling([*running, *loaded], state.base_model)
+            calls = ["the sum so far"] * len(running)
+            calls += [called(len(state.steps) + k, adapter) for k, adapter in enumerate(loaded)]
+            together, notes = one_spelling([*running, *loaded], state.base_model, calls=calls)
             check_compatible(together, state.base_model)
             running, loaded = together[: len(running)], together[len(running) :]
             for new, weight in zip(loaded, weights):
-                state = self._next(state, running, new, weight, fresh, run)
+                state = self._next(state, running, new, weight, notes, fresh, run)
+                notes = []
                 state.write(fresh)
                 state = State.read(fresh)
                 running = self._running(state, fresh)
@@ -164,14 +168,17 @@ class Sequential:
         running: Sequence[Adapter],
         new: Adapter,
         weight: float,
+        notes: Sequence[str],
         fresh: Path,
         run: Callable[[Plan, InterferenceSums, engine.Sink], Mapping[str, ModuleReport]],
     ) -> State:
-        """The state with one more adapter, whose running sum is in the folder `fresh`."""
+        """The state with one more adapter, of which there are notes already; its running sum is in
+        the folder `fresh`."""
         sources = [*running, new]
         check_compatible(sources, state.base_model)
         plan = Plan.make(sources, [*[1.0] * len(running), weight])
-        target = peft.target(plan, torch.float32, state.base_model, _kept(state, sources))
+        kept = _kept(state, sources)
+        target = peft.target(plan, torch.float32, state.base_model, kept)
         sums = InterferenceSums([source.name for source in sources])
         path = fresh / f"next_{FACTORS}"
         with SafetensorsWriter(path, dict(peft.largest(target))) as writer:
@@ -182,7 +189,8 @@ class Sequential:
         target.check_inputs()
         os.replace(path, fresh / FACTORS)
         norm = abs(weight) * sums.result().norms[-1]
-        step = Step(printable(new.name), weight, norm, energy_kept(modules.values()))
+        notes = tuple(map(printable, (*notes, *_left_out(state, kept, new))))
+        step = Step(printable(new.name), weight, norm, energy_kept(modules.values()), notes)
         return dataclasses.replace(
             state,
             dtype=_shared_dtype(state.dtype, new),
@@ -277,7 +285,11 @@ class Sequential:
             },
             interference=None,
             seconds=time.perf_counter() - started,
-            notes=(*_missing(self.state), *peft.notes(target, plan.ranks.values())),
+            notes=(
+                *(note for step in steps for note in step.notes),
+                *_missing(self.state),
+                *peft.notes(target, plan.ranks.values()),
+            ),
         )
         return report, target, _Scaled(running[0], gain, target.dtype)
 
@@ -309,6 +321,17 @@ def _named(state: State) -> Iterator[bool]:
     """Of every adapter that was added, whether it is the one whose tensors are kept."""
     for k, step in enumerate(state.steps, 1):
         yield is_named(step.adapter, k, state.whole)
+
+
+def _left_out(state: State, kept: Kept, new: Adapter) -> Iterator[str]:
+    """What of the new adapter is not in the merge."""
+    number = len(state.steps) + 1
+    if state.whole == DROP:
+        yield from kept.notes
+    elif state.whole != AUTO and new.carried and not is_named(new.name, number, state.whole):
+        yield f"{called(number - 1, new)}: left out, saved whole: {listed(new.carried)}"
+    if files := tokenizer.beside(new):
+        yield f"{called(number - 1, new)}: its tokenizer is not copied ({', '.join(sorted(files))})"
 
 
 class _Sink:

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import api, options
 from .adapters.whole import AUTO, check_policy
-from .errors import OptionError
+from .errors import OptionError, is_text
 from .methods import opcm
 from .storage import json_file
 from .storage.input_file import InputFile
@@ -27,12 +27,14 @@ _ALPHA = next(f.metadata for f in dataclasses.fields(opcm.OpcmOptions) if f.name
 @dataclass(frozen=True)
 class Step:
     """An adapter that was added: its weight w, ||w ΔW||_F over the whole model, and the share of
-    the running sum's squared norm that was left by the cap on its rank."""
+    the running sum's squared norm that was left by the cap on its rank. notes: what has to be said
+    of the add, a sentence each."""
 
     adapter: str
     weight: float
     norm: float
     energy_kept: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,13 @@ def _step(name: str, plain: Any) -> Step:
         raise OptionError(name, "has no adapter, or the weight 0", "give both")
     norm = options.check(f"{name}.norm", plain["norm"], float, low=0.0)
     kept = options.check(f"{name}.energy_kept", plain["energy_kept"], float, low=0.0, high=1.001)
-    return Step(adapter, weight, norm, kept)
+    return Step(adapter, weight, norm, kept, _notes(f"{name}.notes", plain["notes"]))
+
+
+def _notes(name: str, plain: Any) -> tuple[str, ...]:
+    if not isinstance(plain, list) or not all(map(is_text, plain)):
+        raise OptionError(name, "is no list of texts", "give one")
+    return tuple(plain)
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:

@@ -92,7 +92,9 @@ def width() -> int:
 
 def wrap(text: str) -> list[str]:
     """A sentence as lines that fit the width."""
-    return textwrap.wrap(text, width(), subsequent_indent="  ", break_long_words=False)
+    return textwrap.wrap(
+        text, width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def shorten(name: str, most: int) -> str:
@@ -116,7 +118,9 @@ def table(rows: Sequence[Sequence[str]], names: int | None = None) -> list[str]:
     lines = []
     for row in rows:
         cells = [
-            [shorten(text, most)] if k == names else textwrap.wrap(text, most) or [""]
+            [shorten(text, most)]
+            if k == names
+            else textwrap.wrap(text, most, break_on_hyphens=False) or [""]
             for k, (text, most) in enumerate(zip(row, widths))
         ]
         for parts in itertools.zip_longest(*cells, fillvalue=""):

@@ -231,6 +231,17 @@ def test_one_spelling_of_another_shape_is_another_model():
     assert len(dm.merge(made, "linear", base_model="mine").names) == 8
 
 
+def test_inspect_says_what_was_bridged_and_what_shares_nothing():
+    one, other = (adapter(k, layers(stem)) for k, stem in enumerate(("layers", "model.layers")))
+    alone = adapter(2, {"vision.q": (3, 8)})
+    assert dm.inspect([one, one]).notes == ()
+    notes = dm.inspect([one, other, alone]).notes
+    assert any(
+        "'layers' is 'model.layers'" in n or "'model.layers' is 'layers'" in n for n in notes
+    )
+    assert any(n.startswith("adapter 3 (a2): has no module of another") for n in notes)
+
+
 def test_bridged_adapters_merge_to_the_sum_and_it_is_said(tmp_path):
     first, second = layers("model.layers"), layers("layers")
     saved = {"target_modules": ["q_proj", "up"], "modules_to_save": ["norm"]}

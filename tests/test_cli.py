@@ -23,7 +23,7 @@ from support.close import assert_close
 from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
-from domerge_fast import cli
+from domerge_fast import cli, streams
 from domerge_fast.backends import registry
 from domerge_fast.methods import TABLE
 
@@ -164,6 +164,34 @@ def test_names_are_those_of_the_api(capsys):
 def unwrapped(shown: str) -> list[str]:
     """The lines of a table, with those that go on joined to what they go on from."""
     return re.sub(r"\n {2,}(?=\S)", " ", shown).splitlines()
+
+
+def test_names_that_were_bridged_are_said_by_inspect_and_when_one_is_added(tmp_path, capsys):
+    for folder, name in (("plain", "layers.0.up"), ("causal", "model.layers.0.up")):
+        factors = random_factors({name: (6, 8)}, 2)
+        write_adapter(tmp_path / folder, factors, base_model_name_or_path="base")
+    both = [str(tmp_path / folder) for folder in ("plain", "causal")]
+    assert cli.main(["inspect", *both]) == 0
+    assert "note: adapter 2 (causal): 'model.layers' is 'layers'" in capsys.readouterr().out
+    assert cli.main(["inspect", *both, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["notes"]) == 1
+    assert cli.main(["sequential", "start", str(tmp_path / "state")]) == 0
+    assert cli.main(["sequential", "add", str(tmp_path / "state"), *both]) == 0
+    assert "note: adapter 2 (causal): 'model.layers' is 'layers'" in capsys.readouterr().out
+
+
+def test_an_option_that_a_note_tells_is_not_broken():
+    note = "written with rank 12: serve it with vLLM's --max-lora-rank 16"
+    for lines in (streams.wrap(12 * " " + note + note), streams.table([("note" * 5, note)])):
+        assert sum("--max-lora-rank" in line for line in lines) >= 1
+        assert not any(line.endswith("-") for line in lines)
+
+
+def test_control_characters_of_an_output_s_name_are_not_printed(pair, tmp_path, capsys):
+    assert cli.main(["merge", *map(str, pair), "-o", str(tmp_path / "a\nb\x1b[31m")]) == 0
+    shown = capsys.readouterr().out
+    assert "a\\nb\\x1b[31m" in shown
+    assert "\x1b" not in shown
 
 
 def test_merge_ends_with_a_summary(pair, capsys):

@@ -320,12 +320,15 @@ def fitting(field: str, value: Any) -> bool:
         "steps[0].weight": number and value != 0,
         "steps[0].norm": number and value >= 0,
         "steps[0].energy_kept": number and 0 <= value <= 1,
+        "steps[0].notes": value in ([], ["x"]),
+        "whole": value in ("auto", "drop"),
     }[field]
 
 
 FIELDS = [
     *("format", "alpha", "rank", "base_model", "dtype", "norm", "config", "steps", "versions"),
-    *(f"steps[0].{name}" for name in ("adapter", "weight", "norm", "energy_kept")),
+    "whole",
+    *(f"steps[0].{name}" for name in ("adapter", "weight", "norm", "energy_kept", "notes")),
 ]
 
 

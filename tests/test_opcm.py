@@ -483,6 +483,56 @@ def test_the_choices_of_the_start_are_kept(tmp_path):
     assert {name: getattr(growing.state, name) for name in chosen} == chosen
 
 
+def test_what_is_done_with_names_is_said_when_an_adapter_is_added_and_in_the_card(tmp_path):
+    names = ["model.layers.0.mlp.up", "layers.0.mlp.up", "_orig_mod.layers.0.mlp.up"]
+    names += ["model.layers.7.mlp.up"]
+    inputs = [
+        write_adapter(
+            tmp_path / f"adapter-{i}",
+            random_factors({name: (6, 8)}, 2, seed=i),
+            base_model_name_or_path="base",
+        )
+        for i, name in enumerate(names)
+    ]
+    as_in = "'layers' is 'model.layers', as in the sum so far"
+    said = [
+        [],
+        [f"adapter 2 (adapter-1): {as_in}"],
+        [f"adapter 3 (adapter-2): {text}" for text in ("names without '_orig_mod'", as_in)],
+        ["adapter 4 (adapter-3): has no module of another adapter, is kept beside them"],
+    ]
+    said[3].insert(0, "the sum so far: has no module of another adapter, is kept beside them")
+    Sequential.start(tmp_path / "state")
+    for adapter, expected in zip(inputs, said):
+        assert list(Sequential.open(tmp_path / "state").add(adapter).notes) == expected
+    merged = Sequential.open(tmp_path / "state").save(tmp_path / "merged")
+    card = (tmp_path / "merged/README.md").read_text()
+    for note in [note for notes in said for note in notes]:
+        assert note in merged.report.notes
+        assert note in card
+
+
+@pytest.mark.parametrize(
+    ("whole", "said"),
+    [
+        ("auto", []),
+        ("drop", ["left out, saved whole by the adapters: score.weight"]),
+        ("from:2", ["adapter 1 (adapter-0): left out, saved whole: score.weight"]),
+    ],
+)
+def test_what_is_left_out_of_an_adapter_is_said(whole, said, tmp_path):
+    factors = random_factors({"x": (6, 8)}, 2)
+    score = {"score.weight": torch.ones(2, 6)}
+    adapter = write_adapter(
+        tmp_path / "adapter-0", factors, carried=score, modules_to_save=["score"]
+    )
+    (adapter / "tokenizer.json").write_text("{}")
+    growing = Sequential.start(tmp_path / "state", whole=whole)
+    tokenizer = "adapter 1 (adapter-0): its tokenizer is not copied (tokenizer.json)"
+    assert list(growing.add(adapter).notes) == [*said, tokenizer]
+    assert Sequential.open(tmp_path / "state").state == growing.state
+
+
 def test_a_copied_folder_goes_its_own_way(tmp_path):
     inputs = folders(tmp_path)
     added(tmp_path / "state", inputs[:1], False)

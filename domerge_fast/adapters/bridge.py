@@ -30,18 +30,21 @@ def one_spelling(
     adapters: Sequence[Adapter],
     base_model: str | None = None,
     weights: Sequence[float] | None = None,
+    calls: Sequence[str] | None = None,
 ) -> tuple[list[Adapter], list[str]]:
     """The adapters with each module under one name, and what was renamed, a sentence each.
 
     Names become those of the first adapter, or of one that has what it lacks, never of one whose
     weight is zero: nothing of it is in the result. AdapterError, naming both spellings, where two
     may be one part of the model or two (in one live model they are two), and where adapters that
-    state no base model (nor ``base_model`` for them) have layers of different models.
+    state no base model (nor ``base_model`` for them) have layers of different models. calls: what
+    sentences call the adapters, where that is not their place and name.
     """
     check_base(adapters, base_model)
+    calls = calls or [called(k, adapter) for k, adapter in enumerate(adapters)]
     notes = [
-        f"{called(k, a)}: names without {' and '.join(map(repr, a.removed))}"
-        for k, a in enumerate(adapters)
+        f"{call}: names without {' and '.join(map(repr, a.removed))}"
+        for call, a in zip(calls, adapters)
         if a.removed
     ]
     if not adapters or all(_has_names_of(adapters[0], adapter) for adapter in adapters[1:]):
@@ -50,14 +53,14 @@ def one_spelling(
     of_one_model = model is not None and all(adapter.model == model for adapter in adapters)
     of_one_base = of_one_model or states_base(adapters, base_model)
     if of_one_model or (of_one_base and not _alike(adapters)):
-        return list(adapters), [*notes, *_apart(adapters)]
+        return list(adapters), [*notes, *_apart(adapters, calls)]
     trees = [trees_of(adapter) for adapter in adapters]
     counted = [i for i in range(len(adapters)) if weights is None or weights[i] != 0]
     bridge = _Bridge(adapters, trees, base_model, counted)
-    renamed, told = bridge.renamed()
+    renamed, told = bridge.renamed(calls)
     if not of_one_base:
         check_layers(renamed, [trees_of(adapter) for adapter in renamed])
-    return renamed, [*notes, *told, *_apart(renamed)]
+    return renamed, [*notes, *told, *_apart(renamed, calls)]
 
 
 def _alike(adapters: Sequence[Adapter]) -> bool:
@@ -178,7 +181,7 @@ class _Bridge:
             problem += ", or another part of the model with the same layers"
         raise AdapterError(self._adapters[i].name, None, problem, _ONE_CLASS)
 
-    def renamed(self) -> tuple[list[Adapter], list[str]]:
+    def renamed(self, calls: Sequence[str]) -> tuple[list[Adapter], list[str]]:
         if not self._differ:
             return list(self._adapters), []
         styles: dict[tuple, list[int]] = {}
@@ -195,7 +198,7 @@ class _Bridge:
             problem = f"its {stem!r} is {target!r} in adapter {self._adapters[way.first].name!r}, "
             problem += f"which has nothing to tell what {name!r} is there"
             raise AdapterError(self._adapters[i].name, None, problem, _ONE_CLASS)
-        return way.adapters(), way.notes()
+        return way.adapters(), way.notes(calls)
 
     def _style(self, i: int) -> Iterator[tuple[Core, str]]:
         for core in sorted(self._differ):
@@ -272,12 +275,11 @@ class _Way:
             for i, adapter in enumerate(self._adapters)
         ]
 
-    def notes(self) -> list[str]:
+    def notes(self, calls: Sequence[str]) -> list[str]:
         found = []
         for i, changes in self.changes.items():
             renamed = some([f"{old!r} is {new!r}" for old, new in sorted(changes.items())])
-            as_in = called(self.first, self._adapters[self.first])
-            found.append(f"{called(i, self._adapters[i])}: {renamed}, as in {as_in}")
+            found.append(f"{calls[i]}: {renamed}, as in {calls[self.first]}")
         return found
 
 
@@ -327,11 +329,11 @@ def _is_of_other(stem: str, old: str, new: str) -> bool:
     return bool(old) and first == old.split(".")[0] != new.split(".")[0]
 
 
-def _apart(adapters: Sequence[Adapter]) -> list[str]:
+def _apart(adapters: Sequence[Adapter], calls: Sequence[str]) -> list[str]:
     """What is to be said of adapters that share no module with another."""
     owners = Counter(name for adapter in adapters for name in adapter.modules)
     return [
-        f"{called(k, adapter)}: has no module of another adapter, is kept beside them"
-        for k, adapter in enumerate(adapters)
+        f"{call}: has no module of another adapter, is kept beside them"
+        for call, adapter in zip(calls, adapters)
         if all(owners[name] == 1 for name in adapter.modules)
     ]

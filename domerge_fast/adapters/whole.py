@@ -343,7 +343,7 @@ def _modules_to_save(owners: Sequence[Adapter], chosen: Collection[str]) -> list
 
 def _dropped(merging: Sequence[Adapter]) -> Kept:
     keys = {key for adapter in merging for key in adapter.carried}
-    notes = [f"left out, saved whole by the adapters: {_listed(keys)}"] if keys else []
+    notes = [f"left out, saved whole by the adapters: {listed(keys)}"] if keys else []
     if any(lacks_head(adapter.config, None) for adapter in merging):
         notes.append("no task_type is written: PEFT would look for the head that was left out")
     return Kept(notes=tuple(notes))
@@ -359,12 +359,13 @@ def _notes(
 ) -> Iterator[str]:
     sums = [key for key, tensor in chosen.items() if isinstance(tensor, Sum)]
     if sums:
-        yield f"the changes of tensors that adapters save whole were added up: {_listed(sums)}"
+        yield f"the changes of tensors that adapters save whole were added up: {listed(sums)}"
     for k, adapter in enumerate(adapters):
         alone = [key for key in chosen if [a for a in owners if key in a.carried] == [adapter]]
         if alone and len(adapters) > 1:
-            yield f"saved whole as in {called(k, adapter)}: {_listed(alone)}"
+            yield f"saved whole as in {called(k, adapter)}: {listed(alone)}"
 
 
-def _listed(keys: Collection[str]) -> str:
+def listed(keys: Collection[str]) -> str:
+    """The names of tensors that are saved whole, in a sentence."""
     return some(sorted(key.removeprefix(PREFIX) for key in keys))

@@ -43,8 +43,8 @@ def files(adapters: Sequence[Adapter], kept: Kept) -> tuple[tuple[InputFile, ...
     belong to other tokens.
     """
     if kept.owner is not None:
-        return tuple(_beside(kept.owner).values()), ()
-    found = [(a, own) for a in adapters if (own := _beside(a))]
+        return tuple(beside(kept.owner).values()), ()
+    found = [(a, own) for a in adapters if (own := beside(a))]
     if not found:
         return (), ()
     names = dict.fromkeys(name for _, own in found for name in own)
@@ -64,7 +64,7 @@ def files(adapters: Sequence[Adapter], kept: Kept) -> tuple[tuple[InputFile, ...
     return (), (note,)
 
 
-def _beside(adapter: Adapter) -> dict[str, InputFile]:
+def beside(adapter: Adapter) -> dict[str, InputFile]:
     """The tokenizer files in an adapter's folder, by name."""
     if adapter.file is None:
         return {}
