@@ -16,7 +16,7 @@ import torch
 from support import perturb
 
 # So that assertions in helpers say as much as those in tests.
-pytest.register_assert_rewrite("support.close")
+pytest.register_assert_rewrite("support.close", "support.files")
 
 # Threads only wait for each other on matrices this small; tests of threading ask for their own.
 torch.set_num_threads(1)

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.make import random_factors, write_adapter
-from test_outputs import forked, load_bytes, small_disk, state, unchanged, write_pair
+from support.files import load_bytes, small_disk, state, unchanged
+from support.make import random_factors, write_adapter, write_pair
+from support.processes import forked
 
 import domerge_fast as dm
 from domerge_fast import OptionError, OutputError, OutputWarning, Sequential, cli

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.processes import forked
 from test_memory import memory
-from test_outputs import forked
 
 import domerge_fast as dm
 from domerge_fast.outputs.checkpoint import open_checkpoint

@@ -18,8 +18,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.close import assert_close
+from support.files import PAGE, small_disk, unchanged
 from support.make import random_factors, write_adapter
-from test_outputs import PAGE, small_disk, unchanged
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.close import distance
 from support.make import random_factors, write_adapter
-from torch import Tensor
+from support.merges import dense
 
 import domerge_fast as dm
 from domerge_fast import FlatCut, cli, ops
@@ -27,10 +27,6 @@ def adapters(count: int = 3, rank: int = 4) -> list[Adapter]:
     return [
         dm.from_tensors(random_factors(SHAPES, rank, seed=k), name=f"a{k}") for k in range(count)
     ]
-
-
-def dense(merged: dm.Merged, name: str) -> Tensor:
-    return merged.delta(name).double()
 
 
 @pytest.mark.parametrize("backend", AVAILABLE)

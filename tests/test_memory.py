@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.make import write_adapter
-from test_outputs import forked
+from support.processes import forked
 
 import domerge_fast as dm
 from domerge_fast.plan import GROUP_BYTES

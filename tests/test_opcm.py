@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.close import distance
+from support.files import state, unchanged
 from support.make import random_factors, write_adapter
 from support.merges import adapters, dense
+from support.processes import forked
 from support.shapes import CASES, Case, random_case
-from test_outputs import forked, state, unchanged
 from torch import Tensor
 
 import domerge_fast as dm

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.make import PREFIX, random_factors, write_adapter
+from support.files import PAGE, load_bytes, locked_folder, small_disk, state, unchanged
+from support.make import PAIR, PREFIX, random_factors, write_adapter, write_pair
+from support.processes import forked
 
 import domerge_fast as dm
 from domerge_fast import AdapterError, DomergeError, OutputError, cli, engine
@@ -33,19 +28,7 @@ from domerge_fast.outputs.peft import FILES
 from domerge_fast.outputs.stream import SafetensorsWriter
 
 CONFIG, WEIGHTS, CARD = FILES
-SHAPES = {f"layers.{i}.q_proj": (40, 48) for i in range(4)} | {"layers.0.up_proj": (64, 40)}
 LAST = "layers.3.q_proj"
-PAGE = os.sysconf("SC_PAGE_SIZE")
-NOBODY = 65534
-
-
-def write_pair(folder: Path, **config: Any) -> list[Path]:
-    """Adapters "a" and "b" of different ranks; "b" lacks a module."""
-    partial = {name: shape for name, shape in SHAPES.items() if name != "layers.1.q_proj"}
-    return [
-        write_adapter(folder / "a", random_factors(SHAPES, 12, seed=1), **config),
-        write_adapter(folder / "b", random_factors(partial, 8, seed=2), **config),
-    ]
 
 
 @pytest.fixture
@@ -61,77 +44,9 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def spoil_last(adapter: Path, value: float = float("nan")) -> None:
     """Put a value into the last module, which is merged when the others are written."""
-    factors = random_factors(SHAPES, 12, seed=1)
+    factors = random_factors(PAIR, 12, seed=1)
     factors[LAST][0][1, 2] = value
     write_adapter(adapter, factors)
-
-
-def state(folder: Path) -> dict[str, str]:
-    """Every path below a folder, with a hash of what is in it."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.is_file()
-        else "folder"
-        for path in sorted(folder.rglob("*"))
-    }
-
-
-@contextlib.contextmanager
-def unchanged(folder: Path) -> Iterator[None]:
-    before = state(folder)
-    yield
-    assert state(folder) == before
-
-
-@contextlib.contextmanager
-def small_disk(folder: Path, options: str) -> Iterator[Path]:
-    """A file system of its own, mounted with these options (size=, nr_inodes=)."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-        folder.rmdir()
-
-
-@contextlib.contextmanager
-def locked_folder(mode: int) -> Iterator[tuple[list[Path], Path]]:
-    """A pair of adapters and a folder "locked" with this mode, for a process without privileges."""
-    with tempfile.TemporaryDirectory() as name:
-        adapters = write_pair(Path(name))
-        for path in Path(name).rglob("*"):
-            path.chmod(0o755)
-        os.chmod(name, 0o755)
-        locked = Path(name, "locked")
-        locked.mkdir()
-        locked.chmod(mode)
-        dm.merge(adapters)  # imports what it needs while it may
-        before = os.geteuid()
-        os.seteuid(before or NOBODY)
-        try:
-            yield adapters, locked
-        finally:
-            os.seteuid(before)
-            locked.chmod(0o755)
-
-
-def forked(target: Callable[..., None], *args: Any) -> tuple[Any, Connection]:
-    """A process that runs target(*args, pipe), and our end of the pipe.
-
-    All come from one server that has imported torch already and runs nothing itself.
-    """
-    here = [str(Path(dm.__file__).parents[1]), str(Path(__file__).parent)]
-    os.environ["PYTHONPATH"] = os.pathsep.join([*here, os.environ.get("PYTHONPATH", "")])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_outputs", "domerge_fast.api"])
-    ours, theirs = context.Pipe()
-    process = context.Process(target=target, args=(*args, theirs))
-    process.start()
-    theirs.close()
-    return process, ours
 
 
 @pytest.mark.parametrize(
@@ -155,7 +70,7 @@ def test_streamed_and_saved_are_the_same_bytes(options, pair, small_groups, tmp_
     for name in (CONFIG, WEIGHTS):
         written = (tmp_path / "saved" / name).read_bytes()
         assert written == (tmp_path / "streamed" / name).read_bytes()
-    assert merged.names == streamed.names == tuple(sorted(SHAPES))
+    assert merged.names == streamed.names == tuple(sorted(PAIR))
     for name in merged.names:
         assert all(map(torch.equal, merged.factors(name), streamed.factors(name)))
         assert torch.equal(merged.delta(name), streamed.delta(name))
@@ -171,13 +86,9 @@ def test_a_streamed_merge_is_read_back_and_can_be_saved_elsewhere(pair, tmp_path
         merged.factors("layers.0.q_pro")
 
 
-def load_bytes(folder: Path) -> bytes:
-    return (folder / WEIGHTS).read_bytes()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_file_is_well_formed(dtype, tmp_path):
-    folder = write_adapter(tmp_path / "a", random_factors(SHAPES, 9, dtype=dtype))
+    folder = write_adapter(tmp_path / "a", random_factors(PAIR, 9, dtype=dtype))
     dm.merge([folder, folder], rank=1, output=tmp_path / "out")
     data = load_bytes(tmp_path / "out")
     length = int.from_bytes(data[:8], "little")
@@ -472,7 +383,7 @@ def sizes_of_partial(out: Path) -> int:
 
 def test_an_error_of_the_caller_leaves_nothing(pair, small_groups, tmp_path):
     def stop(done: int, total: int) -> None:
-        assert total == len(SHAPES)
+        assert total == len(PAIR)
         if done == 3:
             raise RuntimeError("enough")
 
@@ -621,7 +532,7 @@ def test_without_an_exchange_of_names_the_old_output_is_put_back(pair, tmp_path,
 
 def test_adapters_that_change_under_a_merge_are_noticed(pair, small_groups, tmp_path):
     adapters = [dm.load(folder) for folder in pair]
-    write_adapter(pair[1], random_factors(SHAPES, 3, seed=5))
+    write_adapter(pair[1], random_factors(PAIR, 3, seed=5))
     with unchanged(tmp_path), pytest.raises(DomergeError, match="changed since it was loaded"):
         dm.merge(adapters, output=tmp_path / "out")
 

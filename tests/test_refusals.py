@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from support.files import locked_folder, small_disk, unchanged
 from support.make import PREFIX, lora_tensors, random_factors, write_adapter, write_folder
-from test_outputs import locked_folder, small_disk, unchanged
 
 import domerge_fast as dm
 from domerge_fast import AdapterError, DomergeError, OptionError, OutputError, cli, engine

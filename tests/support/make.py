@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 PREFIX = "base_model.model."
+PAIR = {f"layers.{i}.q_proj": (40, 48) for i in range(4)} | {"layers.0.up_proj": (64, 40)}
+"""Modules of `write_pair`."""
 
 
 def random_factors(
@@ -79,3 +81,12 @@ def write_adapter(
         "target_modules": sorted(factors),
     }
     return write_folder(folder, tensors, defaults | config)
+
+
+def write_pair(folder: Path, **config: Any) -> list[Path]:
+    """Adapters "a" and "b" of different ranks; "b" lacks a module."""
+    partial = {name: shape for name, shape in PAIR.items() if name != "layers.1.q_proj"}
+    return [
+        write_adapter(folder / "a", random_factors(PAIR, 12, seed=1), **config),
+        write_adapter(folder / "b", random_factors(partial, 8, seed=2), **config),
+    ]
