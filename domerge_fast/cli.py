@@ -15,7 +15,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-from . import __version__, elsewhere, options, streams
+from . import __version__, aliases, options, streams
 from .errors import DomergeError, OutputWarning, printable
 from .outputs import folder
 
@@ -146,9 +146,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = re.findall(r"--[a-z][a-z-]*", args.parser.format_help())
-        meanings = {
-            w: (name and f"--{name}", text) for w, (name, text) in elsewhere.OPTIONS.items()
-        }
+        meanings = {w: (name and f"--{name}", text) for w, (name, text) in aliases.OPTIONS.items()}
         hint = options.meant(flag, flags, meanings)
         args.parser.error(f"{flag!r} is not understood{hint and ', ' + hint}")
     return args

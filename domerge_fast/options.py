@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from . import elsewhere
+from . import aliases
 from .errors import OptionError, is_text
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def option(
 def suggest(
     word: str,
     known: Iterable[str],
-    meanings: elsewhere.Meanings | None = None,
+    meanings: aliases.Meanings | None = None,
     besides: Iterable[str] = (),
 ) -> str:
     """What to do about an unknown word: what was meant, if that is near, and the words there are.
@@ -54,14 +54,14 @@ def suggest(
 
 
 def meant(
-    word: str, known: Sequence[str], meanings: elsewhere.Meanings, besides: Iterable[str] = ()
+    word: str, known: Sequence[str], meanings: aliases.Meanings, besides: Iterable[str] = ()
 ) -> str:
     """What was probably meant by an unknown word, or "": what it is here, else by its spelling."""
     names = {*known, *besides}
     usable = {
         w: m for w, m in meanings.items() if w not in names and (m[0] is None or m[0] in names)
     }
-    plain = elsewhere.plain(word)
+    plain = aliases.plain(word)
     if plain in usable:
         return _meaning(*usable[plain])
     words = [*known, *usable]
@@ -80,7 +80,7 @@ def choose(name: str, value: Any, known: Iterable[str]) -> str:
     """`value`, if it is one of the known words; otherwise an OptionError that suggests one."""
     known = list(known)
     if value not in known:
-        remedy = suggest(value, known, elsewhere.TABLES.get(name))
+        remedy = suggest(value, known, aliases.TABLES.get(name))
         raise OptionError(name, f"{value!r} is not known", remedy)
     return value
 
@@ -125,7 +125,7 @@ def build(cls: type[T], given: Mapping[str, Any], owner: str, others: Iterable[s
     for name in given:
         if name not in fields:
             known = [*fields, *others]
-            remedy = suggest(name, known, elsewhere.OPTIONS, elsewhere.ALWAYS)
+            remedy = suggest(name, known, aliases.OPTIONS, aliases.ALWAYS)
             raise OptionError(name, f"{owner} has no such option", remedy)
     values = {
         name: check(name, value, types[name], **fields[name].metadata)

@@ -11,7 +11,7 @@ import pytest
 from support.shapes import CASES
 
 import domerge_fast as dm
-from domerge_fast import elsewhere, options
+from domerge_fast import aliases, options
 from domerge_fast.adapters import from_tensors
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.do import DoOptions
@@ -218,19 +218,19 @@ def test_an_option_is_known_by_its_name_elsewhere(given, words):
 
 def test_what_is_known_elsewhere_leads_to_names_there_are():
     arguments = set(inspect.signature(dm.merge).parameters)
-    assert arguments >= elsewhere.ALWAYS
+    assert arguments >= aliases.ALWAYS
     names = {f.name for method in TABLE.values() for f in dataclasses.fields(method.options)}
     for words, known in (
-        (elsewhere.METHODS, set(TABLE)),
-        (elsewhere.OPTIONS, names | arguments),
-        (elsewhere.DTYPES, {"float32", "bfloat16", "float16"}),
+        (aliases.METHODS, set(TABLE)),
+        (aliases.OPTIONS, names | arguments),
+        (aliases.DTYPES, {"float32", "bfloat16", "float16"}),
     ):
         for word, (name, remark) in words.items():
-            assert word == elsewhere.plain(word)
+            assert word == aliases.plain(word)
             assert name is None or name in known
             assert name or remark
-    assert not set(elsewhere.METHODS) & set(TABLE)
-    for word in elsewhere.METHODS:  # the message has room for all of it
+    assert not set(aliases.METHODS) & set(TABLE)
+    for word in aliases.METHODS:  # the message has room for all of it
         with pytest.raises(dm.OptionError, match=r"; use one of: do, .*, magnitude_prune$"):
             options.choose("combination_type", word, TABLE)
 
