@@ -104,6 +104,19 @@ def test_names_that_may_mean_two_weights_are_refused(tmp_path):
         found(layers("layers"), checkpoint)
 
 
+@pytest.mark.parametrize("text", ["text_model", "language_model"])
+def test_no_tower_is_taken_because_its_name_is_more_alike(text, tmp_path):
+    own = layers("encoder.layers")
+    towers = layers(f"{text}.encoder.layers"), layers("vision_model.encoder.layers")
+    names = rf"'{text}\.encoder\.layers\.' and 'vision_model\.enc"
+    with pytest.raises(OptionError, match=rf"more than one name \({names}"):
+        written(tmp_path, own, {**towers[0], **towers[1]})
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "other").mkdir()
+    larger = layers("vision_model.encoder.layers", 1)
+    assert found(own, opened(tmp_path / "other", towers[0], larger)) == list(towers[0])
+
+
 def test_a_part_of_another_name_is_not_taken_for_it(tmp_path):
     checkpoint = opened(tmp_path, layers("encoder.block"), layers("model.vision.layers"))
     own = {**layers("decoder.block"), **layers("model.layers")}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.make import random_factors, write_adapter
 from transformers import (
@@ -23,6 +26,10 @@ from transformers import (
     LlamaModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextModel,
+    SiglipVisionModel,
 )
 
 import domerge_fast as dm
@@ -447,3 +454,48 @@ def test_a_head_inside_a_larger_model_tells_its_class():
     inner = layers("language_model.model.layers")
     given = layers("layers"), inner, {"language_model.lm_head": (4, 8)}
     assert bridged(*given)[0] == sorted(inner)
+
+
+def siglip(part: str) -> torch.nn.Module:
+    """The model or a part of it, with towers of one size."""
+    size = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    config = SiglipConfig(
+        text_config={**size, "vocab_size": 20, "projection_size": 8},
+        vision_config={**size, "image_size": 8, "patch_size": 4},
+    )
+    if part == "text":
+        return SiglipTextModel(config.text_config)
+    return SiglipVisionModel(config.vision_config) if part == "vision" else SiglipModel(config)
+
+
+def trained_part(folder: Path, part: str, *targets: str) -> dm.Adapter:
+    """An adapter of it as PEFT saves it, with the class in its config."""
+    config = LoraConfig(r=2, target_modules=list(targets or ["fc1"]), init_lora_weights=False)
+    get_peft_model(siglip(part), config).save_pretrained(folder)
+    raw = json.loads((folder / "adapter_config.json").read_text())
+    raw["base_model_name_or_path"] = "siglip"
+    (folder / "adapter_config.json").write_text(json.dumps(raw))
+    return dm.load(folder)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_parts_of_a_model_with_the_same_names_are_not_one(turned, tmp_path):
+    text = trained_part(tmp_path / "text", "text")
+    vision = trained_part(tmp_path / "vision", "vision")
+    other = trained_part(tmp_path / "other", "vision", "q_proj")
+    names = [name for name, _ in siglip("all").named_modules()]
+    in_text = [n for n in names if n.startswith("text_model") and n.endswith("fc1")]
+    whole = trained_part(tmp_path / "all", "all", *in_text)
+    for one in (text, whole):
+        for pair in ((one, vision), (one, other)):
+            with pytest.raises(AdapterError, match=r"of the model's \w+ part, that of adapter '"):
+                dm.merge(pair[:: -1 if turned else 1], "linear")
+    merged = dm.merge([whole, text][:: -1 if turned else 1], "linear")
+    assert len(merged.names) == 1
+    both = dm.merge([vision, other], "linear")
+    assert set(both.names) == {*vision.modules, *other.modules}

@@ -18,7 +18,7 @@ from ..errors import AdapterError, some
 from .adapter import Adapter, called, without_paths
 from .assemble import EMBEDDINGS, HEADS
 from .base_model import check_base, states_base
-from .layers import Rests, Trees, check_layers, children_of, trees_of
+from .layers import Rests, Trees, check_layers, check_parts, children_of, trees_of
 from .names import PREFIX
 from .stems import Core, core_of, is_below, joined, outer_of, split, within
 from .whole import NEW_HEADS, parameter
@@ -41,6 +41,7 @@ def one_spelling(
     sentences call the adapters, where that is not their place and name.
     """
     check_base(adapters, base_model)
+    check_parts(adapters)
     calls = calls or [called(k, adapter) for k, adapter in enumerate(adapters)]
     notes = [
         f"{call}: names without {' and '.join(map(repr, a.removed))}"

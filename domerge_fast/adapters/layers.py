@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import NoReturn
 
@@ -20,6 +21,7 @@ Trees = dict[Core, dict[str, Rests]]
 
 _STACKS = {"encoder", "decoder"}
 _LAYERS = {"layers", "layer", "h", "block", "blocks"}
+_PARTS = ("Audio", "Text", "Vision")
 _ATTENTION = {"self_attn", "attn", "attention", "self_attention"}
 _IN_LAYERS = _ATTENTION | {"mlp", "feed_forward", "block_sparse_moe"}
 
@@ -42,6 +44,32 @@ def trees_of(adapter: Adapter) -> Trees:
 def children_of(rests: Collection[str]) -> set[str]:
     """What every layer has directly inside."""
     return {rest.partition(".")[2].partition(".")[0] for rest in rests}
+
+
+def check_parts(adapters: Sequence[Adapter]) -> None:
+    """AdapterError for adapters of two parts of a model, each saved from a class of its part alone,
+    which has the same names as that of the other."""
+    parts = [_part(adapter) for adapter in adapters]
+    if not any(parts):
+        return
+    owners: dict[Core, tuple[str, int]] = {}
+    for i, adapter in enumerate(adapters):
+        for core, stems in trees_of(adapter).items():
+            stem = next(iter(stems))
+            part = "Text" if "text_model" in stem.split(".") else parts[i]
+            theirs, k = owners.setdefault(core, (part, i)) if part else (part, i)
+            if theirs != part:
+                problem = f"its {stem!r} is of the model's {part.lower()} part, that of adapter "
+                problem += f"{adapters[k].name!r} of its {theirs.lower()} part"
+                raise AdapterError(adapter.name, None, problem, "merge them apart")
+
+
+def _part(adapter: Adapter) -> str:
+    """The part of a model that an adapter's class is of alone, by its name; "" if that says none or
+    several."""
+    name = (adapter.config.auto_mapping or {}).get("base_model_class") or ""
+    found = set(_PARTS).intersection(re.findall("[A-Z][a-z0-9_]*", name))
+    return found.pop() if len(found) == 1 else ""
 
 
 def check_layers(adapters: Sequence[Adapter], trees: Sequence[Trees]) -> None:

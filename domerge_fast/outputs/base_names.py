@@ -17,6 +17,7 @@ from .checkpoint import Checkpoint, refusal
 Shapes = Collection[tuple[int, ...]]
 Family = tuple[bool, str]  # whether it is a list of layers; its stem, or what is before last names
 
+SAME = 3
 OTHER_BASE = "give the base model the adapters were trained on, or write an adapter"
 
 
@@ -54,7 +55,13 @@ class Renaming:
                 found = sum(self._fits(path, _moved(path, family, other)) for path in paths)
                 scores[other] = found, nearness
         most = max(scores.values())
-        ways = sorted(other for other, score in scores.items() if score == most)
+        # No less alike name is ruled out by its likeness: classes of a part of a model, as of the
+        # text or of the images, may leave out what tells them apart.
+        ways = sorted(
+            other
+            for other, (found, nearness) in scores.items()
+            if found == most[0] and (nearness == most[1] or most[1] < SAME)
+        )
         if most[0] and len(ways) > 1:
             names = " and ".join(repr(f"{stem}.".lstrip(".")) for _, stem in ways[:2])
             problem = f"has the adapters' modules under more than one name ({names})"
@@ -97,11 +104,11 @@ def _last(family: Family) -> str:
 
 
 def _nearness(one: Family, other: Family) -> int:
-    """3 for the same, 2 for the same but for words that classes put before names, 1 where one has
-    a component more, first of all; 0 for anything else."""
+    """SAME for the same, 2 for the same but for words that classes put before names, 1 where one
+    has a component more, first of all; 0 for anything else."""
     (is_list, stem), (_, other_stem) = one, other
     if stem == other_stem:
-        return 3
+        return SAME
     if is_list:
         alike = core_of(stem) == core_of(other_stem)
     else:
