@@ -1,0 +1,84 @@
+"""Which part of the package knows which: the arrows of CONTRIBUTING, held against the imports."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import domerge_fast
+
+ROOT = Path(domerge_fast.__file__).parent
+MAY_KNOW = {
+    "storage": {"errors"},
+    "adapters": {"errors", "garbage", "options", "storage"},
+    "outputs": {"adapters", "errors", "plan", "precision", "report", "storage"},
+    "plan": {"adapters", "problem", "storage"},
+    "ops": {"backends", "entries", "problem"},
+}
+"""By room, all that it may import from outside of itself, besides the package's version."""
+LATE = {"cli", "doctor"}
+"""What imports in functions, so that a command starts without what it does not use."""
+
+
+def modules() -> dict[str, ast.Module]:
+    """By dotted name below the package; a package's own name is that of its folder."""
+    paths = [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
+    names = (path.relative_to(ROOT).with_suffix("").parts for path in paths)
+    return {
+        ".".join(name[:-1] if name[-1] == "__init__" else name): ast.parse(path.read_text("utf-8"))
+        for name, path in zip(names, paths, strict=True)
+    }
+
+
+TREES = modules()
+
+
+def imports(name: str, node: ast.ImportFrom) -> Iterator[str]:
+    """The modules of the package that a relative import names."""
+    is_package = (ROOT / name.replace(".", "/")).is_dir()
+    parts = name.split(".") if is_package else name.split(".")[:-1]
+    parts = parts[: len(parts) - node.level + 1] + (node.module or "").split(".")
+    stem = ".".join(filter(None, parts))
+    for alias in node.names:
+        full = f"{stem}.{alias.name}".lstrip(".")
+        found = full if full in TREES else stem
+        if found:
+            yield found
+
+
+def relative(name: str, tree: ast.AST) -> Iterator[tuple[ast.ImportFrom, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            for found in imports(name, node):
+                yield node, found
+
+
+@pytest.mark.parametrize("room", MAY_KNOW)
+def test_a_room_knows_only_what_is_below_it(room):
+    inside = {n: tree for n, tree in TREES.items() if n.split(".")[0] == room}
+    known = {other.split(".")[0] for n, tree in inside.items() for _, other in relative(n, tree)}
+    assert inside
+    assert known - {room} <= MAY_KNOW[room]
+
+
+def test_nothing_is_imported_late_to_hide_a_circle():
+    late = {
+        name
+        for name, tree in TREES.items()
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for _ in relative(name, function)
+    }
+    assert late <= LATE
+
+
+def test_no_two_modules_need_each_other():
+    needs = {n: {other for _, other in relative(n, tree)} - {n} for n, tree in TREES.items()}
+    # A package's own file gathers what lies in it, and counts as its members do.
+    for name in [n for n in needs if any(other.startswith(f"{n}.") for other in needs)]:
+        needs[name] = {other for other in needs[name] if not other.startswith(f"{name}.")}
+    list(graphlib.TopologicalSorter(needs).static_order())
