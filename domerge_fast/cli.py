@@ -159,23 +159,30 @@ def _parser(arguments: Sequence[str]) -> _Parser:
         description="Merge LoRA adapters by DO-Merging and related methods, exactly and fast.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    _add_verbose(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     called = next((word for word in arguments if not word.startswith("-")), None)
     for name, (help, fill, run) in COMMANDS.items():
         command = commands.add_parser(name, help=help, description=help)
-        command.add_argument("-v", "--verbose", action="store_true", help="show tracebacks")
+        _add_verbose(command)
         command.set_defaults(run=run, parser=command)
         if name == called:
             fill(command)
     return parser
 
 
-def _add_sources(parser: argparse.ArgumentParser) -> None:
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Before a command, after it and after its action: `_run` sees it wherever it is."""
+    help, nothing = "show tracebacks", argparse.SUPPRESS
+    parser.add_argument("-v", "--verbose", action="store_true", default=nothing, help=help)
+
+
+def _add_sources(parser: argparse.ArgumentParser, quiet: str) -> None:
     parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT adapter folder")
     parser.add_argument("--base-model", help="the base model, where the configs disagree")
     parser.add_argument("--backend", default="auto", help="auto, cpu, torch or reference")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    parser.add_argument("-q", "--quiet", action="store_true", help="no progress, no summary")
+    parser.add_argument("-q", "--quiet", action="store_true", help=quiet)
 
 
 def _add_replacing(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +196,7 @@ def _fill_merge(parser: argparse.ArgumentParser) -> None:
     from .methods import TABLE
     from .methods.steps import POST, PRE
 
-    _add_sources(parser)
+    _add_sources(parser, "no progress, no summary")
     add = parser.add_argument
     add("-o", "--output", required=True, metavar="OUT", help="folder to write")
     _add_replacing(parser)
@@ -261,7 +268,7 @@ def _bar(args: argparse.Namespace) -> bool:
 
 
 def _fill_inspect(parser: argparse.ArgumentParser) -> None:
-    _add_sources(parser)
+    _add_sources(parser, "no progress")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
@@ -308,19 +315,21 @@ def _fill_sequential(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--base-model", help="the base model, where the configs disagree")
     start.add_argument("--whole", default="auto", help="tensors saved whole: auto, drop, from:NAME")
     _add_replacing(start)
-    start.set_defaults(run=_start)
+    start.set_defaults(run=_start, parser=start)
     add = actions.add_parser("add", help="add adapters in this order, all or none")
     add.add_argument("folder", metavar="STATE", help="folder of the merge")
     add.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT adapter folder")
     add.add_argument("--weight", type=float, default=1.0, help="of each (default: 1)")
-    add.set_defaults(run=_add_to)
+    add.set_defaults(run=_add_to, parser=add)
     save = actions.add_parser("save", help="write the merged adapter")
     save.add_argument("folder", metavar="STATE", help="folder of the merge")
     save.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
     _add_replacing(save)
     save.add_argument("--scale", type=float, default=1.0, help="factor on the merged update")
     save.add_argument("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
-    save.set_defaults(run=_save)
+    save.set_defaults(run=_save, parser=save)
+    for action in (start, add, save):
+        _add_verbose(action)
 
 
 def _start(args: argparse.Namespace) -> int:

@@ -96,32 +96,38 @@ class OptionError(DomergeError):
         return _one_line(f"option {option!r}", problem, remedy)
 
 
+DEFINED = ("svd", "tsvm", "linear", "cat")
+"""Methods whose cut is defined unless the adapters' own singular values are equal."""
+
+
 class FlatCut(DomergeError):
     """A cut keeps some of several equal singular values: the result would be one of many.
 
     at: which of the matrices given. rank: how many are kept. value: of the last one.
     """
 
-    def __init__(self, at: int, rank: int, value: float, module: str = ""):
-        super().__init__(at, rank, value, module)
+    def __init__(self, at: int, rank: int, value: float, module: str = "", method: str = ""):
+        super().__init__(at, rank, value, module, method)
 
-    def of(self, module: str) -> FlatCut:
-        """The same of a module."""
-        at, rank, value, _ = self.args
-        return FlatCut(at, rank, value, module)
+    def of(self, module: str, method: str = "") -> FlatCut:
+        """The same of a module that is merged by this method."""
+        at, rank, value, _, _ = self.args
+        return FlatCut(at, rank, value, module, method)
 
     @property
     def at(self) -> int:
         return self.args[0]
 
     def __str__(self) -> str:
-        at, rank, value, module = self.args
+        at, rank, value, module, method = self.args
         where = f"module {module!r}" if module else f"matrix {at}"
         problem = (
             f"a cut to rank {rank} falls between equal singular values ({value:.4g}), so that the "
             "order of the adapters would decide"
         )
-        remedy = "leave rank and energy out, or use a method whose cut is defined (svd, tsvm)"
+        remedy = "say another rank, or take 'linear' without rank and energy"
+        if method not in DEFINED:
+            remedy = "leave rank and energy out, or use a method whose cut is defined (svd, tsvm)"
         return _one_line(where, problem, remedy)
 
 

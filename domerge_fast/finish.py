@@ -109,7 +109,7 @@ def _truncate(
             backend=work.settings.backend,
         )
     except FlatCut as error:
-        raise error.of(stacks[error.at].name) from None
+        raise error.of(stacks[error.at].name, work.method.method.name) from None
     energy = [_energy(a, b) for a, b in pairs]
     return [replace(f, a=a, b=b) for (a, b), f in zip(smaller, merged)], kept, energy
 

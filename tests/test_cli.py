@@ -166,6 +166,33 @@ def unwrapped(shown: str) -> list[str]:
     return re.sub(r"\n {2,}(?=\S)", " ", shown).splitlines()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "-v merge no -o out",
+        "merge no -o out -v",
+        "inspect --verbose no",
+        "-v sequential add no no",
+        "sequential -v add no no",
+        "sequential add no no --verbose",
+        "sequential save no -o out -v",
+        "sequential start a/adapter_config.json/b -v",
+    ],
+)
+def test_a_traceback_is_shown_wherever_it_is_asked_for(command, pair, capsys):
+    assert cli.main(command.split()) == cli.USAGE_ERROR
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert "understood" not in lines[-1]
+
+
+def test_flags_of_an_action_are_suggested_from_its_own(capsys):
+    assert cli.main(["sequential", "add", "state", "a", "--wieght", "2"]) == cli.USAGE_ERROR
+    line = capsys.readouterr().err
+    assert "did you mean '--weight'" in line
+    assert line.endswith("see 'domerge-fast sequential add --help'\n")
+
+
 def test_names_that_were_bridged_are_said_by_inspect_and_when_one_is_added(tmp_path, capsys):
     for folder, name in (("plain", "layers.0.up"), ("causal", "model.layers.0.up")):
         factors = random_factors({name: (6, 8)}, 2)

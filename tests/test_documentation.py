@@ -90,6 +90,19 @@ def test_the_commands_shown_are_understood(document, least, tmp_path, monkeypatc
         assert cli.main([*arguments, "--backend", "torch"]) == 0, line
 
 
+def test_the_readme_s_first_python_block_runs_as_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.split("```python\n")[1].split("```")[0]
+    name = "model.layers.0.self_attn.q_proj"
+    for folder, a, b in zip("ab", CASE.a, CASE.b):
+        write_adapter(tmp_path / folder, {name: (a, b)})
+    factors = dict(zip(("A1", "A2", "B1", "B2"), (*CASE.a[:2], *CASE.b[:2]), strict=True))
+    files = [line for line in block.splitlines(keepends=True) if "peft_model" not in line]
+    exec("".join(files), factors)
+    assert (tmp_path / "merged" / "adapter_model.safetensors").exists()
+
+
 # CONTRIBUTING
 
 

@@ -70,6 +70,18 @@ def test_the_command_says_it_in_one_line(tmp_path, capsys):
     assert len(line) < 300
 
 
+@pytest.mark.parametrize("method", ["svd", "tsvm", "linear", "cat"])
+def test_a_method_is_not_told_to_use_itself(method):
+    """Adapters of orthonormal factors, side by side."""
+    a, b = torch.eye(8, 12), torch.eye(16, 8)
+    given = [dm.from_tensors({"q": (a[k : k + 4], b[:, k : k + 4])}) for k in (0, 4)]
+    with pytest.raises(FlatCut) as error:
+        dm.merge(given, method, rank=6)
+    assert str(error.value).endswith("say another rank, or take 'linear' without rank and energy")
+    assert dm.merge(given, method, rank=8).report["q"].rank == 8
+    assert dm.merge(given, "linear").report["q"].rank == 8
+
+
 def test_iso_cts_does_not_part_what_iso_c_made_equal():
     """It takes the first directions of a sum itself."""
     flat = [dm.merge(adapters(2), "iso_c").factors(name) for name in SHAPES]
