@@ -85,15 +85,35 @@ class AdapterError(DomergeError):
         return _one_line(where, problem, remedy)
 
 
-class OptionError(DomergeError):
-    """An option has a name or a value that is not understood."""
+class _Named(Exception):
+    """One line that begins with what was named: its kind and its name."""
 
-    def __init__(self, option: str, problem: str, remedy: str):
-        super().__init__(option, problem, remedy)
+    kind: str
+
+    def __init__(self, name: str, problem: str, remedy: str):
+        super().__init__(name, problem, remedy)
 
     def __str__(self) -> str:
-        option, problem, remedy = self.args
-        return _one_line(f"option {option!r}", problem, remedy)
+        name, problem, remedy = self.args
+        return _one_line(f"{self.kind} {name!r}", problem, remedy)
+
+
+class OptionError(_Named, DomergeError):
+    """An option has a name or a value that is not understood."""
+
+    kind = "option"
+
+
+class OutputError(_Named, DomergeError):
+    """The output cannot be written, and what was there is as it was."""
+
+    kind = "output"
+
+
+class OutputWarning(_Named, UserWarning):
+    """The output is as it should be, but something beside it is not."""
+
+    kind = "output"
 
 
 DEFINED = ("svd", "tsvm", "linear", "cat")
@@ -129,25 +149,3 @@ class FlatCut(DomergeError):
         if method not in DEFINED:
             remedy = "leave rank and energy out, or use a method whose cut is defined (svd, tsvm)"
         return _one_line(where, problem, remedy)
-
-
-class OutputError(DomergeError):
-    """The output cannot be written, and what was there is as it was."""
-
-    def __init__(self, path: str, problem: str, remedy: str):
-        super().__init__(path, problem, remedy)
-
-    def __str__(self) -> str:
-        path, problem, remedy = self.args
-        return _one_line(f"output {path!r}", problem, remedy)
-
-
-class OutputWarning(UserWarning):
-    """The output is as it should be, but something beside it is not."""
-
-    def __init__(self, path: str, problem: str, remedy: str):
-        super().__init__(path, problem, remedy)
-
-    def __str__(self) -> str:
-        path, problem, remedy = self.args
-        return _one_line(f"output {path!r}", problem, remedy)
