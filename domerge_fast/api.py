@@ -140,7 +140,11 @@ def merge(
     settings = Settings(scale, out_dtype, registry.choose(backend, place.device.type))
     work = _work(plan, chosen, settings, cut, before, after, deltas=form != "adapter")
     checkpoint = None if base is None else open_checkpoint(Path(base))
-    origin = None if checkpoint is None else originals(plan.names, checkpoint)
+    origin = (
+        None
+        if checkpoint is None
+        else originals({n: plan.module(n) for n in plan.names}, checkpoint)
+    )
     kept = keep(loaded, plan.weights, whole, origin)
     if kept.owner is not None:
         whole = f"from:{loaded.index(kept.owner) + 1}"  # the recipe has no paths

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.make import random_factors
+from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
 from domerge_fast.errors import OptionError
@@ -163,3 +163,59 @@ def test_a_miss_shows_the_nearest_key(tmp_path):
         OptionError, match=r"has no 'm\S+gate_proj\.weight' for .* nearest is 'model\."
     ):
         written(tmp_path, own, layers("model.layers", tails={"mlp.gated_proj": (9, 8)}))
+
+
+def twice(tmp_path: Path, tied: bool | None, differs: bool = False) -> tuple[Path, Path, Path]:
+    """A base that stores its embedding once more, as a head of a name that is not known, and
+    adapters with LoRA on that head and with the head saved whole."""
+    weight = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    tensors = {f"{k}.weight": torch.zeros(m, n) for k, (m, n) in layers("encoder.layer").items()}
+    tensors |= {"embeddings.word_embeddings.weight": weight, "cls.decoder.weight": weight + differs}
+    folder = tmp_path / "base"
+    folder.mkdir()
+    config = {} if tied is None else {"tie_word_embeddings": tied}
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 30} | config))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    adapted = random_factors({"cls.decoder": (30, 8)}, 2)
+    lora = write_adapter(tmp_path / "lora", adapted)
+    q = random_factors({"encoder.layer.0.self_attn.q_proj": (6, 8)}, 2)
+    carried = {"cls.decoder.weight": weight + 1}
+    whole = write_adapter(tmp_path / "whole", q, carried=carried, modules_to_save=["decoder"])
+    return folder, lora, whole
+
+
+@pytest.mark.parametrize("tied", [True, None])
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_weight_that_loading_may_tie_to_its_twin_is_refused(which, tied, tmp_path):
+    folder, *adapters = twice(tmp_path, tied)
+    names = r"'cls\.decoder\.weight', which the adapters change, to 'embeddings\."
+    out = tmp_path / "out"
+    with pytest.raises(OptionError, match=f"may tie {names}"):
+        dm.merge([adapters[which]], "linear", form="model", base=folder, output=out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("tied", "differs"), [(False, False), (True, True), (None, True)])
+def test_a_weight_that_nothing_ties_is_changed_alone(tied, differs, tmp_path):
+    folder, lora, _ = twice(tmp_path, tied, differs)
+    dm.merge([lora], "linear", form="model", base=folder, output=tmp_path / "out")
+    before, after = (load_file(x / "model.safetensors") for x in (folder, tmp_path / "out"))
+    changed = [key for key in before if not torch.equal(before[key], after[key])]
+    assert changed == ["cls.decoder.weight"]
+
+
+def test_what_was_before_training_is_found_beside_a_tower_of_another_size(tmp_path):
+    own = layers("encoder.layers")
+    towers = {**layers("text_model.encoder.layers"), **layers("vision_model.encoder.layers", 1)}
+    folder = base(tmp_path / "base", {**towers, "text_model.head": (2, 8)})
+    adapters = [
+        write_adapter(
+            tmp_path / str(k),
+            random_factors(own, 2, seed=k),
+            carried={"head.weight": torch.full((2, 8), float(k))},
+            modules_to_save=["head"],
+        )
+        for k in (1, 2)
+    ]
+    found = dm.merge(adapters, "linear", base=folder).target.carried
+    assert torch.equal(found["base_model.model.head.weight"].read(), torch.full((2, 8), 3.0))

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..adapters import LazyTensor
+from ..adapters import LazyTensor, Module
 from ..adapters.assemble import is_of_tokens
-from ..adapters.whole import Sum, parameter
+from ..adapters.whole import Sum, equal, parameter
 from ..storage.lazy import dtype_name
 from . import weights
 from .base_names import OTHER_BASE, Renaming, nearest
 from .checkpoint import Checkpoint, refusal
 from .target import Layout, Target
-from .vocabulary import FLOATS, Vocabulary, check_replaceable, is_token_layout, settle
+from .vocabulary import (
+    FLOATS,
+    Vocabulary,
+    check_replaceable,
+    check_twins,
+    is_token_layout,
+    settle,
+)
 
 _RESIZED = "save the adapters with save_embedding_layers=True, or resize the base and save it"
 
@@ -60,6 +67,12 @@ def fit(target: Target, base: Checkpoint) -> Fit:
         stored = replaced.get(key) or _stored(layout, key, base)
         places[layout.name] = Place(key, _turned(layout, key, stored, target, base))
     _check_one_each(places, base)
+    changed = {place.key for place in places.values()} | {
+        key
+        for key, x in replaced.items()
+        if key in base.tensors and not equal(x, base.tensors[key])
+    }
+    check_twins(changed.difference(vocabulary.keys.values(), vocabulary.replaced), base)
     _check_squares(target, places, base)
     for key, tensor in replaced.items():
         if isinstance(tensor, Sum):
@@ -68,12 +81,16 @@ def fit(target: Target, base: Checkpoint) -> Fit:
     return Fit(places, replaced, vocabulary)
 
 
-def originals(names: Collection[str], base: Checkpoint) -> Callable[[str], LazyTensor | None]:
+def originals(
+    modules: Mapping[str, Module], base: Checkpoint
+) -> Callable[[str], LazyTensor | None]:
     """From parameter names of the adapted model, with these adapted modules, to the base's weights;
     a head that is not stored because it is tied is the embedding. OptionError, when a weight is
     asked for, unless the base has the modules."""
-    wanted = {f"{name}.weight": name for name in names}
-    rename = Renaming(dict.fromkeys(wanted, ()), base)
+    wanted = {f"{name}.weight": name for name in modules}
+    # The vocabulary may have been resized.
+    shapes = {p: () if is_of_tokens(p) else _shapes(modules[name]) for p, name in wanted.items()}
+    rename = Renaming(shapes, base)
     tokens = [key for key in base.tensors if is_of_tokens(key)]
     missing = [p for p in wanted if rename(p) not in base.tensors and not is_of_tokens(p)]
 
@@ -88,6 +105,12 @@ def originals(names: Collection[str], base: Checkpoint) -> Callable[[str], LazyT
         return base.tensors.get(key)
 
     return origin
+
+
+def _shapes(module: Module) -> list[tuple[int, ...]]:
+    """What a module's weight may be stored as."""
+    inputs = module.a_shape[1:]
+    return [(module.m, *inputs), (*inputs, module.m)]
 
 
 def _stored(layout: Layout, key: str, base: Checkpoint) -> LazyTensor:

@@ -16,6 +16,7 @@ import torch
 
 from ..adapters import LazyTensor
 from ..adapters.assemble import EMBEDDINGS, HEADS, is_of_tokens, is_saved
+from ..adapters.stems import split
 from ..adapters.whole import COPY, equal, parameter
 from ..storage.lazy import dtype_name
 from .checkpoint import TIED, Checkpoint, parts, refusal
@@ -79,6 +80,18 @@ def settle(target: Target, base: Checkpoint, rename: Callable[[str], str]) -> Vo
         _settle_pair(found, pair, shared, {found.keys[path] for path in adapted}, base)
     _resize(found, base)
     return found
+
+
+def check_twins(changed: Collection[str], base: Checkpoint) -> None:
+    """OptionError for a weight outside of layers, beside those known to be of tokens, that the base
+    stores twice: a model of other names may tie the two, and loading it would undo the change."""
+    own = {key: base.tensors[key] for key in changed if not split(key)[1]}
+    for key, tensor in sorted(own.items() if base.is_tied else ()):
+        for twin, other in base.tensors.items():
+            apart = twin == key or len(tensor.shape) < 2 or tensor.shape != other.shape
+            if not apart and not split(twin)[1] and equal(tensor, other):
+                problem = f"may tie {key!r}, which the adapters change, to {twin!r} ({TIED})"
+                raise refusal(base.folder, problem, _UNTIE)
 
 
 def check_replaceable(
