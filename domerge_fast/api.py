@@ -182,7 +182,7 @@ def merge(
         report = run(collect, False)
         target.check_inputs()
         return Merged(report, target, results)
-    path = Path(output).absolute()
+    path = options.folder("output", output)
     with _folder(form, path, target, checkpoint, overwrite, force) as folder:
         report = run(folder.add, True)
         report = dataclasses.replace(report, notes=(*report.notes, *folder.notes))
@@ -305,6 +305,10 @@ def check_weights(
     """One for each of `count` adapters; None is 1 for each. each: the option that one is of."""
     if weights is None:
         return [1.0] * count
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        problem = f"{str(weights)[:40]!r} is no list of numbers"
+        raise OptionError("weights", problem, "give one number for each adapter, in order")
+    weights = list(weights)
     if len(weights) != count:
         problem = f"{len(weights)} weights for {count} adapters"
         raise OptionError("weights", problem, "give one number for each adapter, in order")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import signal
 import sys
@@ -70,10 +71,20 @@ def _run(arguments: list[str]) -> int:
 
 def _ran(arguments: list[str]) -> int:
     try:
+        _check_current_folder()  # the parser loads torch
         args = _parse(arguments)
         return args.run(args)
     except SystemExit as leaving:  # argparse has shown what it was asked for
         return int(leaving.code or 0)
+
+
+def _check_current_folder() -> None:
+    """Intel's MKL ends the process in one that is gone."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        problem = f"the current folder cannot be used ({error.strerror})"
+        raise DomergeError(f"{problem}; change to another (cd)") from error
 
 
 def _written() -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import precision
 from .adapters import Adapter, load
 from .errors import OptionError
-from .options import suggest
+from .options import folder, suggest
 from .outputs.deltas import DeltaFolder
 from .outputs.peft import PeftFolder
 from .outputs.target import Target
@@ -83,12 +83,12 @@ class Merged:
         """Write the folder of the merge's form, a PEFT adapter or dense deltas: whole or not at
         all. overwrite, force: as for `merge`. OutputError if it cannot be."""
         if self._form == "deltas":
-            with DeltaFolder(Path(output), self.target, overwrite, force) as deltas:
+            with DeltaFolder(folder("output", output), self.target, overwrite, force) as deltas:
                 for name in self.names:
                     deltas.add(name, self.delta(name))
                 deltas.finish(self.report)
             return
-        with PeftFolder(Path(output), self.target, overwrite, force) as folder:
+        with PeftFolder(folder("output", output), self.target, overwrite, force) as written:
             for name in self.names:
-                folder.add(name, *self.factors(name))
-            folder.finish(self.report)
+                written.add(name, *self.factors(name))
+            written.finish(self.report)

@@ -10,10 +10,12 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
 import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from . import aliases
@@ -90,6 +92,17 @@ def text(name: str, value: Any) -> str | None:
     if value is not None and not is_text(value):
         raise OptionError(name, f"{value!r} is no text", "give one, in Unicode")
     return value
+
+
+def folder(name: str, value: Any) -> Path:
+    """`value` as an absolute path; an OptionError unless it is one."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise OptionError(name, f"{str(value)[:40]!r} is no folder", "give a path")
+    try:
+        return Path(value).absolute()
+    except OSError as error:  # of a relative one, where the current folder is gone
+        problem = f"the current folder cannot be used ({error.strerror})"
+        raise OptionError(name, problem, "change to another") from error
 
 
 UNITS = {

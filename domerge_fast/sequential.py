@@ -83,7 +83,7 @@ class Sequential:
             rank = options.check("rank", rank, int, low=1)
         options.text("base_model", base_model)
         state = State(chosen.alpha, rank, base_model, check_policy(whole))
-        made = cls(Path(folder).absolute(), state)
+        made = cls(options.folder("folder", folder), state)
         with whole_folder(made.folder, _replacing(overwrite, force)) as fresh:
             made.state.write(fresh)
         return made
@@ -91,7 +91,7 @@ class Sequential:
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Sequential:
         """The merge that was started in this folder, with all that was added. OptionError."""
-        path = Path(folder).absolute()
+        path = options.folder("folder", folder)
         if not os.path.exists(path):
             recover(path)
         return cls(path, State.read(path))
@@ -224,7 +224,7 @@ class Sequential:
         """
         report, target, results = self._result(scale, dtype)
         Merged(report, target, results).save(output, overwrite, force)
-        return Merged(report, target, {}, Path(output).absolute())
+        return Merged(report, target, {}, options.folder("output", output))
 
     def _running(self, state: State, place: Path) -> list[Adapter]:
         """S as an adapter of scaling 1, from the file in a folder; none before the first add."""

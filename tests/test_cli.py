@@ -193,6 +193,20 @@ def test_flags_of_an_action_are_suggested_from_its_own(capsys):
     assert line.endswith("see 'domerge-fast sequential add --help'\n")
 
 
+@pytest.mark.parametrize("command", ["merge {a} -o {out}", "inspect {a}", "sequential start s"])
+def test_a_current_folder_that_is_gone_is_refused(command, pair, tmp_path, monkeypatch, capsys):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    words = command.format(a=tmp_path / "a", out=tmp_path / "out").split()
+    assert cli.main(words) == cli.USAGE_ERROR
+    line = capsys.readouterr().err
+    assert line.startswith("domerge-fast: error: the current folder cannot be used (")
+    assert line.endswith("; change to another (cd)\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_that_were_bridged_are_said_by_inspect_and_when_one_is_added(tmp_path, capsys):
     for folder, name in (("plain", "layers.0.up"), ("causal", "model.layers.0.up")):
         factors = random_factors({name: (6, 8)}, 2)

@@ -488,3 +488,30 @@ def test_stating_the_base_model_allows_what_was_refused():
     merged = dm.merge(["one", "two"], base_model="base", output="out")
     assert merged.target.config["base_model_name_or_path"] == "base"
     assert cli.main(["merge", "one", "two", "-o", "again", "-q", "--base-model", "base"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("weights", 3, "'3' is no list of numbers"),
+        ("weights", "11", "'11' is no list of numbers"),
+        ("weights", iter([1.0, 2.0]), "2 weights for 1 adapters"),
+        ("output", 3, "'3' is no folder"),
+        ("output", b"out", "is no folder"),
+        ("overwrite", "no", "'no' is not True or False"),
+        ("force", 1, "1 is not True or False"),
+    ],
+)
+def test_arguments_of_another_type(option, value, message, tmp_path):
+    """What is true in Python, but says no, replaces nothing."""
+    adapter = dm.from_tensors({"x": (torch.ones(1, 3), torch.ones(2, 1))})
+    given = {"output": tmp_path / "out"} | {option: value}
+    with pytest.raises(dm.OptionError, match=message):
+        dm.merge([adapter], **given)
+    if option != "weights":
+        with pytest.raises(dm.OptionError, match=message):
+            dm.merge([adapter]).save(**given)
+        given["folder"] = given.pop("output")
+        with pytest.raises(dm.OptionError, match=message):
+            dm.Sequential.start(**given)
+    assert not (tmp_path / "out").exists()

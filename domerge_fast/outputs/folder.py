@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .. import options
 from ..errors import OutputError, OutputWarning
 from ..storage.workplace import Workplace
 
@@ -39,6 +40,10 @@ class Replacing:
     force: bool
     names: Collection[str]
     is_ours: Callable[[Path], bool]
+
+    def __post_init__(self) -> None:
+        options.check("overwrite", self.overwrite, bool)
+        options.check("force", self.force, bool)
 
     def check(self, folder: Path, shown: Path) -> None:
         """OutputError, about the path `shown`, unless `folder` is absent, empty or such a one."""
