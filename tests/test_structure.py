@@ -15,7 +15,7 @@ ROOT = Path(domerge_fast.__file__).parent
 MAY_KNOW = {
     "storage": {"errors"},
     "adapters": {"errors", "garbage", "options", "storage"},
-    "outputs": {"adapters", "errors", "plan", "precision", "report", "storage"},
+    "outputs": {"adapters", "errors", "options", "plan", "precision", "report", "storage"},
     "plan": {"adapters", "problem", "storage"},
     "ops": {"backends", "entries", "problem"},
 }

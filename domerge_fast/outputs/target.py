@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ class Target:
         """The tensors that are written whole, by the keys PEFT writes."""
         return self.whole.tensors
 
-    @property
+    @cached_property  # asked for with every module
     def rank(self) -> int | None:
         """The rank that every module is written with; None for its own."""
         largest = max(layout.largest_rank for layout in self.layouts.values())
