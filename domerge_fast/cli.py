@@ -33,16 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     in its place is 0, with a line on stderr where something beside it is wrong.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    with streams.usable(), _polite_signals(), warnings.catch_warnings():
-        # Torch says so where numpy is not installed; nothing here needs it.
-        warnings.filterwarnings("ignore", "Failed to initialize NumPy")
-        warnings.simplefilter("always", OutputWarning)
-        warnings.showwarning = _in_one_line(warnings.showwarning)
-        return _run(arguments)
+    folder.last_written = None
+    try:
+        with streams.usable(), _polite_signals(), warnings.catch_warnings():
+            # Torch says so where numpy is not installed; nothing here needs it.
+            warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+            warnings.simplefilter("always", OutputWarning)
+            warnings.showwarning = _in_one_line(warnings.showwarning)
+            return _run(arguments)
+    except KeyboardInterrupt:  # just before the command, or just after it
+        with streams.usable():
+            return _interrupted()
 
 
 def _run(arguments: list[str]) -> int:
-    folder.last_written = None
     verbose = bool({"-v", "--verbose"} & set(arguments))
     try:
         return _ran(arguments)
@@ -56,8 +60,7 @@ def _run(arguments: list[str]) -> int:
         _fail(str(error), verbose)
         return USAGE_ERROR
     except KeyboardInterrupt:
-        streams.tell(f"domerge-fast: interrupted; {_written()}")
-        return INTERRUPTED
+        return _interrupted()
     except MemoryError:
         _fail(
             f"{_but()}out of memory; merge fewer adapters at once, or where there is more", verbose
@@ -85,6 +88,11 @@ def _check_current_folder() -> None:
     except OSError as error:
         problem = f"the current folder cannot be used ({error.strerror})"
         raise DomergeError(f"{problem}; change to another (cd)") from error
+
+
+def _interrupted() -> int:
+    streams.tell(f"domerge-fast: interrupted; {_written()}")
+    return INTERRUPTED
 
 
 def _written() -> str:

@@ -524,6 +524,20 @@ def test_a_polite_kill_leaves_nothing(name, pair, tmp_path, capsys, monkeypatch)
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_ctrl_c_before_the_command_is_one_line(pair, capsys, monkeypatch):
+    usable, calls = cli.streams.usable, []
+
+    def interrupted():
+        calls.append(None)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return usable()
+
+    monkeypatch.setattr(cli.streams, "usable", interrupted)
+    assert cli.main(["merge", *pair, "-o", "out"]) == 130
+    assert capsys.readouterr() == ("", "domerge-fast: interrupted; nothing was written\n")
+
+
 def test_a_signal_that_is_ignored_stays_ignored(pair, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr(cli, "_bar", lambda _: lambda *_: os.kill(os.getpid(), signal.SIGHUP))

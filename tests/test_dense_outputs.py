@@ -434,6 +434,7 @@ REFUSED_SHARDS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda base: place(base, "../base/model-00003-of-00003.safetensors"),
         f"in {INDEX}, which is outside",
     ),
+    "a name too long": (lambda base: place(base, "x" * 5000), "has no xxxx"),
     "no map": (lambda base: (base / INDEX).write_text("{}"), f"has no weight_map in {INDEX}"),
 }
 

@@ -124,7 +124,7 @@ def _others(folder: Path) -> list[str]:
 
 def _index(folder: Path) -> tuple[InputFile | None, dict[str, str] | None]:
     """The file of every tensor, where they are in shards; transformers prefers a single file."""
-    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+    if os.path.isfile(folder / SINGLE) or not os.path.isfile(folder / INDEX):
         return None, None
     file = _input(folder, INDEX)
     where = json_file.read_object(file, json_file.INDEX_BYTES).get("weight_map")
@@ -138,7 +138,7 @@ def _files(folder: Path, index: Mapping[str, str] | None) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise refusal(folder, f"names {name!r} in {INDEX}, which is outside", _AGAIN)
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):
             raise refusal(folder, f"has no {name}", _remedy(folder, index))
     return [folder / name for name in names]
 

@@ -88,10 +88,10 @@ def _interruptible(arguments: Sequence[str], said: Path) -> int:
         return code
     except KeyboardInterrupt as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        inside = any(
-            "domerge_fast" in f.filename for f in traceback.extract_tb(error.__traceback__)
-        )
-        return ESCAPED if inside else 130
+        frames = traceback.extract_tb(error.__traceback__)
+        inside = any("domerge_fast" in frame.filename for frame in frames)
+        # Nobody can catch what comes before the first statement.
+        return ESCAPED if inside and frames[-1].name != "main" else 130
 
 
 def _answer(command: Command, code: int | None, took: float, said: Path) -> str:
