@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import printable
+from ..errors import AdapterError, printable
 from ..storage.lazy import LazyTensor
 from .adapter import Adapter, AdapterConfig, Kind, Module
 from .bridge import one_spelling
@@ -36,4 +36,9 @@ def load(source: str | os.PathLike[str], name: str | None = None) -> Adapter:
     ``name`` is what messages call it (the path as given if not stated, its bytes escaped where they
     are no UTF-8). Raises AdapterError, in one line, for whatever cannot be merged exactly.
     """
-    return load_folder(Path(source), name or printable(os.fspath(source)))
+    name = name or printable(os.fspath(source))
+    try:
+        return load_folder(Path(source), name)
+    except OSError as error:  # of the folder: its files say themselves what is wrong
+        problem = f"cannot be read ({error.strerror})"
+        raise AdapterError(name, None, problem, "check the folder") from error

@@ -68,6 +68,14 @@ def refusal(folder: Path, problem: str, remedy: str) -> OptionError:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads config, index and headers; OptionError for what is no whole model in safetensors."""
+    try:
+        return _checkpoint(folder)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise refusal(folder, problem, "check the folder") from error
+
+
+def _checkpoint(folder: Path) -> Checkpoint:
     if not os.path.isdir(folder):
         remedy = "give a model folder; a model on the Hugging Face Hub has to be downloaded first"
         raise refusal(folder, "is no folder", remedy)
@@ -110,11 +118,7 @@ def _config(folder: Path, file: InputFile) -> dict[str, Any]:
 
 
 def _others(folder: Path) -> list[str]:
-    try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-        raise refusal(folder, problem, "check the folder") from error
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
     return [
         name
         for name in names
