@@ -18,7 +18,7 @@ from support.close import assert_close, distance
 from support.make import write_adapter
 from support.merges import adapters, dense, merge_all
 from support.shapes import CASES, Case, random_case
-from test_factor_space import orth, spectrum
+from test_factor_space import orth, raised, spectrum
 from torch import Tensor
 
 import domerge_fast as dm
@@ -210,6 +210,16 @@ def test_what_does_not_depend_on_the_basis_is_the_same_in_any(method, inner):
             assert result.report[name].energy_kept == pytest.approx(kept), name
 
 
+@pytest.mark.parametrize("inner", ["linear", "tsvm"])
+@both
+def test_nor_does_a_power(method, inner):
+    cases = {name: CASES[name] for name in GROUP}
+    result = merge_all(cases, method, inner=inner, power=0.5, **TORCH)
+    expected = merge_all(cases, inner, power=0.5, **TORCH)
+    for name in cases:
+        assert_close(dense(result, name), dense(expected, name), 1e-5, name=name)
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_do_in_a_shared_basis(backend):
     """`knots` keeps columns, and so their magnitudes; those of `core` are its own."""
@@ -382,6 +392,18 @@ def test_directions_merged_by_linear_are_do_to_the_bit(backend):
         assert close.report[name].magnitudes == pytest.approx(sizes, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", GROUP)
+def test_a_power_of_the_directions_spectrum(name):
+    case = CASES[name]
+
+    def halved(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        size = sum(abs(w) * v.norm() for w, v in zip(weights, values, strict=True))
+        return raised(linear(values, weights), size, 0.5)
+
+    merged = dm.merge(adapters({"x": case}), power=0.5, weights=WEIGHTS, **FEW, **TORCH)
+    assert distance(dense(merged, "x"), recombined(case, halved, case.omegas)) < 1e-5
+
+
 def test_svd_of_the_directions_truncates_what_is_recombined():
     case = CASES["odd d"]
     merged = dm.merge(adapters({"x": case}), directions="svd", weights=WEIGHTS, **FEW, **TORCH)
@@ -437,6 +459,8 @@ def test_directions_that_cancel_stay_rounding_noise():
 def test_directions_need_to_be_apart(given):
     with pytest.raises(dm.OptionError, match=r"^option 'directions': 'ties' needs decouple.*;"):
         dm.merge(adapters({"x": CASES["odd d"]}), directions="ties", **given)
+    with pytest.raises(dm.OptionError, match=r"^option 'power': 0.5 needs decouple.*;"):
+        dm.merge(adapters({"x": CASES["odd d"]}), power=0.5, **given)
 
 
 # Groups
@@ -662,6 +686,8 @@ RECIPES: list[tuple[str, dict[str, Any]]] = [
     ("do", {"directions": "dare", "density": 0.3, "seed": 7, "pre": ["canonicalize"]}),
     ("do", {"directions": "knots", "inner": "dare", "seed": 3, "steps": 2, "energy": 0.9}),
     ("do", {"directions": "do", "gamma": 2.0}),
+    ("do", {"power": 0.25}),
+    ("tsvm", {"power": 0.5, "rank": 4}),
     ("knots", {"density": 0.5, "scope": "model", "post": ["norm_match", "subspace_boost"]}),
     ("knots", {"inner": "knots", "majority_sign_method": "frequency"}),
     ("knots", {"inner": "do", "sides": "A"}),
@@ -697,6 +723,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "inner": "dare",
         "seed": 3,
     },
+    "--method tsvm --power 0.5": {"method": "tsvm", "power": 0.5},
     "--directions ties --density 0.4 --rank 3": {"directions": "ties", "density": 0.4, "rank": 3},
 }
 

@@ -21,13 +21,14 @@ AVAILABLE = [name for name, status in registry.backends().items() if status.avai
 SETTINGS = Settings(1.0, torch.float32, "auto")
 DENSE: dict[str, Callable[..., Tensor]] = {}
 OPTIONS = {
-    "tsvm": [{}],
+    "tsvm": [{}, {"power": 0.5}, {"power": 0.0}],
     "iso_c": [{}],
     "iso_cts": [{}, {"common": 0.5}, {"common": 0.0}, {"common": 1.0}],
     "subspace_boost": [{}, {"beta": 0.3}, {"beta": 0.0}],
     "wudi": [{}, {"ridge": 0.5}, {"ridge": 0.0}],
     "pico": [{}],
     "cat": [{}],
+    "linear": [{}, {"power": 0.5}, {"power": 0.0}],
 }
 RUNS = [pytest.param(m, o, id=f"{m} {o}") for m, options in OPTIONS.items() for o in options]
 
@@ -64,15 +65,30 @@ def mean(s: Tensor) -> float:
     return float(s.mean()) if len(s) else 0.0
 
 
+def raised(merged: Tensor, size: Tensor | float, power: float) -> Tensor:
+    """The singular values to a power, the norm kept. size: of what it was merged from."""
+    if power == 1:
+        return merged
+    u, s, vh = spectrum(merged, size)
+    values = s**power
+    return u @ (values * s.norm() / values.norm()).diag() @ vh
+
+
 @definition
 def cat(deltas: Sequence[Tensor], case: Case) -> Tensor:
     return torch.stack(list(deltas)).sum(0)
 
 
 @definition
-def tsvm(deltas: Sequence[Tensor], case: Case) -> Tensor:
+def linear(deltas: Sequence[Tensor], case: Case, power: float = 1.0) -> Tensor:
+    return raised(cat(deltas, case), sum(delta.norm() for delta in deltas), power)
+
+
+@definition
+def tsvm(deltas: Sequence[Tensor], case: Case, power: float = 1.0) -> Tensor:
     u, s, vh = zip(*(spectrum(delta, delta.norm()) for delta in deltas))
-    return orth(torch.cat(u, 1)) @ torch.cat(s).diag() @ orth(torch.cat(vh).T).T
+    merged = orth(torch.cat(u, 1)) @ torch.cat(s).diag() @ orth(torch.cat(vh).T).T
+    return raised(merged, torch.cat(s).norm(), power)
 
 
 @definition
@@ -179,6 +195,37 @@ def test_one_adapter_is_made_isotropic(method):
     assert merged.report["x"].rank == 4
 
 
+@pytest.mark.parametrize("method", ["linear", "tsvm"])
+@pytest.mark.parametrize("power", [0.5, 0.0])
+def test_a_power_keeps_the_norm_and_changes_one_adapter_too(method, power):
+    case = CASES["one adapter"]
+    merged = dense(dm.merge(adapters({"x": case}), method, power=power, weights=[-3]), "x")
+    u, s, vh = torch.linalg.svd(-3 * case.deltas()[0], full_matrices=False)
+    expected = u[:, :4] @ (s[:4] ** power).diag() @ vh[:4]
+    assert distance(merged, expected * s.norm() / expected.norm()) < 1e-6
+    assert distance(merged, -3 * case.deltas()[0]) > 0.1
+
+
+@pytest.mark.parametrize("method", ["linear", "tsvm"])
+def test_opposite_adapters_leave_nothing_to_raise(method):
+    (adapter,) = adapters({"x": CASES["one adapter"]})
+    merged = dm.merge([adapter, adapter], method, power=0.0, weights=[1, -1], dtype="float32")
+    size = float(CASES["one adapter"].deltas()[0].norm())
+    assert float(dense(merged, "x").norm()) < 1e-6 * size
+
+
+def test_vectors_that_depend_on_each_other_and_others_in_one_batch():
+    cases = {"apart": random_case((4, 4, 4), 37, 31, 1), "shared A": CASES["shared A"]}
+    merged = merge_all(cases, "tsvm", power=0.5)
+    for name, case in cases.items():
+        expected = tsvm(updates(case, case.weights), case, 0.5)
+        assert_close(dense(merged, name), expected, 1e-5, name=name)
+    own = [spectrum(d, d.norm())[1] for d in updates(cases["apart"], [1, -0.5, 2])]
+    values = torch.cat(own).sort(descending=True).values.sqrt()
+    found = torch.linalg.svdvals(dense(merged, "apart"))[:12]
+    assert_close(found / found.norm(), values / values.norm(), 1e-5)
+
+
 @pytest.mark.parametrize("method", ["tsvm", "iso_c", "iso_cts", "wudi"])
 def test_how_an_update_is_split_into_factors_does_not_matter(method):
     case = CASES["usual"]
@@ -257,7 +304,7 @@ def test_a_direction_without_strength_is_left_out():
     assert_close(a.norm(dim=1), b.norm(dim=0))
 
 
-@pytest.mark.parametrize("method", [name for name in DENSE if name != "cat"])
+@pytest.mark.parametrize("method", [name for name in DENSE if name not in ("cat", "linear")])
 @pytest.mark.parametrize(("n", "m"), [(7, 5), (5, 7), (6, 6), (30, 5)])
 def test_the_rank_is_never_above_the_module_s(n, m, method):
     case = random_case((4, 5, 3), n, m)

@@ -38,8 +38,7 @@ def combine(
 ) -> list[Factors]:
     """λ sum_i c_i τ_i of every stack, with c_i in the place of the weights."""
     found = [dataclasses.replace(s, weights=tuple(c)) for s, c in zip(stacks, coefficients)]
-    nothing = [None] * len(found)
-    return linear.merge(found, nothing, nothing, linear.LinearOptions(), settings)
+    return linear.stacked(found, settings)
 
 
 def shares(stack: Stack) -> list[float]:

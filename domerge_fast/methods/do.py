@@ -30,7 +30,7 @@ from ..problem import Problem
 from ..report import SideReport
 from ..transfer import gather
 from . import directions
-from .base import Factors, Merge, Method, Settings, grams
+from .base import Chosen, Factors, Merge, Method, Settings, grams
 
 LINEAR = "linear"
 """What merges the directions in DO-Merging itself: their weighted sum."""
@@ -187,11 +187,14 @@ def _weigh(stacks: Sequence[Stack], a: Sequence[Side], settings: Settings) -> li
 
 def prepare(groups: Iterable[Sequence[Stack]], options: DoOptions, settings: Settings) -> Merge:
     """`merge`, or another method for the directions."""
-    if settings.inner is None or settings.inner.method.name == LINEAR:
+    if settings.inner is None or _is_sum(settings.inner):
         return merge
     if not options.decouple or options.renormalize:
-        problem = f"{options.directions!r} needs decouple, and sets the norm of directions itself"
-        raise OptionError("directions", problem, "leave decouple and renormalize as they are")
+        name, value = "directions", options.directions
+        if value == LINEAR:
+            name, value = "power", settings.inner.options.power
+        problem = f"{value!r} needs decouple, and sets the norm of directions itself"
+        raise OptionError(name, problem, "leave decouple and renormalize as they are")
     backend = settings.backend
 
     def take_apart(
@@ -213,6 +216,11 @@ def prepare(groups: Iterable[Sequence[Stack]], options: DoOptions, settings: Set
             yield [x.stack for x in take_apart(group, *found)]
 
     return directions.prepare(whole, take_apart, settings)
+
+
+def _is_sum(inner: Chosen) -> bool:
+    """Whether it merges the directions as DO-Merging itself does."""
+    return inner.method.name == LINEAR and inner.options.power == 1
 
 
 METHOD = Method(

@@ -1,6 +1,7 @@
 """The best rank-k approximation of λ sum_i w_i τ_i (what PEFT's "svd" does with dense matrices).
 
-`linear`, then truncated exactly in factor space; k defaults to the largest rank of the adapters.
+`linear` (with its `power`), then truncated exactly in factor space; k defaults to the largest rank
+of the adapters.
 Cost: O((m + n) R^2 + R^3) a module. Source: Eckart and Young, 1936.
 """
 

@@ -5,6 +5,9 @@
 orth(X) = X (X^T X)^(-1/2) is the nearest matrix with orthonormal columns. Every adapter keeps all
 its r_i singular values (the authors, for dense updates, the first min(m, n) / T); where the vectors
 of adapters depend on each other, orth is taken on their span. One adapter comes back as it is.
+
+`power` is ours (power.py): the singular values of ΔW to this power, its norm kept. They are the S_i
+where no vector depends on others; else an SVD of R x R finds them. One adapter is changed too.
 Cost: two reads of the factors, 2 R^2 (m + n) flops twice, four eigenproblems of R x R. Returns the
 exact result, of rank R at most. Source: arXiv 2412.00081.
 """
@@ -16,18 +19,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import space
+from . import power, space
 
 
 @dataclass(frozen=True)
 class TsvmOptions:
-    """`tsvm` has no options of its own."""
+    power: float = power.field()
 
 
 def core(x: space.Coordinates, options: TsvmOptions) -> tuple[Tensor, Tensor]:
     parts = [space.svd(b, a, size) for (b, a), size in zip(x.tasks(), x.norms.T)]
     u, s, v = (torch.cat(part, -1) for part in zip(*parts))
-    return space.polar(u) * s[:, None], space.polar(v).mT
+    left, right = space.polar(u), space.polar(v)
+    if options.power != 1:
+        if not (power.is_orthonormal(left) and power.is_orthonormal(right)):
+            left, s, right = space.svd((left * s[:, None]).mT, right.mT, s.norm(dim=1))
+        s = power.raised(s, options.power)
+    return left * s[:, None], right.mT
 
 
 METHOD = space.method(
