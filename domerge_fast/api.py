@@ -35,6 +35,7 @@ from .outputs.target import Target
 from .plan import Plan
 from .progress import shown
 from .report import Interference, ModuleReport, Report
+from .scaling import Rule
 from .storage.lazy import dtype_name
 from .work import Cut, Work
 
@@ -45,8 +46,9 @@ S = TypeVar("S")
 
 DTYPES = ("float32", "bfloat16", "float16")
 FORMS = ("adapter", "deltas", "model")
+AUTO, SVC = "auto", "svc"
 PRE_STEPS = tuple(PRE)
-POST_STEPS = tuple(POST)
+POST_STEPS = (SVC, *POST)
 
 
 def merge(
@@ -54,7 +56,7 @@ def merge(
     method: str = "do",
     *,
     weights: Sequence[float] | None = None,
-    scale: float = 1.0,
+    scale: float | str | None = None,
     rank: int | None = None,
     energy: float | None = None,
     ragged: bool = False,
@@ -81,7 +83,11 @@ def merge(
     weights: one number an adapter, negative to subtract, 0 to leave out; None is 1 for each.
         "do" uses w_i / sum |w| over the adapters that have a module, "slerp" and "multislerp"
         w_i / sum w; all others use the weights as they are.
-    scale: λ, a factor on the merged update.
+    scale: λ, a factor on the merged update, or "auto": found from the adapters alone, for the
+        whole model (scaling.py); weights are proportions then, [1, 1] is [2, 2], and a module that
+        one adapter alone has keeps λ = 1. None is "auto" but for methods that are a defined sum
+        ("linear", "cat", "svd") or set their norm themselves, where it is 1. The report says what
+        was found.
     rank, energy: truncate every module to rank k, or to the smallest rank that keeps this share
         of ||ΔW||_F^2; with both, whichever is smaller. None: exact, of the rank that the method
         gives, which is sum r_i in most and never more than min(m, n); a method whose result is
@@ -91,13 +97,15 @@ def merge(
         several servers do not. By default a written adapter has one rank, by rows of zeros; in
         memory nothing is padded. `energy` implies it.
     pre: steps on the adapters before the method, in order, of `PRE_STEPS`; e.g. ["canonicalize"].
-    post: steps on the merged factors after it, of `POST_STEPS`; e.g. ["norm_match"].
+    post: steps on the merge after it, of `POST_STEPS`; e.g. ["norm_match"]. "svc" comes first, and
+        before a truncation; it sets the scale, so that "auto" is 1 with it.
     backend, device: where the ops run; "auto" takes the fastest backend for the device, and the
         device the factors are on (files: the CPU). Factors of a merge in memory stay there.
     max_device_memory: bytes (or "4GiB") of that device that groups of modules may take at once,
         besides the kernels' scratch memory (256 MiB at most); None: 80 % of what is free on a GPU.
     progress: True for a bar on stderr, or a function of (modules done, modules in all), called
-        after every module; an error that it raises stops the merge, and nothing is written.
+        after every module, which is gone through twice for "auto" and for "svc"; an error that it
+        raises stops the merge, and nothing is written.
     output: write a folder while merging, so that no more than a group of modules is in
         memory. It appears whole or not at all, and is on the disk when this returns.
     overwrite: replace an existing output that domerge_fast wrote. force: replace also one that
@@ -122,8 +130,8 @@ def merge(
     """
     started = time.perf_counter()
     chosen = choose(method, method_options)
-    before, after = _steps("pre", pre, PRE), _steps("post", post, POST)
-    scale = check_scale(scale)
+    before, (calibrated, after) = _steps("pre", pre, PRE), _post(post)
+    check_scale(1.0 if scale in (None, AUTO) else scale)
     cut = _cut(rank, energy)
     ragged = options.check("ragged", ragged, bool) or energy is not None
     _check_form(form, output, base)
@@ -133,12 +141,14 @@ def merge(
         raise OptionError("ragged", f"{form!r} has no ranks", "leave it out")
     loaded, renamed = _load(adapters, base_model, weights)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
+    factor, rule = _scale(scale, chosen, plan, after)
     out_dtype = _dtype(dtype, plan)
     place = engine.Place(
         choose_device(device, loaded), options.size("max_device_memory", max_device_memory)
     )
-    settings = Settings(scale, out_dtype, registry.choose(backend, place.device.type))
+    settings = Settings(factor, out_dtype, registry.choose(backend, place.device.type))
     work = _work(plan, chosen, settings, cut, before, after, deltas=form != "adapter")
+    work = dataclasses.replace(work, rule=rule, calibrated=calibrated)
     checkpoint = None if base is None else open_checkpoint(Path(base))
     origin = (
         None
@@ -152,12 +162,15 @@ def merge(
     notes = (*renamed, *notes)
     sums = InterferenceSums([a.name for a in loaded])
 
-    def finished(modules: dict) -> Report:
+    def finished(outcome: engine.Outcome) -> Report:
+        modules, scales = outcome.modules, outcome.scales
         return Report(
             method=method,
             adapters=sums.names,
             weights=tuple(plan.weights),
-            scale=scale,
+            scale=scales[max(scales)] if scales else factor,
+            scales=scales,
+            auto=scale == AUTO or (scale is None and not chosen.own_scale),
             options=_recipe(chosen, rank, energy, ragged, pre, post, form, base, whole),
             backend=settings.backend,
             device=str(place.device),
@@ -292,8 +305,32 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return checked
 
 
-def check_scale(scale: float) -> float:
-    scale = options.check("scale", scale, float)
+def _scale(
+    scale: float | str | None, chosen: Chosen, plan: Plan, after: Sequence[PostStep]
+) -> tuple[float, Rule | None]:
+    """λ, or the rule that it is found by: none where one adapter is merged, or a step sets the
+    norm."""
+    if scale is None:
+        scale = 1.0 if chosen.own_scale else AUTO
+    if scale != AUTO:
+        return check_scale(scale), None
+    alone = sum(weight != 0 for weight in plan.weights) == 1
+    if alone or any(step.name == "norm_match" for step in after):
+        return 1.0, None
+    return 1.0, Rule()
+
+
+def _post(names: Sequence[str]) -> tuple[bool, tuple[PostStep, ...]]:
+    """Whether the merge is calibrated, and the steps after that."""
+    calibrated = not isinstance(names, str) and [*names][:1] == [SVC]
+    rest = [*names][1:] if calibrated else names
+    if SVC in rest and not isinstance(rest, str):
+        raise OptionError("post", f"{SVC!r} works on the merge itself", "put it first, once")
+    return calibrated, _steps("post", rest, POST)
+
+
+def check_scale(given: float | str) -> float:
+    scale: float = options.check("scale", given, float)
     if scale == 0:
         raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
     return scale

@@ -221,7 +221,9 @@ def _fill_merge(parser: argparse.ArgumentParser) -> None:
     _add_replacing(parser)
     add("--method", default="do", help=f"{', '.join(TABLE)} (default: do)")
     add("--weights", nargs="+", type=float, metavar="W", help="one an adapter (default: 1 each)")
-    add("--scale", type=float, default=1.0, help="factor on the merged update (default: 1)")
+    found = "factor on the merged update, or auto: found from the adapters (default: auto, but 1 "
+    found += "for methods that are a sum or set their norm themselves)"
+    add("--scale", type=_scale, default=None, metavar="FACTOR|auto", help=found)
     add("--rank", type=int, help="truncate every module to this rank (default: the method's own)")
     add("--energy", type=float, help="truncate to the least rank that keeps this share")
     add("--ragged", action="store_true", help="write own ranks, not one (--energy implies it)")
@@ -264,6 +266,10 @@ def _add_option(
     words = field.metadata["choices"]
     metavar = "|".join(words) if words else kind.__name__.upper()
     group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=help)
+
+
+def _scale(text: str) -> float | str:
+    return text if text == "auto" else float(text)
 
 
 _SOURCES = ("adapters", "base_model", "backend", "device")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,10 +16,12 @@ from .errors import AdapterError, OptionError
 from .finish import Result, finished, in_range
 from .garbage import uncollected
 from .interference import InterferenceSums, own_norms
-from .methods.base import Run, grams
+from .methods import calibrated
+from .methods.base import Found, Grams, Run, grams, wide_grams
 from .plan import GPU_GROUP_BYTES, GROUP_BYTES, Plan, Stack
 from .report import ModuleReport
 from .storage.buffers import Buffers
+from .whole import Diagonals, Whole
 from .work import Work
 
 MOST_COMPARED = 64
@@ -53,7 +55,7 @@ def run(
     sink: Sink,
     to_host: bool,
     progress: Progress,
-) -> dict[str, ModuleReport]:
+) -> Outcome:
     """Merge every module of the plan and give it to the sink, which works in another thread.
 
     to_host: whether the sink wants the results in the host's memory. Raises AdapterError for a
@@ -61,20 +63,23 @@ def run(
     too large for the place; DomergeError for a result that the dtype cannot hold.
     """
     reports: dict[str, ModuleReport] = {}
-    compare = len(plan.adapters) <= MOST_COMPARED
-    backend = work.settings.backend
     streams = _streams(plan, place)
     scaled = _Scaled.of(plan, work)
     work = scaled.work
     method = work.method.prepared(_EveryGroup(plan, place, scaled, streams), work.inner)
+    total = len(plan.names) * (2 if work.twice else 1)
+    whole = _gone_through(plan, place, scaled, method, sums, streams, progress)
+    before = total - len(plan.names)
     written: Future[None] | None = None
     with ThreadPoolExecutor(1, "domerge-write") as writer:
         groups = _stacks(plan, place, work, streams)
         for stacks in (portion for group in groups for portion in _portions(group, work, place)):
-            wanted = [compare or (not work.pre and method.wants_grams(s)) for s in stacks]
-            group = _measured(plan, stacks, wanted, compare, backend)
-            norms = sums.add(group.stacks, *group.exact) if compare else group.norms
-            results = _merge(scaled, method, group)
+            norms: Sequence[Sequence[float]]
+            if whole:
+                group, norms = _seen_before(plan, stacks, whole)
+            else:
+                group, norms = _looked_at(plan, stacks, scaled, method, sums)
+            results = _merge(scaled, method, group, whole)
             for s, result, own in zip(group.stacks, results, norms):
                 reports[s.name] = _report(plan, s, result, own)
             if written:
@@ -83,10 +88,70 @@ def run(
             tensors = [r.tensors for r in results]
             written = writer.submit(_write, sink, [s.name for s in stacks], tensors, ready, streams)
             for done in range(len(reports) - len(stacks), len(reports)):
-                progress(done + 1, len(plan.names))
+                progress(before + done + 1, total)
         if written:
             written.result()
-    return reports
+    return Outcome(reports, whole.scales if whole else {})
+
+
+def _gone_through(
+    plan: Plan,
+    place: Place,
+    scaled: _Scaled,
+    method: Run,
+    sums: InterferenceSums,
+    streams: Sequence[torch.cuda.Stream],
+    progress: Progress,
+) -> Whole | None:
+    """What only the whole model tells, where that is needed."""
+    work = scaled.work
+    if not work.twice:
+        return None
+    whole, done = Whole(work, method, scaled.of_weights), 0
+    groups = _stacks(plan, place, work, streams)
+    for stacks in (portion for group in groups for portion in _portions(group, work, place)):
+        group, norms = _looked_at(plan, stacks, scaled, method, sums)
+        given = scaled.weighted(group.stacks)
+        seen = [(own, group.moved.get(k)) for k, own in enumerate(norms)]
+        whole.add(work.before(given), given, group.grams, seen)
+        for _ in stacks:
+            done += 1
+            progress(done, 2 * len(plan.names))
+    whole.settle()
+    return whole
+
+
+def _looked_at(
+    plan: Plan, stacks: Sequence[Stack], scaled: _Scaled, method: Run, sums: InterferenceSums
+) -> tuple[_Group, list[list[float]]]:
+    """The group with its Grams, counted into the sums, and ||ΔW_i||_F."""
+    work = scaled.work
+    compare = len(plan.adapters) <= MOST_COMPARED
+    wanted = [compare or (not work.pre and method.wants_grams(s)) for s in stacks]
+    group = _measured(plan, stacks, wanted, compare, work.settings.backend, method.wide)
+    return group, sums.add(group.stacks, *group.exact) if compare else group.norms
+
+
+def _seen_before(
+    plan: Plan, stacks: Sequence[Stack], whole: Whole
+) -> tuple[_Group, list[Sequence[float]]]:
+    """The group as it was when the model was gone through, with what was found of it."""
+    seen = [whole.take(s.name) for s in stacks]
+    given = [
+        s if x.diagonals is None else precision.centred(plan, s, x.diagonals)
+        for s, x in zip(stacks, seen)
+    ]
+    nothing: list[Tensor | None] = [None] * len(given)
+    group = _Group(given, (nothing, nothing), ([], []), [], {}, [x.found for x in seen])
+    return group, [x.norms for x in seen]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The modules' reports, and the λ that was found, by the number of adapters a module has."""
+
+    modules: dict[str, ModuleReport]
+    scales: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -137,21 +202,37 @@ class _Scaled:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """Stacks near 1 with their float32 Grams as the method takes them, and in the host's memory,
-    exact, those that the report is made of; or, where those are not compared, ||ΔW_i||_F."""
+    """Stacks near 1 with their Grams as the method takes them, and in the host's memory, exact,
+    those that the report is made of; or, where those are not compared, ||ΔW_i||_F. moved: the
+    diagonals of the Grams of stacks that were brought near 1. found: what the method found before,
+    in place of Grams."""
 
     stacks: list[Stack]
-    grams: tuple[list[Tensor | None], list[Tensor | None]]
+    grams: Grams
     exact: tuple[list[Tensor], list[Tensor]]
     norms: list[list[float]]
+    moved: dict[int, Diagonals]
+    found: Sequence[Found | None] | None = None
 
 
 def _measured(
-    plan: Plan, stacks: Sequence[Stack], wanted: Sequence[bool], compare: bool, backend: str
+    plan: Plan,
+    stacks: Sequence[Stack],
+    wanted: Sequence[bool],
+    compare: bool,
+    backend: str,
+    wide: bool = False,
 ) -> _Group:
-    """The group's Grams, of stacks that are brought near 1 where they are not."""
+    """The group's Grams, of stacks that are brought near 1 where they are not. wide: the method
+    takes `wide_grams`, of which those of the report are made too."""
     stacks = list(stacks)
-    found = grams(stacks, wanted, backend)
+    bare = wide_grams(stacks, backend) if wide else None
+    found: tuple[list[Tensor | None], list[Tensor | None]]
+    if bare:
+        both = [_with_scalings(s, a, b) for s, a, b in zip(stacks, *bare)]
+        found = [a for a, _ in both], [b for _, b in both]
+    else:
+        found = grams(stacks, wanted, backend)
     host = transfer.gather(found[0]), transfer.gather(found[1])
     exact = _present(host[0]), _present(host[1])
     norms: list[list[float]] = []
@@ -159,31 +240,41 @@ def _measured(
         diagonals = [(a.diagonal(), b.diagonal()) for a, b in zip(*exact)]
     else:
         norms, diagonals = own_norms(stacks, backend)
-    moved = []
+    moved = {}
     for k in precision.unusual(diagonals):
         centred = precision.centred(plan, stacks[k], diagonals[k])
         if centred is not stacks[k]:
-            stacks[k] = centred
-            moved.append(k)
-    again = [side for k in moved for side in (stacks[k].a, stacks[k].b)]
-    precise = ops.gram(again, dtype=torch.float64, backend=backend)
-    for k, *pair in zip(moved, precise[::2], precise[1::2]):
-        for side, gram in enumerate(pair):
+            stacks[k], moved[k] = centred, diagonals[k]
+    again = wide_grams([stacks[k] for k in moved], backend)
+    for k, *pair in zip(moved, *again):
+        scaled = _with_scalings(stacks[k], pair[0], pair[1], torch.float64)
+        for side, (plain, gram) in enumerate(zip(pair, scaled)):
+            if bare:
+                bare[side][k] = plain
             if wanted[k]:
                 found[side][k] = gram.float()
                 host[side][k] = gram.float().cpu()
             if compare:
                 exact[side][k] = gram.cpu()
     _check_factors(plan, stacks, *host, backend)
-    return _Group(stacks, found, exact, norms)
+    return _Group(stacks, bare or found, exact, norms, moved)
 
 
-def _merge(scaled: _Scaled, method: Run, group: _Group) -> list[Result]:
+def _with_scalings(
+    stack: Stack, gram_a: Tensor, gram_b: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """`wide_grams` with the scalings s_i in that of B."""
+    pairs = zip(stack.b.scales, stack.b.ranks)
+    gains = torch.cat([torch.full((r,), c, dtype=torch.float64) for c, r in pairs]).to(gram_b)
+    return gram_a.to(dtype), (gains[:, None] * gram_b * gains).to(dtype)
+
+
+def _merge(scaled: _Scaled, method: Run, group: _Group, whole: Whole | None) -> list[Result]:
     """What the sink takes of every module. Those that may have lost digits to the output's dtype,
     or have powers of two to come back, are merged again in float32."""
     stacks = scaled.weighted(group.stacks)
-    chosen = list(range(len(stacks)))
-    results = _results(scaled.work, method, stacks, group.grams, chosen)
+    part = _Part(method, stacks, group.grams, group.found, whole)
+    results = part.merged(scaled.work, range(len(stacks)))
     backend = scaled.work.settings.backend
     fits = precision.fits([r.tensors for r in results], backend)
     again = [
@@ -193,24 +284,50 @@ def _merge(scaled: _Scaled, method: Run, group: _Group) -> list[Result]:
     ]
     if again:
         wide = scaled.wide
-        for k, result in zip(again, _results(wide.work, method, stacks, group.grams, again)):
+        for k, result in zip(again, part.merged(wide.work, again)):
             given = group.stacks[k].powers
             results[k] = in_range(result, stacks[k], given, wide.of_scale, scaled.work)
     return results
 
 
-def _results(
-    work: Work,
-    method: Run,
-    stacks: Sequence[Stack],
-    found: tuple[Sequence[Tensor | None], Sequence[Tensor | None]],
-    chosen: Sequence[int],
-) -> list[Result]:
-    """Of the chosen stacks."""
-    given = [stacks[k] for k in chosen]
-    grams_a, grams_b = ([side[k] for k in chosen] for side in found)
-    known = None if work.pre else (grams_a, grams_b)
-    return finished(work, given, method(work.before(given), work.inner, known))
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A group with weights, what is known of it, and how it is merged."""
+
+    method: Run
+    stacks: Sequence[Stack]
+    grams: Grams
+    found: Sequence[Found | None] | None
+    whole: Whole | None
+
+    def merged(self, work: Work, chosen: Sequence[int]) -> list[Result]:
+        """The chosen stacks, those with one λ together."""
+        by_scale: dict[float, list[int]] = {}
+        for k in chosen:
+            scale = self.whole.scale(self.stacks[k]) if self.whole else 1.0
+            by_scale.setdefault(scale, []).append(k)
+        results: dict[int, Result] = {}
+        for scale, members in by_scale.items():
+            results |= zip(members, self._at(scale, work, members))
+        return [results[k] for k in chosen]
+
+    def _at(self, scale: float, work: Work, chosen: Sequence[int]) -> list[Result]:
+        given = [self.stacks[k] for k in chosen]
+        projection = self.whole.projection if self.whole else 1.0
+        settings = replace(work.inner, scale=scale * work.settings.scale, projection=projection)
+        stacks = work.before(given)
+        found = [x for k in chosen if self.found and (x := self.found[k]) is not None]
+        if work.calibrates_factors:
+            merged = self.method(stacks, replace(settings, scale=1.0))
+            return finished(
+                work, given, merged, lambda x: calibrated.make(given, x, found, settings)
+            )
+        if found:
+            return finished(work, given, self.method.make(stacks, found, settings))
+        known = None
+        if not work.pre and not self.whole:
+            known = [self.grams[0][k] for k in chosen], [self.grams[1][k] for k in chosen]
+        return finished(work, given, self.method(stacks, settings, known))
 
 
 def survey(

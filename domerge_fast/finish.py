@@ -4,7 +4,7 @@ output's dtype, and the powers of two that were taken out of the factors."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -31,24 +31,29 @@ class Result:
     energy: float = 0.0
 
 
-def finished(work: Work, stacks: Sequence[Stack], merged: Merged) -> list[Result]:
+Calibrate = Callable[[Sequence[Factors]], Sequence[Factors]]
+
+
+def finished(
+    work: Work, stacks: Sequence[Stack], merged: Merged, calibrate: Calibrate | None = None
+) -> list[Result]:
     """Dense results as they are, or cut to factors where the sink or a step wants these; the
     truncation of factors, the steps after it, and ΔW where the sink wants that.
 
     Factors of more rows than ΔW has rank, R > min(m, n), are brought to min(m, n) of them: ΔW is
-    formed in float64 and taken apart by ops.truncate, which then cuts nothing off.
+    formed in float64 and taken apart by ops.truncate, which then cuts nothing off. calibrate: what
+    is done to factors before they are cut.
     """
     cut = work.cut
     dense = [x for x in merged if isinstance(x, Dense)]
     factors = [x for x in merged if isinstance(x, Factors)]
-    if dense and work.deltas and not cut and not work.post:
+    if dense and work.deltas and not cut and not work.post and not calibrate:
         return [Result((x.delta,), x, min(x.delta.shape)) for x in dense]
     kept, energy = [1.0] * len(merged), [0.0] * len(merged)
     if dense:
-        cut = cut or work.usual
-        cuts = [_compressed(s.name, x.delta, cut) for s, x in zip(stacks, dense)]
-        factors = [Factors(c[0], c[1], *x.reports) for x, c in zip(dense, cuts)]
-        kept, energy = [c[2] for c in cuts], [c[3] for c in cuts]
+        factors, kept, energy = compressed(work, stacks, dense)
+    if calibrate:
+        factors = list(calibrate(factors))
     if cut or work.post:
         # No decomposition takes what is not finite.
         _check_finite(stacks, [(x.a, x.b) for x in factors], work.settings.backend)
@@ -87,6 +92,16 @@ def in_range(
         made=result.made.times(*given),
         energy=math.ldexp(result.energy, 2 * power),
     )
+
+
+def compressed(
+    work: Work, stacks: Sequence[Stack], dense: Sequence[Dense]
+) -> tuple[list[Factors], list[float], list[float]]:
+    """Dense results cut to factors, the energy that each keeps, and that before."""
+    cut = work.cut or work.usual
+    cuts = [_compressed(s.name, x.delta, cut) for s, x in zip(stacks, dense)]
+    factors = [Factors(c[0], c[1], *x.reports) for x, c in zip(dense, cuts)]
+    return factors, [c[2] for c in cuts], [c[3] for c in cuts]
 
 
 def _compressed(name: str, delta: Tensor, cut: Cut) -> tuple[Tensor, Tensor, float, float]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -78,6 +78,8 @@ class Interference:
 class Report:
     """The recipe and its outcome; `modules` by module name, in order.
 
+    scale: λ. auto: whether it was found from the adapters; scales: what was found, by the number
+    of adapters that a module has, of which `scale` is that of the most.
     notes: what a user has to know besides, a sentence each: decisions nobody asked for, and what
     was left out.
     """
@@ -95,6 +97,8 @@ class Report:
     interference: Interference | None
     seconds: float
     notes: tuple[str, ...] = ()
+    auto: bool = False
+    scales: Mapping[int, float] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> ModuleReport:
         return self.modules[name]
@@ -114,6 +118,7 @@ class Report:
             ("adapters", str(len(self.adapters))),
             ("modules", str(len(modules))),
             ("rank", span),
+            ("scale", self._scale()),
         ]
         for label, sides in (
             ("A sides", [m.a for m in modules if m.a and len(m.magnitudes) > 1]),
@@ -125,6 +130,16 @@ class Report:
             lines.append(("energy kept", f"{100 * self.energy_kept:.2f} %"))
         lines.append(("seconds", f"{self.seconds:.2f}"))
         return [*lines, *(("note", note) for note in self.notes)]
+
+    def _scale(self) -> str:
+        if not self.auto:
+            return f"{self.scale:g}"
+        others = (
+            f"{scale:g} where {count} adapters have a module"
+            for count, scale in sorted(self.scales.items(), reverse=True)
+            if scale != self.scale
+        )
+        return ", ".join([f"{self.scale:g}, found from the adapters", *others])
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings, lists and dicts."""

@@ -250,7 +250,7 @@ class Sequential:
         chosen = Chosen(opcm.SUM, opcm.OpcmOptions(self.state.alpha))
         work = Work(chosen, settings, Cut(self.state.rank))
         with shown(progress, len(plan.names)) as show, torch.no_grad():
-            return engine.run(plan, work, place, sums, sink, True, show)
+            return engine.run(plan, work, place, sums, sink, True, show).modules
 
     def _result(self, scale: float, dtype: str | None) -> tuple[Report, Target, _Scaled]:
         """g λ S: its factors are read from the folder when they are asked for."""

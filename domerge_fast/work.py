@@ -10,6 +10,7 @@ import torch
 from .methods.base import Chosen, Settings
 from .methods.steps.base import PostStep, PreStep
 from .plan import Plan, Stack
+from .scaling import Rule
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Cut:
 class Work:
     """What is done to every stack: steps before, the method, the truncation, steps after.
 
-    deltas: whether the sink takes ΔW instead of its factors. usual: the cut of a dense result
-    that must become factors where no cut was asked for. narrowing: whether there are modules of
-    more rows than rank.
+    rule: what λ is found by, from the whole model; None: settings.scale is λ. calibrated: whether
+    the merge is (methods/svc.py). deltas: whether the sink takes ΔW instead of its factors. usual:
+    the cut of a dense result that must become factors where no cut was asked for. narrowing:
+    whether there are modules of more rows than rank.
     """
 
     method: Chosen
@@ -40,10 +42,19 @@ class Work:
     post: Sequence[PostStep] = ()
     deltas: bool = False
     narrowing: bool = False
+    rule: Rule | None = None
+    calibrated: bool = False
+
+    @property
+    def twice(self) -> bool:
+        """Whether the whole model has to be gone through before any module is merged."""
+        return self.rule is not None or self.calibrated
 
     @property
     def by_ratio(self) -> bool:
         """Whether results do not depend on the size of the weights, only on their ratios."""
+        if self.rule:
+            return True
         return self.method.by_ratio and all(step.name != "norm_match" for step in self.post)
 
     @property
@@ -54,8 +65,16 @@ class Work:
     @property
     def inner(self) -> Settings:
         """Settings of what comes before the last step, which is in float32."""
-        last = not (self.cut or self.post or self.deltas or self.narrowing)
+        last = not (
+            self.cut or self.post or self.deltas or self.narrowing or self.calibrates_factors
+        )
         return self.settings if last else replace(self.settings, dtype=torch.float32)
+
+    @property
+    def calibrates_factors(self) -> bool:
+        """Whether calibration takes the factors that the method makes at λ = 1."""
+        halves = self.method.method.halves
+        return self.calibrated and not (halves and halves.calibrates)
 
     @property
     def dense(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.close import assert_close, distance
 from support.make import write_adapter
-from support.merges import adapters, dense, merge_all
+from support.merges import adapters, at_one, dense, merge_all
 from support.shapes import CASES, Case, random_case
 from test_factor_space import orth, raised, spectrum
 from torch import Tensor
@@ -172,7 +172,7 @@ def test_a_method_in_a_shared_basis_is_its_dense_definition(method, inner, backe
     """Also for `ties` and `dare`, whatever the signs of the basis: they treat v and -v alike."""
     cases = {name: CASES[name] for name in GROUP} | {"tall": random_case((3, 4, 2), 9, 50)}
     given = {"inner": inner, "weights": WEIGHTS, "scale": -0.3, "backend": backend}
-    merged = dm.merge(
+    merged = at_one(
         adapters(cases if inner != "opcm" else {"tall": cases["tall"]}), method, **given
     )
     for name in merged.names:
@@ -227,12 +227,12 @@ def test_do_in_a_shared_basis(backend):
         case = CASES[name]
         loaded = adapters({"x": case})
         given = {"weights": WEIGHTS, "backend": backend, **FEW}
-        expected = dense(dm.merge(loaded, "do", **given), "x")
-        assert distance(dense(dm.merge(loaded, "knots", inner="do", **given), "x"), expected) < 1e-5
+        expected = dense(at_one(loaded, "do", **given), "x")
+        assert distance(dense(at_one(loaded, "knots", inner="do", **given), "x"), expected) < 1e-5
         u, v = bases(case, "core")
         a = [x.double() @ v for x in case.a]
         small = reference.do_merging(a, [u.T @ b for b in case.exact_b()], case.omegas, **FEW)
-        merged = dm.merge(loaded, "core", inner="do", **given)
+        merged = at_one(loaded, "core", inner="do", **given)
         assert distance(dense(merged, "x"), u @ small @ v.T) < 1e-5, name
         assert merged.report["x"].rank == case.exact_rank
 
@@ -244,7 +244,7 @@ def test_what_the_signs_of_the_factors_and_their_split_change():
     scaled = Case([3 * case.a[0], *case.a[1:]], [case.b[0] / 3, *case.b[1:]], case.scalings)
     for method in ("knots", "core"):
         usual, turned, split = (
-            dense(dm.merge(adapters({"x": c}), method, inner="ties", **TORCH), "x")
+            dense(at_one(adapters({"x": c}), method, inner="ties", **TORCH), "x")
             for c in (case, flipped, scaled)
         )
         assert distance(turned, usual) < 1e-6
@@ -255,10 +255,10 @@ def test_equal_singular_values_leave_the_basis_open_and_what_it_spans_not():
     """Updates without a preferred direction: the sum is theirs, and ties merges in some basis."""
     a, b = torch.eye(4, 9), torch.eye(7, 8)
     loaded = [from_tensors({"x": (a, b[:, :4])}), from_tensors({"x": (a, b[:, 3:7])})]
-    expected = dense(dm.merge(loaded, "linear"), "x")
+    expected = dense(at_one(loaded, "linear"), "x")
     for method in ("knots", "core"):
-        assert distance(dense(dm.merge(loaded, method, inner="linear"), "x"), expected) < 1e-6
-        merged = dense(dm.merge(loaded, method, inner="ties", density=1.0, **TORCH), "x")
+        assert distance(dense(at_one(loaded, method, inner="linear"), "x"), expected) < 1e-6
+        merged = dense(at_one(loaded, method, inner="ties", density=1.0, **TORCH), "x")
         assert torch.linalg.matrix_rank(torch.cat([merged, expected], 1)) <= 7
         assert not merged[:, 4:].any()
 
@@ -269,8 +269,8 @@ def test_the_largest_entries_of_the_whole_model_in_shared_bases(method):
     parts = {name: inside(case, method) for name, case in cases.items()}
     least = [smallest_kept([values[i] for values in parts.values()], 0.1) for i in range(3)]
     given = {"inner": "ties", "scope": "model", "density": 0.1, "weights": WEIGHTS}
-    merged = dm.merge(adapters(cases), method, **given, **TORCH)
-    alone = dm.merge(adapters({"odd d": cases["odd d"]}), method, **given, **TORCH)
+    merged = at_one(adapters(cases), method, **given, **TORCH)
+    alone = at_one(adapters({"odd d": cases["odd d"]}), method, **given, **TORCH)
     for name, case in cases.items():
         expected = shared(case, method, "ties", WEIGHTS, least=least)
         assert distance(dense(merged, name), expected) < 1e-5, name
@@ -283,7 +283,7 @@ def test_a_shared_basis_in_another():
     parts = inside(case, "core")
     turn = left_vectors(torch.cat(parts, 1))
     small = turn @ ties([turn.T @ x for x in parts], WEIGHTS)
-    merged = dm.merge(adapters({"x": case}), "core", inner="knots", weights=WEIGHTS, **TORCH)
+    merged = at_one(adapters({"x": case}), "core", inner="knots", weights=WEIGHTS, **TORCH)
     assert distance(dense(merged, "x"), u @ small @ v.T) < 1e-5
     given = merged.report.options
     assert (given["inner"], given["density"]) == ("knots", 0.2)
@@ -295,8 +295,8 @@ def test_a_module_that_not_all_adapters_have(method):
     first, second, third = adapters({"x": case, "y": case})
     partial = from_tensors({"y": second.factors("y")}, case.scalings[1])
     given = {"inner": "dare", "weights": WEIGHTS, **TORCH}
-    merged = dm.merge([first, partial, third], method, **given)
-    whole = dm.merge([first, second, third], method, **given)
+    merged = at_one([first, partial, third], method, **given)
+    whole = at_one([first, second, third], method, **given)
     assert distance(dense(merged, "y"), dense(whole, "y")) < 1e-6
     rest = Case(case.a[::2], case.b[::2], case.scalings[::2])
     u, v = bases(rest, method)
@@ -352,7 +352,7 @@ def test_another_method_on_the_directions(inner, name):
     """Zero columns, R > d, negative weights and adapters of any sizes among them."""
     case = CASES[name]
     given = {"weights": case.weights, "scale": -0.3, "directions": inner, **FEW, **TORCH}
-    merged = dm.merge(adapters({"x": case}), form="deltas", **given)
+    merged = at_one(adapters({"x": case}), form="deltas", **given)
     expected = -0.3 * recombined(case, INNER[inner])
     assert distance(merged.delta("x").double(), expected) < 1e-5
 
@@ -363,7 +363,7 @@ def test_another_method_on_the_directions(inner, name):
 def test_directions_without_the_descent_and_on_every_backend(inner, backend):
     case = CASES["odd d"]
     given = {"directions": inner, "orthogonalize": False, "weights": WEIGHTS, "backend": backend}
-    merged = dm.merge(adapters({"x": case}), form="deltas", **given)
+    merged = at_one(adapters({"x": case}), form="deltas", **given)
     expected = recombined(case, INNER[inner], orthogonalize=False)
     assert distance(merged.delta("x").double(), expected) < 1e-5
 
@@ -374,8 +374,8 @@ def test_directions_merged_by_linear_are_do_to_the_bit(backend):
     loaded = adapters(cases)
     settings = Settings(1.0, torch.float32, backend)
     row = TABLE["do"]
-    named = dm.merge(loaded, directions="linear", weights=WEIGHTS, backend=backend)
-    close = dm.merge(loaded, directions="cat", weights=WEIGHTS, backend=backend)
+    named = at_one(loaded, directions="linear", weights=WEIGHTS, backend=backend)
+    close = at_one(loaded, directions="cat", weights=WEIGHTS, backend=backend)
     stacks = [Plan.make(loaded, WEIGHTS).stack(name) for name in named.names]
     own = row.merge(stacks, *grams(stacks, [True] * 3, backend), row.options(), settings)
     for name, factors in zip(named.names, own, strict=True):
@@ -406,7 +406,7 @@ def test_a_power_of_the_directions_spectrum(name):
 
 def test_svd_of_the_directions_truncates_what_is_recombined():
     case = CASES["odd d"]
-    merged = dm.merge(adapters({"x": case}), directions="svd", weights=WEIGHTS, **FEW, **TORCH)
+    merged = at_one(adapters({"x": case}), directions="svd", weights=WEIGHTS, **FEW, **TORCH)
     full = reference.do_merging(case.a, case.exact_b(), case.omegas, **FEW)
     u, s, vh = torch.linalg.svd(full)
     best = u[:, :5] @ s[:5].diag() @ vh[:5]
@@ -420,7 +420,7 @@ def test_directions_of_a_module_that_not_all_adapters_have():
     first, second, third = adapters({"x": case, "y": case})
     partial = from_tensors({"y": second.factors("y")}, case.scalings[1])
     given = {"weights": WEIGHTS, "directions": "ties", "form": "deltas", **FEW, **TORCH}
-    merged = dm.merge([first, partial, third], **given)
+    merged = at_one([first, partial, third], **given)
     rest = Case(case.a[::2], case.b[::2], case.scalings[::2])
     expected = recombined(rest, ties, [1 / 3, 2 / 3])
     assert distance(merged.delta("x").double(), expected) < 1e-5
@@ -432,7 +432,7 @@ def test_the_largest_entries_of_all_directions():
     parts = {name: apart(case)[0] for name, case in cases.items()}
     least = [smallest_kept([values[i] for values in parts.values()], 0.1) for i in range(3)]
     given = {"directions": "ties", "scope": "model", "density": 0.1, "form": "deltas"}
-    merged = dm.merge(adapters(cases), weights=WEIGHTS, **given, **FEW, **TORCH)
+    merged = at_one(adapters(cases), weights=WEIGHTS, **given, **FEW, **TORCH)
     for name, case in cases.items():
         expected = recombined(case, ties, least=least)
         assert distance(merged.delta(name).double(), expected) < 1e-5, name
@@ -440,7 +440,7 @@ def test_the_largest_entries_of_all_directions():
 
 @pytest.mark.parametrize("inner", ["ties", "dare"])
 def test_directions_of_which_nothing_is_left(inner):
-    merged = dm.merge(
+    merged = at_one(
         adapters({"x": CASES["odd d"]}), directions=inner, density=0.0, form="deltas", **TORCH
     )
     assert not merged.delta("x").any()
@@ -451,16 +451,20 @@ def test_directions_that_cancel_stay_rounding_noise():
     (adapter,) = adapters({"x": case})
     given = {"weights": [1, -1], "orthogonalize": False, **TORCH}
     for inner in ("tsvm", "iso_c", "wudi"):
-        merged = dm.merge([adapter, adapter], directions=inner, **given)
+        merged = at_one([adapter, adapter], directions=inner, **given)
         assert float(dense(merged, "x").norm()) < 1e-6 * float(case.deltas()[0].norm())
 
 
 @pytest.mark.parametrize("given", [{"decouple": False}, {"renormalize": True}])
 def test_directions_need_to_be_apart(given):
     with pytest.raises(dm.OptionError, match=r"^option 'directions': 'ties' needs decouple.*;"):
+<<<<<<< HEAD
         dm.merge(adapters({"x": CASES["odd d"]}), directions="ties", **given)
     with pytest.raises(dm.OptionError, match=r"^option 'power': 0.5 needs decouple.*;"):
         dm.merge(adapters({"x": CASES["odd d"]}), power=0.5, **given)
+=======
+        at_one(adapters({"x": CASES["odd d"]}), directions="ties", **given)
+>>>>>>> d54a9d5 (scale='auto', and svc after a merge: the whole model is gone through before it is merged)
 
 
 # Groups
@@ -491,10 +495,10 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_many_groups_merge_like_one(method, given, monkeypatch):
     cases = {name: CASES[name] for name in (*GROUP, "shared A")}
     steps: list[int] = []
-    one = dm.merge(adapters(cases), method, **given, **TORCH)
+    one = at_one(adapters(cases), method, **given, **TORCH)
     with small_groups(monkeypatch):
         told = {"progress": lambda done, total: steps.append(done)}
-        many = dm.merge(adapters(cases), method, **given, **told, **TORCH)
+        many = at_one(adapters(cases), method, **given, **told, **TORCH)
     assert steps == [1, 2, 3, 4]
     for name in cases:
         assert distance(many.delta(name), one.delta(name)) < 1e-4, name
@@ -525,7 +529,7 @@ def by_hand(
 @pytest.mark.parametrize("pre", [*itertools.permutations(PRE, 2), tuple(PRE)], ids=" ".join)
 def test_steps_before_a_merge_are_taken_in_order(pre):
     case = CASES["odd d"]
-    merged = dm.merge(adapters({"x": case}), "linear", weights=case.weights, pre=pre, **TORCH)
+    merged = at_one(adapters({"x": case}), "linear", weights=case.weights, pre=pre, **TORCH)
     assert distance(dense(merged, "x"), by_hand(case, "linear", pre, ())) < 1e-6
     assert merged.report.options["pre"] == list(pre)
     if set(pre) == {"equalize", "pico"}:
@@ -538,7 +542,7 @@ def test_steps_after_a_merge_are_taken_in_order(post, method):
     """Matching the norm before it is boosted leaves another norm."""
     case = CASES["odd d"]
     given = {"weights": case.weights, "scale": -0.3, "pre": ["canonicalize"], "post": post}
-    merged = dm.merge(adapters({"x": case}), method, **given, **TORCH)
+    merged = at_one(adapters({"x": case}), method, **given, **TORCH)
     result = dense(merged, "x")
     assert distance(result, by_hand(case, method, ["canonicalize"], post, -0.3)) < 1e-5
     assert merged.report.options["post"] == list(post)
@@ -550,7 +554,7 @@ def test_steps_after_a_merge_are_taken_in_order(post, method):
 def test_steps_after_a_merge_come_after_the_truncation():
     """So that a norm that was matched stays matched."""
     case = CASES["odd d"]
-    merged = dm.merge(adapters({"x": case}), "linear", rank=2, post=["norm_match"], **TORCH)
+    merged = at_one(adapters({"x": case}), "linear", rank=2, post=["norm_match"], **TORCH)
     u, s, vh = torch.linalg.svd(total(case.deltas()))
     best = u[:, :2] @ s[:2].diag() @ vh[:2]
     best *= sum(float(delta.norm()) for delta in case.deltas()) / 3 / best.norm()
@@ -563,7 +567,7 @@ def test_steps_after_a_merge_come_after_the_truncation():
 def test_a_dense_result_is_cut_before_steps_in_any_form(form):
     case = CASES["odd d"]
     given = {"density": 0.5, "form": form, "post": ["norm_match"], **TORCH}
-    merged = dm.merge(adapters({"x": case}), "ties", **given)
+    merged = at_one(adapters({"x": case}), "ties", **given)
     u, s, vh = torch.linalg.svd(ties(case.deltas(), [1, 1, 1], density=0.5))
     best = u[:, :5] @ s[:5].diag() @ vh[:5]
     best *= sum(float(delta.norm()) for delta in case.deltas()) / 3 / best.norm()
@@ -583,8 +587,8 @@ def test_a_dense_result_is_cut_to_a_rank_or_an_energy(method, given):
     """Without either to the largest rank of the adapters."""
     case = CASES["odd d"]
     options = {"directions": "ties", **FEW} if method == "do" else {}
-    merged = dm.merge(adapters({"x": case}), method, **options, **given, **TORCH)
-    full = dm.merge(adapters({"x": case}), method, form="deltas", **options, **TORCH)
+    merged = at_one(adapters({"x": case}), method, **options, **given, **TORCH)
+    full = at_one(adapters({"x": case}), method, form="deltas", **options, **TORCH)
     delta = full.delta("x").double()
     squares = torch.linalg.svdvals(delta).square()
     by_energy = 1 + int((squares.cumsum(0) < given.get("energy", 1.0) * squares.sum()).sum())
@@ -603,12 +607,12 @@ def test_dense_updates_are_kept_in_memory_or_written(tmp_path):
     case = CASES["odd d"]
     loaded = adapters({"x": case})
     expected = ties(case.deltas(), [1, 1, 1])
-    kept = dm.merge(loaded, "ties", form="deltas", **TORCH)
+    kept = at_one(loaded, "ties", form="deltas", **TORCH)
     assert distance(kept.delta("x").double(), expected) < 1e-6
     with pytest.raises(dm.OptionError, match=r"'deltas', which has no factors; merge with form="):
         kept.factors("x")
     kept.save(tmp_path / "saved")
-    written = dm.merge(loaded, "ties", form="deltas", output=tmp_path / "written", **TORCH)
+    written = at_one(loaded, "ties", form="deltas", output=tmp_path / "written", **TORCH)
     for folder in ("saved", "written"):
         (tensor,) = load_file(tmp_path / folder / "deltas.safetensors").values()
         assert torch.equal(tensor, kept.delta("x"))
@@ -618,7 +622,7 @@ def test_dense_updates_are_kept_in_memory_or_written(tmp_path):
 
 def test_updates_of_a_factor_method_as_dense_ones():
     case = CASES["odd d"]
-    merged = dm.merge(adapters({"x": case}), "linear", form="deltas", **TORCH)
+    merged = at_one(adapters({"x": case}), "linear", form="deltas", **TORCH)
     assert distance(merged.delta("x").double(), total(case.deltas())) < 1e-6
     assert merged.report["x"].rank == sum(case.ranks)
 
@@ -632,7 +636,7 @@ def test_a_model_with_the_updates_added(tmp_path):
     save_file({"x.weight": weight}, base / "model.safetensors", metadata={"format": "pt"})
     (base / "config.json").write_text("{}")
     given = {"base": base, "output": tmp_path / "out", "weights": WEIGHTS, **TORCH}
-    dm.merge(adapters({"x": case}), "ties", form="model", **given)
+    at_one(adapters({"x": case}), "ties", form="model", **given)
     (found,) = load_file(tmp_path / "out" / "model.safetensors").values()
     expected = weight.double() + ties(case.deltas(), WEIGHTS)
     assert distance(found.double(), expected) < 1e-6
@@ -674,7 +678,7 @@ def test_a_model_with_the_updates_added(tmp_path):
 )
 def test_what_is_not_understood_is_told_in_one_line(given, line):
     with pytest.raises(dm.OptionError) as caught:
-        dm.merge(adapters({"x": CASES["odd d"]}), **given)
+        at_one(adapters({"x": CASES["odd d"]}), **given)
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -700,12 +704,12 @@ RECIPES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize(("method", "given"), RECIPES, ids=str)
 def test_the_report_s_options_repeat_the_merge(method, given):
     loaded = adapters({name: CASES[name] for name in GROUP})
-    first = dm.merge(loaded, method, weights=WEIGHTS, scale=0.7, **given, **TORCH)
+    first = at_one(loaded, method, weights=WEIGHTS, scale=0.7, **given, **TORCH)
     report = first.report
     told = json.loads(json.dumps(report.to_dict()))
     assert given.items() <= told["options"].items()
     recipe = {k: told[k] for k in ("method", "weights", "scale", "backend", "dtype")}
-    again = dm.merge(loaded, **recipe, **told["options"])
+    again = at_one(loaded, **recipe, **told["options"])
     assert again.report.options == report.options
     for name in first.names:
         assert torch.equal(again.delta(name), first.delta(name))
@@ -741,7 +745,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_command_line_composes_like_the_api(command, folders, capsys):
     assert cli.main(["merge", *folders, "-o", "out", "--backend", "torch", *command.split()]) == 0
-    expected = dm.merge(folders, **COMMANDS[command], **TORCH)
+    expected = at_one(folders, **COMMANDS[command], **TORCH)
     written = dm.load("out").factors("layer")
     assert all(map(torch.equal, written, expected.factors("layer")))
     card = Path("out/README.md").read_text(encoding="utf-8")
@@ -753,7 +757,7 @@ def test_the_command_line_writes_dense_updates(folders, capsys):
     arguments = ["--method", "ties", "--form", "deltas", "--backend", "torch", "--quiet"]
     assert cli.main(["merge", *folders, "-o", "out", *arguments]) == 0
     (tensor,) = load_file("out/deltas.safetensors").values()
-    assert torch.equal(tensor, dm.merge(folders, "ties", form="deltas", **TORCH).delta("layer"))
+    assert torch.equal(tensor, at_one(folders, "ties", form="deltas", **TORCH).delta("layer"))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.merges import at_one
 from support.processes import forked
 from test_memory import memory
 
@@ -27,7 +28,7 @@ OTHERS = [f"model.norms.{i}" for i in range(COUNT)]
 def measure(folder: Path, form: str, pipe: Connection) -> None:
     """Write a merge, and send how far memory rose above what it was before."""
     factors = {name: (torch.ones(1, SIZE), torch.ones(SIZE, 1)) for name in MERGED}
-    merged = dm.merge([dm.from_tensors(factors)], method="linear")
+    merged = at_one([dm.from_tensors(factors)], method="linear")
     merged.delta(MERGED[0])
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the kernel starts VmHWM again

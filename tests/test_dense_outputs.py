@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from support.close import assert_close
 from support.files import PAGE, small_disk, unchanged
 from support.make import random_factors, write_adapter
+from support.merges import at_one
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -134,7 +135,7 @@ def prepared(case: str, tmp_path: Path, **options: Any) -> SimpleNamespace:
     base = save_base(case, tmp_path / "base", **options)
     model = trained(case, base)
     model.save_pretrained(tmp_path / "adapters")
-    merged = dm.merge([tmp_path / "adapters/one", tmp_path / "adapters/two"], method="linear")
+    merged = at_one([tmp_path / "adapters/one", tmp_path / "adapters/two"], method="linear")
     return SimpleNamespace(base=base, model=model, merged=merged, out=tmp_path / "out")
 
 
@@ -459,7 +460,7 @@ def carried_case(tmp_path: Path, carried: dict[str, Tensor]) -> SimpleNamespace:
         fan_in_fan_out=True,
         modules_to_save=["transformer.wpe", "score"],
     )
-    return SimpleNamespace(base=base, merged=dm.merge([adapter]), out=tmp_path / "out")
+    return SimpleNamespace(base=base, merged=at_one([adapter]), out=tmp_path / "out")
 
 
 def test_tied_embeddings_saved_along_unchanged_are_none_of_our_business(tmp_path):
@@ -514,7 +515,7 @@ def test_a_square_weight_beside_both_orientations_is_refused(tmp_path):
     base = save_base("gpt2", tmp_path / "base")
     shapes = {"transformer.h.0.attn.c_attn": (72, 24), "transformer.h.0.attn.c_proj": (24, 24)}
     adapter = write_adapter(tmp_path / "one", random_factors(shapes, 2))  # no fan_in_fan_out
-    case = SimpleNamespace(base=base, merged=dm.merge([adapter]), out=tmp_path / "out")
+    case = SimpleNamespace(base=base, merged=at_one([adapter]), out=tmp_path / "out")
     message = r"'transformer.h.0.attn.c_proj' is square; say fan_in_fan_out"
     with unchanged(tmp_path), pytest.raises(OptionError, match=message):
         write_model(case)
@@ -525,7 +526,7 @@ def test_replicated_layers_are_refused(write, tmp_path):
     base = save_base("gpt2", tmp_path / "base")
     factors = random_factors({"transformer.h.3.mlp.c_fc": (96, 24)}, 2)
     adapter = write_adapter(tmp_path / "one", factors, layer_replication=[[0, 2], [0, 2]])
-    case = SimpleNamespace(base=base, merged=dm.merge([adapter]), out=tmp_path / "out")
+    case = SimpleNamespace(base=base, merged=at_one([adapter]), out=tmp_path / "out")
     with unchanged(tmp_path), pytest.raises(DomergeError, match=r"replicate layers .*; write an"):
         write(case)
 
@@ -659,7 +660,7 @@ def test_deltas_add_up_to_what_peft_merges(dtype, tmp_path):
     own = {key: value.clone() for key, value in net.state_dict().items()}
     model = peft.get_peft_model(net, config)
     model.save_pretrained(tmp_path / "one")
-    merged = dm.merge([tmp_path / "one"], method="linear", dtype=dtype)
+    merged = at_one([tmp_path / "one"], method="linear", dtype=dtype)
     write_deltas(merged, tmp_path / "out")
     assert sorted(os.listdir(tmp_path / "out")) == [CARD, "deltas.safetensors"]
     found = load_file(tmp_path / "out/deltas.safetensors")
@@ -717,6 +718,6 @@ def test_deltas_hold_no_tensor_saved_whole(tmp_path):
 
 def test_deltas_that_do_not_fit_are_refused(tmp_path):
     adapter = dm.from_tensors({"q": (torch.ones(1, 4), torch.ones(3, 1))})
-    merged = dm.merge([adapter], dtype="float16")
+    merged = at_one([adapter], dtype="float16")
     with unchanged(tmp_path), pytest.raises(DomergeError, match="not finite in float16"):
         write_deltas(merged, tmp_path / "out", q=torch.full((3, 4), -7e4))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from peft.utils import merge_utils
 from support.close import assert_close, assert_within, distance
+from support.merges import at_one
 from support.on_device import AVAILABLE, split
 from support.shapes import CASES, random_case
 from test_entries import numbers
@@ -71,7 +72,7 @@ every_library = pytest.mark.parametrize("of", LIBRARIES)
 
 def merge(adapters: Sequence[Adapter], method: str, backend: str, **options: object) -> dm.Merged:
     name, device = split(backend)
-    return dm.merge(adapters, method, form="deltas", backend=name, device=device, **options)
+    return at_one(adapters, method, form="deltas", backend=name, device=device, **options)
 
 
 def check(
@@ -470,7 +471,7 @@ def test_an_adapter_is_cut_to_the_largest_rank_and_says_what_it_keeps(backend):
     lib = LIBRARIES["float32"]
     name, device = split(backend)
     options = {"backend": name, "device": device, "weights": WEIGHTS}
-    merged = dm.merge(lib.adapters, "ties", **options)
+    merged = at_one(lib.adapters, "ties", **options)
     whole = merge(lib.adapters, "ties", backend, weights=WEIGHTS)
     most = max(len(adapter.factors(m)[0]) for adapter in lib.adapters for m in adapter.modules)
     for module in merged.names:
@@ -506,6 +507,6 @@ def test_an_adapter_is_cut_to_the_largest_rank_and_says_what_it_keeps(backend):
 )
 def test_options_that_make_no_sense_are_refused_in_one_line(method, options, message):
     with pytest.raises(OptionError) as error:
-        dm.merge(LIBRARIES["float32"].adapters, method, form="deltas", **options)
+        at_one(LIBRARIES["float32"].adapters, method, form="deltas", **options)
     assert message in str(error.value)
     assert "\n" not in str(error.value)

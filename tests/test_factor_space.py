@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from support.close import assert_close, distance
-from support.merges import adapters, dense, merge_all
+from support.merges import adapters, at_one, dense, merge_all
 from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
-import domerge_fast as dm
 from domerge_fast.backends import registry
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Settings
@@ -158,7 +157,7 @@ def test_modules_of_any_shapes_and_backends_merge_together(method, backend):
     """Some of the same ranks in one batch, some not."""
     cases = {f"{n}x{m}": random_case((3, 5, 2), n, m, n) for n, m in ((61, 33), (40, 50), (7, 5))}
     cases |= {name: CASES[name] for name in ("odd d", "d below R", "duplicated", "mixed sizes")}
-    merged = dm.merge(adapters(cases), method, weights=[1, -0.5, 2], backend=backend)
+    merged = at_one(adapters(cases), method, weights=[1, -0.5, 2], backend=backend)
     for name, case in cases.items():
         expected = DENSE[method](updates(case, case.weights), case)
         assert distance(dense(merged, name), expected) < 1e-5, name
@@ -168,8 +167,8 @@ def test_modules_of_any_shapes_and_backends_merge_together(method, backend):
 def test_an_adapter_that_is_given_twice_adds_no_direction(method):
     case = CASES["odd d"]
     loaded = adapters({"x": case})
-    once = dense(dm.merge(loaded, method, weights=[2, 1, 1]), "x")
-    twice = dense(dm.merge([loaded[0], *loaded], method), "x")
+    once = dense(at_one(loaded, method, weights=[2, 1, 1]), "x")
+    twice = dense(at_one([loaded[0], *loaded], method), "x")
     for merged in (once, twice):
         assert torch.linalg.matrix_rank(merged, rtol=1e-5) == sum(case.ranks)
     if method == "iso_c":
@@ -180,7 +179,7 @@ def test_an_adapter_that_is_given_twice_adds_no_direction(method):
 @pytest.mark.parametrize("name", ["one adapter", "one row"])
 def test_one_adapter_comes_back_with_its_weight(name, method):
     case = CASES[name]
-    merged = dm.merge(adapters({"x": case}), method, weights=[-3])
+    merged = at_one(adapters({"x": case}), method, weights=[-3])
     assert distance(dense(merged, "x"), -3 * case.deltas()[0]) < 1e-6
     assert merged.report["x"].rank == case.ranks[0]
 
@@ -188,7 +187,7 @@ def test_one_adapter_comes_back_with_its_weight(name, method):
 @pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
 def test_one_adapter_is_made_isotropic(method):
     case = CASES["one adapter"]
-    merged = dm.merge(adapters({"x": case}), method, weights=[-3])
+    merged = at_one(adapters({"x": case}), method, weights=[-3])
     u, s, vh = torch.linalg.svd(-3 * case.deltas()[0], full_matrices=False)
     expected = s[:4].mean() * u[:, :4] @ vh[:4]
     assert distance(dense(merged, "x"), expected) < 1e-6
@@ -236,7 +235,7 @@ def test_how_an_update_is_split_into_factors_does_not_matter(method):
         mixed.a.append((mixer @ a.double()).float())
         mixed.b.append((b.double() @ torch.linalg.inv(mixer)).float())
     expected, result = (
-        dense(dm.merge(adapters({"x": c}), method, dtype="float32"), "x") for c in (case, mixed)
+        dense(at_one(adapters({"x": c}), method, dtype="float32"), "x") for c in (case, mixed)
     )
     assert distance(result, expected) < 1e-4
 
@@ -245,7 +244,7 @@ def test_pico_depends_on_the_split():
     case = CASES["usual"]
     moved = Case([a / (i + 1) for i, a in enumerate(case.a)], [], case.scalings)
     moved.b.extend((i + 1) * b for i, b in enumerate(case.b))
-    expected, result = (dense(dm.merge(adapters({"x": c}), "pico"), "x") for c in (case, moved))
+    expected, result = (dense(at_one(adapters({"x": c}), "pico"), "x") for c in (case, moved))
     assert distance(result, expected) > 1e-2
 
 
@@ -259,17 +258,17 @@ def test_wudi_is_the_minimum_and_its_ridge_leads_to_the_sum():
         parts = [((update - d) @ d.T).square().sum() / d.square().sum() for d in deltas]
         return torch.stack(parts).sum() + ridge * (update - total).square().sum()
 
-    merged = dense(dm.merge(loaded, "wudi", ridge=0.01), "x").requires_grad_()
+    merged = dense(at_one(loaded, "wudi", ridge=0.01), "x").requires_grad_()
     (slope,) = torch.autograd.grad(interference(merged, 0.01), merged)
     start = total.clone().requires_grad_()
     (steepest,) = torch.autograd.grad(interference(start, 0.01), start)
     assert slope.norm() < 1e-5 * steepest.norm()
-    assert distance(dense(dm.merge(loaded, "wudi", ridge=1e6), "x"), total) < 1e-5
+    assert distance(dense(at_one(loaded, "wudi", ridge=1e6), "x"), total) < 1e-5
 
 
 @pytest.mark.parametrize("method", DENSE)
 def test_nothing_in_nothing_out(method):
-    merged = dm.merge(adapters({"x": CASES["all zero"]}), method)
+    merged = at_one(adapters({"x": CASES["all zero"]}), method)
     assert not dense(merged, "x").any()
     assert TABLE[method].merge([], [], [], TABLE[method].options(), SETTINGS) == []
 
@@ -278,7 +277,7 @@ def test_nothing_in_nothing_out(method):
 def test_opposite_adapters_leave_no_noise_behind(method):
     """τ - τ: the sums are nothing, and rounding noise is not blown up to the size of something."""
     loaded = adapters({"x": CASES["one adapter"]})
-    merged = dm.merge([loaded[0], loaded[0]], method, weights=[1, -1], dtype="float32")
+    merged = at_one([loaded[0], loaded[0]], method, weights=[1, -1], dtype="float32")
     size = float(CASES["one adapter"].deltas()[0].norm())
     assert float(dense(merged, "x").norm()) < 1e-6 * size
     if method in ("iso_c", "iso_cts", "subspace_boost"):
@@ -291,14 +290,14 @@ def test_an_adapter_within_the_common_directions_has_none_of_its_own():
     case.b[0][8:], case.b[1][:8] = 0, 0
     case.a[0][:, 10:], case.a[1][:, :10] = 0, 0
     case.a[1] *= 1e-3
-    merged = dm.merge(adapters({"x": case}), "iso_cts", common=0.5)
+    merged = at_one(adapters({"x": case}), "iso_cts", common=0.5)
     assert distance(dense(merged, "x"), iso_cts(case.deltas(), case, 0.5)) < 1e-5
     assert merged.report["x"].rank == 6
 
 
 def test_a_direction_without_strength_is_left_out():
     """Three adapters that share their A: no more than its rank is left of the sum of theirs."""
-    merged = dm.merge(adapters({"x": CASES["shared A"]}), "iso_c")
+    merged = at_one(adapters({"x": CASES["shared A"]}), "iso_c")
     a, b = merged.factors("x")
     assert merged.report["x"].rank == len(a) == 4
     assert_close(a.norm(dim=1), b.norm(dim=0))
@@ -308,7 +307,7 @@ def test_a_direction_without_strength_is_left_out():
 @pytest.mark.parametrize(("n", "m"), [(7, 5), (5, 7), (6, 6), (30, 5)])
 def test_the_rank_is_never_above_the_module_s(n, m, method):
     case = random_case((4, 5, 3), n, m)
-    merged = dm.merge(adapters({"x": case}), method, weights=case.weights)
+    merged = at_one(adapters({"x": case}), method, weights=case.weights)
     expected = DENSE[method](updates(case, case.weights), case)
     assert distance(dense(merged, "x"), expected) < 1e-5
     assert merged.report["x"].rank == min(n, m)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.close import distance
 from support.make import random_factors, write_adapter
-from support.merges import dense
+from support.merges import at_one, dense
 
 import domerge_fast as dm
 from domerge_fast import FlatCut, cli, ops
@@ -35,11 +35,11 @@ def test_equal_singular_values_are_not_cut(method, backend, tmp_path):
     given = adapters()
     for cut in ({"rank": 4}, {"energy": 0.5}, {"rank": 11}, {"rank": 1}, {"rank": 9, "energy": 1}):
         with pytest.raises(FlatCut, match=r"^module '(q|up)': a cut to rank \d+ falls between"):
-            dm.merge(given, method, backend=backend, output=tmp_path / "out", **cut)
+            at_one(given, method, backend=backend, output=tmp_path / "out", **cut)
         assert not (tmp_path / "out").exists()
-    exact = dm.merge(given, method, backend=backend)
+    exact = at_one(given, method, backend=backend)
     for cut in ({"rank": 12}, {"rank": 20}, {"energy": 1.0}):
-        merged = dm.merge(given, method, backend=backend, **cut)
+        merged = at_one(given, method, backend=backend, **cut)
         for name in SHAPES:
             assert distance(dense(merged, name), dense(exact, name)) < 1e-6
 
@@ -63,7 +63,7 @@ def test_a_flat_power_is_not_cut_and_a_larger_one_is(method):
 )
 def test_nor_inside_another_method(options):
     with pytest.raises(FlatCut, match="module 'q': a cut to rank 5"):
-        dm.merge(adapters(), rank=5, **options)
+        at_one(adapters(), rank=5, **options)
 
 
 def test_the_command_says_it_in_one_line(tmp_path, capsys):
@@ -84,32 +84,32 @@ def test_a_method_is_not_told_to_use_itself(method):
     a, b = torch.eye(8, 12), torch.eye(16, 8)
     given = [dm.from_tensors({"q": (a[k : k + 4], b[:, k : k + 4])}) for k in (0, 4)]
     with pytest.raises(FlatCut) as error:
-        dm.merge(given, method, rank=6)
+        at_one(given, method, rank=6)
     assert str(error.value).endswith("say another rank, or take 'linear' without rank and energy")
-    assert dm.merge(given, method, rank=8).report["q"].rank == 8
-    assert dm.merge(given, "linear").report["q"].rank == 8
+    assert at_one(given, method, rank=8).report["q"].rank == 8
+    assert at_one(given, "linear").report["q"].rank == 8
 
 
 def test_iso_cts_does_not_part_what_iso_c_made_equal():
     """It takes the first directions of a sum itself."""
-    flat = [dm.merge(adapters(2), "iso_c").factors(name) for name in SHAPES]
+    flat = [at_one(adapters(2), "iso_c").factors(name) for name in SHAPES]
     (first,) = [dm.from_tensors(dict(zip(SHAPES, flat)))]
     with pytest.raises(FlatCut, match="module 'q'"):
-        dm.merge([first], "iso_cts")
-    assert dm.merge([first], "iso_c").names == tuple(SHAPES)
+        at_one([first], "iso_cts")
+    assert at_one([first], "iso_c").names == tuple(SHAPES)
 
 
 def test_a_spectrum_is_cut_where_it_is_not_flat():
     given = adapters()
-    boosted = dm.merge(given, "subspace_boost", beta=0.5)
+    boosted = at_one(given, "subspace_boost", beta=0.5)
     for name in SHAPES:
         values = torch.linalg.svdvals(dense(boosted, name))[:12]
         distinct = int((values[:-1] - values[1:] > 1e-3 * values[0]).sum())
         assert 1 < distinct < 9
-    merged = dm.merge(given, "subspace_boost", beta=0.5, rank=2)
+    merged = at_one(given, "subspace_boost", beta=0.5, rank=2)
     assert {r.rank for r in merged.report.modules.values()} == {2}
     with pytest.raises(FlatCut):
-        dm.merge(given, "subspace_boost", beta=0.5, rank=10)
+        at_one(given, "subspace_boost", beta=0.5, rank=10)
 
 
 def test_dense_results_are_checked_as_well():
@@ -119,8 +119,8 @@ def test_dense_results_are_checked_as_well():
     adapter = dm.from_tensors({"x": (a.contiguous(), b)})
     for cut in ({"rank": 3}, {"energy": 0.5}):
         with pytest.raises(FlatCut, match="module 'x': a cut to rank 3"):
-            dm.merge([adapter], "magnitude_prune", density=1.0, **cut)
-    whole = dm.merge([adapter], "magnitude_prune", density=1.0, rank=6)
+            at_one([adapter], "magnitude_prune", density=1.0, **cut)
+    whole = at_one([adapter], "magnitude_prune", density=1.0, rank=6)
     assert distance(dense(whole, "x"), b.double() @ a.double()) < 1e-5
 
 
@@ -162,7 +162,7 @@ def test_sums_of_adapters_may_be_cut_everywhere(method):
     given = [dm.from_tensors(random_factors(shapes, 16, seed=k)) for k in range(7)]
     shared = [dm.from_tensors(random_factors(shapes, 16, seed=9))] * 2
     for sources in (given, given + shared):
-        merged = dm.merge(sources, method)
+        merged = at_one(sources, method)
         for name in merged.names:
             values = torch.linalg.svdvals(dense(merged, name))
             for kept in range(1, len(values)):
@@ -177,7 +177,7 @@ def test_the_order_of_the_adapters_does_not_matter(cut, method):
     merges = []
     for order in (given, given[::-1]):
         try:
-            merges.append(dm.merge(order, method, **cut, **options))
+            merges.append(at_one(order, method, **cut, **options))
         except FlatCut:
             assert method in LEVELLING
             assert cut
@@ -187,7 +187,7 @@ def test_the_order_of_the_adapters_does_not_matter(cut, method):
 
 
 def test_a_sequential_sum_is_not_cut_between_equal_values(tmp_path: Path):
-    flat = dm.merge(adapters(2), "iso_c")
+    flat = at_one(adapters(2), "iso_c")
     state = dm.Sequential.start(tmp_path / "state", rank=3)
     with pytest.raises(FlatCut, match="module 'q': a cut to rank 3"):
         state.add(dm.from_tensors({name: flat.factors(name) for name in SHAPES}))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.make import random_factors, write_adapter
+from support.merges import at_one
 from support.on_device import move
 from support.shapes import CASES
 from test_entries_gpu import DRAW, TRIMS, WEIGHTS, fine, module, run
@@ -48,12 +49,12 @@ def assert_same_merge(found: dm.Merged, expected: dm.Merged, tolerance: float) -
 @every_backend
 @pytest.mark.parametrize("options", [{}, {"penalty": "frobenius"}, {"renormalize": True}])
 def test_merges_of_files_agree_with_the_cpu(options, backend, adapters, tmp_path):
-    expected = dm.merge(adapters, dtype="float32", **options)
+    expected = at_one(adapters, dtype="float32", **options)
     options = {**options, "dtype": "float32", "device": "cuda", "backend": backend}
-    in_memory = dm.merge(adapters, **options)
+    in_memory = at_one(adapters, **options)
     assert in_memory.factors(in_memory.names[0])[0].device.type == "cuda"
     assert_same_merge(in_memory, expected, 1e-4)
-    streamed = dm.merge(adapters, output=tmp_path / "out", **options)
+    streamed = at_one(adapters, output=tmp_path / "out", **options)
     for name in streamed.names:
         for one, other in zip(streamed.factors(name), in_memory.factors(name), strict=True):
             assert torch.equal(one, other.cpu())
@@ -62,8 +63,8 @@ def test_merges_of_files_agree_with_the_cpu(options, backend, adapters, tmp_path
 @every_backend
 @pytest.mark.parametrize("method", ["do", "linear", "svd"])
 def test_every_method_runs(method, backend, adapters):
-    expected = dm.merge(adapters, method, rank=5, dtype="float32")
-    found = dm.merge(adapters, method, rank=5, dtype="float32", device="cuda", backend=backend)
+    expected = at_one(adapters, method, rank=5, dtype="float32")
+    found = at_one(adapters, method, rank=5, dtype="float32", device="cuda", backend=backend)
     assert_same_merge(found, expected, 1e-3)
 
 
@@ -74,7 +75,7 @@ def test_factors_on_the_gpu_stay_there():
         )
         for s in range(2)
     ]
-    merged = dm.merge(given)
+    merged = at_one(given)
     assert merged.report.backend == registry.choose("auto", "cuda") != "cpu"
     a, b = merged.factors(merged.names[0])
     assert a.device == b.device == torch.device("cuda", torch.cuda.current_device())
@@ -82,11 +83,11 @@ def test_factors_on_the_gpu_stay_there():
 
 @pytest.mark.parametrize("backend", ON_GPU)
 def test_the_size_of_groups_does_not_change_the_result(backend, adapters, tmp_path, monkeypatch):
-    whole = dm.merge(adapters, device="cuda", backend=backend)
+    whole = at_one(adapters, device="cuda", backend=backend)
     groups = []
     merge = engine._merge
     monkeypatch.setattr(engine, "_merge", lambda *args: groups.append(1) or merge(*args))
-    small = dm.merge(
+    small = at_one(
         adapters,
         device="cuda",
         backend=backend,
@@ -102,7 +103,7 @@ def test_the_size_of_groups_does_not_change_the_result(backend, adapters, tmp_pa
 @pytest.mark.parametrize("backend", ON_GPU)
 def test_a_merge_on_a_stream_of_the_caller(backend, adapters):
     """The factors are still being computed when the merge is called."""
-    expected = dm.merge(adapters, device="cuda", backend=backend)
+    expected = at_one(adapters, device="cuda", backend=backend)
     loaded = [dm.load(path) for path in adapters]
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -116,7 +117,7 @@ def test_a_merge_on_a_stream_of_the_caller(backend, adapters):
             given.append(
                 dm.from_tensors({n: tuple(p) for n, p in pairs.items()}, name=adapter.name)
             )
-        merged = dm.merge(given, backend=backend)
+        merged = at_one(given, backend=backend)
     stream.synchronize()
     for name in merged.names:
         delta = expected.delta(name)
@@ -200,7 +201,7 @@ def test_bad_factors_are_refused(backend, adapters, tmp_path):
     factors["layers.2.q"][1][3, 1] = torch.nan
     bad = write_adapter(tmp_path / "bad", factors)
     with pytest.raises(dm.AdapterError, match=r"'bad', module 'layers.2.q': NaN in lora_B"):
-        dm.merge([*adapters, bad], device="cuda", backend=backend, output=tmp_path / "out")
+        at_one([*adapters, bad], device="cuda", backend=backend, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

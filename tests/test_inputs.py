@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.make import random_factors, write_adapter
+from support.merges import at_one
 
 import domerge_fast as dm
 from domerge_fast import engine
@@ -94,7 +95,7 @@ def test_an_input_that_changes_while_it_is_merged(change, method, at, pair, tmp_
 
     monkeypatch.setattr(engine, "_check_factors", spoiling)
     with pytest.raises(AdapterError, match=fragment) as caught:
-        dm.merge(pair, method, output=tmp_path / "out")
+        at_one(pair, method, output=tmp_path / "out")
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -143,13 +144,13 @@ def test_a_read_that_fails(code, pair, tmp_path, monkeypatch):
     monkeypatch.setattr(input_file.os, "preadv", fail)
     for merge in (
         lambda: loaded[0].factors(NAMES[0]),
-        lambda: dm.merge(loaded),
+        lambda: at_one(loaded),
         lambda: load(pair[0]),
     ):
         with pytest.raises(AdapterError, match=f"cannot be read .{os.strerror(code)}.; check"):
             merge()
     with pytest.raises(AdapterError):
-        dm.merge(loaded, output=tmp_path / "out")
+        at_one(loaded, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -162,7 +163,7 @@ def test_a_file_that_ends_under_the_reader(pair, monkeypatch):
 
 @pytest.mark.parametrize("most", [1, 7, 100])
 def test_reads_that_return_less_than_asked_for(most, pair, monkeypatch):
-    whole = dm.merge(pair, "linear")
+    whole = at_one(pair, "linear")
     read = os.preadv
 
     def short(file: int, parts: list[memoryview], start: int) -> int:
@@ -174,7 +175,7 @@ def test_reads_that_return_less_than_asked_for(most, pair, monkeypatch):
 
     monkeypatch.setattr(input_file.os, "preadv", short)
     monkeypatch.setattr(input_file, "_MOST_PARTS", 3)
-    pieces = dm.merge(pair, "linear")
+    pieces = at_one(pair, "linear")
     for name in NAMES:
         assert all(map(torch.equal, pieces.factors(name), whole.factors(name)))
 
@@ -186,7 +187,7 @@ def test_too_many_open_files(pair, tmp_path, monkeypatch):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     monkeypatch.setattr(input_file.os, "open", fail)
-    for merge in (lambda: dm.merge(loaded), lambda: load(pair[0])):
+    for merge in (lambda: at_one(loaded), lambda: load(pair[0])):
         with pytest.raises(AdapterError, match=r"cannot be read \(Too many open files\); check"):
             merge()
 
@@ -198,7 +199,7 @@ def test_a_library_needs_no_descriptor_for_each_adapter(tmp_path):
     highest = max(map(int, os.listdir("/proc/self/fd")))
     resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 16, limit[1]))
     try:
-        merged = dm.merge(folders, "linear", output=tmp_path / "out")
+        merged = at_one(folders, "linear", output=tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
     a, b = factors["q"]
@@ -234,7 +235,7 @@ def test_paths_that_cannot_be(path, pair):
         load(path)
     assert len(str(caught.value)) <= 300
     with pytest.raises(OptionError) as refused:
-        dm.merge(pair, form="model", base=path, output=pair[0].parent / "out")
+        at_one(pair, form="model", base=path, output=pair[0].parent / "out")
     assert len(str(refused.value)) <= 300
 
 
@@ -242,11 +243,11 @@ def test_a_folder_whose_name_is_no_utf8(pair, tmp_path):
     strange = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\n"))
     os.rename(pair[0], strange)
     out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/out\xe9"))
-    merged = dm.merge([strange, pair[1]], output=out)
+    merged = at_one([strange, pair[1]], output=out)
     assert merged.report.adapters[0].endswith(r"caf\udce9\n")
     text = (out / "README.md").read_bytes().decode("utf-8")
     assert "udce9" in text
-    again = dm.merge([out], "linear").delta(NAMES[0])
+    again = at_one([out], "linear").delta(NAMES[0])
     torch.testing.assert_close(again, merged.delta(NAMES[0]))
     growing = Sequential.start(tmp_path / "state")
     growing.add(strange)
@@ -255,7 +256,7 @@ def test_a_folder_whose_name_is_no_utf8(pair, tmp_path):
 
 def test_a_text_that_no_file_can_hold_is_refused(pair):
     with pytest.raises(OptionError, match=r"'base_model': .* is no text"):
-        dm.merge(pair, base_model="b\udce9")
+        at_one(pair, base_model="b\udce9")
     factors = random_factors({"q": (4, 6)}, 2)
     with pytest.raises(AdapterError, match="no file can hold"):
         dm.from_tensors({"q\udce9": factors["q"]})
@@ -306,9 +307,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_nothing_that_outlives_its_group_lies_in_a_buffer(method, poisoned, pair, tmp_path):
     inputs = {f"in{i}": random_factors(SHAPES, 4, seed=i) for i in (0, 1)}
     plain = [dm.from_tensors(x, name=name, base_model="base") for name, x in inputs.items()]
-    expected = dm.merge(plain, method)
-    kept = dm.merge(pair, method)
-    dm.merge(pair, method, output=tmp_path / "out")
+    expected = at_one(plain, method)
+    kept = at_one(pair, method)
+    at_one(pair, method, output=tmp_path / "out")
     written = load(tmp_path / "out")
     assert len(poisoned) >= 2 * len(NAMES)
     for name in NAMES:
@@ -331,7 +332,7 @@ def test_steps_and_dense_results_lie_in_no_buffer(options, one, poisoned, pair):
         dm.from_tensors(random_factors(SHAPES, 4, seed=i), base_model="base")
         for i in range(len(sources))
     ]
-    expected, kept = dm.merge(plain, **options), dm.merge(sources, **options)
+    expected, kept = at_one(plain, **options), at_one(sources, **options)
     assert poisoned
     for name in NAMES:
         assert torch.equal(kept.delta(name), expected.delta(name))
@@ -355,17 +356,17 @@ def test_a_base_that_changes_while_it_is_merged(name, pair, tmp_path, monkeypatc
     check = engine._check_factors
     monkeypatch.setattr(engine, "_check_factors", lambda *x: (check(*x), os.utime(base / name)))
     with pytest.raises(OptionError, match=f"{name} changed since it was loaded"):
-        dm.merge(pair, form="model", base=base, output=tmp_path / "out")
+        at_one(pair, form="model", base=base, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_base_is_copied_piece_by_piece(pair, tmp_path, monkeypatch):
     base = base_folder(tmp_path / "base")
-    dm.merge(pair, form="model", base=base, output=tmp_path / "whole")
+    at_one(pair, form="model", base=base, output=tmp_path / "whole")
     monkeypatch.setattr("domerge_fast.storage.lazy.in_step.__defaults__", (64,))
     monkeypatch.setattr("domerge_fast.storage.lazy.pieces.__defaults__", (64,))
     monkeypatch.setattr("domerge_fast.outputs.model.CHUNK_BYTES", 300)
-    dm.merge(pair, form="model", base=base, output=tmp_path / "pieces")
+    at_one(pair, form="model", base=base, output=tmp_path / "pieces")
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "pieces"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
@@ -395,5 +396,5 @@ def test_a_file_is_opened_once_for_a_group(pair, monkeypatch):
     monkeypatch.setattr(
         input_file.os, "preadv", lambda *arguments: (calls.append(0), read(*arguments))[1]
     )
-    dm.merge(loaded, "linear")
+    at_one(loaded, "linear")
     assert len(opened) == len(calls) == len(pair)

@@ -131,7 +131,7 @@ def test_the_live_model_computes_base_plus_delta(case, method):
     deltas = deltas_of(model, names, method=method, weights=weights)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        report = live.add_weighted_adapter(model, names, weights, "new", method)
+        report = live.add_weighted_adapter(model, names, weights, "new", method, scale=1.0)
     assert report.adapters == tuple(names)
     expected = logits(add_by_hand(base(case), deltas))
     assert (expected - logits(base(case))).abs().max() > 1e-3

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 import torch
+from support.merges import at_one
 from support.shapes import random_case
 from torch import Tensor
 
@@ -99,7 +100,7 @@ def test_every_table_is_its_dense_formula(backend):
 @every_backend
 def test_a_merge_reports_what_inspect_finds(backend):
     loaded = [adapter(owned(i), f"{i}") for i in range(3)]
-    report = dm.merge(loaded, weights=[1, -2, 3], backend=backend).report
+    report = at_one(loaded, weights=[1, -2, 3], backend=backend).report
     assert report.interference == dm.inspect(loaded, backend=backend)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.close import assert_within
+from support.merges import at_one
 from support.shapes import random_case
 from torch import Tensor
 
@@ -38,7 +39,7 @@ def ties(m: int, n: int, count: int = 4) -> Tensor:
     adapters = [
         from_tensors({"x": (case.a[i], case.b[i])}, name=f"adapter-{i}") for i in range(count)
     ]
-    return dm.merge(adapters, "ties", form="deltas", backend="torch").delta("x")
+    return at_one(adapters, "ties", form="deltas", backend="torch").delta("x")
 
 
 def energies(delta: Tensor) -> Tensor:
@@ -157,4 +158,4 @@ def test_what_is_not_finite_stays_so_and_the_merge_is_refused(value):
     assert b.isnan().all()
     adapter = from_tensors({"x": (torch.ones(1, 6), torch.ones(5, 1))})
     with pytest.raises(dm.DomergeError, match=r"module 'x': the merged update does not fit"):
-        dm.merge([adapter], "ties", density=1.0, scale=3e98, weights=[2.0])
+        at_one([adapter], "ties", density=1.0, scale=3e98, weights=[2.0])

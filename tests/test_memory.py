@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.make import write_adapter
+from support.merges import at_one
 from support.processes import forked
 
 import domerge_fast as dm
@@ -50,7 +51,7 @@ def measure(adapters: list[Path], options: dict[str, Any], pipe: Connection) -> 
     """Merge, and send how far each field rose above its value before the merge."""
     torch.set_num_threads(1)  # in a new process; see conftest.py
     small = dm.from_tensors({"q": (torch.ones(2, 9), torch.ones(8, 2))})
-    dm.merge(
+    at_one(
         [small, small],
         **{key: v for key, v in options.items() if key not in ("output", "overwrite")},
     )
@@ -65,7 +66,7 @@ def measure(adapters: list[Path], options: dict[str, Any], pipe: Connection) -> 
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    merged = dm.merge(adapters, **options)
+    merged = at_one(adapters, **options)
     done.set()
     watcher.join()
     largest["VmHWM"] = memory()["VmHWM"]

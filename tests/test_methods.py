@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.close import assert_close, distance
-from support.merges import adapters, dense, merge_all
+from support.merges import adapters, at_one, dense, merge_all
 from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
@@ -85,7 +85,7 @@ RECOMBINATIONS = [
 def test_do_is_the_literal_method(descent, recombination, backend):
     cases = {name: CASES[name] for name in GROUP}
     options = {**descent, **recombination}
-    merged = dm.merge(adapters(cases), weights=WEIGHTS, backend=backend, **options)
+    merged = at_one(adapters(cases), weights=WEIGHTS, backend=backend, **options)
     assert merged.names == tuple(sorted(cases))
     for name in cases:
         assert_close(dense(merged, name), literal(name, **options), 1e-5, name=name)
@@ -95,7 +95,7 @@ def test_do_is_the_literal_method(descent, recombination, backend):
 def test_do_by_default(backend):
     """The number of steps may differ by rounding, and the result with it, but little."""
     cases = {name: CASES[name] for name in GROUP}
-    merged = dm.merge(adapters(cases), backend=backend)
+    merged = at_one(adapters(cases), backend=backend)
     for name in cases:
         assert_close(dense(merged, name), literal(name, equal=True), 1e-4, name=name)
 
@@ -114,9 +114,9 @@ def test_both_formulations_of_the_descent_merge_alike(penalty, backend, monkeypa
     """R > d on both sides: with the squared penalty the factors move, not their Gram's C."""
     cases = {"x": random_case((2, 1) * 100, 11, 9)}
     rule = {"penalty": penalty, "steps": 2, "tol": 0.0, "backend": backend}
-    usual = dm.merge(adapters(cases), **rule)
+    usual = at_one(adapters(cases), **rule)
     monkeypatch.setattr(do, "_is_wide", lambda problem, options: False)
-    on_gram = dm.merge(adapters(cases), **rule)
+    on_gram = at_one(adapters(cases), **rule)
     assert distance(dense(usual, "x"), dense(on_gram, "x")) < 1e-5
     for side in (usual.report["x"].a, usual.report["x"].b):
         assert side.steps == 2
@@ -127,12 +127,12 @@ def test_both_formulations_of_the_descent_merge_alike(penalty, backend, monkeypa
 def test_hundreds_of_adapters(backend):
     case = random_case((1,) * 200, 13, 12)
     case.scalings[:] = [1.0] * 200
-    merged = dm.merge(adapters({"x": case}), orthogonalize=False, backend=backend)
+    merged = at_one(adapters({"x": case}), orthogonalize=False, backend=backend)
     expected = reference.do_merging(case.a, case.exact_b(), [1 / 200] * 200, orthogonalize=False)
     assert distance(dense(merged, "x"), expected) < 1e-5
     assert len(merged.report["x"].magnitudes) == 200
     assert merged.report.interference is None
-    whole = dm.merge(adapters({"x": case}), backend=backend)
+    whole = at_one(adapters({"x": case}), backend=backend)
     assert len(whole.report["x"].magnitudes) == 200
     for side in (whole.report["x"].a, whole.report["x"].b):
         assert 0 < side.cross_left < 0.5
@@ -181,8 +181,8 @@ def test_any_method_can_be_cut_to_an_energy(method, backend):
     energy = 0.9
     cases = {name: CASES[name] for name in ("odd d", "shared A")}
     options = {"backend": backend, **few_steps(method)}
-    exact = dm.merge(adapters(cases), method, rank=10**6, **options)
-    cut = dm.merge(adapters(cases), method, energy=energy, **options)
+    exact = at_one(adapters(cases), method, rank=10**6, **options)
+    cut = at_one(adapters(cases), method, energy=energy, **options)
     kept = total = 0.0
     for name in cases:
         full = dense(exact, name)
@@ -202,9 +202,9 @@ def test_any_method_can_be_cut_to_an_energy(method, backend):
 @pytest.mark.parametrize("method", CUT)
 def test_with_rank_and_energy_the_smaller_wins(method):
     cases = {"x": CASES["odd d"]}
-    by_energy = dm.merge(adapters(cases), method, energy=0.9).report["x"].rank
+    by_energy = at_one(adapters(cases), method, energy=0.9).report["x"].rank
     for rank in (by_energy - 1, by_energy + 1):
-        report = dm.merge(adapters(cases), method, energy=0.9, rank=rank).report["x"]
+        report = at_one(adapters(cases), method, energy=0.9, rank=rank).report["x"]
         assert report.rank == min(rank, by_energy)
 
 
@@ -227,7 +227,7 @@ def test_one_adapter_comes_back_as_it_is(dtype, method, backend):
         for kind, shapes in KINDS.items()
     }
     adapter = from_tensors(factors, 0.3, embeddings=["embedding"])
-    merged = dm.merge([adapter], method, backend=backend)
+    merged = at_one([adapter], method, backend=backend)
     assert set(merged.names) == set(KINDS)
     tolerance = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     for kind, (a, b) in factors.items():
@@ -243,7 +243,7 @@ def test_one_adapter_comes_back_as_it_is(dtype, method, backend):
 def test_the_weight_of_one_adapter(backend):
     case = CASES["one adapter"]
     for method, factor in (("do", -1.0), ("linear", -3.0), ("svd", -3.0)):
-        merged = dm.merge(adapters({"x": case}), method, weights=[-3], backend=backend)
+        merged = at_one(adapters({"x": case}), method, weights=[-3], backend=backend)
         assert distance(dense(merged, "x"), factor * case.deltas()[0]) < 1e-6
 
 
@@ -255,8 +255,8 @@ def test_an_adapter_of_weight_zero_is_absent(method, backend):
     loaded = adapters({"x": CASES["odd d"], "y": CASES["d below R"]})
     extra = from_tensors({"z": (torch.ones(1, 3), torch.ones(2, 1)), "x": loaded[1].factors("x")})
     options = {"backend": backend, **few_steps(method)}
-    with_zero = dm.merge([loaded[0], extra, *loaded[1:]], method, weights=[1, 0, 2, -1], **options)
-    without = dm.merge(loaded, method, weights=[1, 2, -1], **options)
+    with_zero = at_one([loaded[0], extra, *loaded[1:]], method, weights=[1, 0, 2, -1], **options)
+    without = at_one(loaded, method, weights=[1, 2, -1], **options)
     assert with_zero.names == without.names == ("x", "y")
     for name in with_zero.names:
         assert all(map(torch.equal, with_zero.factors(name), without.factors(name)))
@@ -270,9 +270,9 @@ def test_a_missing_module_is_merged_from_the_adapters_that_have_it(method, backe
     loaded = adapters({"x": case, "y": CASES["d below R"]})
     partial = from_tensors({"y": loaded[1].factors("y")}, CASES["d below R"].scalings[1])
     options = {"backend": backend, **few_steps(method)} | ({"rank": 7} if method in CUT else {})
-    all_three = dm.merge([loaded[0], partial, loaded[2]], method, weights=WEIGHTS, **options)
-    owners = dm.merge([loaded[0], loaded[2]], method, weights=WEIGHTS[::2], **options)
-    complete = dm.merge(loaded, method, weights=WEIGHTS, **options)
+    all_three = at_one([loaded[0], partial, loaded[2]], method, weights=WEIGHTS, **options)
+    owners = at_one([loaded[0], loaded[2]], method, weights=WEIGHTS[::2], **options)
+    complete = at_one(loaded, method, weights=WEIGHTS, **options)
     assert distance(dense(all_three, "x"), dense(owners, "x")) < 1e-5
     assert distance(dense(all_three, "y"), dense(complete, "y")) < 1e-5
     assert list(all_three.report["x"].magnitudes) == ["adapter-0", "adapter-2"]
@@ -284,20 +284,20 @@ def test_the_same_adapter_twice(backend):
     """Directions and magnitudes average to themselves, and each is named in the report."""
     (adapter,) = adapters({"x": CASES["one adapter"]})
     delta = CASES["one adapter"].deltas()[0]
-    twice = dm.merge([adapter, adapter], orthogonalize=False, backend=backend)
+    twice = at_one([adapter, adapter], orthogonalize=False, backend=backend)
     assert distance(dense(twice, "x"), delta) < 1e-6
     size = float(delta.norm())
     assert twice.report["x"].magnitudes == pytest.approx({"adapter-0": size, "adapter-0 (2)": size})
-    half = dm.merge([adapter, adapter], "linear", weights=[0.5, 0.5], backend=backend)
+    half = at_one([adapter, adapter], "linear", weights=[0.5, 0.5], backend=backend)
     assert distance(dense(half, "x"), delta) < 1e-6
-    opposite = dm.merge([adapter, adapter], "linear", weights=[1, -1], backend=backend)
+    opposite = at_one([adapter, adapter], "linear", weights=[1, -1], backend=backend)
     assert distance(dense(opposite, "x"), 0 * delta, size) < 1e-6
 
 
 def test_adapters_of_the_same_name_are_told_apart():
     (adapter,) = adapters({"x": CASES["one adapter"]})
     names = ("adapter-0", "adapter-0", "adapter-0 (2)")
-    report = dm.merge([dataclasses.replace(adapter, name=name) for name in names]).report
+    report = at_one([dataclasses.replace(adapter, name=name) for name in names]).report
     assert len(set(report.adapters)) == 3
     assert tuple(report["x"].magnitudes) == report.adapters
 
@@ -307,7 +307,7 @@ def test_the_order_of_the_adapters_does_not_matter(method, backend):
     names = ("odd d", "d below R", "mixed sizes")
     loaded = adapters({name: CASES[name] for name in names})
     results = [
-        dm.merge(
+        at_one(
             [loaded[i] for i in order],
             method,
             weights=[WEIGHTS[i] for i in order],
@@ -329,8 +329,8 @@ def test_the_order_of_the_adapters_does_not_matter(method, backend):
 def test_low_precision_factors_are_merged_in_float32_and_rounded_once(dtype, method, backend):
     cases = {"x": CASES["odd d"]}
     loaded = adapters(cases, dtype)
-    single = dm.merge(loaded, method, backend=backend, dtype="float32")
-    low = dm.merge(loaded, method, backend=backend)
+    single = at_one(loaded, method, backend=backend, dtype="float32")
+    low = at_one(loaded, method, backend=backend)
     assert {x.dtype for x in single.factors("x")} == {torch.float32}
     assert {x.dtype for x in low.factors("x")} == {dtype}
     exact = dense(single, "x")
@@ -343,9 +343,9 @@ def test_a_result_with_a_side_beyond_its_dtype_is_shared_between_both():
     """Small directions with large magnitudes: A alone is beyond the range of float16."""
     loaded = adapters({"x": CASES["mixed sizes"]}, torch.float16)
     for backend in AVAILABLE:
-        wide = dm.merge(loaded, orthogonalize=False, backend=backend, dtype="float32")
+        wide = at_one(loaded, orthogonalize=False, backend=backend, dtype="float32")
         assert max(float(x.abs().max()) for x in wide.factors("x")) > torch.finfo(torch.half).max
-        narrow = dm.merge(loaded, orthogonalize=False, backend=backend)
+        narrow = at_one(loaded, orthogonalize=False, backend=backend)
         assert {x.dtype for x in narrow.factors("x")} == {torch.float16}
         assert distance(dense(narrow, "x"), dense(wide, "x")) < 2e-3
 
@@ -354,7 +354,7 @@ def test_factors_of_different_dtypes_are_merged_to_float32():
     case = CASES["odd d"]
     mixed = [adapters({"x": case}, dtype)[i] for i, dtype in enumerate(DTYPES)]
     for backend in AVAILABLE:
-        merged = dm.merge(mixed, "linear", backend=backend)
+        merged = at_one(mixed, "linear", backend=backend)
         rounded = [
             s * b.to(t).double() @ a.to(t).double()
             for a, b, s, t in zip(case.a, case.b, case.scalings, DTYPES, strict=True)
@@ -372,7 +372,7 @@ def test_factors_of_different_dtypes_are_merged_to_float32():
 def test_the_report_of_do_tells_what_the_descent_did(sides, decouple, backend):
     cases = {name: CASES[name] for name in ("odd d", "d below R", "duplicated")}
     rule = {"steps": 3, "tol": 0.0}
-    merged = dm.merge(adapters(cases), sides=sides, decouple=decouple, backend=backend, **rule)
+    merged = at_one(adapters(cases), sides=sides, decouple=decouple, backend=backend, **rule)
     for name, case in cases.items():
         report = merged.report[name]
         a, stats = reference.descend([x.double() for x in case.a], **rule)
@@ -394,7 +394,7 @@ def test_the_report_of_do_tells_what_the_descent_did(sides, decouple, backend):
 @every_backend
 def test_the_report_of_linear(backend):
     case = CASES["zero factors"]
-    merged = dm.merge(adapters({"x": case}), "linear", weights=[3, 1, 1, -1], backend=backend)
+    merged = at_one(adapters({"x": case}), "linear", weights=[3, 1, 1, -1], backend=backend)
     report = merged.report["x"]
     sizes = {f"adapter-{i}": float(delta.norm()) for i, delta in enumerate(case.deltas())}
     assert report.magnitudes == pytest.approx(sizes, rel=1e-5)
@@ -404,7 +404,7 @@ def test_the_report_of_linear(backend):
 
 
 def test_the_report_tells_the_recipe():
-    merged = dm.merge(
+    merged = at_one(
         adapters({"x": CASES["odd d"]}),
         weights=WEIGHTS,
         scale=0.7,
@@ -445,7 +445,7 @@ def test_the_report_tells_the_recipe():
 @pytest.mark.parametrize("method", ["do", "ties"])
 def test_progress_counts_one_module_after_the_other(method):
     cases = {f"{k}": CASES["odd d"] for k in range(5)}
-    for call in (functools.partial(dm.merge, method=method), dm.inspect):
+    for call in (functools.partial(at_one, method=method), dm.inspect):
         seen = []
         call(adapters(cases), progress=lambda done, total: seen.append((done, total)))  # noqa: B023
         assert seen == [(k, 5) for k in range(1, 6)]
@@ -455,12 +455,12 @@ def test_progress_counts_one_module_after_the_other(method):
 def test_a_merge_is_stopped_between_modules_that_take_long(method, most, monkeypatch):
     """Though one group holds them all; in how many portions they come changes no bit."""
     cases = {f"{k}": CASES["odd d"] for k in range(3)}
-    whole = dm.merge(adapters(cases), method)
+    whole = at_one(adapters(cases), method)
     monkeypatch.setattr(engine, f"PORTION_{most}", 1)
     calls: list[int] = []
     before = engine._merge
     monkeypatch.setattr(engine, "_merge", lambda *args: calls.append(1) or before(*args))
-    one_by_one = dm.merge(adapters(cases), method)
+    one_by_one = at_one(adapters(cases), method)
     assert len(calls) == 3
     for name in whole.names:
         for x, y in zip(whole.factors(name), one_by_one.factors(name)):
@@ -471,12 +471,12 @@ def test_a_merge_is_stopped_between_modules_that_take_long(method, most, monkeyp
 
     calls.clear()
     with pytest.raises(InterruptedError):
-        dm.merge(adapters(cases), method, progress=stop)
+        at_one(adapters(cases), method, progress=stop)
     assert len(calls) == 1
 
 
 def test_delta_is_the_product_of_the_factors_and_unknown_modules_are_suggested():
-    merged = dm.merge(adapters({"q_proj": CASES["odd d"], "v_proj": CASES["shared A"]}))
+    merged = at_one(adapters({"q_proj": CASES["odd d"], "v_proj": CASES["shared A"]}))
     a, b = merged.factors("q_proj")
     assert_close(merged.delta("q_proj"), b @ a)
     with pytest.raises(dm.OptionError, match="'q_prj'; did you mean 'q_proj'"):
@@ -488,7 +488,7 @@ def test_truncation_keeps_an_adapter_whose_size_sits_in_one_factor(backend):
     torch.manual_seed(0)
     factors = [(torch.randn(2, 20) * size, torch.randn(24, 2) / size) for size in (1e-3, 1e4)]
     loaded = [from_tensors({"x": pair}) for pair in factors]
-    merged = dm.merge(loaded, "linear", energy=1.0, backend=backend)
+    merged = at_one(loaded, "linear", energy=1.0, backend=backend)
     expected = sum(b.double() @ a.double() for a, b in factors)
     assert distance(dense(merged, "x"), expected) < 1e-5
     assert merged.report["x"].rank == 4
@@ -498,7 +498,7 @@ def test_the_summary_describes_shared_modules_only():
     case = CASES["odd d"]
     loaded = adapters({"x": case, "y": case})
     alone = from_tensors({"y": loaded[1].factors("y")})
-    merged = dm.merge([loaded[0], alone], backend="torch")
+    merged = at_one([loaded[0], alone], backend="torch")
     steps = merged.report["y"].a.steps
     assert merged.report["x"].a.steps == 0 < steps
     assert f"{steps} steps (median)" in dict(merged.report.summary())["orthogonalized A sides"]
@@ -506,4 +506,4 @@ def test_the_summary_describes_shared_modules_only():
 
 def test_what_is_no_adapter_is_refused():
     with pytest.raises(dm.OptionError, match=r"a Linear is not an adapter; .*from_model"):
-        dm.merge([torch.nn.Linear(2, 2)])
+        at_one([torch.nn.Linear(2, 2)])

@@ -16,7 +16,7 @@ import torch
 from support.close import distance
 from support.files import state, unchanged
 from support.make import random_factors, write_adapter
-from support.merges import adapters, dense
+from support.merges import adapters, at_one, dense
 from support.processes import forked
 from support.shapes import CASES, Case, random_case
 from torch import Tensor
@@ -108,7 +108,7 @@ def test_the_method_is_its_dense_definition(name, alpha):
     full = CASES[name]
     case = Case(full.a[:MOST], full.b[:MOST], full.scalings[:MOST])
     loaded = adapters({"x": case})
-    merged = dm.merge(loaded, "opcm", weights=case.weights, scale=-0.3, alpha=alpha)
+    merged = at_one(loaded, "opcm", weights=case.weights, scale=-0.3, alpha=alpha)
     expected = at_once(tasks({"x": case}, case.weights), alpha)["x"]
     assert distance(dense(merged, "x"), -0.3 * expected) < 1e-5
 
@@ -117,7 +117,7 @@ def test_the_method_is_its_dense_definition(name, alpha):
 def test_a_whole_model_is_rescaled_by_one_number(count, monkeypatch):
     monkeypatch.setattr(engine, "GROUP_BYTES", 1)
     loaded, updates = models(count)
-    merged = dm.merge(loaded, "opcm")
+    merged = at_one(loaded, "opcm")
     check(merged, at_once(updates, 0.5))
     norm = size({name: dense(merged, name) for name in merged.names})
     assert norm == pytest.approx(sum(map(size, updates)) / count, rel=1e-5)
@@ -127,20 +127,20 @@ def test_modules_of_any_shapes_merge_together():
     cases = {f"{n}x{m}": random_case((3, 5, 2), n, m, n) for n, m in ((61, 33), (40, 50), (7, 5))}
     cases |= {name: CASES[name] for name in ("odd d", "duplicated", "shared A", "mixed sizes")}
     weights = [1.0, -0.5, 2.0]
-    merged = dm.merge(adapters(cases), "opcm", weights=weights)
+    merged = at_one(adapters(cases), "opcm", weights=weights)
     check(merged, at_once(tasks(cases, weights), 0.5))
     assert merged.report["7x5"].rank == 5
 
 
 def test_one_adapter_comes_back_with_its_weight():
     case = CASES["one adapter"]
-    merged = dm.merge(adapters({"x": case}), "opcm", weights=[-3])
+    merged = at_one(adapters({"x": case}), "opcm", weights=[-3])
     assert distance(dense(merged, "x"), -3 * case.deltas()[0]) < 1e-6
 
 
 def test_the_order_decides_what_gives_way():
     loaded = adapters({"x": CASES["odd d"]})
-    forth, back = (dense(dm.merge(order, "opcm"), "x") for order in (loaded, loaded[::-1]))
+    forth, back = (dense(at_one(order, "opcm"), "x") for order in (loaded, loaded[::-1]))
     assert distance(forth, back) > 0.05
 
 
@@ -148,7 +148,7 @@ def test_nothing_of_the_merge_s_own_directions_is_added():
     """The same adapter twice is closed by the diagonal alone, whatever its size."""
     case = CASES["one adapter"]
     loaded = adapters({"x": case})
-    merged = dm.merge([*loaded, *loaded], "opcm", weights=[1, 3], alpha=0)
+    merged = at_one([*loaded, *loaded], "opcm", weights=[1, 3], alpha=0)
     assert distance(dense(merged, "x"), 2 * case.deltas()[0]) < 1e-6
 
 
@@ -156,14 +156,14 @@ def test_how_an_update_is_split_into_factors_does_not_matter():
     case = CASES["usual"]
     split = Case([a / (i + 1) for i, a in enumerate(case.a)], [], case.scalings)
     split.b.extend((i + 1) * b for i, b in enumerate(case.b))
-    expected, result = (dense(dm.merge(adapters({"x": c}), "opcm"), "x") for c in (case, split))
+    expected, result = (dense(at_one(adapters({"x": c}), "opcm"), "x") for c in (case, split))
     assert distance(result, expected) < 1e-5
 
 
 def test_an_adapter_without_updates_only_lowers_the_mean():
     case = random_case((3, 2), 20, 12)
     case.a[1].zero_()
-    merged = dm.merge(adapters({"x": case}), "opcm")
+    merged = at_one(adapters({"x": case}), "opcm")
     assert distance(dense(merged, "x"), case.deltas()[0] / 2) < 1e-6
 
 
@@ -185,7 +185,7 @@ def test_eight_added_one_by_one_are_eight_at_once(alpha, resume, tmp_path, monke
     monkeypatch.setattr(engine, "GROUP_BYTES", 1)
     loaded, updates = models(8)
     growing = added(tmp_path / "state", loaded, resume, alpha=alpha)
-    expected = dm.merge(loaded, "opcm", alpha=alpha)
+    expected = at_one(loaded, "opcm", alpha=alpha)
     check(growing.merged(), {name: dense(expected, name) for name in expected.names})
     check(growing.merged(scale=-2), {n: -2 * x for n, x in at_once(updates, alpha).items()})
     steps = growing.state.steps
@@ -265,7 +265,7 @@ def test_it_is_written_as_peft_writes(tmp_path):
     carried = {"score.weight": torch.randn(3, 4)}
     inputs = folders(tmp_path, carried=carried, modules_to_save=["score"], task_type="SEQ_CLS")
     growing = added(tmp_path / "state", inputs, True)
-    expected = dm.merge(inputs, "opcm", output=tmp_path / "expected")
+    expected = at_one(inputs, "opcm", output=tmp_path / "expected")
     growing.save(tmp_path / "out")
     with pytest.raises(OutputError, match="exists already"):
         growing.save(tmp_path / "out")
@@ -307,7 +307,7 @@ def test_embeddings_and_convolutions(tmp_path):
     ]
     growing = added(tmp_path / "state", loaded, True)
     growing.save(tmp_path / "out")
-    expected = dm.merge(loaded, "opcm")
+    expected = at_one(loaded, "opcm")
     found = dm.load(tmp_path / "out")
     assert [module.kind for module in found.modules.values()] == ["conv2d", "embedding"]
     assert found.modules["conv"].a_shape[1:] == (4, 3, 3)

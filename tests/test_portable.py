@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from support.close import distance
 from support.make import PREFIX, Factors, random_factors, write_adapter
+from support.merges import at_one
 from torch import Tensor
 
 import domerge_fast as dm
@@ -103,7 +104,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("make", [uneven, mixed])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_all_readers_give_a_module_one_update(options, make, tmp_path):
-    merged = dm.merge(make(tmp_path), output=tmp_path / "out", **OPTIONS[options])
+    merged = at_one(make(tmp_path), output=tmp_path / "out", **OPTIONS[options])
     config = config_of(tmp_path / "out")
     assert {len(a) for a, _ in stored(tmp_path / "out").values()} == {config["r"]}
     assert config["lora_alpha"] == config["r"]
@@ -127,21 +128,21 @@ def test_the_rank_is_the_largest_that_a_module_needs(tmp_path):
         ({"method": "ties", "rank": 1000}, 26),
         ({"method": "breadcrumbs"}, 5),
     ):
-        merged = dm.merge(adapters, output=tmp_path / "out", overwrite=True, **options)
+        merged = at_one(adapters, output=tmp_path / "out", overwrite=True, **options)
         assert config_of(tmp_path / "out")["r"] == rank, options
-        in_memory = dm.merge(adapters, **options)
+        in_memory = at_one(adapters, **options)
         for name in merged.names:
             assert len(in_memory.factors(name)[0]) == in_memory.report[name].rank
             assert all(map(torch.equal, in_memory.factors(name), merged.factors(name)))
     assert in_memory.report["layers.0.down"].rank == 5
-    exact = dm.merge(adapters, "linear")
+    exact = at_one(adapters, "linear")
     assert [exact.report[name].rank for name in sorted(SHAPES)] == [3, 8, 8]
 
 
 @pytest.mark.parametrize("given", [{"ragged": True}, {"energy": 0.8}], ids=str)
 def test_ragged_adapters_have_own_ranks_and_the_largest_is_stated(given, tmp_path):
     adapters = uneven(tmp_path)
-    merged = dm.merge(adapters, "linear", output=tmp_path / "out", **given)
+    merged = at_one(adapters, "linear", output=tmp_path / "out", **given)
     ranks = {name: report.rank for name, report in merged.report.modules.items()}
     assert len(set(ranks.values())) > 1
     assert {name: len(a) for name, (a, _) in stored(tmp_path / "out").items()} == ranks
@@ -152,7 +153,7 @@ def test_ragged_adapters_have_own_ranks_and_the_largest_is_stated(given, tmp_pat
         assert torch.equal(update, merged.delta(name))
     assert merged.report.options["ragged"] is True
     assert any("(ragged)" in note for note in merged.report.notes)
-    dm.merge(adapters, "linear", **given).save(tmp_path / "saved")
+    at_one(adapters, "linear", **given).save(tmp_path / "saved")
     assert config_of(tmp_path / "saved") == config
 
 
@@ -161,13 +162,13 @@ def test_a_merge_of_padded_adapters_is_that_of_ragged_ones(method, tmp_path):
     adapters = uneven(tmp_path)
     for ragged in (False, True):
         out = tmp_path / str(ragged)
-        dm.merge(adapters, "linear", output=out, ragged=ragged)
+        at_one(adapters, "linear", output=out, ragged=ragged)
     third = tmp_path / "c"
     ranks = {"layers.0.q": 8, "layers.0.down": 3, "layers.1.q": 8}
     parts = {name: random_factors({name: SHAPES[name]}, rank) for name, rank in ranks.items()}
     third_factors = {name: part[name] for name, part in parts.items()}
     write_adapter(third, third_factors, r=8, lora_alpha=8, rank_pattern={"down": 3})
-    padded, own = (dm.merge([tmp_path / str(r), third], method) for r in (False, True))
+    padded, own = (at_one([tmp_path / str(r), third], method) for r in (False, True))
     for name in own.names:
         assert all(map(torch.equal, padded.factors(name), own.factors(name)))
 
@@ -183,8 +184,8 @@ def test_a_module_has_no_more_rows_than_its_update_can_have_rank(method, tmp_pat
         for k, name in enumerate("ab")
     ]
     options = {"clusters": 18} if method == "lego" else {}
-    wide = dm.merge(adapters, method, form="deltas", **options)
-    merged = dm.merge(adapters, method, output=tmp_path / "out", **options)
+    wide = at_one(adapters, method, form="deltas", **options)
+    merged = at_one(adapters, method, output=tmp_path / "out", **options)
     assert {n: r.rank for n, r in merged.report.modules.items()} == {
         "flat": 12,
         "large": 18,
@@ -194,7 +195,7 @@ def test_a_module_has_no_more_rows_than_its_update_can_have_rank(method, tmp_pat
     assert not any(label == "energy kept" for label, _ in merged.report.summary())
     for name in merged.names:
         assert distance(merged.delta(name).double(), wide.delta(name).double()) < 1e-6
-    low = dm.merge(adapters, method, dtype="bfloat16", **options)
+    low = at_one(adapters, method, dtype="bfloat16", **options)
     for name in low.names:
         assert {x.dtype for x in low.factors(name)} == {torch.bfloat16}
         assert distance(low.delta(name).double(), wide.delta(name).double()) < 2**-7
@@ -207,7 +208,7 @@ def test_a_rank_beyond_the_adapters_leaves_room_for_the_header(tmp_path):
         write_adapter(tmp_path / name, random_factors(shapes, 2, seed=k))
         for k, name in enumerate("ab")
     ]
-    merged = dm.merge(adapters, "ties", rank=128, output=tmp_path / "out")
+    merged = at_one(adapters, "ties", rank=128, output=tmp_path / "out")
     found = stored(tmp_path / "out")
     assert {len(a) for a, _ in found.values()} == {128}
     for name in merged.names:
@@ -221,7 +222,7 @@ def test_target_modules_is_a_list_unless_an_outermost_module_ends_anothers_name(
     names = {"lm_head": (9, 8), "layers.0.q": (8, 8)}
     for part, ambiguous in ((names, False), (names | {"draft.lm_head": (9, 8)}, True)):
         factors = random_factors(part, 2)
-        merged = dm.merge([dm.from_tensors(factors)], output=tmp_path / str(ambiguous))
+        merged = at_one([dm.from_tensors(factors)], output=tmp_path / str(ambiguous))
         targets = config_of(tmp_path / str(ambiguous))["target_modules"]
         assert isinstance(targets, str) == ambiguous
         said = [note for note in merged.report.notes if "target_modules" in note]
@@ -234,7 +235,7 @@ def test_adapters_that_share_a_regular_expression_are_written_with_a_list(tmp_pa
         write_adapter(tmp_path / name, random_factors(SHAPES, 2), target_modules=r"layers\..*")
         for name in "ab"
     ]
-    dm.merge(folders, output=tmp_path / "out")
+    at_one(folders, output=tmp_path / "out")
     assert config_of(tmp_path / "out")["target_modules"] == sorted(SHAPES)
 
 
@@ -250,9 +251,9 @@ def test_adapters_that_share_a_regular_expression_are_written_with_a_list(tmp_pa
 )
 def test_the_report_says_which_rank_vllm_has_to_allow(rank, told):
     factors = random_factors({"q": (600, 600)}, rank)
-    merged = dm.merge([dm.from_tensors(factors)], "linear")
+    merged = at_one([dm.from_tensors(factors)], "linear")
     assert merged.report.notes == (next(n for n in merged.report.notes if n.endswith(told)),)
-    assert dm.merge([dm.from_tensors(factors)], "linear", form="deltas").report.notes == ()
+    assert at_one([dm.from_tensors(factors)], "linear", form="deltas").report.notes == ()
 
 
 def test_the_card_and_the_command_say_it_too(tmp_path, capsys):
@@ -278,10 +279,10 @@ def test_the_card_and_the_command_say_it_too(tmp_path, capsys):
 def test_ragged_is_for_adapters(tmp_path):
     adapters = uneven(tmp_path)
     with pytest.raises(dm.OptionError, match="'ragged': 'deltas' has no ranks"):
-        dm.merge(adapters, form="deltas", ragged=True)
+        at_one(adapters, form="deltas", ragged=True)
     with pytest.raises(dm.OptionError, match="'ragged': 1 is not True or False"):
-        dm.merge(adapters, ragged=1)
-    dm.merge(adapters, form="deltas", energy=0.9)
+        at_one(adapters, ragged=1)
+    at_one(adapters, form="deltas", energy=0.9)
 
 
 def test_a_sequential_merge_is_written_with_one_rank(tmp_path):
@@ -312,7 +313,7 @@ def test_an_adapter_of_one_with_patterns_and_rslora_is_made_portable(tmp_path):
         alpha_pattern={"layers.1.q": 3},
     )
     given = dm.load(folder)
-    dm.merge([folder], output=tmp_path / "out")
+    at_one([folder], output=tmp_path / "out")
     for found in updates(tmp_path / "out").values():
         for name, module in given.modules.items():
             a, b = given.factors(name)
@@ -320,7 +321,7 @@ def test_an_adapter_of_one_with_patterns_and_rslora_is_made_portable(tmp_path):
 
 
 def test_a_method_that_breaks_its_word_is_caught(tmp_path):
-    merged = dm.merge(uneven(tmp_path), "linear")
+    merged = at_one(uneven(tmp_path), "linear")
     folder = peft.PeftFolder(tmp_path / "out", merged.target, False)
     with pytest.raises(AssertionError, match="rank 9, more than was planned"), folder:
         folder.add("layers.0.q", torch.zeros(9, 40), torch.zeros(24, 9))

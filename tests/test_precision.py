@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.close import distance
+from support.merges import at_one
 from torch import Tensor
 
 import domerge_fast as dm
@@ -76,7 +77,7 @@ def check(merged: dm.Merged, expected: dm.Merged, size: float, tolerance: float)
 def tried(loaded: list[Adapter], method: str, **options: Any) -> dm.Merged | str:
     """The merge, or the line that refuses it."""
     try:
-        return dm.merge(loaded, method, **options)
+        return at_one(loaded, method, **options)
     except DomergeError as error:
         return str(error)
 
@@ -105,7 +106,7 @@ def places(size: float) -> dict[str, tuple[float, float]]:
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_factors_of_any_size_give_the_same_merge_times_their_size(dtype, method):
     options = ALIKE.get(method, {})
-    expected = dm.merge(adapters(method), method, dtype="float32", **options)
+    expected = at_one(adapters(method), method, dtype="float32", **options)
     refused = []
     for size in SIZES:
         for where, (size_a, size_b) in places(size).items():
@@ -126,9 +127,9 @@ def test_factors_of_any_size_give_the_same_merge_times_their_size(dtype, method)
 @pytest.mark.parametrize("method", [m for m, row in TABLE.items() if not row.dense])
 def test_every_backend_takes_factors_of_any_size(method, backend):
     options = ALIKE.get(method, {}) | {"backend": backend, "dtype": "float32"}
-    expected = dm.merge(adapters(method), method, **options)
+    expected = at_one(adapters(method), method, **options)
     for size_a, size_b in ((1e-24, 1.0), (1.0, 1e30), (1e-15, 1e-15), (1e-12, 1e-12)):
-        merged = dm.merge(adapters(method, size_a, size_b), method, **options)
+        merged = at_one(adapters(method, size_a, size_b), method, **options)
         check(merged, expected, size_a * size_b, 1e-4)
         check_reports(merged, expected, size_a * size_b)
 
@@ -137,18 +138,18 @@ def test_every_backend_takes_factors_of_any_size(method, backend):
 @pytest.mark.parametrize("post", ["subspace_boost", "norm_match"])
 def test_steps_take_factors_of_any_size(pre, post):
     options = {"method": "tsvm", "pre": [pre], "post": [post]}
-    expected = dm.merge(adapters("tsvm"), **options)
+    expected = at_one(adapters("tsvm"), **options)
     for size in (1e-30, 1e24):
         for size_a, size_b in places(size).values():
-            merged = dm.merge(adapters("tsvm", size_a, size_b), **options)
+            merged = at_one(adapters("tsvm", size_a, size_b), **options)
             check(merged, expected, size, 1e-4)
 
 
 @pytest.mark.parametrize("size", [1e-24, 1e24])
 def test_truncation_and_dense_updates_of_any_size(size):
     for options in ({"rank": 2}, {"energy": 0.8}, {"form": "deltas"}):
-        expected = dm.merge(adapters("do"), **options)
-        merged = dm.merge(adapters("do", size), **options)
+        expected = at_one(adapters("do"), **options)
+        merged = at_one(adapters("do", size), **options)
         for name in SHAPES:
             assert distance(merged.delta(name).double() / size, expected.delta(name)) < 1e-4
             kept = expected.report[name].energy_kept
@@ -170,7 +171,7 @@ def test_inspect_tells_the_norms_of_factors_of_any_size():
 
 
 def test_the_objective_is_reported_in_the_factors_own_size():
-    expected, found = dm.merge(adapters("do")), dm.merge(adapters("do", 1e-24, 1e20))
+    expected, found = at_one(adapters("do")), at_one(adapters("do", 1e-24, 1e20))
     for name in SHAPES:
         one, other = found.report[name], expected.report[name]
         for size, side, wanted in ((1e-24, one.a, other.a), (1e20, one.b, other.b)):
@@ -181,8 +182,8 @@ def test_the_objective_is_reported_in_the_factors_own_size():
 def test_more_adapters_than_are_compared(monkeypatch):
     monkeypatch.setattr(engine, "MOST_COMPARED", 2)
     for method in ("do", "linear", "ties"):
-        expected = dm.merge(adapters(method), method)
-        merged = dm.merge(adapters(method, 1e-12, 1e-24), method)
+        expected = at_one(adapters(method), method)
+        merged = at_one(adapters(method, 1e-12, 1e-24), method)
         check(merged, expected, 1e-36, 1e-4)
         for name in SHAPES:
             wanted = expected.report[name].magnitudes
@@ -192,12 +193,12 @@ def test_more_adapters_than_are_compared(monkeypatch):
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_a_product_that_float32_does_not_hold_is_not_given(size):
-    merged = dm.merge(adapters("do", size, size))
+    merged = at_one(adapters("do", size, size))
     assert all(x.isfinite().all() for x in merged.factors("x"))
     with pytest.raises(DomergeError, match=r"^module 'x': the merged update .* float32"):
         merged.delta("x")
     with pytest.raises(DomergeError, match=r"^module 'x': the merged update .* float32"):
-        dm.merge(adapters("do", size, size), form="deltas")
+        at_one(adapters("do", size, size), form="deltas")
 
 
 # Modules and adapters of different sizes
@@ -211,7 +212,7 @@ def test_opcm_weighs_modules_of_different_sizes_as_they_are():
         for x in (first, second)
     ]
     alone = [from_tensors({"x": x.factors("x")}, 0.5) for x in (first, second)]
-    merged, expected = dm.merge(tiny, "opcm"), dm.merge(alone, "opcm")
+    merged, expected = at_one(tiny, "opcm"), at_one(alone, "opcm")
     assert distance(updates(merged)["x"], updates(expected)["x"]) < 1e-6
 
 
@@ -221,10 +222,10 @@ def test_the_largest_entries_of_a_model_are_not_sought_across_such_sizes():
         for a in adapters("ties")
     ]
     with pytest.raises(OptionError, match=r"module 'y' is .* beyond float32; seek .* each tensor"):
-        dm.merge(loaded, "ties", scope="model")
-    dm.merge(loaded, "ties", scope="tensor")
-    alike = dm.merge(adapters("ties", 1e-24), "ties", scope="model")
-    check(alike, dm.merge(adapters("ties"), "ties", scope="model"), 1e-24, 1e-4)
+        at_one(loaded, "ties", scope="model")
+    at_one(loaded, "ties", scope="tensor")
+    alike = at_one(adapters("ties", 1e-24), "ties", scope="model")
+    check(alike, at_one(adapters("ties"), "ties", scope="model"), 1e-24, 1e-4)
 
 
 SPLIT_ALONE = ("lego", "pico", "robust", "core")
@@ -236,11 +237,11 @@ SPLIT_ALONE = ("lego", "pico", "robust", "core")
 def test_one_adapter_may_be_far_smaller_than_the_others(power, method):
     options = {"orthogonalize": False} if method == "do" else {}
     size = 2.0**power
-    equal = dm.merge(adapters(method), method, **options)
-    check(dm.merge(adapters(method, size, 1 / size, only=1), method, **options), equal, 1.0, 1e-4)
+    equal = at_one(adapters(method), method, **options)
+    check(at_one(adapters(method, size, 1 / size, only=1), method, **options), equal, 1.0, 1e-4)
     halves = 2.0 ** (power // 2)
     apart = [
-        dm.merge(adapters(method, *sizes, only=1), method, **options)
+        at_one(adapters(method, *sizes, only=1), method, **options)
         for sizes in ((halves, halves), (size, 1.0), (1.0, size))
     ]
     check(apart[1], apart[0], 1.0, 1e-4)
@@ -253,7 +254,7 @@ def test_one_adapter_may_be_far_smaller_than_the_others(power, method):
 @pytest.mark.parametrize("size", [1e-20, 1e-30])
 def test_do_keeps_the_direction_of_an_adapter_far_smaller_than_the_others(size):
     """Beside the others its length is nothing, but its direction weighs as much as theirs."""
-    pair = dm.merge([adapters("do")[0], *adapters("do", size, only=1)[1:]])
+    pair = at_one([adapters("do")[0], *adapters("do", size, only=1)[1:]])
     b = {f"adapter-{i}": FACTORS[i]["x"] for i in range(3)}
     directions = [y @ x / (y @ x).norm(dim=0) for x, y in b.values()]
     merged = updates(pair)["x"]
@@ -279,21 +280,21 @@ def test_rows_that_meet_zeros_have_no_part_whatever_their_size(method, size):
             factors[name] = a, torch.cat([b, torch.zeros_like(b[:, :1])], 1)
         dead.append(from_tensors(factors, 0.5))
     options = {"dtype": "float32", **rank}
-    expected = dm.merge([first, second], method, **options)
-    check(dm.merge(dead, method, **options), expected, 1.0, 1e-4)
-    merged = dm.merge(dead, method, pre=["canonicalize"], **options)
-    check(merged, dm.merge([first, second], method, pre=["canonicalize"], **options), 1.0, 1e-4)
+    expected = at_one([first, second], method, **options)
+    check(at_one(dead, method, **options), expected, 1.0, 1e-4)
+    merged = at_one(dead, method, pre=["canonicalize"], **options)
+    check(merged, at_one([first, second], method, pre=["canonicalize"], **options), 1.0, 1e-4)
 
 
 def test_a_scaling_beyond_float32_of_zeros_or_of_small_factors():
     (first, second), size = adapters("slerp"), 2.0**-140
     a, b = first.factors("x")
     zero = from_tensors({"x": (a, torch.zeros_like(b))}, 1e39, name="zero")
-    expected = updates(dm.merge([from_tensors({"x": second.factors("x")}, 0.5)], "linear"))["x"]
-    merged = dm.merge([zero, from_tensors({"x": second.factors("x")}, 0.5)], "linear")
+    expected = updates(at_one([from_tensors({"x": second.factors("x")}, 0.5)], "linear"))["x"]
+    merged = at_one([zero, from_tensors({"x": second.factors("x")}, 0.5)], "linear")
     assert distance(updates(merged)["x"], expected) < 1e-6
     large = from_tensors({"x": (a, 2.0**120 * b)}, size)
-    kept = dm.merge([large], "linear")
+    kept = at_one([large], "linear")
     exact = 2.0**-20 * (b.double() @ a.double())
     assert distance(updates(kept)["x"], exact) < 1e-6
 
@@ -304,7 +305,7 @@ def test_half_precision_beside_factors_of_another_size(dtype):
     loaded = adapters("linear", 1e11, 1e-11, only=1)
     a, b = (x.to(dtype) for x in loaded[0].factors("x"))
     loaded[0] = from_tensors({"x": (a, b)}, name="half")
-    found = updates(dm.merge(loaded, "svd", rank=9))["x"]
+    found = updates(at_one(loaded, "svd", rank=9))["x"]
     parts = [(0.5, loaded[1].factors("x")), (0.5, loaded[2].factors("x")), (1.0, (a, b))]
     expected = sum(s * y.double() @ x.double() for s, (x, y) in parts)
     assert distance(found, expected) < 1e-4
@@ -314,7 +315,7 @@ def test_zeros_beside_what_is_far_apart_stay_zeros():
     loaded = [*adapters("do", 1e-26, only=1)]
     a, b = loaded[2].factors("x")
     loaded[2] = from_tensors({"x": (a, torch.zeros_like(b))}, name="zero")
-    merged = dm.merge(loaded)
+    merged = at_one(loaded)
     assert all(x.isfinite().all() for x in merged.factors("x"))
     assert merged.report["x"].magnitudes["zero"] == 0
 
@@ -323,7 +324,7 @@ def test_zeros_beside_what_is_far_apart_stay_zeros():
 def test_adapters_beyond_what_float32_holds_together_are_refused(method):
     for sizes in ((1e-35, 1.0), (1.0, 1e-35), (1e-20, 1e-20)):
         with pytest.raises(AdapterError) as caught:
-            dm.merge(adapters(method, *sizes, only=1), method)
+            at_one(adapters(method, *sizes, only=1), method)
         assert str(caught.value).startswith("adapter 'adapter-1', module 'x': its ")
         assert "smaller than the module's largest" in str(caught.value)
 
@@ -349,8 +350,8 @@ def test_ratios_of_weights_count_whatever_their_size(method, options, weight):
     loaded = adapters(method)
     ratios = [1.0, 0.5, 0.25][: len(loaded)]
     sign = math.copysign(1.0, weight)
-    expected = dm.merge(loaded, method, weights=[sign * r for r in ratios], **options)
-    merged = dm.merge(loaded, method, weights=[weight * r for r in ratios], **options)
+    expected = at_one(loaded, method, weights=[sign * r for r in ratios], **options)
+    merged = at_one(loaded, method, weights=[weight * r for r in ratios], **options)
     check(merged, expected, 1.0, 1e-4)
 
 
@@ -359,37 +360,37 @@ def test_weights_that_count_as_they_are(method):
     """`lego` clusters B times its weights: only A's that small keep the clusters."""
     if method == "lego":
         return
-    expected = dm.merge(adapters(method), method)
+    expected = at_one(adapters(method), method)
     for weight in (1e-36, 1e36):
-        merged = dm.merge(adapters(method), method, weights=[weight] * 3)
+        merged = at_one(adapters(method), method, weights=[weight] * 3)
         check(merged, expected, weight, 1e-4)
     for weight in (1e308, 1e-320):
         with pytest.raises(OptionError, match=r"'weights': .* is beyond what float32 factors hold"):
-            dm.merge(adapters(method), method, weights=[weight, 0.0, weight])
+            at_one(adapters(method), method, weights=[weight, 0.0, weight])
 
 
 def test_weights_that_cancel_do_so_whatever_their_size():
     for weight in (1.0, 1e308, 1e-320):
         with pytest.raises(OptionError, match="add up to zero"):
-            dm.merge(adapters("slerp"), "slerp", weights=[weight, -weight])
+            at_one(adapters("slerp"), "slerp", weights=[weight, -weight])
 
 
 @every_method
 def test_lambda_of_any_size(method):
-    expected = dm.merge(adapters(method), method)
+    expected = at_one(adapters(method), method)
     for scale in (1e-60, 1e-30, -1e-12, 1e12, 1e60):
-        check(dm.merge(adapters(method), method, scale=scale), expected, scale, 1e-4)
+        check(at_one(adapters(method), method, scale=scale), expected, scale, 1e-4)
     for scale in (1e-200, 1e200):
         with pytest.raises(DomergeError, match=r"^module 'x': the merged update .* float32"):
-            dm.merge(adapters(method), method, scale=scale)
+            at_one(adapters(method), method, scale=scale)
 
 
 @pytest.mark.parametrize("method", ["do", "linear", "tsvm", "ties", "robust"])
 def test_scalings_of_any_size(method):
-    expected = dm.merge(adapters(method), method)
+    expected = at_one(adapters(method), method)
     for size in (1e-50, 1e-30, 1e30, 1e50):
-        check(dm.merge(adapters(method, scaling=0.5 * size), method), expected, size, 1e-4)
-        kept = dm.merge(adapters(method, size_b=1 / math.sqrt(size), scaling=0.5 * size), method)
+        check(at_one(adapters(method, scaling=0.5 * size), method), expected, size, 1e-4)
+        kept = at_one(adapters(method, size_b=1 / math.sqrt(size), scaling=0.5 * size), method)
         check(kept, expected, math.sqrt(size), 1e-4)
 
 
@@ -399,8 +400,8 @@ def test_scalings_of_any_size(method):
 @pytest.mark.parametrize("method", ["do", "linear", "svd", "ties", "lego", "robust"])
 def test_float16_shares_a_small_scale_between_both_sides(method):
     loaded = adapters(method, 1.0, 1e-2)
-    exact = dm.merge(loaded, method, scale=1e-5, dtype="float32")
-    merged = dm.merge(loaded, method, scale=1e-5, dtype="float16")
+    exact = at_one(loaded, method, scale=1e-5, dtype="float32")
+    merged = at_one(loaded, method, scale=1e-5, dtype="float16")
     assert {x.dtype for name in SHAPES for x in merged.factors(name)} == {torch.float16}
     check(merged, exact, 1.0, 2e-3)
 
@@ -410,24 +411,24 @@ def test_float16_shares_row_by_row():
     a, b = FACTORS[0]["x"], FACTORS[1]["x"]
     factors = torch.cat([1e5 * a[0], b[0]]).float(), torch.cat([1e-9 * a[1], 1e-4 * b[1]], 1)
     given = from_tensors({"x": (factors[0], factors[1].float())})
-    exact = dm.merge([given], "linear", dtype="float32")
-    check(dm.merge([given], "linear", dtype="float16"), exact, 1.0, 2e-3)
+    exact = at_one([given], "linear", dtype="float32")
+    check(at_one([given], "linear", dtype="float16"), exact, 1.0, 2e-3)
 
 
 def test_in_range_nothing_is_shared():
     """What float16 holds as it is, is the rounded result, to the bit."""
     loaded = adapters("linear", 1.0, 1e-2)
-    wide = dm.merge(loaded, "linear", dtype="float32", scale=0.1)
+    wide = at_one(loaded, "linear", dtype="float32", scale=0.1)
     for dtype in ("float16", "bfloat16"):
-        narrow = dm.merge(loaded, "linear", dtype=dtype, scale=0.1)
+        narrow = at_one(loaded, "linear", dtype=dtype, scale=0.1)
         for name in SHAPES:
             pairs = zip(narrow.factors(name), wide.factors(name), strict=True)
             assert all(torch.equal(x, y.to(x.dtype)) for x, y in pairs)
 
 
 def test_powers_of_two_change_no_digit():
-    expected = dm.merge(adapters("linear"), "linear")
-    merged = dm.merge(adapters("linear", 2.0**-90, 2.0**70), "linear")
+    expected = at_one(adapters("linear"), "linear")
+    merged = at_one(adapters("linear", 2.0**-90, 2.0**70), "linear")
     for name in SHAPES:
         a, b = merged.factors(name)
         wanted = expected.factors(name)

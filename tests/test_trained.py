@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import on_device as ops
+from support.merges import at_one
 from support.on_device import FAST
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def test_the_adapters_are_uneven_and_badly_conditioned():
 
 @every_backend
 def test_do(backend):
-    merged = dm.merge(FOLDERS, dtype="float32", backend=backend, **TO_THE_END)
+    merged = at_one(FOLDERS, dtype="float32", backend=backend, **TO_THE_END)
     for name in MODULES:
         assert distance(merged, name, oracle(name)) < 1e-4
 
@@ -103,14 +104,14 @@ def test_do(backend):
 )
 def test_do_with_options(options, backend):
     name = MODULES[1]
-    merged = dm.merge(only(name), dtype="float32", backend=backend, renormalize=True, **options)
+    merged = at_one(only(name), dtype="float32", backend=backend, renormalize=True, **options)
     expected = reference.do_merging(*factors(name), OMEGA, renormalize=True, **options)
     assert distance(merged, name, expected) < 1e-4
 
 
 @every_backend
 def test_linear(backend):
-    merged = dm.merge(FOLDERS, "linear", weights=OMEGA, dtype="float32", backend=backend)
+    merged = at_one(FOLDERS, "linear", weights=OMEGA, dtype="float32", backend=backend)
     for name in MODULES:
         assert distance(merged, name, mean(name)) < 1e-6
 
@@ -118,7 +119,7 @@ def test_linear(backend):
 @every_backend
 @every_module
 def test_svd(name, backend):
-    merged = dm.merge(only(name), "svd", weights=OMEGA, dtype="float32", backend=backend)
+    merged = at_one(only(name), "svd", weights=OMEGA, dtype="float32", backend=backend)
     u, s, vh = torch.linalg.svd(mean(name), full_matrices=False)
     assert distance(merged, name, u[:, :8] * s[:8] @ vh[:8]) < 1e-5
     kept = float(s[:8].square().sum() / s.square().sum())
@@ -127,7 +128,7 @@ def test_svd(name, backend):
 
 @every_backend
 def test_rounding_to_bfloat16_is_all_that_a_merge_in_bfloat16_adds(backend):
-    merged = dm.merge(FOLDERS, backend=backend, **TO_THE_END)
+    merged = at_one(FOLDERS, backend=backend, **TO_THE_END)
     for name in MODULES:
         assert {x.dtype for x in merged.factors(name)} == {torch.bfloat16}
         assert distance(merged, name, oracle(name)) < torch.finfo(torch.bfloat16).eps
@@ -156,10 +157,10 @@ def test_the_descent_reaches_the_optimum_of_the_oracle(name, backend):
 @every_backend
 @every_module
 def test_the_cut_of_a_merge_is_the_svd_of_the_whole(name, backend):
-    whole = dm.merge(only(name), dtype="float32", backend=backend)
+    whole = at_one(only(name), dtype="float32", backend=backend)
     a, b = whole.factors(name)
     values = torch.linalg.svdvals(b.double() @ a.double())
-    cut = dm.merge(only(name), dtype="float32", rank=10**6, backend=backend)
+    cut = at_one(only(name), dtype="float32", rank=10**6, backend=backend)
     assert distance(cut, name, b.double() @ a.double()) < 1e-5
     (pair,), (kept,) = ops.truncate([(a, b)], rank=5, backend=backend)
     u, s, vh = torch.linalg.svd(b.double() @ a.double(), full_matrices=False)
@@ -208,6 +209,6 @@ def test_triton_in_the_interpreter():
 
 if __name__ == "__main__":
     module, rule = MODULES[0], {"steps": 1, "tol": 0.0}
-    by_triton = dm.merge(only(module)[:2], dtype="float32", backend="triton", **rule)
+    by_triton = at_one(only(module)[:2], dtype="float32", backend="triton", **rule)
     a, b = factors(module)
     print(distance(by_triton, module, reference.do_merging(a[:2], b[:2], [0.5, 0.5], **rule)))

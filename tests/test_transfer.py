@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.make import write_adapter
+from support.merges import at_one
 from support.shapes import CASES
 
 import domerge_fast as dm
@@ -72,7 +73,7 @@ def test_a_module_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(OptionError, match=r"'layer.0' alone takes .* are allowed; allow more"):
         groups(plan, plan.device_bytes("layer.0", torch.float32) - 1)
     with pytest.raises(OptionError, match="max_device_memory"):
-        dm.merge(plan.adapters, max_device_memory="1KiB", output=tmp_path / "out")
+        at_one(plan.adapters, max_device_memory="1KiB", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -88,7 +89,7 @@ def test_the_size_of_groups_does_not_change_the_result(tmp_path):
             for i in range(5)
         }
         paths.append(write_adapter(tmp_path / name, factors))
-    whole, small = (dm.merge(paths, max_device_memory=s) for s in (None, "16 KiB"))
+    whole, small = (at_one(paths, max_device_memory=s) for s in (None, "16 KiB"))
     for name in whole.names:
         assert all(map(torch.equal, whole.factors(name), small.factors(name)))
 

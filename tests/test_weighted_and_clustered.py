@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.close import assert_close, distance
-from support.merges import adapters, dense, merge_all
+from support.merges import adapters, at_one, dense, merge_all
 from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
@@ -217,7 +217,7 @@ def lego_merge(
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (1.0, 3.0), (-0.5, 2.0), (0.25, -1.0)], ids=str)
 def test_slerp_is_its_dense_definition(weights):
-    merged = dm.merge(adapters(PAIRS), "slerp", weights=weights, scale=-0.3, backend="torch")
+    merged = at_one(adapters(PAIRS), "slerp", weights=weights, scale=-0.3, backend="torch")
     for name, case in PAIRS.items():
         expected = -0.3 * slerp(case.deltas(), weights)
         assert_close(dense(merged, name), expected, 1e-5, name=name)
@@ -257,7 +257,7 @@ def test_modules_of_any_shapes_and_backends_merge_together(method, backend):
     definition = {"slerp": slerp, "multislerp": multislerp}.get(method)
     cases = {name: source[name] for name in ("odd d", "d below R", "shared A", "mixed sizes")}
     weights = [1, -0.5, 2][: len(cases["odd d"].a)]
-    merged = dm.merge(adapters(cases), method, weights=weights, backend=backend)
+    merged = at_one(adapters(cases), method, weights=weights, backend=backend)
     for name, case in cases.items():
         expected = definition(case.deltas(), weights) if definition else robust(case, weights)
         assert distance(dense(merged, name), expected) < 1e-5, name
@@ -269,7 +269,7 @@ def test_lego_on_modules_of_any_shapes_and_backends(options, backend):
     """Some of the same ranks in one batch, some not."""
     cases = {f"{n}x{m}": random_case((3, 5, 2), n, m, n) for n, m in ((61, 33), (40, 50), (7, 5))}
     cases |= {name: CASES[name] for name in ("odd d", "d below R", "duplicated", "mixed sizes")}
-    merged = dm.merge(adapters(cases), "lego", weights=[1, -0.5, 2], backend=backend, **options)
+    merged = at_one(adapters(cases), "lego", weights=[1, -0.5, 2], backend=backend, **options)
     for name, case in cases.items():
         expected, rank = lego_merge(case, case.weights, **options)
         assert distance(dense(merged, name), expected) < 1e-5, name
@@ -281,8 +281,8 @@ def test_lego_on_modules_of_any_shapes_and_backends(options, backend):
 def test_low_precision_factors_are_merged_in_float32(method, dtype):
     case = pick(EQUAL["odd d"], 0, 1)
     rounded = Case([a.to(dtype) for a in case.a], [b.to(dtype) for b in case.b], case.scalings)
-    merged = dm.merge(adapters({"x": rounded}), method, weights=[1, 2], dtype="float32")
-    low = dm.merge(adapters({"x": rounded}), method, weights=[1, 2])
+    merged = at_one(adapters({"x": rounded}), method, weights=[1, 2], dtype="float32")
+    low = at_one(adapters({"x": rounded}), method, weights=[1, 2])
     expected = {
         "slerp": lambda: slerp(rounded.deltas(), [1, 2]),
         "multislerp": lambda: multislerp(rounded.deltas(), [1, 2]),
@@ -308,7 +308,7 @@ def test_slerp_is_mergekits():
         one, other = (delta[None] for delta in case.deltas())
         expected = theirs(torch.tensor([t], dtype=torch.float64), one, other)[0]
         weights = [1 - t, t]
-        merged = dm.merge(adapters({"x": case}), "slerp", weights=weights)
+        merged = at_one(adapters({"x": case}), "slerp", weights=weights)
         assert distance(dense(merged, "x"), expected) < 1e-5
 
 
@@ -321,7 +321,7 @@ def test_multislerp_is_mergekits():
             group = base.TensorGroup.from_tensors(case.deltas())
             given = base.PerInputValues(list(enumerate(weights)))
             expected = theirs.implementation(group, weight=given)
-            merged = dm.merge(adapters({"x": case}), "multislerp", weights=weights)
+            merged = at_one(adapters({"x": case}), "multislerp", weights=weights)
             assert distance(dense(merged, "x"), expected) < 1e-5
 
 
@@ -332,7 +332,7 @@ def test_slerp_starts_at_one_adapter_and_ends_at_the_other():
     case = PAIRS["odd d"]
     one, other = case.deltas()
     for weights, expected in (([1, 0], one), ([0, 2], other), ([1e9, 1], one)):
-        merged = dm.merge(adapters({"x": case}), "slerp", weights=weights)
+        merged = at_one(adapters({"x": case}), "slerp", weights=weights)
         assert distance(dense(merged, "x"), expected) < 1e-6
 
 
@@ -341,7 +341,7 @@ def test_slerp_keeps_the_length_of_updates_that_are_equally_long():
     for b, delta in zip(case.b, case.deltas(), strict=True):
         b /= float(delta.norm())
     for t in (0.2, 0.5, 1.7):
-        merged = dm.merge(adapters({"x": case}), "slerp", weights=[1 - t, t])
+        merged = at_one(adapters({"x": case}), "slerp", weights=[1 - t, t])
         assert float(dense(merged, "x").norm()) == pytest.approx(1, abs=1e-6)
 
 
@@ -351,7 +351,7 @@ def test_slerp_is_linear_above_its_threshold(cosine, linear):
     a = torch.eye(2)[:1]
     b = torch.tensor([[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]])
     pair = [from_tensors({"x": (a, row[:, None])}) for row in b]
-    merged = dense(dm.merge(pair, "slerp"), "x")
+    merged = dense(at_one(pair, "slerp"), "x")
     assert (distance(merged, (b.T @ torch.ones(2, 1) / 2 @ a).double()) < 1e-6) is linear
 
 
@@ -364,7 +364,7 @@ def test_how_an_update_is_split_into_factors_does_not_matter(method):
         mixer = torch.randn(len(a), len(a), generator=generator, dtype=torch.float64)
         mixed.a.append((mixer @ a.double()).float())
         mixed.b.append((b.double() @ torch.linalg.inv(mixer)).float())
-    expected, result = (dense(dm.merge(adapters({"x": c}), method), "x") for c in (case, mixed))
+    expected, result = (dense(at_one(adapters({"x": c}), method), "x") for c in (case, mixed))
     assert distance(result, expected) < 1e-5
 
 
@@ -376,7 +376,7 @@ def test_factors_whose_product_cancels_are_no_update(method):
     b, c = (torch.rand(1500, 1, generator=generator).mul(2**23).round().div(2**23) for _ in "bc")
     nothing = from_tensors({"x": (torch.cat([a, a, a]), torch.cat([b, c, -(b + c)], 1))})
     case = random_case((3,), 200, 1500)
-    merged = dm.merge([nothing, *adapters({"x": case})], method)
+    merged = at_one([nothing, *adapters({"x": case})], method)
     assert distance(dense(merged, "x"), case.deltas()[0] / 2) < 1e-6
 
 
@@ -384,7 +384,7 @@ def test_slerp_refuses_a_third_adapter():
     with pytest.raises(
         dm.OptionError, match=r"slerp is between two adapters, and 3 have 'x'; use 'multislerp'"
     ):
-        dm.merge(adapters({"x": CASES["odd d"]}), "slerp")
+        at_one(adapters({"x": CASES["odd d"]}), "slerp")
 
 
 def test_slerp_takes_three_adapters_that_meet_two_at_a_time():
@@ -393,7 +393,7 @@ def test_slerp_takes_three_adapters_that_meet_two_at_a_time():
         from_tensors(dict.fromkeys(names, (case.a[i], case.b[i])), case.scalings[i])
         for i, names in enumerate(("xy", "xz", "yz"))
     )
-    merged = dm.merge([first, second, third], "slerp", weights=[1, 2, 4])
+    merged = at_one([first, second, third], "slerp", weights=[1, 2, 4])
     for name, (i, j) in {"x": (0, 1), "y": (0, 2), "z": (1, 2)}.items():
         weights = [2.0**i, 2.0**j]
         expected = slerp([case.deltas()[i], case.deltas()[j]], weights)
@@ -404,14 +404,14 @@ def test_slerp_takes_three_adapters_that_meet_two_at_a_time():
 @pytest.mark.parametrize("weights", [(1, -1), (-0.5, 0.5)])
 def test_weights_that_add_up_to_nothing_are_refused(method, weights):
     with pytest.raises(dm.OptionError, match=r"'weights': .* module 'x' add up to zero; give oth"):
-        dm.merge(adapters({"x": PAIRS["odd d"]}), method, weights=weights)
+        at_one(adapters({"x": PAIRS["odd d"]}), method, weights=weights)
 
 
 @pytest.mark.parametrize("method", ["slerp", "multislerp"])
 def test_only_the_weights_ratio_counts(method):
     loaded = adapters({"x": PAIRS["odd d"]})
     results = [
-        dense(dm.merge(loaded, method, weights=weights), "x")
+        dense(at_one(loaded, method, weights=weights), "x")
         for weights in ((1, 3), (0.1, 0.3), (-2, -6))
     ]
     assert distance(results[1], results[0]) < 1e-6
@@ -425,12 +425,12 @@ def test_multislerp_refuses_three_directions_that_cancel():
     with pytest.raises(
         dm.OptionError, match=r"'weights': the updates of module 'x' cancel out.*; give others, or"
     ):
-        dm.merge([same, same, opposite], "multislerp", weights=[1, 1, 2])
+        at_one([same, same, opposite], "multislerp", weights=[1, 1, 2])
 
 
 def test_multislerp_of_two_opposite_updates_is_linear():
     case = PAIRS["opposite"]
-    merged = dm.merge(adapters({"x": case}), "multislerp")
+    merged = at_one(adapters({"x": case}), "multislerp")
     assert distance(dense(merged, "x"), weighted(case.deltas(), [0.5, 0.5])) < 1e-6
 
 
@@ -442,25 +442,25 @@ def test_robust_refuses_different_ranks():
         dm.DomergeError,
         match=r"^adapter number 2, module 'x': .* 5 is not the 3 of adapter number 1; bring them",
     ):
-        dm.merge(adapters({"x": CASES["odd d"]}), "robust")
+        at_one(adapters({"x": CASES["odd d"]}), "robust")
 
 
 @pytest.mark.parametrize(("density", "problem"), [(-1.0, "small"), (1.5, "large")])
 def test_a_density_that_is_no_share_is_refused(density, problem):
     with pytest.raises(dm.OptionError, match=f"'density': .* is too {problem}; use at"):
-        dm.merge(adapters({"x": EQUAL["odd d"]}), "robust", density=density)
+        at_one(adapters({"x": EQUAL["odd d"]}), "robust", density=density)
 
 
 def test_robust_has_cross_terms_and_depends_on_the_split():
     """Pruned of nothing, it is the product of the sums: as the authors' code adds them."""
     case = EQUAL["odd d"]
-    merged = dense(dm.merge(adapters({"x": case}), "robust", density=1.0), "x")
+    merged = dense(at_one(adapters({"x": case}), "robust", density=1.0), "x")
     a = torch.stack(case.a).sum(0).double()
     b = torch.stack(case.exact_b()).sum(0)
     assert distance(merged, 4 / 3 * b @ a) < 1e-6
     turned = Case([a.flip(0) if i else a for i, a in enumerate(case.a)], [], case.scalings)
     turned.b.extend(b.flip(1) if i else b for i, b in enumerate(case.b))
-    assert distance(dense(dm.merge(adapters({"x": turned}), "robust"), "x"), merged) > 0.1
+    assert distance(dense(at_one(adapters({"x": turned}), "robust"), "x"), merged) > 0.1
 
 
 # lego
@@ -475,7 +475,7 @@ def test_units_that_many_adapters_share_are_found():
         order = torch.randperm(3, generator=generator)
         noisy.a.append(case.a[0][order] + 1e-4 * torch.randn(3, 60, generator=generator))
         noisy.b.append(case.b[0][:, order] + 1e-4 * torch.randn(50, 3, generator=generator))
-    merged = dm.merge(adapters({"x": noisy}), "lego")
+    merged = at_one(adapters({"x": noisy}), "lego")
     assert distance(dense(merged, "x"), case.deltas()[0]) < 1e-3
     assert merged.report["x"].rank == 3
 
@@ -486,12 +486,12 @@ def test_lego_does_not_depend_on_the_order_of_ranks_but_on_their_split():
     moved = Case([a / 10**i for i, a in enumerate(case.a)], [], case.scalings)
     moved.b.extend(10**i * b for i, b in enumerate(case.b))
     usual, other_order, other_split = (
-        dense(dm.merge(adapters({"x": c}), "lego", clusters=4), "x") for c in (case, turned, moved)
+        dense(at_one(adapters({"x": c}), "lego", clusters=4), "x") for c in (case, turned, moved)
     )
     assert distance(other_order, usual) < 1e-6
     assert distance(other_split, usual) > 0.1
     balanced, again = (
-        dense(dm.merge(adapters({"x": c}), "lego", clusters=4, balance=True), "x")
+        dense(at_one(adapters({"x": c}), "lego", clusters=4, balance=True), "x")
         for c in (case, moved)
     )
     assert distance(again, balanced) < 1e-5
@@ -499,15 +499,15 @@ def test_lego_does_not_depend_on_the_order_of_ranks_but_on_their_split():
 
 def test_lego_does_not_depend_on_the_other_modules():
     cases = {name: CASES[name] for name in ("d below R", "duplicated", "mixed sizes", "odd d")}
-    together = dm.merge(adapters(cases), "lego", clusters=4)
+    together = at_one(adapters(cases), "lego", clusters=4)
     for name, case in cases.items():
-        alone = dm.merge(adapters({name: case}), "lego", clusters=4)
+        alone = at_one(adapters({name: case}), "lego", clusters=4)
         assert all(map(torch.equal, alone.factors(name), together.factors(name)))
 
 
 def test_the_seed_decides_where_clusters_start():
     loaded = adapters({"x": CASES["usual"]})
-    results = [dense(dm.merge(loaded, "lego", seed=seed), "x") for seed in (0, 0, 1)]
+    results = [dense(at_one(loaded, "lego", seed=seed), "x") for seed in (0, 0, 1)]
     assert torch.equal(results[0], results[1])
     assert distance(results[2], results[0]) > 1e-3
 
@@ -527,7 +527,7 @@ def test_no_unit_is_closer_to_another_cluster():
 
 def test_fewer_distinct_units_than_clusters_make_fewer_ranks():
     case = pick(CASES["shared A"], 0, 0, 0)
-    merged = dm.merge(adapters({"x": case}), "lego", clusters=7)
+    merged = at_one(adapters({"x": case}), "lego", clusters=7)
     assert merged.report["x"].rank == 4
     assert distance(dense(merged, "x"), math.sqrt(4 / 7) * case.deltas()[0]) < 1e-6
 
@@ -536,7 +536,7 @@ def test_units_that_cancel_leave_nothing():
     case = CASES["one row"]
     a, b = case.a[0], case.b[0]
     pair = [from_tensors({"x": (s * a, s * b)}) for s in (1, -1)]
-    merged = dm.merge(pair, "lego")
+    merged = at_one(pair, "lego")
     assert not dense(merged, "x").any()
     assert merged.report["x"].rank == 1
 
@@ -546,13 +546,13 @@ def test_units_that_cancel_leave_nothing():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_in_nothing_out(method):
-    assert not dense(dm.merge(adapters({"x": EQUAL["all zero"]}), method), "x").any()
+    assert not dense(at_one(adapters({"x": EQUAL["all zero"]}), method), "x").any()
     settings = Settings(1.0, torch.float32, "auto")
     assert TABLE[method].merge([], [], [], TABLE[method].options(), settings) == []
 
 
 def test_multislerp_of_many_that_are_nothing_is_nothing():
-    merged = dm.merge(adapters({"x": pick(CASES["all zero"], 0, 1, 0)}), "multislerp")
+    merged = at_one(adapters({"x": pick(CASES["all zero"], 0, 1, 0)}), "multislerp")
     assert not dense(merged, "x").any()
 
 
@@ -561,7 +561,7 @@ def test_multislerp_of_many_that_are_nothing_is_nothing():
 def test_one_adapter_comes_back(method, backend):
     """With its weight, except where only the weights' ratio counts."""
     case = CASES["one adapter"]
-    merged = dm.merge(adapters({"x": case}), method, weights=[-3], backend=backend)
+    merged = at_one(adapters({"x": case}), method, weights=[-3], backend=backend)
     factor = 1 if method in ("slerp", "multislerp") else -3
     assert distance(dense(merged, "x"), factor * case.deltas()[0]) < 1e-6
     assert merged.report["x"].rank == case.ranks[0]
@@ -579,8 +579,8 @@ TWO_OF_ONE_RANK = {
 def test_the_order_of_the_adapters_does_not_matter(method, backend):
     cases = TWO_OF_ONE_RANK
     loaded = adapters(cases)
-    first = dm.merge(loaded, method, weights=[1, -0.5], backend=backend)
-    second = dm.merge(loaded[::-1], method, weights=[-0.5, 1], backend=backend)
+    first = at_one(loaded, method, weights=[1, -0.5], backend=backend)
+    second = at_one(loaded[::-1], method, weights=[-0.5, 1], backend=backend)
     for name in cases:
         assert distance(dense(second, name), dense(first, name)) < 1e-5
 
@@ -593,9 +593,9 @@ def test_adapters_of_weight_zero_and_missing_modules_are_absent(method, backend)
     extra = from_tensors({"x": loaded[0].factors("x"), "z": loaded[0].factors("x")})
     partial = from_tensors({"y": loaded[1].factors("y")}, case.scalings[1])
     options = {"backend": backend}
-    merged = dm.merge([loaded[0], extra, partial], method, weights=[2, 0, -1], **options)
+    merged = at_one([loaded[0], extra, partial], method, weights=[2, 0, -1], **options)
     assert merged.names == ("x", "y")
-    both = dm.merge(loaded, method, weights=[2, -1], **options)
+    both = at_one(loaded, method, weights=[2, -1], **options)
     assert all(map(torch.equal, merged.factors("y"), both.factors("y")))
     factor = 1 if method == "slerp" else 2
     assert distance(dense(merged, "x"), factor * case.deltas()[0]) < 1e-6
@@ -605,9 +605,9 @@ def test_adapters_of_weight_zero_and_missing_modules_are_absent(method, backend)
 @pytest.mark.parametrize("method", ["slerp", "robust"])
 def test_slerp_and_robust_can_be_cut(method, backend):
     cases = TWO_OF_ONE_RANK
-    exact = dm.merge(adapters(cases), method, backend=backend)
-    by_energy = dm.merge(adapters(cases), method, energy=0.9, backend=backend)
-    by_rank = dm.merge(adapters(cases), method, energy=0.9, rank=1, backend=backend)
+    exact = at_one(adapters(cases), method, backend=backend)
+    by_energy = at_one(adapters(cases), method, energy=0.9, backend=backend)
+    by_rank = at_one(adapters(cases), method, energy=0.9, rank=1, backend=backend)
     for name in cases:
         u, s, vh = torch.linalg.svd(dense(exact, name), full_matrices=False)
         squares = s.square()

@@ -92,7 +92,8 @@ def add_weighted_adapter(
     svd_clamp, svd_full_matrices, svd_driver: refused unless they are PEFT's defaults; nothing here
         takes a dense SVD.
     options: the method's own, and `scale`, `energy`, `pre`, `post`, `whole`, `dtype`, `backend`,
-        `device`, `max_device_memory` and `progress` of `domerge_fast.merge`.
+        `device`, `max_device_memory` and `progress` of `domerge_fast.merge`. scale: as there, but 1
+        by default for the names that are PEFT's too.
 
     Modules have their own ranks: what the model's save_pretrained writes then has patterns, and
     `merge` of that folder alone makes one rank of them.
@@ -126,8 +127,11 @@ def add_weighted_adapter(
         options["majority_sign_method"] = majority_sign_method
     if len(adapters) == len(weights) == 1 and weights[0] != 0:
         factor = check("weights", weights[0], float)
-        options["scale"] = check("scale", options.get("scale", 1.0), float) * factor
+        scale = 1.0 if options.get("scale") in (None, "auto") else options["scale"]
+        options["scale"] = check("scale", scale, float) * factor
         weights = [1.0]
+    elif combination_type in PEFT_TYPES:
+        options.setdefault("scale", 1.0)
     sources = _read(tuner, adapters)
     merged = api.merge(sources, combination_type, weights=weights, rank=svd_rank, **options)
     _add(tuner, adapter_name, merged, sources)

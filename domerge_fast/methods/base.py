@@ -11,18 +11,26 @@ from torch import Tensor
 
 from .. import ops
 from ..plan import Stack
+from ..problem import Problem
 from ..report import SideReport
 
 
 @dataclass(frozen=True)
 class Settings:
     """What every method is given: λ, the dtype of its results, where its ops run, and, for
-    `prepare`, the method that works inside this one."""
+    `prepare`, the method that works inside this one.
+
+    For `Halves`: order, the Schatten norm of the merge that is wanted with what is found; whether
+    it is to be `calibrated` (svc.py), and, for what is made, by which projection.
+    """
 
     scale: float
     dtype: torch.dtype
     backend: str
     inner: Chosen | None = None
+    order: int | None = None
+    calibrated: bool = False
+    projection: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +78,7 @@ def _sized(made: Factors | Dense, power_a: int, power_b: int) -> dict[str, Any]:
 
 
 Merged = Sequence[Factors | Dense]
+Grams = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 Merge = Callable[
     [Sequence[Stack], Sequence[Tensor | None], Sequence[Tensor | None], Any, Settings],
     Merged,
@@ -80,6 +89,37 @@ Merge = Callable[
 The Grams are [R, R] in float32, of the scaled factors, None where `needs_grams(stack, options)` is
 false and nobody else wanted them. options is the method's frozen dataclass.
 """
+
+
+@dataclass(frozen=True)
+class Halves:
+    """A merge in two parts, for what only the whole model tells: what is found from the Grams in
+    R x R matrices, at λ = 1, and the factors that are made of it.
+
+    find(stacks, grams_a, grams_b, options, settings) -> `Found` of every stack; make(stacks, found,
+    options, settings) -> the merge. wide: the Grams that are taken are those of A and of B^T
+    without scalings, in float64; otherwise those that `Merge` takes. calibrates: whether `find`
+    can do what settings.calibrated asks for.
+    """
+
+    find: Callable[..., Sequence[Found]]
+    make: Callable[..., Merged]
+    wide: bool = False
+    calibrates: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What `Halves.find` found of a module. size: the Schatten norm of its merge at λ = 1, where
+    one was wanted. overlaps: <ΔW, τ_i> and ||τ_i||^2 of every adapter, [2, T], where it was
+    calibrated."""
+
+    size: float | None = None
+    overlaps: Tensor | None = None
+
+    def kept(self) -> Found:
+        """What is worth keeping until the whole model is known: what is R x R."""
+        return self
 
 
 def _no_grams(stack: Stack, options: Any) -> bool:
@@ -102,6 +142,9 @@ class Method:
     whether it makes Dense results; None: if its inner method does. inner: the option that names
     another method, which works inside this one; that one's options are given along with these.
     by_ratio(options): whether the result depends on the weights' ratios alone, not on their size.
+    halves: the merge in two parts, where it can be had so. own_scale: whether λ is 1 where none is
+    given, as for a sum or what brings its result to a norm itself; otherwise it is found from the
+    adapters (scaling.py). None: as for its inner method.
     rank(ranks, options): what its factors' rank is at most, for adapters of these ranks.
     prepare(groups, options, settings): for a method that may have to see the whole model first;
     returns the merge to use. cost, source, needs: a few words each, for people who choose.
@@ -118,6 +161,8 @@ class Method:
     by_ratio: Callable[[Any], bool] = _by_size
     rank: Callable[[Sequence[int], Any], int] = _stacked
     prepare: Callable[[Iterable[Sequence[Stack]], Any, Settings], Merge] | None = None
+    halves: Halves | None = None
+    own_scale: bool | None = False
     cost: str = ""
     source: str = ""
     needs: str = ""
@@ -143,6 +188,13 @@ class Chosen:
         return self.method.dense
 
     @property
+    def own_scale(self) -> bool:
+        """Whether λ is 1 where none is given."""
+        if self.method.own_scale is None:
+            return self.inner is not None and self.inner.own_scale
+        return self.method.own_scale
+
+    @property
     def by_ratio(self) -> bool:
         """Whether only the ratios of weights count."""
         inner = self.inner is not None and self.inner.by_ratio
@@ -160,29 +212,64 @@ class Chosen:
         row = self.method
         settings = replace(settings, inner=self.inner)
         merge = row.prepare(groups, self.options, settings) if row.prepare else row.merge
-        return Run(self, merge)
+        return Run(self, merge, row.halves if merge is row.merge else None)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A method that has seen what it has to see, and merges group by group."""
+    """A method that has seen what it has to see, and merges group by group; in two parts, where it
+    can be had so."""
 
     chosen: Chosen
     merge: Merge
+    halves: Halves | None = None
+
+    @property
+    def wide(self) -> bool:
+        """Whether it takes Grams in float64, of all stacks."""
+        return self.halves is not None and self.halves.wide
 
     def wants_grams(self, stack: Stack) -> bool:
-        return self.chosen.method.needs_grams(stack, self.chosen.options)
+        return self.wide or self.chosen.method.needs_grams(stack, self.chosen.options)
+
+    def find(
+        self, stacks: Sequence[Stack], settings: Settings, known: Grams | None = None
+    ) -> Sequence[Found]:
+        """The first part. known: the stacks' Grams, where they are there already."""
+        assert self.halves
+        found = self._grams(stacks, settings) if known is None else known
+        return self.halves.find(stacks, *found, self.chosen.options, settings)
+
+    def make(self, stacks: Sequence[Stack], found: Sequence[Found], settings: Settings) -> Merged:
+        """The second part."""
+        assert self.halves
+        return self.halves.make(stacks, found, self.chosen.options, settings)
 
     def __call__(
-        self,
-        stacks: Sequence[Stack],
-        settings: Settings,
-        found: tuple[Sequence[Tensor | None], Sequence[Tensor | None]] | None = None,
+        self, stacks: Sequence[Stack], settings: Settings, known: Grams | None = None
     ) -> Merged:
-        """Merge the stacks. found: their Grams, where they are there already."""
-        if found is None:
-            found = grams(stacks, [self.wants_grams(s) for s in stacks], settings.backend)
+        """Merge the stacks. known: their Grams, where they are there already."""
+        if self.halves:
+            return self.make(stacks, self.find(stacks, settings, known), settings)
+        found = self._grams(stacks, settings) if known is None else known
         return self.merge(stacks, *found, self.chosen.options, settings)
+
+    def _grams(self, stacks: Sequence[Stack], settings: Settings) -> Grams:
+        if self.wide:
+            return wide_grams(stacks, settings.backend)
+        return grams(stacks, [self.wants_grams(s) for s in stacks], settings.backend)
+
+
+def bare_sides(stacks: Sequence[Stack]) -> list[Problem]:
+    """A of every stack, then B^T of every stack without scalings."""
+    bare = [Problem(s.b.blocks, (1.0,) * len(s.b.blocks)) for s in stacks]
+    return [*(s.a for s in stacks), *bare]
+
+
+def wide_grams(stacks: Sequence[Stack], backend: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Grams of A and of B^T without scalings in float64."""
+    found = ops.gram(bare_sides(stacks), dtype=torch.float64, backend=backend)
+    return found[: len(stacks)], found[len(stacks) :]
 
 
 def grams(

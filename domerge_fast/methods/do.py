@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ from ..precision import exponents
 from ..problem import Problem
 from ..report import SideReport
 from ..transfer import gather
-from . import directions
-from .base import Chosen, Factors, Merge, Method, Settings, grams
+from . import directions, schatten
+from .base import Chosen, Factors, Found, Halves, Merge, Method, Settings, grams
 
 LINEAR = "linear"
 """What merges the directions in DO-Merging itself: their weighted sum."""
@@ -49,6 +49,50 @@ class DoOptions:
     directions: str = option(LINEAR, "the method that merges the directions")
 
 
+@dataclass(frozen=True, eq=False)
+class Descended(Found):
+    """The sides after their descents; kept of them are C_A and C_B with what the descents report.
+    A side that did not descend in R x R matrices has None, and descends again when it is wanted."""
+
+    sides: tuple[Side, Side] | None = field(kw_only=True)
+    a: tuple[Tensor, SideReport] | None = field(kw_only=True)
+    b: tuple[Tensor, SideReport] | None = field(kw_only=True)
+
+    def kept(self) -> Descended:
+        return replace(self, sides=None)
+
+
+def find(
+    stacks: Sequence[Stack],
+    grams_a: Sequence[Tensor | None],
+    grams_b: Sequence[Tensor | None],
+    options: DoOptions,
+    settings: Settings,
+) -> list[Descended]:
+    """The descents. For a norm of the result, its A' and their Gram are made, and dropped."""
+    a = orthogonalize([s.a for s in stacks], grams_a, "A", options, settings.backend)
+    b = orthogonalize([s.b for s in stacks], grams_b, "B", options, settings.backend)
+    kept = [(x.kept, y.kept) for x, y in zip(a, b)]
+    a, b = _sized(stacks, a, b)
+    sizes: Sequence[float | None] = [None] * len(stacks)
+    if settings.order:
+        sizes = _sizes(stacks, a, b, grams_b, options, settings)
+    return [
+        Descended(size, sides=sides, a=x, b=y)
+        for size, sides, (x, y) in zip(sizes, zip(a, b), kept)
+    ]
+
+
+def make(
+    stacks: Sequence[Stack], found: Sequence[Descended], options: DoOptions, settings: Settings
+) -> list[Factors]:
+    """The factors, from the descents."""
+    rest = [k for k, x in enumerate(found) if x.sides is None]
+    again = _again([stacks[k] for k in rest], [found[k] for k in rest], options, settings.backend)
+    sides = [x.sides or next(again) for x in found]
+    return _merged(stacks, [a for a, _ in sides], [b for _, b in sides], options, settings)
+
+
 def merge(
     stacks: Sequence[Stack],
     grams_a: Sequence[Tensor | None],
@@ -56,8 +100,17 @@ def merge(
     options: DoOptions,
     settings: Settings,
 ) -> list[Factors]:
+    return make(stacks, find(stacks, grams_a, grams_b, options, settings), options, settings)
+
+
+def _merged(
+    stacks: Sequence[Stack],
+    a: Sequence[Side],
+    b: Sequence[Side],
+    options: DoOptions,
+    settings: Settings,
+) -> list[Factors]:
     backend = settings.backend
-    a, b = both_sides(stacks, grams_a, grams_b, options, backend)
     b_hat = ops.apply([x.c for x in b], [x.problem for x in b], settings.dtype, backend=backend)
     if options.decouple:
         a_new, norms = _decouple(stacks, a, b_hat, options, settings)
@@ -69,6 +122,47 @@ def merge(
     ]
 
 
+def _sizes(
+    stacks: Sequence[Stack],
+    a: Sequence[Side],
+    b: Sequence[Side],
+    grams_b: Sequence[Tensor | None],
+    options: DoOptions,
+    settings: Settings,
+) -> list[float]:
+    """The Schatten norms of the merges at λ = 1: where the Gram of Bhat is C_B G_B C_B^T, only the
+    A' are made for them."""
+    assert settings.order
+    order, backend = settings.order, settings.backend
+    plain = replace(settings, scale=1.0, dtype=torch.float32)
+    sizes = [0.0] * len(stacks)
+    bare = options.decouple and not options.renormalize
+    grams: dict[int, Tensor] = {}
+    for k, (side, gram) in enumerate(zip(b, grams_b)):
+        if bare and side.c is not None and gram is not None and not stacks[k].far:
+            grams[k] = side.c.double() @ gram.double() @ side.c.double().T
+    short = list(grams)
+    rest = [k for k in range(len(stacks)) if k not in grams]
+    if rest:
+        of_a, of_b = ([side[k] for k in rest] for side in (a, b))
+        merged = _merged([stacks[k] for k in rest], of_a, of_b, options, plain)
+        found = schatten.of_products([(x.a, x.b) for x in merged], order, backend)
+        for k, size in zip(rest, found):
+            sizes[k] = size
+    a_new, _ = ops.apply_decouple(
+        [a[k].c for k in short],
+        [a[k].problem for k in short],
+        [schatten.packed(grams[k], stacks[k].b.ranks) for k in short],
+        [stacks[k].omegas for k in short],
+        1.0,
+        torch.float32,
+        backend=backend,
+    )
+    for k, gram in zip(short, ops.gram([Problem((x,), (1.0,)) for x in a_new], backend=backend)):
+        sizes[k] = float(schatten.schatten(grams[k][None], gram.double()[None], order))
+    return sizes
+
+
 @dataclass(frozen=True, eq=False)
 class Side:
     """Xhat = C X of one side: a problem and its C (None for the identity)."""
@@ -76,6 +170,11 @@ class Side:
     problem: Problem
     c: Tensor | None
     report: SideReport | None
+
+    @property
+    def kept(self) -> tuple[Tensor, SideReport] | None:
+        """What `Descended` keeps of it."""
+        return None if self.c is None or self.report is None else (self.c, self.report)
 
     def times(self, gains: Sequence[float]) -> Side:
         """Every adapter's Xhat_i times its own factor."""
@@ -97,12 +196,41 @@ def both_sides(
     columns are measured in float32, and an update is the same with 2^-k Ahat_i and 2^k Bhat_i."""
     a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
     b = orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
+    return _sized(stacks, a, b)
+
+
+def _sized(
+    stacks: Sequence[Stack], a: Sequence[Side], b: Sequence[Side]
+) -> tuple[list[Side], list[Side]]:
+    """The sides, with the sizes of adapters that are far apart in B alone."""
+    a, b = list(a), list(b)
     for k, s in enumerate(stacks):
         if s.far:
             sizes = [e if math.isfinite(e) else 0.0 for e in exponents(a[k].problem)]
             a[k] = a[k].times([2.0**-e for e in sizes])
             b[k] = b[k].times([2.0**e for e in sizes])
     return a, b
+
+
+def _again(
+    stacks: Sequence[Stack], found: Sequence[Descended], options: DoOptions, backend: str
+) -> Iterator[tuple[Side, Side]]:
+    """The sides of which C is known, or there is none, or they descend once more."""
+    a = _of_side([s.a for s in stacks], [x.a for x in found], "A", options, backend)
+    b = _of_side([s.b for s in stacks], [x.b for x in found], "B", options, backend)
+    return zip(*_sized(stacks, a, b))
+
+
+def _of_side(
+    problems: Sequence[Problem],
+    found: Sequence[tuple[Tensor, SideReport] | None],
+    side: str,
+    options: DoOptions,
+    backend: str,
+) -> list[Side]:
+    rest = [p for p, x in zip(problems, found) if x is None]
+    missing = iter(orthogonalize(rest, [None] * len(rest), side, options, backend))
+    return [next(missing) if x is None else Side(p, *x) for p, x in zip(problems, found)]
 
 
 def orthogonalize(
@@ -235,6 +363,7 @@ METHOD = Method(
     inner="directions",
     by_ratio=lambda options: True,
     prepare=prepare,
+    halves=Halves(find, make),
     cost="two reads, 2 R^2 (m + n) flops, R x R steps",
     source="arXiv 2505.15875",
 )

@@ -186,6 +186,7 @@ METHOD = Method(
     LegoOptions,
     merge,
     rank=_most_clusters,
+    own_scale=True,
     cost="two reads of the factors, 2 R^2 (m + n) flops, k-means on R x R",
     source="arXiv 2409.16167",
 )

@@ -63,6 +63,7 @@ METHOD = Method(
     "exact weighted sum of the updates, rank R (task arithmetic)",
     LinearOptions,
     merge,
+    own_scale=True,
     cost="one copy of the factors",
     source="arXiv 2212.04089",
 )

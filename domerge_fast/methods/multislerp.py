@@ -68,6 +68,7 @@ METHOD = Method(
     MultislerpOptions,
     merge,
     by_ratio=lambda options: True,
+    own_scale=True,
     cost="two reads of the factors, 2 R^2 (m + n) flops",
     source="mergekit",
 )

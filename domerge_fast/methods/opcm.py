@@ -40,7 +40,7 @@ from torch import Tensor
 from ..options import option
 from ..plan import Stack
 from . import space
-from .base import Merge, Merged, Settings
+from .base import Merge, Merged, Settings, wide_grams
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 
@@ -91,7 +91,7 @@ def survey(groups: Iterable[Sequence[Stack]], options: OpcmOptions, settings: Se
     energy = 0.0
     energies: dict[int, float] = {}
     for stacks in groups:
-        for members, x, _, _ in space.coordinates(stacks, settings.backend):
+        for members, x, _, _ in space.coordinates(stacks, *wide_grams(stacks, settings.backend)):
             left, right = core(x, options)
             true = [2.0 ** sum(stacks[k].powers) for k in members]
             sizes = torch.tensor(true, dtype=torch.float64, device=x.a.device)
@@ -140,6 +140,7 @@ METHOD = dataclasses.replace(
     summary="one after the other, each off the spectrum of the merge so far",
     merge=_alone,
     prepare=prepare,
+    own_scale=True,
     cost="three reads of the factors, 6 R^2 (m + n) flops, 2 T SVDs of R x R",
     source="arXiv 2501.09522",
 )

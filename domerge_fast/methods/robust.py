@@ -118,6 +118,7 @@ METHOD = Method(
     RobustOptions,
     merge,
     rank=lambda ranks, options: max(ranks),
+    own_scale=True,
     cost="one read of the factors, a quantile of each",
     source="arXiv 2502.17159",
     needs="equal ranks",

@@ -19,7 +19,7 @@ from .. import ops
 from ..plan import Stack
 from ..problem import Problem
 from . import space
-from .base import Dense, Factors, Merge, Method, Run, Settings
+from .base import Dense, Factors, Merge, Method, Run, Settings, bare_sides, wide_grams
 
 Spectra = Callable[[Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor | None]]
 """(b [P, R, K_B] with the scalings s_i, a [P, R, K_A], ranks) -> symmetric [P, K_B, K_B] and
@@ -48,7 +48,9 @@ def method(name: str, summary: str, options: type, spectra: Spectra, **row: Any)
         found = prepare([stacks], options, settings)(stacks, grams_a, grams_b, options, settings)
         return [x for x in found if isinstance(x, Factors)]
 
-    return Method(name, summary, options, merge, inner="inner", prepare=prepare, **row)
+    return Method(
+        name, summary, options, merge, inner="inner", prepare=prepare, own_scale=None, **row
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +78,7 @@ class _Reduced:
 
 def _reduce(stacks: Sequence[Stack], spectra: Spectra, backend: str) -> list[_Small]:
     found: dict[int, _Small] = {}
-    for members, x, to_a, to_b in space.coordinates(stacks, backend):
+    for members, x, to_a, to_b in space.coordinates(stacks, *wide_grams(stacks, backend)):
         gains = torch.tensor([_scalings(stacks[k]) for k in members], dtype=torch.float64)
         b = gains[..., None].to(x.bare) * x.bare
         energy_b, energy_a = spectra(b, x.a, x.ranks)
@@ -115,7 +117,7 @@ def _merge(
     merged = inner([x.stack for x in small], replace(settings, dtype=torch.float32))
     pairs = [_thin(m) for m in merged]
     coefficients: list[Tensor | None] = [b.T @ x.to_b for x, (_, b) in zip(small, pairs)]
-    problems = space.sides(stacks)
+    problems = bare_sides(stacks)
     bare = problems[len(stacks) :]
     turned = [k for k, x in enumerate(small) if x.to_a is not None]
     coefficients += [a @ x.to_a for x, (a, _) in zip(small, pairs) if x.to_a is not None]

@@ -69,6 +69,7 @@ METHOD = Method(
     SlerpOptions,
     merge,
     by_ratio=lambda options: True,
+    own_scale=True,
     cost="two reads of the factors, 2 R^2 (m + n) flops",
     source="Shoemake, 1985",
     needs="two adapters",

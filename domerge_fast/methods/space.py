@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,8 +23,17 @@ from torch import Tensor
 from .. import ops
 from ..errors import FlatCut
 from ..plan import Stack
-from ..problem import Problem
-from .base import Factors, Method, Settings
+from . import schatten, svc
+from .base import (
+    Factors,
+    Found,
+    Halves,
+    Merged,
+    Method,
+    Settings,
+    bare_sides,
+    wide_grams,
+)
 
 SUPPORT = 1e-6
 """A direction that unit vectors hold less of than this share of the most is rounding noise (half
@@ -69,10 +78,24 @@ Core = Callable[[Coordinates, Any], tuple[Tensor, Tensor]]
 """(coordinates, options) -> left [P, K_B, q], right [P, q, K_A]: ΔW = Q_B left right Q_A^T."""
 
 
+@dataclass(frozen=True, eq=False)
+class Coefficients(Found):
+    """A merge at λ = 1 as A' = a A and B'^T = b B^T, B without its scalings: [k, R] in float32.
+
+    strengths: where it is calibrated, s_i^r of every adapter and row, [T, k] (svc.py).
+    """
+
+    a: Tensor = field(kw_only=True)
+    b: Tensor = field(kw_only=True)
+    strengths: Tensor | None = field(default=None, kw_only=True)
+
+
 def method(name: str, summary: str, options: type, core: Core, **row: Any) -> Method:
     """The row of a method that is `core` in orthonormal coordinates."""
     row.setdefault("cost", "two reads, R x R decompositions")
-    return Method(name, summary, options, functools.partial(_merge, core), **row)
+    halves = Halves(functools.partial(find, core), make, wide=True, calibrates=True)
+    merge = functools.partial(_merge, halves)
+    return Method(name, summary, options, merge, halves=halves, **row)
 
 
 def norm(b: Tensor, a: Tensor) -> Tensor:
@@ -116,47 +139,86 @@ def level(s: Tensor) -> Tensor:
     return (s.sum(1) / count)[:, None, None]
 
 
-def _merge(
+def find(
     core: Core,
+    stacks: Sequence[Stack],
+    grams_a: Sequence[Tensor],
+    grams_b: Sequence[Tensor],
+    options: Any,
+    settings: Settings,
+) -> list[Coefficients]:
+    """What `core` makes of every stack, as coefficients. grams_a, grams_b: `wide_grams`."""
+    found: dict[int, Coefficients] = {}
+    for members, x, to_a, to_b in coordinates(stacks, grams_a, grams_b):
+        try:
+            left, right = core(x, options)
+        except FlatCut as error:
+            raise error.of(stacks[members[error.at]].name) from None
+        measured = None
+        if settings.calibrated:
+            left, right, *measured = svc.measured(x.tasks(), left, right)
+        sizes = [None] * len(members)
+        if settings.order:
+            squares = left.mT @ left, right @ right.mT
+            sizes = schatten.schatten(*squares, settings.order).tolist()
+        for p, k in enumerate(members):
+            more = (measured[0][p], measured[1][p]) if measured else None
+            found[k] = coefficients(left[p], right[p], to_a[p], to_b[p], sizes[p], more)
+    return [found[k] for k in range(len(stacks))]
+
+
+def coefficients(
+    left: Tensor,
+    right: Tensor,
+    to_a: Tensor,
+    to_b: Tensor,
+    size: float | None = None,
+    measured: tuple[Tensor, Tensor] | None = None,
+) -> Coefficients:
+    """Q_B left right Q_A^T of a module. measured: its s_i^r and overlaps, where it is in singular
+    triplets."""
+    kept, columns, rows = _balanced(left, right)
+    a, b = (rows @ to_a).float(), (columns @ to_b).float()
+    if measured is None:
+        return Coefficients(size, a=a, b=b)
+    strengths, overlaps = measured
+    return Coefficients(size, overlaps, a=a, b=b, strengths=strengths[:, kept])
+
+
+def make(
+    stacks: Sequence[Stack], found: Sequence[Coefficients], options: Any, settings: Settings
+) -> list[Factors]:
+    """The factors that coefficients stand for."""
+    count = len(stacks)
+    sides: list[Tensor | None] = [x.a for x in found]
+    for x in found:
+        gains = svc.gains(x.strengths, settings.projection) if x.strengths is not None else 1.0
+        sides.append((settings.scale * gains * x.b.double()).float())
+    merged = ops.apply(sides, bare_sides(stacks), settings.dtype, backend=settings.backend)
+    return [Factors(a, bt.T) for a, bt in zip(merged, merged[count:])]
+
+
+def _merge(
+    halves: Halves,
     stacks: Sequence[Stack],
     grams_a: Sequence[Tensor | None],
     grams_b: Sequence[Tensor | None],
     options: Any,
     settings: Settings,
-) -> list[Factors]:
-    count = len(stacks)
-    problems = sides(stacks)
-    coefficients: list[Tensor | None] = [None] * len(problems)
-    for members, x, to_a, to_b in coordinates(stacks, settings.backend):
-        try:
-            left, right = core(x, options)
-        except FlatCut as error:
-            raise error.of(stacks[members[error.at]].name) from None
-        for p, k in enumerate(members):
-            columns, rows = _balanced(left[p], right[p])
-            coefficients[k] = (rows @ to_a[p]).float()
-            coefficients[count + k] = (settings.scale * columns @ to_b[p]).float()
-    found = ops.apply(coefficients, problems, settings.dtype, backend=settings.backend)
-    return [Factors(a, bt.T) for a, bt in zip(found, found[count:])]
-
-
-def sides(stacks: Sequence[Stack]) -> list[Problem]:
-    """A of every stack, then B^T of every stack without scalings."""
-    bare = [Problem(s.b.blocks, (1.0,) * len(s.b.blocks)) for s in stacks]
-    return [*(s.a for s in stacks), *bare]
+) -> Merged:
+    found = halves.find(stacks, *wide_grams(stacks, settings.backend), options, settings)
+    return halves.make(stacks, found, options, settings)
 
 
 def coordinates(
-    stacks: Sequence[Stack], backend: str
+    stacks: Sequence[Stack], grams_a: Sequence[Tensor], grams_b: Sequence[Tensor]
 ) -> Iterator[tuple[list[int], Coordinates, Tensor, Tensor]]:
     """Batches of positions of stacks with their coordinates, and E_A, E_B [P, K, R] with
-    Q_A^T = E_A A and Q_B^T = E_B B^T (B without scalings)."""
-    count = len(stacks)
-    grams = ops.gram(sides(stacks), dtype=torch.float64, backend=backend)
+    Q_A^T = E_A A and Q_B^T = E_B B^T (B without scalings). grams_a, grams_b: `wide_grams`."""
     for members in _alike(stacks):
         first = stacks[members[0]]
-        a, to_a = _side(torch.stack([grams[k] for k in members]), first.a.d)
-        b, to_b = _side(torch.stack([grams[count + k] for k in members]), first.b.d)
+        a, to_a = _side(torch.stack([grams_a[k] for k in members]), first.a.d)
+        b, to_b = _side(torch.stack([grams_b[k] for k in members]), first.b.d)
         gains = torch.tensor([_gains(stacks[k]) for k in members], dtype=torch.float64)
         yield members, Coordinates(a, b, gains[..., None].to(b.device), first.a.ranks), to_a, to_b
 
@@ -195,9 +257,10 @@ def _gains(stack: Stack) -> list[float]:
     return [w * scale for w, scale, rank in pairs for _ in range(rank)]
 
 
-def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """left^T [q, K_B] and right [q, K_A] of the same product and with directions of equal norms on
-    both sides: none of norm zero (one, where all are), and at most the smaller of K_A and K_B."""
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which directions are kept, and left^T [q, K_B] and right [q, K_A] of the same product and
+    with directions of equal norms on both sides: none of norm zero (one, where all are), and at
+    most the smaller of K_A and K_B."""
     norms = left.norm(dim=0), right.norm(dim=1)
     kept = (norms[0] * norms[1] > 0).nonzero().flatten()
     count, columns = len(left), right.shape[1]
@@ -205,6 +268,6 @@ def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         product, identity = left @ right, torch.eye(min(count, columns)).to(left)
         return _balanced(*((product, identity) if columns < count else (identity, product)))
     if not len(kept):
-        return torch.zeros_like(left.mT[:1]), torch.zeros_like(right[:1])
+        return kept.new_zeros(1), torch.zeros_like(left.mT[:1]), torch.zeros_like(right[:1])
     ratio = (norms[1] / norms[0]).sqrt()[kept, None]
-    return ratio * left.mT[kept], right[kept] / ratio
+    return kept, ratio * left.mT[kept], right[kept] / ratio

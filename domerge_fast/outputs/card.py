@@ -62,7 +62,7 @@ def recipe(report: Report) -> dict[str, object]:
         "method": report.method,
         "adapters": _names(report.adapters),
         "weights": list(report.weights),
-        "scale": report.scale,
+        "scale": "auto" if report.auto else report.scale,
         **options,
         "backend": report.backend,
         "device": report.device,

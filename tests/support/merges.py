@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,10 +31,15 @@ def adapters(cases: dict[str, Case], dtype: torch.dtype | None = None) -> list[A
 def merge_all(cases: dict[str, Case], method: str, **options: Any) -> dm.Merged:
     """All cases as the modules of one model, with the weights of each."""
     weights = max((case.weights for case in cases.values()), key=len)
-    return dm.merge(adapters(cases), method, weights=weights, **options)
+    return at_one(adapters(cases), method, weights=weights, **options)
 
 
 def dense(merged: dm.Merged, name: str) -> Tensor:
     """ΔW [m, n] in float64, from the factors."""
     a, b = merged.factors(name)
     return b.double() @ a.double()
+
+
+def at_one(sources: Sequence[Any], method: str = "do", **given: Any) -> dm.Merged:
+    """The merge as methods are defined: λ is 1 unless another is given."""
+    return dm.merge(sources, method, **{"scale": 1.0, **given})

@@ -1,0 +1,49 @@
+"""What is kept of every module until the whole model is known: in memory, or in a file."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import IO, Any
+
+import torch
+
+from ..errors import OutputError
+
+MOST_BYTES = 256 << 20
+"""What is kept in memory."""
+
+
+class Shelf:
+    """Objects by name, each taken back once. Those beyond `most_bytes` are in a temporary file
+    without a name, which is gone with this object or the process."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self._most, self._used = most_bytes, 0
+        self._here: dict[str, Any] = {}
+        self._there: dict[str, int] = {}
+        self._file: IO[bytes] | None = None
+
+    def put(self, name: str, thing: Any, size: int) -> None:
+        """size: bytes that it takes. OutputError where there is no room."""
+        if self._used + size <= self._most:
+            self._used += size
+            self._here[name] = thing
+            return
+        try:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile(prefix="domerge-")  # noqa: SIM115
+            self._there[name] = self._file.seek(0, 2)
+            torch.save(thing, self._file)
+        except OSError as error:
+            problem = f"no room for intermediate results ({error.strerror})"
+            remedy = "make room, or name another folder with TMPDIR"
+            raise OutputError(tempfile.gettempdir(), problem, remedy) from error
+
+    def take(self, name: str) -> Any:
+        """What was put there under the name."""
+        if name in self._here:
+            return self._here.pop(name)
+        assert self._file
+        self._file.seek(self._there.pop(name))
+        # Written by this process, and seen by nobody else.
+        return torch.load(self._file, weights_only=False)
