@@ -745,7 +745,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_command_line_composes_like_the_api(command, folders, capsys):
     assert cli.main(["merge", *folders, "-o", "out", "--backend", "torch", *command.split()]) == 0
-    expected = at_one(folders, **COMMANDS[command], **TORCH)
+    expected = dm.merge(folders, **COMMANDS[command], **TORCH)
     written = dm.load("out").factors("layer")
     assert all(map(torch.equal, written, expected.factors("layer")))
     card = Path("out/README.md").read_text(encoding="utf-8")
@@ -757,7 +757,7 @@ def test_the_command_line_writes_dense_updates(folders, capsys):
     arguments = ["--method", "ties", "--form", "deltas", "--backend", "torch", "--quiet"]
     assert cli.main(["merge", *folders, "-o", "out", *arguments]) == 0
     (tensor,) = load_file("out/deltas.safetensors").values()
-    assert torch.equal(tensor, at_one(folders, "ties", form="deltas", **TORCH).delta("layer"))
+    assert torch.equal(tensor, dm.merge(folders, "ties", form="deltas", **TORCH).delta("layer"))
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def tensors_of(model: peft.PeftModel, adapter: str) -> dm.Adapter:
 
 def deltas_of(model: peft.PeftModel, names: Sequence[str], **options: object) -> dict[str, Tensor]:
     """ΔW [m, n] of a merge of the same factors beside the model."""
-    merged = dm.merge([tensors_of(model, name) for name in names], **options)
+    merged = dm.merge([tensors_of(model, name) for name in names], **{"scale": 1.0, **options})
     return {name: merged.delta(name) for name in merged.names}
 
 
