@@ -400,7 +400,7 @@ def test_a_power_of_the_directions_spectrum(name):
         size = sum(abs(w) * v.norm() for w, v in zip(weights, values, strict=True))
         return raised(linear(values, weights), size, 0.5)
 
-    merged = dm.merge(adapters({"x": case}), power=0.5, weights=WEIGHTS, **FEW, **TORCH)
+    merged = at_one(adapters({"x": case}), power=0.5, weights=WEIGHTS, **FEW, **TORCH)
     assert distance(dense(merged, "x"), recombined(case, halved, case.omegas)) < 1e-5
 
 
@@ -458,13 +458,9 @@ def test_directions_that_cancel_stay_rounding_noise():
 @pytest.mark.parametrize("given", [{"decouple": False}, {"renormalize": True}])
 def test_directions_need_to_be_apart(given):
     with pytest.raises(dm.OptionError, match=r"^option 'directions': 'ties' needs decouple.*;"):
-<<<<<<< HEAD
-        dm.merge(adapters({"x": CASES["odd d"]}), directions="ties", **given)
-    with pytest.raises(dm.OptionError, match=r"^option 'power': 0.5 needs decouple.*;"):
-        dm.merge(adapters({"x": CASES["odd d"]}), power=0.5, **given)
-=======
         at_one(adapters({"x": CASES["odd d"]}), directions="ties", **given)
->>>>>>> d54a9d5 (scale='auto', and svc after a merge: the whole model is gone through before it is merged)
+    with pytest.raises(dm.OptionError, match=r"^option 'power': 0.5 needs decouple.*;"):
+        at_one(adapters({"x": CASES["odd d"]}), power=0.5, **given)
 
 
 # Groups

@@ -198,7 +198,7 @@ def test_one_adapter_is_made_isotropic(method):
 @pytest.mark.parametrize("power", [0.5, 0.0])
 def test_a_power_keeps_the_norm_and_changes_one_adapter_too(method, power):
     case = CASES["one adapter"]
-    merged = dense(dm.merge(adapters({"x": case}), method, power=power, weights=[-3]), "x")
+    merged = dense(at_one(adapters({"x": case}), method, power=power, weights=[-3]), "x")
     u, s, vh = torch.linalg.svd(-3 * case.deltas()[0], full_matrices=False)
     expected = u[:, :4] @ (s[:4] ** power).diag() @ vh[:4]
     assert distance(merged, expected * s.norm() / expected.norm()) < 1e-6
@@ -208,7 +208,7 @@ def test_a_power_keeps_the_norm_and_changes_one_adapter_too(method, power):
 @pytest.mark.parametrize("method", ["linear", "tsvm"])
 def test_opposite_adapters_leave_nothing_to_raise(method):
     (adapter,) = adapters({"x": CASES["one adapter"]})
-    merged = dm.merge([adapter, adapter], method, power=0.0, weights=[1, -1], dtype="float32")
+    merged = at_one([adapter, adapter], method, power=0.0, weights=[1, -1], dtype="float32")
     size = float(CASES["one adapter"].deltas()[0].norm())
     assert float(dense(merged, "x").norm()) < 1e-6 * size
 

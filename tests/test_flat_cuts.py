@@ -47,9 +47,9 @@ def test_equal_singular_values_are_not_cut(method, backend, tmp_path):
 @pytest.mark.parametrize("method", ["linear", "svd", "tsvm"])
 def test_a_flat_power_is_not_cut_and_a_larger_one_is(method):
     with pytest.raises(FlatCut, match="module 'q': a cut to rank 4 falls between equal"):
-        dm.merge(adapters(), method, power=0.0, rank=4)
-    assert dm.merge(adapters(), method, power=0.5, rank=4).report["q"].rank == 4
-    assert dm.merge(adapters(), method, power=0.0, rank=12).report["q"].rank == 12
+        at_one(adapters(), method, power=0.0, rank=4)
+    assert at_one(adapters(), method, power=0.5, rank=4).report["q"].rank == 4
+    assert at_one(adapters(), method, power=0.0, rank=12).report["q"].rank == 12
 
 
 @pytest.mark.parametrize(
