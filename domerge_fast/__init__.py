@@ -2,7 +2,7 @@
 
     import domerge_fast as dm
 
-    merged = dm.merge(["a/", "b/"], method="do", output="out/")
+    merged = dm.merge(["a/", "b/"], output="out/")
 
 Nothing heavy is imported before a name is used.
 """

@@ -22,7 +22,7 @@ from .errors import OptionError
 from .interference import InterferenceSums
 from .merged import Merged
 from .methods import TABLE, choose
-from .methods.base import Chosen, Method, Settings
+from .methods.base import Chosen, Method, Rule, Settings
 from .methods.steps import POST, PRE
 from .methods.steps.base import PostStep, PreStep
 from .outputs import peft, tokenizer
@@ -35,7 +35,6 @@ from .outputs.target import Target
 from .plan import Plan
 from .progress import shown
 from .report import Interference, ModuleReport, Report
-from .scaling import Rule
 from .storage.lazy import dtype_name
 from .work import Cut, Work
 
@@ -53,7 +52,7 @@ POST_STEPS = (SVC, *POST)
 
 def merge(
     adapters: Iterable[Source],
-    method: str = "do",
+    method: str = "auto",
     *,
     weights: Sequence[float] | None = None,
     scale: float | str | None = None,
@@ -79,7 +78,8 @@ def merge(
     """Merge LoRA adapters of one base model into one adapter.
 
     adapters: PEFT folders, or adapters from `load`, `from_model` or `from_tensors`.
-    method: one of `methods()`; its own options are keyword arguments.
+    method: one of `methods()`; its own options are keyword arguments. "auto" looks at how much the
+        adapters' A's overlap and takes what keeps most for such; a note in the report says what.
     weights: one number an adapter, negative to subtract, 0 to leave out; None is 1 for each.
         "do" uses w_i / sum |w| over the adapters that have a module, "slerp" and "multislerp"
         w_i / sum w; all others use the weights as they are.
@@ -141,12 +141,17 @@ def merge(
         raise OptionError("ragged", f"{form!r} has no ranks", "leave it out")
     loaded, renamed = _load(adapters, base_model, weights)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
-    factor, rule = _scale(scale, chosen, plan, after)
     out_dtype = _dtype(dtype, plan)
     place = engine.Place(
         choose_device(device, loaded), options.size("max_device_memory", max_device_memory)
     )
-    settings = Settings(factor, out_dtype, registry.choose(backend, place.device.type))
+    running = registry.choose(backend, place.device.type)
+    said: tuple[str, ...] = ()
+    if chosen.method.taken:
+        chosen, what = chosen.method.taken(plan)
+        calibrated, said = True, (what,)
+    factor, rule = _scale(scale, chosen, plan, after)
+    settings = Settings(factor, out_dtype, running)
     work = _work(plan, chosen, settings, cut, before, after, deltas=form != "adapter")
     work = dataclasses.replace(work, rule=rule, calibrated=calibrated)
     checkpoint = None if base is None else open_checkpoint(Path(base))
@@ -159,7 +164,7 @@ def merge(
     if kept.owner is not None:
         whole = f"from:{loaded.index(kept.owner) + 1}"  # the recipe has no paths
     target, notes = _target(plan, out_dtype, base_model, kept, work.ranks(plan), ragged)
-    notes = (*renamed, *notes)
+    notes = (*said, *renamed, *notes)
     sums = InterferenceSums([a.name for a in loaded])
 
     def finished(outcome: engine.Outcome) -> Report:
@@ -317,7 +322,7 @@ def _scale(
     alone = sum(weight != 0 for weight in plan.weights) == 1
     if alone or any(step.name == "norm_match" for step in after):
         return 1.0, None
-    return 1.0, Rule()
+    return 1.0, chosen.rule
 
 
 def _post(names: Sequence[str]) -> tuple[bool, tuple[PostStep, ...]]:

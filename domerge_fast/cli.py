@@ -219,7 +219,7 @@ def _fill_merge(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", "--output", required=True, metavar="OUT", help="folder to write")
     _add_replacing(parser)
-    add("--method", default="do", help=f"{', '.join(TABLE)} (default: do)")
+    add("--method", default="auto", help=f"{', '.join(TABLE)} (default: auto)")
     add("--weights", nargs="+", type=float, metavar="W", help="one an adapter (default: 1 each)")
     found = "factor on the merged update, or auto: found from the adapters (default: auto, but 1 "
     found += "for methods that are a sum or set their norm themselves)"

@@ -19,18 +19,11 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from .methods import schatten
+from .methods.base import Rule
 from .plan import Stack
 
 DIGITS = 6
 """Of λ, so that it is what is printed, and sums in another order find the same one."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The order q of the norm, and c."""
-
-    order: int = 16
-    constant: float = 0.6
 
 
 @dataclass

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .methods.base import Chosen, Settings
+from .methods.base import Chosen, Rule, Settings
 from .methods.steps.base import PostStep, PreStep
 from .plan import Plan, Stack
-from .scaling import Rule
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import options
 from . import (
+    auto,
     breadcrumbs,
     cat,
     core,
@@ -39,7 +40,7 @@ TABLE: MappingProxyType[str, Method] = MappingProxyType(
     {
         m.METHOD.name: m.METHOD
         for m in (
-            *(do, linear, cat, svd, tsvm, iso_c, iso_cts, subspace_boost, wudi, pico),
+            *(auto, do, linear, cat, svd, tsvm, iso_c, iso_cts, subspace_boost, wudi, pico),
             *(slerp, multislerp, robust, lego, core, knots, opcm),
             *(ties, dare, dare_ties, della, breadcrumbs, magnitude_prune),
         )
@@ -59,7 +60,7 @@ def choose(name: str, given: Mapping[str, Any], option: str = "method") -> Chose
     if row.inner:
         own = {f.name: f.default for f in dataclasses.fields(row.options)}
         chosen = given.get(row.inner, own[row.inner])
-        options.choose(row.inner, chosen, TABLE)
+        options.choose(row.inner, chosen, [n for n, m in TABLE.items() if m.taken is None])
         known = [n for n in _names(TABLE[chosen], given) if n not in own]
         theirs = {k: v for k, v in given.items() if k in known}
         inner = choose(chosen, theirs, row.inner)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..plan import Stack
+from ..plan import Plan, Stack
 from ..problem import Problem
 from ..report import SideReport
 
@@ -92,6 +92,14 @@ false and nobody else wanted them. options is the method's frozen dataclass.
 
 
 @dataclass(frozen=True)
+class Rule:
+    """How λ is found (scaling.py): the order q of the Schatten norm, and the constant c."""
+
+    order: int = 16
+    constant: float = 0.6
+
+
+@dataclass(frozen=True)
 class Halves:
     """A merge in two parts, for what only the whole model tells: what is found from the Grams in
     R x R matrices, at λ = 1, and the factors that are made of it.
@@ -126,6 +134,10 @@ def _no_grams(stack: Stack, options: Any) -> bool:
     return False
 
 
+def _usual_rule(options: Any, inner: Chosen | None) -> Rule:
+    return Rule()
+
+
 def _by_size(options: Any) -> bool:
     return False
 
@@ -144,7 +156,8 @@ class Method:
     by_ratio(options): whether the result depends on the weights' ratios alone, not on their size.
     halves: the merge in two parts, where it can be had so. own_scale: whether λ is 1 where none is
     given, as for a sum or what brings its result to a norm itself; otherwise it is found from the
-    adapters (scaling.py). None: as for its inner method.
+    adapters by rule(options, inner) (scaling.py). None: as for its inner method. taken(plan): for a
+    row that stands for another, which it chooses for these adapters, with a sentence that says so.
     rank(ranks, options): what its factors' rank is at most, for adapters of these ranks.
     prepare(groups, options, settings): for a method that may have to see the whole model first;
     returns the merge to use. cost, source, needs: a few words each, for people who choose.
@@ -163,6 +176,8 @@ class Method:
     prepare: Callable[[Iterable[Sequence[Stack]], Any, Settings], Merge] | None = None
     halves: Halves | None = None
     own_scale: bool | None = False
+    rule: Callable[[Any, Chosen | None], Rule] = _usual_rule
+    taken: Callable[[Plan], tuple[Chosen, str]] | None = None
     cost: str = ""
     source: str = ""
     needs: str = ""
@@ -193,6 +208,11 @@ class Chosen:
         if self.method.own_scale is None:
             return self.inner is not None and self.inner.own_scale
         return self.method.own_scale
+
+    @property
+    def rule(self) -> Rule:
+        """How λ is found."""
+        return self.method.rule(self.options, self.inner)
 
     @property
     def by_ratio(self) -> bool:

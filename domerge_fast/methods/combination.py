@@ -30,7 +30,7 @@ def inner_products(stacks: Sequence[Stack], backend: str) -> list[Tensor]:
     problems = [*(s.a for s in stacks), *(s.b for s in stacks)]
     grams = ops.gram(problems, dtype=torch.float64, backend=backend)
     pairs = zip(grams, grams[len(stacks) :])
-    return gather([_inner_products(a, b, s.a.ranks) for (a, b), s in zip(pairs, stacks)])
+    return gather([of_grams(a, b, s.a.ranks) for (a, b), s in zip(pairs, stacks)])
 
 
 def combine(
@@ -51,7 +51,8 @@ def shares(stack: Stack) -> list[float]:
     return [w / total for w in weights]
 
 
-def _inner_products(gram_a: Tensor, gram_b: Tensor, ranks: tuple[int, ...]) -> Tensor:
+def of_grams(gram_a: Tensor, gram_b: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """<τ_i, τ_j> [T, T] from A A^T and B^T B, scalings in the latter; 0 where a τ_i is noise."""
     rows = torch.stack([block.sum(0) for block in (gram_a * gram_b).split(ranks)])
     found = torch.stack([block.sum(1) for block in rows.split(ranks, 1)], 1)
     parts = (gram_a.diagonal() * gram_b.diagonal()).clamp_min(0).sqrt()

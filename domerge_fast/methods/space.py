@@ -94,8 +94,8 @@ def method(name: str, summary: str, options: type, core: Core, **row: Any) -> Me
     """The row of a method that is `core` in orthonormal coordinates."""
     row.setdefault("cost", "two reads, R x R decompositions")
     halves = Halves(functools.partial(find, core), make, wide=True, calibrates=True)
-    merge = functools.partial(_merge, halves)
-    return Method(name, summary, options, merge, halves=halves, **row)
+    alone = functools.partial(merge, halves)
+    return Method(name, summary, options, alone, halves=halves, **row)
 
 
 def norm(b: Tensor, a: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ def make(
     return [Factors(a, bt.T) for a, bt in zip(merged, merged[count:])]
 
 
-def _merge(
+def merge(
     halves: Halves,
     stacks: Sequence[Stack],
     grams_a: Sequence[Tensor | None],
