@@ -33,6 +33,7 @@ METHODS: Meanings = {
     # papers and plain words
     "add": ("linear", ""),
     "average": ("linear", "with weights that add up to 1"),
+    "compress_then_merge": ("ctm", ""),
     "concat": ("cat", ""),
     "domerging": ("do", ""),
     "iso": ("iso_c", ""),

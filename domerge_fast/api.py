@@ -462,6 +462,7 @@ def _work(
     usual = _largest_rank(plan) if method.truncates or method.dense else Cut()
     if method.truncates and not cut:
         cut = usual
+    settings = dataclasses.replace(settings, rank=cut.rank)
     return Work(method, settings, cut, usual, before, after, deltas, narrowing=plan.wide)
 
 

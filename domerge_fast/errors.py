@@ -116,7 +116,7 @@ class OutputWarning(_Named, UserWarning):
     kind = "output"
 
 
-DEFINED = ("svd", "tsvm", "linear", "cat")
+DEFINED = ("svd", "tsvm", "linear", "cat", "ctm")
 """Methods whose cut is defined unless the adapters' own singular values are equal."""
 
 

@@ -13,6 +13,7 @@ from . import (
     breadcrumbs,
     cat,
     core,
+    ctm,
     dare,
     dare_ties,
     della,
@@ -41,7 +42,7 @@ TABLE: MappingProxyType[str, Method] = MappingProxyType(
         m.METHOD.name: m.METHOD
         for m in (
             *(auto, do, linear, cat, svd, tsvm, iso_c, iso_cts, subspace_boost, wudi, pico),
-            *(slerp, multislerp, robust, lego, core, knots, opcm),
+            *(slerp, multislerp, robust, lego, core, knots, ctm, opcm),
             *(ties, dare, dare_ties, della, breadcrumbs, magnitude_prune),
         )
     }

@@ -17,8 +17,8 @@ from ..report import SideReport
 
 @dataclass(frozen=True)
 class Settings:
-    """What every method is given: λ, the dtype of its results, where its ops run, and, for
-    `prepare`, the method that works inside this one.
+    """What every method is given: λ, the dtype of its results, where its ops run, for `prepare` the
+    method that works inside this one, and the rank that results are cut to, if they are.
 
     For `Halves`: order, the Schatten norm of the merge that is wanted with what is found; whether
     it is to be `calibrated` (svc.py), and, for what is made, by which projection.
@@ -31,6 +31,7 @@ class Settings:
     order: int | None = None
     calibrated: bool = False
     projection: float = 1.0
+    rank: int | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..options import option
 from . import shared_basis
+from .base import Settings
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,9 @@ class CoreOptions:
     inner: str = option("tsvm", "the method that merges the updates in their shared basis")
 
 
-def spectra(b: Tensor, a: Tensor, ranks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def spectra(
+    b: Tensor, a: Tensor, ranks: tuple[int, ...], options: CoreOptions, settings: Settings
+) -> tuple[Tensor, Tensor]:
     return b.mT @ b, a.mT @ a
 
 

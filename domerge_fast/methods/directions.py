@@ -74,7 +74,7 @@ def prepare(
 ) -> Merge:
     """The merge by `settings.inner`. groups: the directions of the whole model."""
     assert settings.inner
-    plain = Settings(1.0, torch.float32, settings.backend)
+    plain = Settings(1.0, torch.float32, settings.backend, rank=settings.rank)
     inner = settings.inner.prepared(_Again(groups), plain)
 
     def merge(

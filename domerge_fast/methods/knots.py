@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..options import option
 from . import shared_basis
+from .base import Settings
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class KnotsOptions:
     inner: str = option("ties", "the method that merges the updates in their shared basis")
 
 
-def spectra(b: Tensor, a: Tensor, ranks: tuple[int, ...]) -> tuple[Tensor, None]:
+def spectra(
+    b: Tensor, a: Tensor, ranks: tuple[int, ...], options: KnotsOptions, settings: Settings
+) -> tuple[Tensor, None]:
     """sum_i τ_i τ_i^T."""
     energy = torch.zeros_like(b.mT @ b)
     for b_i, a_i in zip(b.split_with_sizes(ranks, 1), a.split_with_sizes(ranks, 1)):

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..errors import FlatCut
 from ..plan import Stack
 from ..problem import Problem
 from . import space
 from .base import Dense, Factors, Merge, Method, Run, Settings, bare_sides, wide_grams
 
-Spectra = Callable[[Tensor, Tensor, tuple[int, ...]], tuple[Tensor, Tensor | None]]
-"""(b [P, R, K_B] with the scalings s_i, a [P, R, K_A], ranks) -> symmetric [P, K_B, K_B] and
-[P, K_A, K_A] (None: A stays) whose eigenvectors are the bases, in orthonormal coordinates."""
+Spectra = Callable[[Tensor, Tensor, tuple[int, ...], Any, Settings], tuple[Tensor, Tensor | None]]
+"""(b [P, R, K_B] with the scalings s_i, a [P, R, K_A], ranks, options, settings) -> symmetric
+[P, K_B, K_B] and [P, K_A, K_A] (None: A stays) whose eigenvectors are the bases, in orthonormal
+coordinates."""
 
 
 def method(name: str, summary: str, options: type, spectra: Spectra, **row: Any) -> Method:
@@ -31,10 +33,13 @@ def method(name: str, summary: str, options: type, spectra: Spectra, **row: Any)
 
     def prepare(groups: Iterable[Sequence[Stack]], options: Any, settings: Settings) -> Merge:
         assert settings.inner
-        small = _Reduced(groups, spectra, settings.backend)
-        inner = settings.inner.prepared(small, settings)
+
+        def reduce(stacks: Sequence[Stack]) -> list[_Small]:
+            return _reduce(name, stacks, spectra, options, settings)
+
+        inner = settings.inner.prepared(_Reduced(groups, reduce), settings)
         return lambda stacks, grams_a, grams_b, options, settings: _merge(
-            inner, spectra, stacks, settings
+            inner, reduce(stacks), stacks, settings
         )
 
     def merge(
@@ -68,20 +73,26 @@ class _Reduced:
     """The stacks of groups in their bases, as often as they are wanted."""
 
     groups: Iterable[Sequence[Stack]]
-    spectra: Spectra
-    backend: str
+    reduce: Callable[[Sequence[Stack]], list[_Small]]
 
     def __iter__(self) -> Iterator[list[Stack]]:
         for group in self.groups:
-            yield [x.stack for x in _reduce(group, self.spectra, self.backend)]
+            yield [x.stack for x in self.reduce(group)]
 
 
-def _reduce(stacks: Sequence[Stack], spectra: Spectra, backend: str) -> list[_Small]:
+def _reduce(
+    name: str, stacks: Sequence[Stack], spectra: Spectra, options: Any, settings: Settings
+) -> list[_Small]:
+    """name: of the method, for its errors."""
     found: dict[int, _Small] = {}
-    for members, x, to_a, to_b in space.coordinates(stacks, *wide_grams(stacks, backend)):
+    grams = wide_grams(stacks, settings.backend)
+    for members, x, to_a, to_b in space.coordinates(stacks, *grams):
         gains = torch.tensor([_scalings(stacks[k]) for k in members], dtype=torch.float64)
         b = gains[..., None].to(x.bare) * x.bare
-        energy_b, energy_a = spectra(b, x.a, x.ranks)
+        try:
+            energy_b, energy_a = spectra(b, x.a, x.ranks, options, settings)
+        except FlatCut as error:
+            raise error.of(stacks[members[error.at]].name, name) from None
         turns_b, turns_a = _bases(energy_b), None if energy_a is None else _bases(energy_a)
         for p, k in enumerate(members):
             s = stacks[k]
@@ -111,9 +122,8 @@ def _bases(energies: Tensor) -> list[Tensor]:
 
 
 def _merge(
-    inner: Run, spectra: Spectra, stacks: Sequence[Stack], settings: Settings
+    inner: Run, small: Sequence[_Small], stacks: Sequence[Stack], settings: Settings
 ) -> list[Factors]:
-    small = _reduce(stacks, spectra, settings.backend)
     merged = inner([x.stack for x in small], replace(settings, dtype=torch.float32))
     pairs = [_thin(m) for m in merged]
     coefficients: list[Tensor | None] = [b.T @ x.to_b for x, (_, b) in zip(small, pairs)]
