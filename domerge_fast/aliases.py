@@ -35,6 +35,7 @@ METHODS: Meanings = {
     "average": ("linear", "with weights that add up to 1"),
     "compress_then_merge": ("ctm", ""),
     "concat": ("cat", ""),
+    "dcmerge": ("dc_merge", ""),
     "domerging": ("do", ""),
     "iso": ("iso_c", ""),
     "knots_ties": ("knots", "with inner 'ties'"),

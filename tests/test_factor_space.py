@@ -21,6 +21,7 @@ SETTINGS = Settings(1.0, torch.float32, "auto")
 DENSE: dict[str, Callable[..., Tensor]] = {}
 OPTIONS = {
     "tsvm": [{}, {"power": 0.5}, {"power": 0.0}],
+    "dc_merge": [{}, {"smoothing": "linear"}, {"smoothing": "none", "entries": 3.0}],
     "iso_c": [{}],
     "iso_cts": [{}, {"common": 0.5}, {"common": 0.0}, {"common": 1.0}],
     "subspace_boost": [{}, {"beta": 0.3}, {"beta": 0.0}],
@@ -88,6 +89,38 @@ def tsvm(deltas: Sequence[Tensor], case: Case, power: float = 1.0) -> Tensor:
     u, s, vh = zip(*(spectrum(delta, delta.norm()) for delta in deltas))
     merged = orth(torch.cat(u, 1)) @ torch.cat(s).diag() @ orth(torch.cat(vh).T).T
     return raised(merged, torch.cat(s).norm(), power)
+
+
+@definition
+def dc_merge(
+    deltas: Sequence[Tensor], case: Case, smoothing: str = "mean", entries: float = 1.0
+) -> Tensor:
+    parts = [spectrum(delta, delta.norm()) for delta in deltas]
+    ranks = [min(r, *delta.shape) for r, delta in zip(case.ranks_read, deltas)]
+    left, right = (
+        orth(torch.cat([u for u, *_ in parts], 1)),
+        orth(torch.cat([v.T for *_, v in parts], 1)),
+    )
+    mask = torch.block_diag(*(torch.ones(len(s), len(s), dtype=torch.bool) for _, s, _ in parts))
+    kept = []
+    for (u, s, vh), rank in zip(parts, ranks):
+        inside = left.T @ u @ smoothed(s, smoothing).diag() @ vh @ right
+        count = min(round(entries * rank), inside.numel())
+        least = inside.abs().flatten().sort().values[-count] if count else 0.0
+        kept.append(torch.where(inside.abs() >= (1 - 1e-9) * least, inside, 0.0))
+    total = sum(kept)
+    noise = NOISE * sum(x.abs() for x in kept)
+    agreeing = [(x.sign() == total.sign()) & (total.abs() > noise) for x in kept]
+    chosen = sum(x * yes for x, yes in zip(kept, agreeing))
+    return left @ (mask * chosen / sum(yes.double() for yes in agreeing).clamp_min(1)) @ right.T
+
+
+def smoothed(s: Tensor, smoothing: str) -> Tensor:
+    if smoothing == "none" or not len(s):
+        return s
+    ratio = min(5.0, float(s[0] / s[-1])) if smoothing == "linear" else 1.0
+    shape = torch.linspace(ratio, 1, len(s), dtype=torch.float64)
+    return s.sum() * shape / shape.sum()
 
 
 @definition
@@ -225,7 +258,17 @@ def test_vectors_that_depend_on_each_other_and_others_in_one_batch():
     assert_close(found / found.norm(), values / values.norm(), 1e-5)
 
 
-@pytest.mark.parametrize("method", ["tsvm", "iso_c", "iso_cts", "wudi"])
+def test_dc_merge_of_adapters_that_do_not_meet_is_tsvm_of_smoothed_ones():
+    case = random_case((4, 4), 20, 16)
+    case.b[0][8:], case.b[1][:8] = 0, 0
+    case.a[0][:, 10:], case.a[1][:, :10] = 0, 0
+    loaded = adapters({"x": case})
+    merged = at_one(loaded, "dc_merge", weights=[1, -2])
+    expected = at_one(loaded, "tsvm", weights=[1, -2], pre=["smooth"])
+    assert distance(dense(merged, "x"), dense(expected, "x")) < 1e-5
+
+
+@pytest.mark.parametrize("method", ["tsvm", "iso_c", "iso_cts", "wudi", "dc_merge"])
 def test_how_an_update_is_split_into_factors_does_not_matter(method):
     case = CASES["usual"]
     generator = torch.Generator().manual_seed(1)

@@ -134,7 +134,7 @@ def test_every_backend_takes_factors_of_any_size(method, backend):
         check_reports(merged, expected, size_a * size_b)
 
 
-@pytest.mark.parametrize("pre", ["orthogonalize", "pico", "canonicalize", "equalize"])
+@pytest.mark.parametrize("pre", ["orthogonalize", "pico", "canonicalize", "equalize", "smooth"])
 @pytest.mark.parametrize("post", ["subspace_boost", "norm_match"])
 def test_steps_take_factors_of_any_size(pre, post):
     options = {"method": "tsvm", "pre": [pre], "post": [post]}

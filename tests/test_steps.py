@@ -90,7 +90,7 @@ def mixed(case: Case) -> Case:
 
 
 def test_the_names():
-    assert tuple(PRE) == ("orthogonalize", "pico", "canonicalize", "equalize")
+    assert tuple(PRE) == ("orthogonalize", "pico", "canonicalize", "equalize", "smooth")
     assert tuple(POST) == ("subspace_boost", "norm_match")
     assert all(row.name == name and row.summary for name, row in (*PRE.items(), *POST.items()))
 
@@ -252,6 +252,20 @@ def test_canonicalized_adapters_merge_alike_however_they_are_split(method, optio
     expected, result = merge(method, PRE["canonicalize"].run(both, given), given, **options)
     assert distance(as_they_are[1], as_they_are[0]) > 1e-2
     assert distance(dense(result), dense(expected)) < 1e-4
+
+
+# smooth
+
+
+def test_smoothing_makes_an_update_s_singular_values_equal_and_keeps_their_sum():
+    """Its directions stay; singular values that are noise stay zero."""
+    for s, given in zip(PRE["smooth"].run(stacks_of_all(), settings(USUAL)), stacks_of_all()):
+        for (a, b), (old_a, old_b) in zip(factors(s), factors(given), strict=True):
+            u, values, vh = torch.linalg.svd(old_b @ old_a, full_matrices=False)
+            k = int((values > NOISE * old_a.norm() * old_b.norm()).sum())
+            level = values[:k].mean() if k else 0.0
+            assert_close(b @ a, level * u[:, :k] @ vh[:k], 1e-5, name=s.name)
+            assert_close(a @ a.T, b.T @ b, 1e-5, name=s.name)
 
 
 # equalize

@@ -16,6 +16,7 @@ from . import (
     ctm,
     dare,
     dare_ties,
+    dc_merge,
     della,
     do,
     iso_c,
@@ -42,7 +43,7 @@ TABLE: MappingProxyType[str, Method] = MappingProxyType(
         m.METHOD.name: m.METHOD
         for m in (
             *(auto, do, linear, cat, svd, tsvm, iso_c, iso_cts, subspace_boost, wudi, pico),
-            *(slerp, multislerp, robust, lego, core, knots, ctm, opcm),
+            *(slerp, multislerp, robust, lego, core, knots, ctm, opcm, dc_merge),
             *(ties, dare, dare_ties, della, breadcrumbs, magnitude_prune),
         )
     }

@@ -16,7 +16,7 @@ zeros. Cost: two reads of the factors, 4 r_i^2 (m + n) flops and three decomposi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -30,15 +30,23 @@ from ..base import Settings
 from ..space import NOISE
 from .base import PreStep, alike
 
+Spectrum = Callable[[Tensor], Tensor]
+"""Singular values [P, r], zero where they are noise -> others, zero there too."""
+
 
 def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
+    return balanced(stacks, settings, lambda s: s)
+
+
+def balanced(stacks: Sequence[Stack], settings: Settings, spectrum: Spectrum) -> list[Stack]:
+    """The balanced factors of every update with other singular values."""
     sides = [*(s.a for s in stacks), *(s.b for s in stacks)]
     coefficients = _own_grams(sides, settings.backend)
     count = len(coefficients) // 2
     for members in alike(len(g) for g in coefficients[:count]):
         grams_a = torch.stack([coefficients[k] for k in members])
         grams_b = torch.stack([coefficients[count + k] for k in members])
-        for k, c_a, c_b in zip(members, *_coefficients(grams_a, grams_b)):
+        for k, c_a, c_b in zip(members, *_coefficients(grams_a, grams_b, spectrum)):
             coefficients[k], coefficients[count + k] = c_a, c_b
     problems = [Problem((x,), (c,)) for side in sides for x, c in zip(side.blocks, side.scales)]
     found = ops.apply(coefficients, problems, torch.float32, backend=settings.backend)
@@ -64,8 +72,9 @@ def _joined(blocks: Iterator[Tensor], count: int) -> Problem:
     return Problem(tuple(islice(blocks, count)), (1.0,) * count)
 
 
-def _coefficients(grams_a: Tensor, grams_b: Tensor) -> tuple[Tensor, Tensor]:
-    """C_A and C_B [P, r, r] in float32 with A' = C_A A and B'^T = C_B B^T, from A A^T and B^T B.
+def _coefficients(grams_a: Tensor, grams_b: Tensor, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+    """C_A and C_B [P, r, r] in float32 with A' = C_A A and B'^T = C_B B^T, from A A^T and B^T B;
+    S^(-1/2) becomes spectrum(S)^(1/2) S^-1.
 
     Row k of A and column k of B are brought to one norm first, or to zero if one of them is:
     neither side alone decides what is rounding noise.
@@ -78,7 +87,8 @@ def _coefficients(grams_a: Tensor, grams_b: Tensor) -> tuple[Tensor, Tensor]:
     )
     u, s, vh = torch.linalg.svd(root_b @ root_a.mT)
     sizes = torch.linalg.matrix_norm(root_a) * torch.linalg.matrix_norm(root_b)
-    inverse = torch.where(s > NOISE * sizes[:, None], s.rsqrt(), 0.0)[..., None]
+    s = torch.where(s > NOISE * sizes[:, None], s, 0.0)
+    inverse = torch.where(s > 0, spectrum(s).sqrt() / s, 0.0)[..., None]
     c_a, c_b = inverse * (u.mT @ root_b) * gains, inverse * (vh @ root_a) / gains
     return (c_a * live).float(), (c_b * live).float()
 
