@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from merges import Adapter
+from bench import Adapter, Bench
 from peft import LoraConfig, get_peft_model
-from score import Bench
 from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
@@ -20,7 +19,7 @@ RANK = 8
 BATCH = 64
 BASE_STEPS, BASE_RATE = 600, 2e-3
 EFFORTS = tuple((steps, rate) for steps in (60, 120, 240, 480) for rate in (1e-3, 3e-3))
-HELD_OUT = 400
+HELD_OUT, VALIDATION = 400, 100
 _PERMUTATION = torch.randperm(64, generator=torch.Generator().manual_seed(7))
 
 TASKS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -94,8 +93,12 @@ def base(folder: Path) -> Path:
 def bench(folder: Path) -> Bench:
     """The base with held-out images, distorted as in every task."""
     images, labels = (x[:HELD_OUT] for x in digits())
-    held = {task: (change(images), labels) for task, change in TASKS.items()}
-    return Bench(ViTForImageClassification.from_pretrained(base(folder)), held, loss)
+
+    def outputs(model: torch.nn.Module, task: str) -> Tensor:
+        return model(pixel_values=TASKS[task](images)).logits
+
+    model = ViTForImageClassification.from_pretrained(base(folder)).eval()
+    return Bench(model, outputs, dict.fromkeys(TASKS, labels), VALIDATION)
 
 
 def adapters(folder: Path, seed: int) -> list[Adapter]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import digits
 import torch
-from run import DATA
 from safetensors.torch import load_file, save_file
+from sets import DATA
 
 TARGET = Path(__file__).parents[2] / "tests" / "data" / "digits"
 BASE = "digits-base"
