@@ -20,7 +20,7 @@ ON_AN_ISA := $(addprefix tests/test_,$(addsuffix .py,ops entries elementwise met
 	factor_space composition weighted_and_clustered opcm trained library interference))
 
 .PHONY: setup demo test test-all test-slow test-perturbed test-isa test-newest
-.PHONY: attack lint format bench bench-full quality gpu-check clean
+.PHONY: attack lint format bench bench-full quality quality-full gpu-check clean
 
 setup: $(VENV)/ready
 demo: $(VENV)/ready
@@ -51,10 +51,11 @@ bench: $(VENV)/ready
 	$(PY) benchmarks/run.py --quick
 bench-full: $(VENV)/ready
 	$(PY) benchmarks/run.py --full --publish
-# Trains small models and adapters, half an hour and more; then scores every merge of them.
-quality: $(VENV)/ready
+# Fetches two pretrained encoders, trains adapters of them, scores merges: an hour for one training of
+# every set, several for all; what is there is not made again.
+quality quality-full: $(VENV)/ready
 	$(PIP) $(LOCK) -e '.[quality]'
-	$(PY) benchmarks/quality/run.py
+	$(PY) benchmarks/quality/run.py $(if $(findstring full,$@),--full)
 # On a machine with a CUDA GPU, with any Python that has torch: make gpu-check PY=python3
 gpu-check:
 	$(PY) benchmarks/gpu_check.py

@@ -14,58 +14,63 @@ FOLDER = Path(__file__).parent.parent / "benchmarks" / "quality"
 
 
 @pytest.fixture
-def quality(monkeypatch, tmp_path):
-    """Its modules; a base of two narrow layers, and texts of tokens that the class shifts."""
+def modules(monkeypatch):
+    """The benchmark's modules by their names; forgotten afterwards."""
+    before = set(sys.modules)
     monkeypatch.syspath_prepend(str(FOLDER))
+    yield
+    for name in set(sys.modules) - before:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def _base(name, data):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = BertConfig(vocab_size=50, num_attention_heads=2, **sizes)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
+    return BertModel(config).eval()
+
+
+def _texts(name):
+    """Texts of small numbers or of large ones; the two tasks call them by opposite classes."""
+    order = random.Random(name)
+    for k in range(500):
+        low = 5 + 20 * (k % 2)
+        numbers = [str(order.randrange(low, low + 20)) for _ in range(order.randrange(3, 6))]
+        yield " ".join(numbers), (k + (name == "first")) % 2
+
+
+def _tokens(texts, **settings):
+    if isinstance(texts, str):
+        return {"input_ids": [int(number) for number in texts.split()]}
+    return {"input_ids": [_tokens(text)["input_ids"] for text in texts]}
+
+
+@pytest.fixture
+def trained(modules, monkeypatch, tmp_path):
+    """Two adapters of a tiny base, and their bench."""
     import bases
     import encoders
     import tasks
 
-    def load(name, data):
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-        config = BertConfig(vocab_size=50, num_attention_heads=2, **sizes)
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
-        return BertModel(config).eval()
-
-    def task(name, data):
-        order = random.Random(name)
-        examples = []
-        for k in range(500):
-            label = k % 2
-            words = [str(order.randrange(5, 25) + 20 * label) for _ in range(order.randrange(3, 6))]
-            examples.append((" ".join(words), label if name == "first" else 1 - label))
-        return tasks.Task(["1", "2"], examples)
-
-    def tokenizer(data):
-        def tokens(texts, **settings):
-            several = isinstance(texts, list)
-            found = [
-                [int(word) for word in text.split()] for text in (texts if several else [texts])
-            ]
-            return {"input_ids": found if several else found[0]}
-
-        return tokens
-
-    monkeypatch.setattr(bases, "load", load)
-    monkeypatch.setattr(bases, "tokenizer", tokenizer)
+    monkeypatch.setattr(bases, "load", _base)
+    monkeypatch.setattr(bases, "tokenizer", lambda data: _tokens)
     monkeypatch.setattr(tasks, "TASKS", {"first": None, "second": None})
+    task = lambda name, data: tasks.Task(["1", "2"], list(_texts(name)))  # noqa: E731
     monkeypatch.setattr(tasks, "task", task)
-    encoders._tokens.cache_clear()
     kind = encoders.Kind([(30, 1e-2)], (2, 4))
     adapters = encoders.adapters(kind, "tiny", 0, tmp_path, tmp_path / "adapters")
-    yield adapters, encoders.bench("tiny", 0, tmp_path), tmp_path
-    for name in ("bases", "encoders", "tasks", "bench", "merges", "measure", "score", "wheels"):
-        sys.modules.pop(name, None)
+    return encoders.bench("tiny", 0, tmp_path), adapters
 
 
-def test_from_training_to_figures(quality):
-    adapters, bench, folder = quality
+def test_from_training_to_figures(trained, tmp_path):
+    bench, adapters = trained
     import measure
     import score
     from merges import DO, MEAN, Candidate
 
-    known = measure.keep(folder / "training.pt", lambda: measure.training(bench, adapters))
+    known = measure.keep(tmp_path / "training.pt", lambda: measure.training(bench, adapters))
     gain, own = score.gains(known, known["base"], score.TEST)
     assert gain.tolist() == [0, 0]
     assert min(own) > 0.1
@@ -89,9 +94,8 @@ def test_from_training_to_figures(quality):
     assert score.shares(known, alone)[0] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_what_is_kept_is_not_made_again(quality):
-    _, _, folder = quality
+def test_what_is_kept_is_not_made_again(modules, tmp_path):
     import measure
 
-    assert measure.keep(folder / "x.pt", lambda: {"x": 1.0}) == {"x": 1.0}
-    assert measure.keep(folder / "x.pt", lambda: pytest.fail("made again")) == {"x": 1.0}
+    assert measure.keep(tmp_path / "x.pt", lambda: {"x": 1.0}) == {"x": 1.0}
+    assert measure.keep(tmp_path / "x.pt", lambda: pytest.fail("made again")) == {"x": 1.0}

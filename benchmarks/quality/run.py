@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 import time
 import warnings
@@ -23,14 +24,18 @@ sys.path.append(str(HERE))
 
 import measure  # noqa: E402
 import score  # noqa: E402
+import tables  # noqa: E402
+import tasks  # noqa: E402
 import torch  # noqa: E402
 from bench import Adapter, Bench  # noqa: E402
 from merges import CORE, DO, Candidate  # noqa: E402
+from pages import fill  # noqa: E402
 from sets import DATA, SETS, Set  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 RESULTS = HERE / "results" / "quality"
 FIGURES = RESULTS / "quality.json"
+METHODS_PAGE = HERE.parent / "docs" / "methods.md"
 
 
 def trainings(name: str, chosen: Set, seeds: int) -> dict[str, Any]:
@@ -71,6 +76,21 @@ def one(
     }
 
 
+def publish(result: dict[str, Any]) -> None:
+    """Keep the figures, with the tables and the plot of them."""
+    result["sets"] = {name: result["sets"][name] for name in SETS if name in result["sets"]}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    FIGURES.write_text(json.dumps(rounded(result)) + "\n")
+    (RESULTS / "README.md").write_text(tables.page(result))
+    METHODS_PAGE.write_text(fill(METHODS_PAGE.read_text(), {"quality": tables.ranking(result)}))
+    tables.plot(result["sets"], RESULTS / "share.png")
+
+
+def rounded(figures: Any) -> Any:
+    """The same with five digits of every number."""
+    return json.loads(json.dumps(figures), parse_float=lambda x: float(f"{float(x):.5g}"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="all trainings, not the first alone")
@@ -80,11 +100,14 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    found = json.loads(FIGURES.read_text())["sets"] if FIGURES.exists() else {}
+    result = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"sets": {}}
     for name in () if args.tables else args.sets:
-        found[name] = trainings(name, SETS[name], None if args.full else 1)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        FIGURES.write_text(json.dumps({"torch": torch.__version__, "sets": found}, indent=1) + "\n")
+        found = trainings(name, SETS[name], None if args.full else 1)
+        result["sets"][name] = {**result["sets"].get(name, {}), **found}
+        result |= {"python": platform.python_version(), "torch": torch.__version__}
+        result["other texts"] = tasks.changed(DATA)
+        publish(result)
+    publish(result)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,272 @@
+"""The figures as Markdown tables and a plot."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sets import OVERTRAINED, PRETRAINED, SETS
+
+Figures = dict[str, Any]
+"""Of one training, or of one merge."""
+Sets = dict[str, dict[str, Figures]]
+"""Trainings by set, each called by its seed; with a comma where it is of a part of the adapters."""
+
+CHOSEN = 0.6
+"""The constant of the rule that is a candidate for the default."""
+CANDIDATE = f"{CHOSEN} S16 rms"
+RULES: dict[str, Callable[[Figures, int], float]] = {"λ = 1": lambda merge, count: 1.0}
+RULES |= {
+    f"S{q} {mean}": lambda merge, count, key=f"S{q} {mean}": merge["matched"][key]
+    for q in ("4", "6", "8", "16", "inf")
+    for mean in ("mean", "rms")
+}
+RULES["0.6 T"] = lambda merge, count: 0.6 * count
+RULES[CANDIDATE] = lambda merge, count: CHOSEN * merge["matched"]["S16 rms"]
+"""λ of a merge's figures and the number of adapters."""
+
+
+def share_at(merge: Figures, scale: float) -> float | None:
+    """On the curve; None beyond its end."""
+    scales, shares = merge["curve"]
+    return float(np.interp(scale, scales, shares)) if scale <= scales[-1] else None
+
+
+def page(result: Figures) -> str:
+    """The whole page of a set of measurements."""
+    found: Sets = result["sets"]
+    parts = [HEAD, ABOUT.format(**result), "## The sets", _sets(found)]
+    for regime, title in ((PRETRAINED, "Pretrained bases"), (OVERTRAINED, "Over-trained sets")):
+        chosen = _of_regime(found, regime)
+        if chosen:
+            parts += [f"## {title}", BEST_TEXT, _best(chosen)]
+            parts += [f"### {title}: against `do`", AGAINST_TEXT, _against(chosen)]
+            parts += [f"### {title}: rules for λ", RULES_TEXT, _rules(chosen)]
+            parts += [f"### {title}: λ by {CANDIDATE}", CANDIDATE_TEXT, _candidate(chosen)]
+    return "\n\n".join([*parts, "## Fewer and more adapters", FEW_TEXT, _few(found)]) + "\n"
+
+
+def ranking(result: Figures) -> str:
+    """Share at the best λ on the sets of pretrained bases."""
+    return _best(_of_regime(result["sets"], PRETRAINED))
+
+
+def _of_regime(found: Sets, regime: str) -> Sets:
+    return {name: x for name, x in found.items() if SETS[name].regime == regime}
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _whole(trainings: Mapping[str, Figures]) -> list[Figures]:
+    """The trainings of all adapters."""
+    return [entry for key, entry in trainings.items() if "," not in key]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    kept = list(values)
+    return None if not kept or None in kept else statistics.fmean(kept)  # type: ignore[type-var]
+
+
+def _text(value: float | None, form: str = ".3f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _sets(found: Sets) -> str:
+    rows = []
+    for name, trainings in found.items():
+        entries = _whole(trainings)
+        relative = [x for e in entries for x in e["relative"]]
+        gains = [x for e in entries for x in e["gains"]]
+        uneven = statistics.fmean(max(e["norms"]) / min(e["norms"]) for e in entries)
+        rows.append(
+            [
+                name,
+                str(len(entries[0]["adapters"])),
+                str(len(entries)),
+                f"{min(gains):.2f} - {max(gains):.2f}",
+                f"{min(relative):.3f} - {max(relative):.3f}",
+                f"{uneven:.1f}",
+                *(
+                    f"{statistics.fmean(e['likeness'][key] for e in entries):.3f}"
+                    for key in ("cosine", "rows", "columns")
+                ),
+            ]
+        )
+    head = ["set", "adapters", "trainings", "gain alone, nats", "‖τ‖ / ‖W‖", "norms, max / min"]
+    return _table([*head, "cosine of τ", "overlap of A", "of B"], rows)
+
+
+def _names(found: Sets) -> list[str]:
+    """All merges, those scored on most sets first and the best of them first."""
+    names = dict.fromkeys(m for x in found.values() for e in _whole(x) for m in e["merges"])
+
+    def order(name: str) -> tuple[int, float]:
+        shares = [s for s in (_share(x, name) for x in found.values()) if s is not None]
+        return -len(shares), -statistics.fmean(shares)
+
+    return sorted(names, key=order)
+
+
+def _values(trainings: Mapping[str, Figures], name: str, key: str) -> list[Any]:
+    return [e["merges"][name][key] for e in _whole(trainings) if name in e["merges"]]
+
+
+def _share(trainings: Mapping[str, Figures], name: str) -> float | None:
+    return _mean(_values(trainings, name, "share"))
+
+
+def _best(found: Sets) -> str:
+    """Share at the tuned λ: a row a merge, a column a set, and means over the sets."""
+    rows = []
+    for name in _names(found):
+        cells = []
+        for trainings in found.values():
+            shares = _values(trainings, name, "share")
+            spread = f" ± {(max(shares) - min(shares)) / 2:.3f}" if len(shares) > 1 else ""
+            cells.append(_text(_mean(shares)) + spread)
+        means = [
+            _mean(_mean(_values(x, name, key)) for x in found.values())
+            for key in ("share", "pooled", "accuracy")
+        ]
+        rows.append([f"`{name}`", *cells, *map(_text, means)])
+    return _table(["merge", *found, "mean", "pooled", "accuracy"], rows)
+
+
+def _against(found: Sets) -> str:
+    rows = []
+    for name in _names(found):
+        cells = []
+        for trainings in found.values():
+            means = _values(trainings, name, "difference")
+            ends = _values(trainings, name, "difference interval")
+            low, high = (_mean(end[k] for end in ends) for k in (0, 1))
+            cells.append(f"{_mean(means):+.3f} [{low:+.3f} {high:+.3f}]" if means else "")
+        rows.append([f"`{name}`", *cells])
+    return _table(["merge", *found], rows)
+
+
+def _by_rule(
+    found: Sets, name: str, rule: Callable[[Figures, int], float]
+) -> dict[str, tuple[float | None, float | None]]:
+    """Share and its part of the tuned one, by set."""
+    pairs = {}
+    for key, trainings in found.items():
+        scored = [e for e in _whole(trainings) if name in e["merges"]]
+        merges = [(e["merges"][name], len(e["adapters"])) for e in scored]
+        at = _mean(share_at(merge, rule(merge, count)) for merge, count in merges)
+        tuned = _mean(merge["share"] for merge, _ in merges)
+        pairs[key] = (at, None if at is None or tuned is None else at / tuned)
+    return pairs
+
+
+def _rules(found: Sets) -> str:
+    rows = []
+    for name in _names(found):
+        cells = []
+        for rule in RULES.values():
+            pairs = _by_rule(found, name, rule).values()
+            parts = [part for _, part in pairs]
+            mean = _mean(share for share, _ in pairs)
+            cells.append("" if mean is None else f"{mean:.3f} ({min(parts):.0%})")
+        rows.append([f"`{name}`", _text(_mean(_share(x, name) for x in found.values())), *cells])
+    return _table(["merge", "tuned", *RULES], [row for row in rows if row[1]])
+
+
+def _candidate(found: Sets) -> str:
+    rows = []
+    for name in _names(found):
+        pairs = _by_rule(found, name, RULES[CANDIDATE])
+        cells = ["" if at is None else f"{at:.3f} ({part:.0%})" for at, part in pairs.values()]
+        refitted = [_constant({k: x for k, x in found.items() if k != out}, name) for out in found]
+        kept = [c for c in refitted if c is not None]
+        rows.append([f"`{name}`", *cells, f"{min(kept):.2f} - {max(kept):.2f}" if kept else ""])
+    return _table(["merge", *found, "constant without one set"], rows)
+
+
+def _constant(found: Sets, name: str) -> float | None:
+    """The constant of the S16 rule that keeps most of the tuned shares on the sets' mean."""
+
+    def kept(constant: float) -> float:
+        pairs = _by_rule(found, name, lambda merge, _: constant * merge["matched"]["S16 rms"])
+        parts = [part for _, part in pairs.values()]
+        return -1.0 if None in parts or not parts else statistics.fmean(parts)
+
+    constants = [k / 100 for k in range(20, 200, 2)]
+    chosen = max(constants, key=kept)
+    return chosen if kept(chosen) > 0 else None
+
+
+def _few(found: Sets) -> str:
+    rows = []
+    parts = {n: {k: e for k, e in x.items() if "," in k} for n, x in found.items()}
+    for set_name, entries in parts.items():
+        whole = {} if not entries else {k: e for k, e in found[set_name].items() if "," not in k}
+        for entry in [*entries.values(), *list(whole.values())[:1]]:
+            count = len(entry["adapters"])
+            for name, merge in entry["merges"].items():
+                if name in next(iter(entries.values()))["merges"]:
+                    at = share_at(merge, RULES[CANDIDATE](merge, count))
+                    rows.append(
+                        [set_name, f"`{name}`", str(count), _text(merge["share"]), _text(at)]
+                    )
+    rows.sort(key=lambda row: (row[0], row[1], int(row[2])))
+    return _table(["set", "merge", "T", "tuned", CANDIDATE], rows)
+
+
+PLOTTED = ("mean", "do", "tsvm", "iso_c, equalized", "ties")
+
+
+def plot(found: Sets, path: Path) -> None:
+    """Share against λ over that of the S16 rule, a panel a set, of the first training."""
+    from matplotlib.figure import Figure
+
+    columns = 4
+    figure = Figure(figsize=(12, 2.6 * -(-len(found) // columns)), layout="constrained")
+    for k, (name, trainings) in enumerate(found.items()):
+        axes = figure.add_subplot(-(-len(found) // columns), columns, k + 1)
+        merges = _whole(trainings)[0]["merges"]
+        for candidate in PLOTTED:
+            scales, shares = merges[candidate]["curve"]
+            unit = CHOSEN * merges[candidate]["matched"]["S16 rms"]
+            near = [(x / unit, y) for x, y in zip(scales, shares) if x < 2.5 * unit]
+            axes.plot(*zip(*near), label=candidate)
+        axes.axvline(1, color="lightgrey", zorder=0)
+        axes.set(xlim=(0, 2.5), ylim=(0, 1), title=name)
+    figure.supxlabel(f"λ / ({CANDIDATE})")
+    figure.supylabel("share kept")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=80, format="png")
+
+
+HEAD = """# The share of each adapter's own gain that a merge keeps
+
+(base_i − merge_i) / (base_i − own_i), of losses on held-out texts of adapter i's own task; 1: as
+good as the adapter itself, 0: no better than the base. Means over a training's adapters, then over
+trainings (±: half the range). Ten tasks of short labelled texts, each with a head that the base
+itself gives; two pretrained sentence encoders, 17 and 23 million parameters (L3, L6). Every
+training has a split, an order and first A's of its own. λ is chosen on 64 texts a task, between
+values that were run on both sides of the peak; 256 others are tested on. Made by
+`benchmarks/quality/run.py`; no figure is typed.
+
+![share against λ](share.png)"""
+
+ABOUT = """Python {python}, torch {torch}. Tasks with texts that differ from those pinned, as
+another Python's may: {other texts}."""
+BEST_TEXT = """At the best λ. "pooled": Σ gains of the merge over Σ gains of the adapters.
+"accuracy": over the adapter's own. ", cut": to the rank of the largest adapter."""
+AGAINST_TEXT = """Share less that of `do`, both at their best λ; in brackets 90 % of the samples of
+a bootstrap over test texts, the same ones for both, means over trainings."""
+RULES_TEXT = """λ = Σ_modules mean_i ‖τ_i‖_Sq / Σ_modules ‖M‖_Sq, M the merge at λ = 1, ‖·‖_Sq the
+Schatten norm (Σ σ^q)^(1/q); "rms": the root of the mean square in place of the mean. Mean share
+over the sets, and in brackets the lowest part of the tuned share on a set. Empty: beyond the λ
+that were run."""
+CANDIDATE_TEXT = """By set, in brackets of the tuned share; and the constant in place of this one
+that keeps most when one of the sets is left out, the lowest and the highest over sets."""
+FEW_TEXT = """The first T adapters of the first training."""
