@@ -46,6 +46,7 @@ def page(result: Figures) -> str:
             parts += [f"### {title}: against `do`", AGAINST_TEXT, _against(chosen)]
             parts += [f"### {title}: rules for λ", RULES_TEXT, _rules(chosen)]
             parts += [f"### {title}: λ by {CANDIDATE}", CANDIDATE_TEXT, _candidate(chosen)]
+            parts += [f"### {title}: constants", FITTED_TEXT, _fitted(chosen)]
     return "\n\n".join([*parts, "## Fewer and more adapters", FEW_TEXT, _few(found)]) + "\n"
 
 
@@ -184,40 +185,61 @@ def _candidate(found: Sets) -> str:
     for name in _names(found):
         pairs = _by_rule(found, name, RULES[CANDIDATE])
         cells = ["" if at is None else f"{at:.3f} ({part:.0%})" for at, part in pairs.values()]
-        refitted = [_constant({k: x for k, x in found.items() if k != out}, name) for out in found]
-        kept = [c for c in refitted if c is not None]
-        rows.append([f"`{name}`", *cells, f"{min(kept):.2f} - {max(kept):.2f}" if kept else ""])
-    return _table(["merge", *found, "constant without one set"], rows)
+        rows.append([f"`{name}`", *cells])
+    return _table(["merge", *found], rows)
 
 
-def _constant(found: Sets, name: str) -> float | None:
-    """The constant of the S16 rule that keeps most of the tuned shares on the sets' mean."""
+MATCHED = [rule for rule in RULES if rule.startswith("S")]
 
-    def kept(constant: float) -> float:
-        pairs = _by_rule(found, name, lambda merge, _: constant * merge["matched"]["S16 rms"])
-        parts = [part for _, part in pairs.values()]
-        return -1.0 if None in parts or not parts else statistics.fmean(parts)
 
-    constants = [k / 100 for k in range(20, 200, 2)]
-    chosen = max(constants, key=kept)
-    return chosen if kept(chosen) > 0 else None
+def _fitted(found: Sets) -> str:
+    rows = []
+    for name in _names(found):
+        if all(_share(x, name) is not None for x in found.values()):
+            rows.append([f"`{name}`", *(_fit(found, name, rule) for rule in MATCHED)])
+    return _table(["merge", *MATCHED], rows)
+
+
+def _fit(found: Sets, name: str, rule: str) -> str:
+    """The constant, what it keeps and at least keeps of the tuned share, and the range of constants
+    with one set left out."""
+    constant, part, least = _constant(found, name, rule)
+    others = [{k: x for k, x in found.items() if k != out} for out in found if len(found) > 1]
+    left = [_constant(rest, name, rule)[0] for rest in others]
+    span = f", {min(left):.2f} - {max(left):.2f}" if left else ""
+    return f"{constant:.2f}: {part:.0%} ({least:.0%}){span}"
+
+
+def _constant(found: Sets, name: str, rule: str) -> tuple[float, float, float]:
+    """The factor on the rule's λ that keeps the largest mean part of the tuned shares; that part,
+    and the least of a set."""
+    best = (0.0, -np.inf, -np.inf)
+    for constant in np.arange(0.2, 2.0, 0.02).tolist():
+        scaled = lambda merge, count, c=constant: c * RULES[rule](merge, count)  # noqa: E731
+        parts = [part for _, part in _by_rule(found, name, scaled).values()]
+        if None not in parts and statistics.fmean(parts) > best[1]:
+            best = (constant, statistics.fmean(parts), min(parts))
+    return best
 
 
 def _few(found: Sets) -> str:
-    rows = []
-    parts = {n: {k: e for k, e in x.items() if "," in k} for n, x in found.items()}
-    for set_name, entries in parts.items():
-        whole = {} if not entries else {k: e for k, e in found[set_name].items() if "," not in k}
-        for entry in [*entries.values(), *list(whole.values())[:1]]:
-            count = len(entry["adapters"])
-            for name, merge in entry["merges"].items():
-                if name in next(iter(entries.values()))["merges"]:
+    """Tuned shares and in brackets those of the candidate rule, by number of adapters."""
+    blocks = []
+    for set_name, trainings in found.items():
+        first = next(iter(trainings))
+        entries = {len(e["adapters"]): e for k, e in trainings.items() if k.split(",")[0] == first}
+        if len(entries) > 1:
+            rows = []
+            for name in entries[min(entries)]["merges"]:
+                cells = []
+                for count in sorted(entries):
+                    merge = entries[count]["merges"][name]
                     at = share_at(merge, RULES[CANDIDATE](merge, count))
-                    rows.append(
-                        [set_name, f"`{name}`", str(count), _text(merge["share"]), _text(at)]
-                    )
-    rows.sort(key=lambda row: (row[0], row[1], int(row[2])))
-    return _table(["set", "merge", "T", "tuned", CANDIDATE], rows)
+                    cells.append(f"{merge['share']:.3f} ({_text(at)})")
+                rows.append([f"`{name}`", *cells])
+            head = [set_name, *(f"T = {count}" for count in sorted(entries))]
+            blocks.append(_table(head, rows))
+    return "\n\n".join(blocks)
 
 
 PLOTTED = ("mean", "do", "tsvm", "iso_c, equalized", "ties")
@@ -267,6 +289,7 @@ RULES_TEXT = """λ = Σ_modules mean_i ‖τ_i‖_Sq / Σ_modules ‖M‖_Sq, M 
 Schatten norm (Σ σ^q)^(1/q); "rms": the root of the mean square in place of the mean. Mean share
 over the sets, and in brackets the lowest part of the tuned share on a set. Empty: beyond the λ
 that were run."""
-CANDIDATE_TEXT = """By set, in brackets of the tuned share; and the constant in place of this one
-that keeps most when one of the sets is left out, the lowest and the highest over sets."""
-FEW_TEXT = """The first T adapters of the first training."""
+CANDIDATE_TEXT = """By set, in brackets of the tuned share."""
+FITTED_TEXT = """The factor on each rule that keeps most on all sets: what it keeps of the tuned
+share, in brackets on the worst set; and the range of the factors with any one set left out."""
+FEW_TEXT = """The first T adapters of the first training; in brackets λ by the same rule."""
