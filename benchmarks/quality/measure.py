@@ -19,7 +19,7 @@ from torch import Tensor
 
 import domerge_fast as dm
 
-START = 0.6
+START = 0.7
 """The first λ brings the merge to this mean projection on the adapters."""
 STEP = 1.5
 """From one λ to the next."""

@@ -31,6 +31,7 @@ class Candidate:
             adapters,
             self.method,
             weights=weights,
+            scale=1.0,
             dtype="float32",
             form="deltas",
             **rank,
@@ -47,12 +48,18 @@ def _rank(adapter: Path) -> int:
 MEAN = Candidate("mean", "linear", mean=True)
 DO = Candidate("do", "do")
 
+SVC = {"post": ["svc"]}
+
 CORE = (
     MEAN,
     DO,
     Candidate("do, decouple only", "do", {"orthogonalize": False}),
     Candidate("do, orthogonalize only", "do", {"decouple": False}),
     Candidate("tsvm", "tsvm"),
+    Candidate("tsvm, power 0.25", "tsvm", {"power": 0.25}),
+    Candidate("tsvm, power 0.5", "tsvm", {"power": 0.5}),
+    Candidate("tsvm, power 0.25, svc", "tsvm", {"power": 0.25, **SVC}),
+    Candidate("tsvm, power 0.5, svc", "tsvm", {"power": 0.5, **SVC}),
     Candidate("iso_c, equalized", "iso_c", {"pre": ["equalize"]}),
     Candidate("ties", "ties"),
 )
@@ -60,14 +67,21 @@ CORE = (
 
 MORE = (
     Candidate("iso_c", "iso_c"),
+    Candidate("do, svc", "do", SVC),
+    Candidate("do, directions of power 0.5", "do", {"directions": "linear", "power": 0.5}),
+    Candidate("mean, svc", "linear", SVC, mean=True),
+    Candidate("iso_c, svc", "iso_c", SVC),
+    Candidate("pico", "pico"),
+    Candidate("wudi", "wudi"),
     Candidate("iso_cts", "iso_cts"),
     Candidate("subspace_boost", "subspace_boost"),
-    Candidate("wudi", "wudi"),
-    Candidate("pico", "pico"),
+    Candidate("mean, power 0.5", "linear", {"power": 0.5}, mean=True),
+    Candidate("tsvm, power 0", "tsvm", {"power": 0.0}),
+    Candidate("tsvm, power 0, svc", "tsvm", {"power": 0.0, **SVC}),
     Candidate("dare_ties", "dare_ties", {"seed": 1}),
     Candidate("knots", "knots"),
 )
-"""Scored where all are."""
+"""Scored besides on the first training of some sets."""
 
 CUT = tuple(replace(c, name=f"{c.name}, cut", cut=True) for c in CORE if c.method != "ties")
 """At the rank of one adapter."""

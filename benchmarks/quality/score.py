@@ -66,8 +66,9 @@ def at(merge: Merge, scale: float) -> Outputs:
     """Outputs at a λ: a cubic spline through those that were run around the peak, or one beyond."""
     if scale > merge["scales"][-1]:
         return merge["beyond"][scale]
-    splines = merge.setdefault("splines", _splines(merge))
-    return {task: torch.from_numpy(spline(scale)) for task, spline in splines.items()}
+    if "splines" not in merge:
+        merge["splines"] = _splines(merge)
+    return {task: torch.from_numpy(spline(scale)) for task, spline in merge["splines"].items()}
 
 
 def _splines(merge: Merge) -> dict[str, CubicSpline]:
