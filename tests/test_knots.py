@@ -174,6 +174,21 @@ def test_accuracies_normalized_ones_and_the_scale_are_those_of_the_construction(
         assert found[f"`{method}`, normalized"] == ["0.5", *["100.00"] * 3]
 
 
+def test_a_method_has_its_own_scale_unless_scales_are_searched(vision, capsys):
+    given = ("--heads", str(vision / "heads"), "--own", "published")
+    assert call(vision, *TWO, *given, "--methods", 'linear {"scale": 0.5}', "tsvm") == 0
+    found = table(capsys)
+    assert found['`linear {"scale": 0.5}`'] == ["0.5", *["75.00"] * 3]
+    adapters = [vision / "adapters" / task for task in ("dtd", "eurosat")]
+    scale = dm.merge(adapters, "tsvm", base_model="base").report.scale
+    assert scale != 1
+    assert found["`tsvm`"][0] == f"{scale:g}"
+    bench = knots.Evaluation(knots.parsed(arguments(vision, "vit-b-32", *TWO, *given)))
+    ours, _ = bench.merge(bench.adapters, "tsvm", 1.0)
+    at_one = dm.merge(adapters, "tsvm", scale=1.0, base_model="base", form="deltas")
+    assert all(torch.equal(ours[name], at_one.delta(name)) for name in at_one.names)
+
+
 def test_the_published_accuracies_divide_where_they_are_asked_for(vision, capsys):
     given = ("--heads", str(vision / "heads"), "--own", "published", "--methods", "linear")
     assert call(vision, *TWO, *given) == 0
@@ -289,7 +304,7 @@ def test_nli_is_scored_as_pair_by_pair_with_every_task_s_own_head(nli, capsys):
     for updates in ({}, summed):
         expected = {task: accuracy(task, updates) for task in tasks}
         assert bench.accuracies(updates, 1.0, "test") == expected
-    deltas = bench.deltas(bench.adapters, "linear")
+    deltas, _ = bench.merge(bench.adapters, "linear")
     assert bench.accuracies(deltas, 1.0, "test") == expected
     assert bench.measured() == {task: accuracy(task, single[task]) for task in tasks}
 

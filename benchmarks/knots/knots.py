@@ -60,16 +60,19 @@ class Evaluation:
         published = {name: chosen.own[name] for name in self.tasks}
         self.own = published if args.own == "published" else self.measured()
 
-    def deltas(self, adapters: Sequence[dm.Adapter], spec: str) -> dict[str, Tensor]:
-        """ΔW of every module at scale 1. spec: a method, and its options as JSON after a blank."""
+    def merge(
+        self, adapters: Sequence[dm.Adapter], spec: str, scale: float | None = None
+    ) -> tuple[dict[str, Tensor], float]:
+        """ΔW of every module and its λ. spec: a method, and its options as JSON after a blank.
+        scale: None is the method's own."""
         method, _, text = spec.partition(" ")
         try:
-            options = {"form": "deltas", **json.loads(text or "{}")}
+            options = {"form": "deltas", "scale": scale, **json.loads(text or "{}")}
         except (TypeError, ValueError) as error:
             example = "write them as in 'ties {\"density\": 0.2}'"
             raise OptionError("methods", f"{text!r} is no JSON object", example) from error
         merged = dm.merge(adapters, method, whole="drop", base_model=self.base, **options)
-        return {name: merged.delta(name) for name in merged.names}
+        return {name: merged.delta(name) for name in merged.names}, merged.report.scale
 
     @torch.no_grad()
     def accuracies(
@@ -92,7 +95,8 @@ class Evaluation:
         """Every adapter alone on the test rows of its own task."""
         found: dict[str, float] = {}
         for name, adapter in zip(self.tasks, self.adapters):
-            found |= self.accuracies(self.deltas([adapter], "linear"), 1.0, TEST, [name])
+            deltas, _ = self.merge([adapter], "linear", 1.0)
+            found |= self.accuracies(deltas, 1.0, TEST, [name])
             print(f"own, {name}: {found[name]:.2f} %", file=sys.stderr, flush=True)
         if lost := [name for name, value in found.items() if not value]:
             problem = f"that of {lost[0]!r} gets no test row of its own task right"
@@ -125,8 +129,8 @@ def scales(text: str) -> list[float]:
 
 def search(score: Callable[[float], float], scales: Sequence[float], patience: int) -> float:
     """The best scale: they are tried in order, until so many in a row were below the best. Of
-    equal ones, the last."""
-    best, highest, left = scales[0], -math.inf, patience
+    equal ones, the last; 1 of none."""
+    best, highest, left = 1.0, -math.inf, patience
     for scale in scales:
         found = score(scale)
         if found >= highest:
@@ -138,19 +142,18 @@ def search(score: Callable[[float], float], scales: Sequence[float], patience: i
 
 def run(args: argparse.Namespace) -> None:
     """Print the table, row by row."""
-    grid = scales(args.scales) if args.scales else [1.0]
+    grid = scales(args.scales) if args.scales else []
     bench = Evaluation(args)
     show("test accuracy, %", "scale", *bench.tasks, "average")
     show(*["---"] * (len(bench.tasks) + 3))
     show_accuracies("base", "", bench.accuracies({}, 0.0, TEST))
     show_accuracies(f"each adapter on its own task ({args.own})", "", bench.own)
     for spec in args.methods:
-        deltas = bench.deltas(bench.adapters, spec)
-        score = functools.partial(bench.score, spec, deltas)
-        scale = search(score, grid, args.patience) if len(grid) > 1 else grid[0]
-        found = bench.accuracies(deltas, scale, TEST)
-        show_accuracies(f"`{spec}`", f"{scale:g}", found)
-        show_accuracies(f"`{spec}`, normalized", f"{scale:g}", bench.normalized(found))
+        deltas, scale = bench.merge(bench.adapters, spec, 1.0 if grid else None)
+        factor = search(functools.partial(bench.score, spec, deltas), grid, args.patience)
+        found = bench.accuracies(deltas, factor, TEST)
+        show_accuracies(f"`{spec}`", f"{factor * scale:g}", found)
+        show_accuracies(f"`{spec}`, normalized", f"{factor * scale:g}", bench.normalized(found))
 
 
 def show_accuracies(label: str, scale: str, found: Mapping[str, float]) -> None:
@@ -170,7 +173,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=Path, help="TASK_head.pt in a folder, or a file of all")
     parser.add_argument("--base", help="a folder or another id of the base model")
     parser.add_argument("--methods", nargs="+", default=["do"], metavar="'NAME {JSON OPTIONS}'")
-    parser.add_argument("--scales", metavar="START:STOP:STEP", help="to search; default: scale 1")
+    parser.add_argument(
+        "--scales", metavar="START:STOP:STEP", help="to try; else each method's own"
+    )
     parser.add_argument("--patience", type=int, default=2, help="scales below the best in a row")
     parser.add_argument("--own", choices=("measured", "published"), default="measured")
     parser.add_argument("--tasks", nargs="+", help="some of the set's")

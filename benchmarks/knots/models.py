@@ -112,7 +112,7 @@ class Images:
             tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
             found = self.model.text_model(**tokens.to(self.device)).pooler_output
             found = self.model.text_projection(found).float()
-            features.append(torch.nn.functional.normalize(found)[0])
+            features.append(torch.nn.functional.normalize(found).mean(0))
         return torch.nn.functional.normalize(torch.stack(features))
 
 
