@@ -22,7 +22,7 @@ from .errors import OptionError
 from .interference import InterferenceSums
 from .merged import Merged
 from .methods import TABLE, choose
-from .methods.base import Chosen, Method, Rule, Settings
+from .methods.base import Chosen, Method, ScaleRule, Settings
 from .methods.steps import POST, PRE
 from .methods.steps.base import PostStep, PreStep
 from .outputs import peft, tokenizer
@@ -147,13 +147,14 @@ def merge(
     )
     running = registry.choose(backend, place.device.type)
     said: tuple[str, ...] = ()
+    alone = chosen.method.taken is not None
     if chosen.method.taken:
-        chosen, what = chosen.method.taken(plan)
-        calibrated, said = True, (what,)
+        taken = chosen.method.taken(plan)
+        chosen, calibrated, said = taken.chosen, calibrated or taken.calibrated, (taken.what,)
     factor, rule = _scale(scale, chosen, plan, after)
     settings = Settings(factor, out_dtype, running)
     work = _work(plan, chosen, settings, cut, before, after, deltas=form != "adapter")
-    work = dataclasses.replace(work, rule=rule, calibrated=calibrated)
+    work = dataclasses.replace(work, rule=rule, calibrated=calibrated, alone=alone)
     checkpoint = None if base is None else open_checkpoint(Path(base))
     origin = (
         None
@@ -312,7 +313,7 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
 
 def _scale(
     scale: float | str | None, chosen: Chosen, plan: Plan, after: Sequence[PostStep]
-) -> tuple[float, Rule | None]:
+) -> tuple[float, ScaleRule | None]:
     """λ, or the rule that it is found by: none where one adapter is merged, or a step sets the
     norm."""
     if scale is None:

@@ -16,7 +16,7 @@ from .errors import AdapterError, OptionError
 from .finish import Result, finished, in_range
 from .garbage import uncollected
 from .interference import InterferenceSums, own_norms
-from .methods import calibrated
+from .methods import calibrated, linear
 from .methods.base import Found, Grams, Run, grams, wide_grams
 from .plan import GPU_GROUP_BYTES, GROUP_BYTES, Plan, Stack
 from .report import ModuleReport
@@ -273,7 +273,7 @@ def _merge(scaled: _Scaled, method: Run, group: _Group, whole: Whole | None) -> 
     """What the sink takes of every module. Those that may have lost digits to the output's dtype,
     or have powers of two to come back, are merged again in float32."""
     stacks = scaled.weighted(group.stacks)
-    part = _Part(method, stacks, group.grams, group.found, whole)
+    part = _Part(method, stacks, group.grams, group.found, whole, scaled.of_weights)
     results = part.merged(scaled.work, range(len(stacks)))
     backend = scaled.work.settings.backend
     fits = precision.fits([r.tensors for r in results], backend)
@@ -292,24 +292,35 @@ def _merge(scaled: _Scaled, method: Run, group: _Group, whole: Whole | None) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A group with weights, what is known of it, and how it is merged."""
+    """A group with weights, of which a power of two was taken, what is known of it, and how it is
+    merged."""
 
     method: Run
     stacks: Sequence[Stack]
     grams: Grams
     found: Sequence[Found | None] | None
     whole: Whole | None
+    of_weights: int
 
     def merged(self, work: Work, chosen: Sequence[int]) -> list[Result]:
         """The chosen stacks, those with one λ together."""
-        by_scale: dict[float, list[int]] = {}
+        by_scale: dict[float | None, list[int]] = {}
         for k in chosen:
             scale = self.whole.scale(self.stacks[k]) if self.whole else 1.0
-            by_scale.setdefault(scale, []).append(k)
+            lone = work.alone and len(self.stacks[k].adapters) == 1
+            by_scale.setdefault(None if lone else scale, []).append(k)
         results: dict[int, Result] = {}
-        for scale, members in by_scale.items():
-            results |= zip(members, self._at(scale, work, members))
+        for key, members in by_scale.items():
+            found = self._alone(work, members) if key is None else self._at(key, work, members)
+            results |= zip(members, found)
         return [results[k] for k in chosen]
+
+    def _alone(self, work: Work, chosen: Sequence[int]) -> list[Result]:
+        """λ w τ of stacks of one adapter, with λ = 1 where another is looked for."""
+        given = [self.stacks[k] for k in chosen]
+        power = self.of_weights if work.by_ratio else 0
+        settings = replace(work.inner, scale=math.ldexp(work.settings.scale, power))
+        return finished(work, given, linear.stacked(given, settings))
 
     def _at(self, scale: float, work: Work, chosen: Sequence[int]) -> list[Result]:
         given = [self.stacks[k] for k in chosen]

@@ -3,7 +3,8 @@ brought to. The model is gone through once for it; what is R x R by then is kept
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -13,9 +14,9 @@ from . import ops
 from .backends.full_precision import full_precision
 from .finish import compressed, finished
 from .methods import calibrated, schatten, space, svc
-from .methods.base import Dense, Factors, Found, Grams, Merged, Run, wide_grams
+from .methods.base import Dense, Factors, Found, Grams, Merged, Run, ScaleRule, wide_grams
 from .plan import Stack
-from .scaling import Sums
+from .scaling import Sums, rounded
 from .storage.shelf import Shelf
 from .work import Work
 
@@ -38,12 +39,15 @@ class Whole:
     def __init__(self, work: Work, method: Run, of_weights: int) -> None:
         """of_weights: the power of two that was taken out of all weights."""
         self._work, self._method = work, method
-        self._alone = 1.0 if work.method.by_ratio else 2.0**of_weights
+        self._of_weights = 0 if work.method.by_ratio else of_weights
         self._shelf = Shelf()
-        self._sums = Sums(work.rule) if work.rule and not work.calibrated else None
+        rule = ScaleRule(None) if work.rule and work.calibrated else work.rule
+        self._sums = Sums(rule) if rule else None
         self._overlaps: dict[int, list[tuple[float, float]]] = {}
+        self._found_scales: Mapping[int, float] = {}
         self.projection = 1.0
-        self._scales: dict[int, float] = {}
+        self.scales: dict[int, float] = {}
+        """λ by the number of adapters that a module has, where it was looked for."""
 
     def add(
         self,
@@ -54,7 +58,7 @@ class Whole:
     ) -> None:
         """Count a group in. stacks: as the method takes them. given: as they were read, with
         weights. known: the Grams of these."""
-        found, sizes = self._found(stacks, given, None if self._work.pre else known)
+        found, sizes = self._looked_for(stacks, given, None if self._work.pre else known)
         if self._sums:
             self._sums.add(given, self._blocks(given, known), sizes)
         for s, x, (norms, diagonals) in zip(given, found, seen):
@@ -70,40 +74,55 @@ class Whole:
         if self._work.calibrated:
             self.projection = svc.projection([*self._overlaps.values()])
         if self._sums:
-            self._scales = dict(self._sums.scales())
+            self._found_scales = self._sums.scales()
 
     def take(self, name: str) -> Seen:
         return self._shelf.take(name)
 
-    @property
-    def scales(self) -> dict[int, float]:
-        """λ by the number of adapters that a module has, where it was looked for."""
-        return self._scales
-
     def scale(self, stack: Stack) -> float:
         """What the λ of the settings, which is 1 where another is looked for, is multiplied by."""
         count = len(stack.adapters)
-        if self._work.rule is None:
+        if self._sums is None:
             return 1.0
         if count == 1:
-            return self._alone
-        if self._work.calibrated:
-            return count / sum(map(abs, stack.weights))
-        return self._scales[count]
+            return 2.0**self._of_weights
+        scale = self._found_scales[count]
+        if self._work.calibrated or not (self._sums.rule.order or self._work.method.by_ratio):
+            scale = rounded(scale * count / math.fsum(map(abs, stack.weights)))
+        self.scales[count] = math.ldexp(scale, -self._of_weights)
+        return scale
+
+    def _looked_for(
+        self, stacks: Sequence[Stack], given: Sequence[Stack], known: Grams | None
+    ) -> tuple[Sequence[Found | None], Sequence[float | None]]:
+        """What the method finds, and the sizes of its merges: of none that stay as they are."""
+        lone = self._work.alone
+        chosen = [k for k, s in enumerate(given) if not (lone and len(s.adapters) == 1)]
+        found: list[Found | None] = [None] * len(given)
+        sizes: list[float | None] = [None] * len(given)
+        part = known and ([known[0][k] for k in chosen], [known[1][k] for k in chosen])
+        if chosen:
+            pairs = self._found([stacks[k] for k in chosen], [given[k] for k in chosen], part)
+            for k, x, size in zip(chosen, *pairs):
+                found[k], sizes[k] = x, size
+        return found, sizes
 
     def _found(
         self, stacks: Sequence[Stack], given: Sequence[Stack], known: Grams | None
-    ) -> tuple[Sequence[Found | None], Sequence[float]]:
+    ) -> tuple[Sequence[Found | None], Sequence[float | None]]:
         work, method = self._work, self._method
-        order = work.rule.order if self._sums and work.rule else None
+        order = self._sums.rule.order if self._sums else None
         plain = replace(work.settings, scale=1.0, dtype=torch.float32)
         if method.halves and not work.calibrates_factors and not (order and work.post):
             wanted = replace(plain, order=order, calibrated=work.calibrated)
             found = method.find(stacks, wanted, known)
-            return found, [x.size or 0.0 for x in found]
+            return found, [x.size for x in found]
+        nothing: list[None] = [None] * len(stacks)
+        if not order and not work.calibrated:
+            return nothing, nothing
         merged = method(stacks, plain, known)
         if work.calibrated:
-            return calibrated.find(given, factors_of(work, given, merged), plain), []
+            return calibrated.find(given, factors_of(work, given, merged), plain), nothing
         assert order
         if work.post:
             at_one = replace(work, settings=plain, deltas=False)
@@ -111,7 +130,7 @@ class Whole:
             sizes = schatten.of_products([(a, b) for a, b in pairs], order, plain.backend)
         else:
             sizes = _sizes(given, merged, order, plain.backend)
-        return [None] * len(stacks), sizes
+        return nothing, sizes
 
     def _blocks(
         self, given: Sequence[Stack], known: Grams

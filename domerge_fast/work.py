@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .methods.base import Chosen, Rule, Settings
+from .methods.base import Chosen, ScaleRule, Settings
 from .methods.steps.base import PostStep, PreStep
 from .plan import Plan, Stack
 
@@ -28,7 +28,8 @@ class Work:
     """What is done to every stack: steps before, the method, the truncation, steps after.
 
     rule: what λ is found by, from the whole model; None: settings.scale is λ. calibrated: whether
-    the merge is (methods/svc.py). deltas: whether the sink takes ΔW instead of its factors. usual:
+    the merge is (methods/svc.py). alone: whether a module that one adapter alone has is its update
+    w τ, whatever the method. deltas: whether the sink takes ΔW instead of its factors. usual:
     the cut of a dense result that must become factors where no cut was asked for. narrowing:
     whether there are modules of more rows than rank.
     """
@@ -41,8 +42,9 @@ class Work:
     post: Sequence[PostStep] = ()
     deltas: bool = False
     narrowing: bool = False
-    rule: Rule | None = None
+    rule: ScaleRule | None = None
     calibrated: bool = False
+    alone: bool = False
 
     @property
     def twice(self) -> bool:

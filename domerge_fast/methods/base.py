@@ -93,11 +93,11 @@ false and nobody else wanted them. options is the method's frozen dataclass.
 
 
 @dataclass(frozen=True)
-class Rule:
-    """How λ is found (scaling.py): the order q of the Schatten norm, and the constant c."""
+class ScaleRule:
+    """How λ is found (scaling.py): by the Schatten norm of order q, times c; None: not by norms."""
 
-    order: int = 16
-    constant: float = 0.6
+    order: int | None = 16
+    constant: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -135,8 +135,8 @@ def _no_grams(stack: Stack, options: Any) -> bool:
     return False
 
 
-def _usual_rule(options: Any, inner: Chosen | None) -> Rule:
-    return Rule()
+def _usual_rule(options: Any, inner: Chosen | None) -> ScaleRule:
+    return ScaleRule()
 
 
 def _by_size(options: Any) -> bool:
@@ -158,7 +158,7 @@ class Method:
     halves: the merge in two parts, where it can be had so. own_scale: whether λ is 1 where none is
     given, as for a sum or what brings its result to a norm itself; otherwise it is found from the
     adapters by rule(options, inner) (scaling.py). None: as for its inner method. taken(plan): for a
-    row that stands for another, which it chooses for these adapters, with a sentence that says so.
+    row that stands for another, which it chooses for these adapters (auto.py).
     rank(ranks, options): what its factors' rank is at most, for adapters of these ranks.
     prepare(groups, options, settings): for a method that may have to see the whole model first;
     returns the merge to use. cost, source, needs: a few words each, for people who choose.
@@ -177,8 +177,8 @@ class Method:
     prepare: Callable[[Iterable[Sequence[Stack]], Any, Settings], Merge] | None = None
     halves: Halves | None = None
     own_scale: bool | None = False
-    rule: Callable[[Any, Chosen | None], Rule] = _usual_rule
-    taken: Callable[[Plan], tuple[Chosen, str]] | None = None
+    rule: Callable[[Any, Chosen | None], ScaleRule] = _usual_rule
+    taken: Callable[[Plan], Any] | None = None
     cost: str = ""
     source: str = ""
     needs: str = ""
@@ -211,7 +211,7 @@ class Chosen:
         return self.method.own_scale
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> ScaleRule:
         """How λ is found."""
         return self.method.rule(self.options, self.inner)
 

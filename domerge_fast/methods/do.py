@@ -30,7 +30,7 @@ from ..problem import Problem
 from ..report import SideReport
 from ..transfer import gather
 from . import directions, schatten
-from .base import Chosen, Factors, Found, Halves, Merge, Method, Rule, Settings, grams
+from .base import Chosen, Factors, Found, Halves, Merge, Method, Settings, grams
 from .combination import of_grams as inner_products
 
 LINEAR = "linear"
@@ -371,8 +371,6 @@ METHOD = Method(
     by_ratio=lambda options: True,
     prepare=prepare,
     halves=Halves(find, make),
-    # The norms of `find` are above those of the merges: one magnitude an adapter.
-    rule=lambda options, inner: Rule(constant=0.7) if _plain(inner) else Rule(),
     cost="two reads, 2 R^2 (m + n) flops, R x R steps",
     source="arXiv 2505.15875",
 )

@@ -22,7 +22,7 @@ from ..entries import LOW_BITS, Draw, Election, Trim
 from ..errors import OptionError
 from ..options import option
 from ..plan import Stack
-from .base import Dense, Merge, Method, Settings
+from .base import Dense, Merge, Method, ScaleRule, Settings
 
 CONVENTIONS = ("paper", "peft", "mergekit")
 SIGNS = ("total", "frequency")
@@ -117,6 +117,7 @@ def method(
         dense=True,
         by_ratio=lambda options: rule(options).election.mean == "weight",
         prepare=prepare,
+        rule=lambda options, inner: ScaleRule(None),
         cost="2 m n R flops a pass, 1 to 4 passes",
         source=source,
         needs=needs,

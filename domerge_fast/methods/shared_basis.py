@@ -20,7 +20,18 @@ from ..errors import FlatCut
 from ..plan import Stack
 from ..problem import Problem
 from . import space
-from .base import Dense, Factors, Merge, Method, Run, Settings, bare_sides, wide_grams
+from .base import (
+    Chosen,
+    Dense,
+    Factors,
+    Merge,
+    Method,
+    Run,
+    ScaleRule,
+    Settings,
+    bare_sides,
+    wide_grams,
+)
 
 Spectra = Callable[[Tensor, Tensor, tuple[int, ...], Any, Settings], tuple[Tensor, Tensor | None]]
 """(b [P, R, K_B] with the scalings s_i, a [P, R, K_A], ranks, options, settings) -> symmetric
@@ -54,8 +65,21 @@ def method(name: str, summary: str, options: type, spectra: Spectra, **row: Any)
         return [x for x in found if isinstance(x, Factors)]
 
     return Method(
-        name, summary, options, merge, inner="inner", prepare=prepare, own_scale=None, **row
+        name,
+        summary,
+        options,
+        merge,
+        inner="inner",
+        prepare=prepare,
+        own_scale=None,
+        rule=_inner_rule,
+        **row,
     )
+
+
+def _inner_rule(options: Any, inner: Chosen | None) -> ScaleRule:
+    """As for the method inside."""
+    return inner.rule if inner else ScaleRule()
 
 
 @dataclass(frozen=True, eq=False)

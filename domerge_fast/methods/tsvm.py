@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import power, space
+from .base import ScaleRule
 
 
 @dataclass(frozen=True)
@@ -43,5 +44,7 @@ METHOD = space.method(
     "singular vectors of all updates, orthogonalized together",
     TsvmOptions,
     core,
+    # Merged singular values that are those of the adapters need no other scale.
+    rule=lambda options, inner: ScaleRule(None if options.power >= 0.5 else 16),
     source="arXiv 2412.00081",
 )
