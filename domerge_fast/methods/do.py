@@ -31,7 +31,10 @@ from ..report import SideReport
 from ..transfer import gather
 from . import directions, schatten
 from .base import Chosen, Factors, Found, Halves, Merge, Method, Settings, grams
-from .combination import of_grams as inner_products
+from .combination import of_grams
+
+BATCH_BYTES = 64 << 20
+"""What the R x R matrices of one kind may take in a batch of modules."""
 
 LINEAR = "linear"
 """What merges the directions in DO-Merging itself: their weighted sum."""
@@ -136,15 +139,29 @@ def _sizes(
     within 6 % of each other for the same number of adapters."""
     assert settings.order
     hats = [_moved(side, known, settings.backend) for side, known in zip((a, b), grams)]
-    sizes = []
-    for s, gram_a, gram_b in zip(stacks, *hats):
-        gains = torch.tensor(s.omegas, dtype=torch.float64)
+    sizes = [0.0] * len(stacks)
+    for ranks, members in _alike(stacks):
+        of_a, of_b = (torch.stack([side[k] for k in members]) for side in hats)
+        gains = torch.tensor([stacks[k].omegas for k in members], dtype=torch.float64).to(of_b)
         if options.decouple:
-            gains = gains * _magnitudes(s, gram_a, gram_b, options.renormalize)
-        rows = gains.repeat_interleave(torch.tensor(s.a.ranks)).to(gram_b)
-        weighed = rows[:, None] * gram_b * rows
-        sizes.append(float(schatten.schatten(weighed[None], gram_a[None], settings.order)))
+            gains = gains * _magnitudes(of_a, of_b, ranks, gains, options.renormalize)
+        rows = gains.repeat_interleave(torch.tensor(ranks).to(of_b.device), 1)
+        weighed = rows[:, :, None] * of_b * rows[:, None]
+        found = schatten.schatten(weighed, of_a, settings.order).tolist()
+        for k, size in zip(members, found):
+            sizes[k] = size
     return sizes
+
+
+def _alike(stacks: Sequence[Stack]) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+    """Ranks, and the positions of the stacks that have them, in batches."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for k, s in enumerate(stacks):
+        found.setdefault(s.a.ranks, []).append(k)
+    for ranks, members in found.items():
+        most = max(1, BATCH_BYTES // (8 * sum(ranks) ** 2))
+        for at in range(0, len(members), most):
+            yield ranks, members[at : at + most]
 
 
 def _moved(sides: Sequence[Side], known: Sequence[Tensor | None], backend: str) -> list[Tensor]:
@@ -157,16 +174,18 @@ def _moved(sides: Sequence[Side], known: Sequence[Tensor | None], backend: str) 
     ]
 
 
-def _magnitudes(stack: Stack, gram_a: Tensor, gram_b: Tensor, renormalize: bool) -> Tensor:
-    """The merged magnitude over each adapter's own, from ||Bhat_i Ahat_i||_F."""
-    inner = inner_products(gram_a, gram_b, stack.a.ranks).cpu()
-    norms = inner.diagonal().clamp_min(0).sqrt()
-    omegas = torch.tensor(stack.omegas, dtype=torch.float64)
-    shares = torch.where(norms > 0, (omegas.abs() @ norms) / norms, 0.0)
+def _magnitudes(
+    gram_a: Tensor, gram_b: Tensor, ranks: tuple[int, ...], omegas: Tensor, renormalize: bool
+) -> Tensor:
+    """The merged magnitude over each adapter's own, [P, T], from ||Bhat_i Ahat_i||_F."""
+    inner = torch.stack([of_grams(x, y, ranks) for x, y in zip(gram_a, gram_b)])
+    norms = inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    shares = (omegas.abs() * norms).sum(1, keepdim=True) * inverse
     if renormalize:
-        units = omegas * torch.where(norms > 0, 1 / norms, 0.0)
-        size = (units @ inner @ units).clamp_min(0).sqrt()
-        shares = shares / size if size > 0 else shares
+        units = omegas * inverse
+        size = (units[:, None] @ inner @ units[..., None]).clamp_min(0).sqrt()[..., 0]
+        shares = torch.where(size > 0, shares / size, shares)
     return shares
 
 

@@ -8,6 +8,7 @@ strongest directions alone, as the spectral norm does.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,11 @@ from torch import Tensor
 
 from .. import ops
 from ..problem import Problem
+
+ORTHOGONAL = 1e-10
+"""Of the largest squared length, what inner products of orthogonal vectors stay below."""
+
+TINY = 1e-300
 
 
 def schatten(gram_b: Tensor, gram_a: Tensor, order: int) -> Tensor:
@@ -44,8 +50,32 @@ def of_adapters(
 
 def packed(gram: Tensor, ranks: Sequence[int]) -> Tensor:
     """The diagonal blocks [r_i, r_i] of a Gram [R, R], one after the other."""
-    rows = gram.split(list(ranks))
-    return torch.cat([x.split(list(ranks), 1)[i].flatten() for i, x in enumerate(rows)])
+    ends = list(itertools.accumulate(ranks))
+    return torch.cat([gram[e - r : e, e - r : e].flatten() for e, r in zip(ends, ranks)])
+
+
+def of_triplets(left: Tensor, right: Tensor, order: int) -> Tensor:
+    """||left right||_Sq [P] of left [P, K_B, k] and right [P, k, K_A].
+
+    Where the columns of left and the rows of right are orthogonal, as in singular triplets, the
+    products of their lengths are the singular values: no power of a matrix is taken.
+    """
+    columns, rows = left.mT @ left, right @ right.mT
+    squares = [x.diagonal(dim1=1, dim2=2) for x in (columns, rows)]
+    off = [
+        (x - torch.diag_embed(d)).abs().amax((1, 2)) / d.amax(1).clamp_min(TINY)
+        for x, d in zip((columns, rows), squares)
+    ]
+    plain = (torch.maximum(*off) < ORTHOGONAL).tolist()
+    rest = [p for p, apart in enumerate(plain) if not apart]
+    values = (squares[0] * squares[1]).clamp_min(0)
+    top = values.amax(1, keepdim=True).clamp_min(TINY)
+    found = (top * ((values / top) ** (order // 2)).sum(1, keepdim=True) ** (2 / order)).sqrt()[
+        :, 0
+    ]
+    if rest:
+        found[rest] = schatten(columns[rest], rows[rest], order)
+    return found
 
 
 def of_products(pairs: Sequence[tuple[Tensor, Tensor]], order: int, backend: str) -> list[float]:

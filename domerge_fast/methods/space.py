@@ -159,8 +159,7 @@ def find(
             left, right, *measured = svc.measured(x.tasks(), left, right)
         sizes = [None] * len(members)
         if settings.order:
-            squares = left.mT @ left, right @ right.mT
-            sizes = schatten.schatten(*squares, settings.order).tolist()
+            sizes = schatten.of_triplets(left, right, settings.order).tolist()
         for p, k in enumerate(members):
             more = (measured[0][p], measured[1][p]) if measured else None
             found[k] = coefficients(left[p], right[p], to_a[p], to_b[p], sizes[p], more)
