@@ -8,7 +8,7 @@ adapters do keeps most of what they gained: there it interferes most. In units o
 norm, a merge with a flat spectrum would be stopped far too early. Weights are proportions under it:
 [1, 1] is [2, 2]. A module that one adapter alone has keeps λ = 1.
 
-    d = 1 / (1 + 6 max(0, ρ - 0.05)),  ρ^2 = mean_i (sum_modules ||τ_i||_F^2 / sum_modules m)
+    d = 1 / (1 + 6 max(0, ρ - 0.08)),  ρ^2 = mean_i (sum_modules ||τ_i||_F^2 / sum_modules m)
 
 ρ is about how large the updates are beside the weights they are added to, of which a trained row
 has a length near 1. Gentle adapters of a large model have .01 to .07; where ρ is more, adapters are
@@ -32,7 +32,7 @@ from .plan import Stack
 DIGITS = 6
 """Of λ, so that it is what is printed, and sums in another order find the same one."""
 
-GENTLE, DAMPING = 0.05, 6.0
+GENTLE, DAMPING = 0.08, 6.0
 """The ρ up to which λ is not damped, and how fast it falls beyond."""
 
 
