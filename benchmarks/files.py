@@ -87,7 +87,9 @@ def sync(path: Path) -> None:
 def merge(
     paths: Sequence[Path], output: Path, method: str, backend: str, device: torch.device
 ) -> dm.Merged:
-    return dm.merge(paths, method=method, backend=backend, device=str(device), output=output)
+    return dm.merge(
+        paths, method=method, backend=backend, device=str(device), output=output, scale=1.0
+    )
 
 
 @dataclass
@@ -166,7 +168,9 @@ def peak_memory(
     bodies = {"idle": "0"}
     for method in methods:
         output = str(scratch / f"memory-{method}")
-        bodies[method] = f"dm.merge({arguments}, {method!r}, device='{device}', output={output!r})"
+        bodies[method] = (
+            f"dm.merge({arguments}, {method!r}, scale=1.0, device='{device}', output={output!r})"
+        )
     peaks = {}
     for label, body in bodies.items():
         run = subprocess.run(

@@ -35,7 +35,7 @@ def check(adapters: Sequence[dm.Adapter], device: torch.device) -> dict[str, flo
         if refused:
             sys.exit(f"{backend} disagrees with the reference: {refused}; nothing to report")
         for method, delta in expected.items():
-            merged = dm.merge(only, method, backend=backend, device=str(device))
+            merged = dm.merge(only, method, scale=1.0, backend=backend, device=str(device))
             error = float((merged.delta(name).cpu().double() - delta).norm() / delta.norm())
             if not error < TOLERANCE:
                 sys.exit(

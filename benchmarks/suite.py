@@ -131,7 +131,9 @@ def _ties_error(adapters: Sequence[dm.Adapter]) -> float:
     """Relative error of `ties` beside PEFT's function on the smallest module, or an exit."""
     name = rivals.one_of_each_shape(adapters)[0][0]
     expected = ties([b @ a.float() for a, b in rivals.factors(adapters, name, CPU)])
-    found = dm.merge(_only(adapters, name), "ties", density=DENSITY, form="deltas").delta(name)
+    found = dm.merge(
+        _only(adapters, name), "ties", scale=1.0, density=DENSITY, form="deltas"
+    ).delta(name)
     error = float((found - expected).norm() / expected.norm())
     if not error < gate.TOLERANCE:
         sys.exit(f"ties disagrees with PEFT: ΔW is off by {error:.1e}; nothing to report")
@@ -161,7 +163,7 @@ class _Ours:
         only = _only(self._adapters, name)
 
         def call() -> object:
-            return dm.merge(only, self._method, **self._options)
+            return dm.merge(only, self._method, scale=1.0, **self._options)
 
         call()
         times = []
