@@ -34,11 +34,11 @@ def raised(s: Tensor, power: float) -> Tensor:
     return torch.where(norm > 0, size / norm, 0.0) * values
 
 
-def is_orthonormal(x: Tensor) -> bool:
-    """Whether the columns of polar factors x [P, K, q] are orthonormal, or zero.
+def are_orthonormal(x: Tensor) -> Tensor:
+    """Of which modules the columns of polar factors x [P, K, q] are orthonormal, or zero: [P].
 
     X^T X projects on the rows of what X was made from: onto coordinates, if no column of it depends
     on others, and then all columns have length 1 or 0.
     """
     lengths = x.square().sum(1)
-    return bool(((lengths - lengths.round()).abs() <= ORTHONORMAL).all())
+    return ((lengths - lengths.round()).abs() <= ORTHONORMAL).all(1)

@@ -33,8 +33,12 @@ def core(x: space.Coordinates, options: TsvmOptions) -> tuple[Tensor, Tensor]:
     u, s, v = (torch.cat(part, -1) for part in zip(*parts))
     left, right = space.polar(u), space.polar(v)
     if options.power != 1:
-        if not (power.is_orthonormal(left) and power.is_orthonormal(right)):
-            left, s, right = space.svd((left * s[:, None]).mT, right.mT, s.norm(dim=1))
+        rest = ~(power.are_orthonormal(left) & power.are_orthonormal(right))
+        if bool(rest.any()):
+            given = left[rest] * s[rest, None], right[rest], s[rest].norm(dim=1)
+            found = space.svd(given[0].mT, given[1].mT, given[2])
+            for whole, part in zip((left, s, right), found):
+                whole[rest] = torch.nn.functional.pad(part, (0, whole.shape[-1] - part.shape[-1]))
         s = power.raised(s, options.power)
     return left * s[:, None], right.mT
 
