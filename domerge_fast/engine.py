@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 
 import torch
@@ -244,7 +245,8 @@ def _measured(
     for k in precision.unusual(diagonals):
         centred = precision.centred(plan, stacks[k], diagonals[k])
         if centred is not stacks[k]:
-            stacks[k], moved[k] = centred, diagonals[k]
+            a, b = diagonals[k]
+            stacks[k], moved[k] = centred, (a.clone(), b.clone())
     again = wide_grams([stacks[k] for k in moved], backend)
     for k, *pair in zip(moved, *again):
         scaled = _with_scalings(stacks[k], pair[0], pair[1], torch.float64)
@@ -273,54 +275,66 @@ def _merge(scaled: _Scaled, method: Run, group: _Group, whole: Whole | None) -> 
     """What the sink takes of every module. Those that may have lost digits to the output's dtype,
     or have powers of two to come back, are merged again in float32."""
     stacks = scaled.weighted(group.stacks)
-    part = _Part(method, stacks, group.grams, group.found, whole, scaled.of_weights)
-    results = part.merged(scaled.work, range(len(stacks)))
-    backend = scaled.work.settings.backend
+    work = scaled.work
+    lost = scaled.of_weights if work.by_ratio else 0
+    alone = lost if work.alone else None
+    part = _Part(method, stacks, group.grams, group.found, whole, alone)
+    results = part.merged(work, range(len(stacks)))
+    backend = work.settings.backend
     fits = precision.fits([r.tensors for r in results], backend)
     again = [
         k
-        for k, (s, fit) in enumerate(zip(stacks, fits))
-        if not fit or scaled.of_scale or s.far or any(s.powers)
+        for k, (s, fit, (_, power)) in enumerate(zip(stacks, fits, part.scales))
+        if not fit or scaled.of_scale or power or s.far or any(s.powers)
     ]
     if again:
         wide = scaled.wide
         for k, result in zip(again, part.merged(wide.work, again)):
             given = group.stacks[k].powers
-            results[k] = in_range(result, stacks[k], given, wide.of_scale, scaled.work)
+            of_scale = wide.of_scale + part.scales[k][1]
+            results[k] = in_range(result, stacks[k], given, of_scale, work)
     return results
 
 
 @dataclass(frozen=True, eq=False)
 class _Part:
     """A group with weights, of which a power of two was taken, what is known of it, and how it is
-    merged."""
+    merged. alone: None, or that modules of one adapter are its update, and the power of two to come
+    back to these."""
 
     method: Run
     stacks: Sequence[Stack]
     grams: Grams
     found: Sequence[Found | None] | None
     whole: Whole | None
-    of_weights: int
+    alone: int | None
+
+    @cached_property
+    def scales(self) -> list[tuple[float, int]]:
+        """(x, p): λ is multiplied by x 2^p, of which 2^p comes back later."""
+        return [self._scale(s) for s in self.stacks]
 
     def merged(self, work: Work, chosen: Sequence[int]) -> list[Result]:
         """The chosen stacks, those with one λ together."""
         by_scale: dict[float | None, list[int]] = {}
         for k in chosen:
-            scale = self.whole.scale(self.stacks[k]) if self.whole else 1.0
-            lone = work.alone and len(self.stacks[k].adapters) == 1
-            by_scale.setdefault(None if lone else scale, []).append(k)
+            lone = self.alone is not None and len(self.stacks[k].adapters) == 1
+            by_scale.setdefault(None if lone else self.scales[k][0], []).append(k)
         results: dict[int, Result] = {}
         for key, members in by_scale.items():
             found = self._alone(work, members) if key is None else self._at(key, work, members)
             results |= zip(members, found)
         return [results[k] for k in chosen]
 
+    def _scale(self, stack: Stack) -> tuple[float, int]:
+        if self.alone is not None and len(stack.adapters) == 1:
+            return 1.0, self.alone
+        return self.whole.scale(stack) if self.whole else (1.0, 0)
+
     def _alone(self, work: Work, chosen: Sequence[int]) -> list[Result]:
         """λ w τ of stacks of one adapter, with λ = 1 where another is looked for."""
         given = [self.stacks[k] for k in chosen]
-        power = self.of_weights if work.by_ratio else 0
-        settings = replace(work.inner, scale=math.ldexp(work.settings.scale, power))
-        return finished(work, given, linear.stacked(given, settings))
+        return finished(work, given, linear.stacked(given, work.inner))
 
     def _at(self, scale: float, work: Work, chosen: Sequence[int]) -> list[Result]:
         given = [self.stacks[k] for k in chosen]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, precision
 from .backends.full_precision import full_precision
 from .finish import compressed, finished
 from .methods import calibrated, schatten, space, svc
@@ -79,18 +79,20 @@ class Whole:
     def take(self, name: str) -> Seen:
         return self._shelf.take(name)
 
-    def scale(self, stack: Stack) -> float:
-        """What the λ of the settings, which is 1 where another is looked for, is multiplied by."""
+    def scale(self, stack: Stack) -> tuple[float, int]:
+        """(x, p): the λ of the settings, which is 1 where another is looked for, is multiplied by
+        x 2^p; p is 0 unless that is far from 1."""
         count = len(stack.adapters)
         if self._sums is None:
-            return 1.0
+            return 1.0, 0
         if count == 1:
-            return 2.0**self._of_weights
+            return 1.0, self._of_weights
         scale = self._found_scales[count]
         if self._work.calibrated or not (self._sums.rule.order or self._work.method.by_ratio):
             scale = rounded(scale * count / math.fsum(map(abs, stack.weights)))
         self.scales[count] = math.ldexp(scale, -self._of_weights)
-        return scale
+        power = precision.extreme(scale)
+        return math.ldexp(scale, -power), power
 
     def _looked_for(
         self, stacks: Sequence[Stack], given: Sequence[Stack], known: Grams | None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import tempfile
 from typing import IO, Any
-
-import torch
 
 from ..errors import OutputError
 
@@ -33,7 +32,8 @@ class Shelf:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="domerge-")  # noqa: SIM115
             self._there[name] = self._file.seek(0, 2)
-            torch.save(thing, self._file)
+            pickle.dump(thing, self._file)
+            self._file.flush()
         except OSError as error:
             problem = f"no room for intermediate results ({error.strerror})"
             remedy = "make room, or name another folder with TMPDIR"
@@ -46,4 +46,4 @@ class Shelf:
         assert self._file
         self._file.seek(self._there.pop(name))
         # Written by this process, and seen by nobody else.
-        return torch.load(self._file, weights_only=False)
+        return pickle.load(self._file)
