@@ -269,7 +269,10 @@ def _add_option(
 
 
 def _scale(text: str) -> float | str:
-    return text if text == "auto" else float(text)
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, and not auto") from None
 
 
 _SOURCES = ("adapters", "base_model", "backend", "device")

@@ -80,6 +80,19 @@ def test_norms_of_merged_factors(order, backend):
     assert schatten.of_products(pairs, order, backend) == pytest.approx(expected, rel=1e-6)
 
 
+@every_order
+def test_norms_of_singular_triplets_and_of_other_factors_in_one_batch(order):
+    generator = torch.Generator().manual_seed(0)
+    u, s, vh = torch.linalg.svd(torch.randn(4, 9, 7, generator=generator, dtype=torch.float64))
+    left, right = u[..., :5] * s[:, None, :5], vh[:, :5].clone()
+    left[1, :, 2:], left[2] = 0.0, 0.0
+    right[3] = right[3].flip(1) + right[0]  # of which nothing is orthogonal
+    right = 1e12 * right
+    found = schatten.of_triplets(left, right, order)
+    expected = [norm(x @ y, order) for x, y in zip(left, right, strict=True)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_large_order_is_near_the_largest_singular_value_and_2_is_the_frobenius_norm():
     case = random_case((5,), 21, 17)
     delta = case.b[0].double() @ case.a[0].double()
