@@ -8,18 +8,22 @@ adapters do keeps most of what they gained: there it interferes most. In units o
 norm, a merge with a flat spectrum would be stopped far too early. Weights are proportions under it:
 [1, 1] is [2, 2]. A module that one adapter alone has keeps λ = 1.
 
-    d = 1 / (1 + 6 max(0, ρ - 0.08)),  ρ^2 = mean_i (sum_modules ||τ_i||_F^2 / sum_modules m)
+    d = 1 / (1 + 0.4 S),  S = sum_modules (mean_i ||τ_i||_F^2 / m)^(1/2)
 
-ρ is about how large the updates are beside the weights they are added to, of which a trained row
-has a length near 1. Gentle adapters of a large model have .01 to .07; where ρ is more, adapters are
-trained so far that interference grows faster than what is kept, and λ is damped. Methods that add
-up what does not overlap, and `svc`, have their scale already: for them λ = d. docs/methods.md says
+S is about how far the adapters move the whole model: a row of a trained weight has a length near 1,
+so that ||τ_i||_F / m^(1/2) is the size of an update beside its weight, and what modules change adds
+up from layer to layer. The experts of a layer count once, as few of them see a token. Interference
+grows with S: the merge that keeps most is smaller in deep models, and for adapters trained far.
+
+Methods that have a size of their own take no norms: λ = d for those that add up what does not
+overlap (`tsvm` with its spectrum, `ties` and the like), 1.4 d after `svc`. docs/choosing.md says
 what was measured, and where this fails.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -32,20 +36,19 @@ from .plan import Stack
 DIGITS = 6
 """Of λ, so that it is what is printed, and sums in another order find the same one."""
 
-GENTLE, DAMPING = 0.08, 6.0
-"""The ρ up to which λ is not damped, and how fast it falls beyond."""
+DAMPING = 0.4
+"""How fast λ falls with S."""
 
 
 @dataclass
 class Sums:
-    """The sums of a rule's λ, by the number of adapters, module by module; and for ρ, of every
-    adapter, the ||τ_i||_F^2 and how many rows they have."""
+    """The sums of a rule's λ, by the number of adapters, module by module; and the terms of S, by
+    what counts as one module."""
 
     rule: ScaleRule
     given: dict[int, list[float]] = field(default_factory=dict)
     merged: dict[int, list[float]] = field(default_factory=dict)
-    energy: dict[int, list[float]] = field(default_factory=dict)
-    rows: dict[int, int] = field(default_factory=dict)
+    moved: dict[str, list[float]] = field(default_factory=dict)
 
     def add(
         self,
@@ -61,10 +64,9 @@ class Sums:
             for k, own, energy in zip(members, norms.tolist(), squares.tolist()):
                 s, size = stacks[k], sizes[k]
                 true = 2.0 ** sum(s.powers)
-                for i, x in zip(s.adapters, energy):
-                    self.energy.setdefault(i, []).append(true**2 * x)
-                    self.rows[i] = self.rows.get(i, 0) + s.b.d
                 count = len(s.adapters)
+                size_beside = true * math.sqrt(math.fsum(energy) / count / s.b.d)
+                self.moved.setdefault(_module(s.name), []).append(size_beside)
                 weights = [abs(w) for w in s.weights]
                 total = math.fsum((w * norm) ** 2 for w, norm in zip(weights, own))
                 given = math.sqrt(total / count) / (math.fsum(weights) / count)
@@ -72,18 +74,17 @@ class Sums:
                 self.merged.setdefault(count, []).append(true * (size or 0.0))
 
     def damping(self) -> float:
-        """d of all adapters."""
-        shares = [math.fsum(x) / self.rows[i] for i, x in sorted(self.energy.items())]
-        return damping(math.sqrt(math.fsum(shares) / len(shares))) if shares else 1.0
+        """d of all modules."""
+        return damping(math.fsum(math.fsum(x) / len(x) for x in self.moved.values()))
 
     def scales(self) -> Mapping[int, float]:
-        """λ by the number of adapters that a module has; d where the rule takes no norms, or all
+        """λ by the number of adapters that a module has; c d where the rule takes no norms, or all
         merges are zero."""
         found, damped = {}, self.damping()
         for count, given in sorted(self.given.items()):
-            scale, merged = damped, math.fsum(self.merged[count])
+            scale, merged = self.rule.constant * damped, math.fsum(self.merged[count])
             if self.rule.order and merged:
-                scale *= self.rule.constant * math.fsum(given) / merged
+                scale *= math.fsum(given) / merged
             found[count] = rounded(scale)
         return found
 
@@ -92,9 +93,14 @@ def rounded(scale: float) -> float:
     return float(f"{scale:.{DIGITS}g}")
 
 
-def damping(size: float) -> float:
-    """d for ρ."""
-    return 1 / (1 + DAMPING * max(0.0, size - GENTLE))
+def damping(moved: float) -> float:
+    """d for S."""
+    return 1 / (1 + DAMPING * moved)
+
+
+def _module(name: str) -> str:
+    """What counts as one module: an expert stands for all of its layer."""
+    return re.sub(r"\bexperts\.\d+\b", "experts", name)
 
 
 def _adapters(

@@ -14,7 +14,7 @@ from . import ops, precision
 from .backends.full_precision import full_precision
 from .finish import compressed, finished
 from .methods import calibrated, schatten, space, svc
-from .methods.base import Dense, Factors, Found, Grams, Merged, Run, ScaleRule, wide_grams
+from .methods.base import Dense, Factors, Found, Grams, Merged, Run, wide_grams
 from .plan import Stack
 from .scaling import Sums, rounded
 from .storage.shelf import Shelf
@@ -41,7 +41,7 @@ class Whole:
         self._work, self._method = work, method
         self._of_weights = 0 if work.method.by_ratio else of_weights
         self._shelf = Shelf()
-        rule = ScaleRule(None) if work.rule and work.calibrated else work.rule
+        rule = svc.SCALE if work.rule and work.calibrated else work.rule
         self._sums = Sums(rule) if rule else None
         self._overlaps: dict[int, list[tuple[float, float]]] = {}
         self._found_scales: Mapping[int, float] = {}

@@ -2,13 +2,14 @@
 
     ρ > 0.1                    `do`                    adapters trained far: updates overlap
     A's of one initialization  `tsvm` power 0.5, svc   directions that several use are strong
-    else                       `tsvm` power 0.25       for a reason, and flattened less
+    else                       `tsvm` power 0.25, svc  for a reason, and flattened less
 
-each at the λ that is found for it, and w τ where one adapter alone has a module. ρ is about how
-large updates are beside the weights (scaling.py). The A's are told apart by ||A_i A_j^T||_F^2 /
-(||A_i A_i^T||_F ||A_j A_j^T||_F) beyond what independent A's have by chance: near 0 where they were
-drawn apart, .4 and more where they started as one. docs/methods.md says what was measured. Cost:
-that of the method, and the factors of a few modules first.
+each at the λ that is found for it (scaling.py), and w τ where one adapter alone has a module. ρ^2 =
+mean_i (sum ||τ_i||_F^2 / sum m) is about how large updates are beside the weights, of which a trained
+row has a length near 1. The A's are told apart by ||A_i A_j^T||_F^2 / (||A_i A_i^T||_F
+||A_j A_j^T||_F) beyond what independent A's have by chance: near 0 where they were drawn apart, .4
+and more where they started as one. docs/choosing.md says what was measured. Cost: that of the
+method, and the factors of a few modules first.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ def taken(plan: Plan) -> Taken:
     if common >= ONE_INIT:
         what = f"auto took tsvm with power=0.5, then svc: {why} one initialization do"
         return Taken(_tsvm(0.5), True, what)
-    what = f"auto took tsvm with power=0.25: {why} initializations of their own do"
-    return Taken(_tsvm(0.25), False, what)
+    what = f"auto took tsvm with power=0.25, then svc: {why} initializations of their own do"
+    return Taken(_tsvm(0.25), True, what)
 
 
 def _tsvm(power: float) -> Chosen:

@@ -30,7 +30,7 @@ from ..problem import Problem
 from ..report import SideReport
 from ..transfer import gather
 from . import directions, schatten
-from .base import Chosen, Factors, Found, Halves, Merge, Method, Settings, grams
+from .base import Chosen, Factors, Found, Halves, Merge, Method, ScaleRule, Settings, grams
 from .combination import of_grams
 
 BATCH_BYTES = 64 << 20
@@ -390,6 +390,8 @@ METHOD = Method(
     by_ratio=lambda options: True,
     prepare=prepare,
     halves=Halves(find, make),
+    # The norms of `find` are above those of the merges by about as much.
+    rule=lambda options, inner: ScaleRule(constant=1.15 if _plain(inner) else 1.0),
     cost="two reads, 2 R^2 (m + n) flops, R x R steps",
     source="arXiv 2505.15875",
 )

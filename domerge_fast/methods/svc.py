@@ -22,6 +22,10 @@ import torch
 from torch import Tensor
 
 from ..errors import DomergeError
+from .base import ScaleRule
+
+SCALE = ScaleRule(None, 1.4)
+"""How λ is found after it. On six sets of trained adapters the best λ was 1.3 to 1.8 times d."""
 
 NOISE = 2.0**-24
 """A singular value below this share of the norms of what it was computed from is rounding noise."""
