@@ -22,6 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent.parent
 sys.path.append(str(HERE))
 
+import decoder  # noqa: E402
 import measure  # noqa: E402
 import score  # noqa: E402
 import tables  # noqa: E402
@@ -105,7 +106,7 @@ def main() -> None:
         found = trainings(name, SETS[name], None if args.full else 1)
         result["sets"][name] = {**result["sets"].get(name, {}), **found}
         result |= {"python": platform.python_version(), "torch": torch.__version__}
-        result["other texts"] = tasks.changed(DATA)
+        result["other texts"] = tasks.changed(DATA) + decoder.changed(DATA)
         publish(result)
     publish(result)
 

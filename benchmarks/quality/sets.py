@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import bases
+import byte_llama
+import decoder
 import digits
 import encoders
 from bench import Adapter, Bench
@@ -15,7 +17,7 @@ from merges import CUT, MORE, Candidate
 
 DATA = Path(__file__).resolve().parent.parent / "data" / "quality"
 """Where models, texts and trained adapters are kept, with what was measured of them."""
-PRETRAINED, OVERTRAINED = "pretrained", "over-trained"
+PRETRAINED, DECODER, OVERTRAINED = "pretrained", "pretrained decoder", "over-trained"
 FEW = (3, 4, 8)
 
 
@@ -63,6 +65,18 @@ SETS = {
     "L6 shared A": _of(bases.FULL, "shared_a", (0,)),
     "L3 even and ranks": Set(
         PRETRAINED, (0,), partial(encoders.bench, bases.SMALL, data=DATA), _joined
+    ),
+    "SmolLM2": Set(
+        DECODER,
+        (0,),
+        partial(decoder.bench, data=DATA),
+        lambda seed: decoder.adapters(seed, DATA, DATA / f"SmolLM2-{seed}"),
+    ),
+    "byte Llama": Set(
+        OVERTRAINED,
+        (0, 1, 2),
+        lambda seed: byte_llama.bench(DATA),
+        lambda seed: byte_llama.adapters(DATA, seed),
     ),
     "digits": Set(
         OVERTRAINED,

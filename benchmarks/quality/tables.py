@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sets import OVERTRAINED, PRETRAINED, SETS
+from sets import DECODER, OVERTRAINED, PRETRAINED, SETS
 
 Figures = dict[str, Any]
 """Of one training, or of one merge."""
@@ -29,6 +29,22 @@ RULES[CANDIDATE] = lambda merge, count: CHOSEN * merge["matched"]["S16 rms"]
 """λ of a merge's figures and the number of adapters."""
 
 
+TITLES = {
+    PRETRAINED: "Pretrained encoders",
+    DECODER: "A pretrained decoder",
+    OVERTRAINED: "Over-trained sets",
+}
+ABOUT_SETS = {
+    PRETRAINED: "The tasks above.",
+    DECODER: """SmolLM2-135M-Instruct with an adapter for each of six kinds of text: news, verses,
+diagnoses, records of cities, names of symbols, Python. Losses are means over the tokens of an
+example; λ is chosen on 16 examples a kind, 40 others are tested on.""",
+    OVERTRAINED: """Small bases that are trained from scratch, and updates that are large beside
+them: a byte-level Llama on four packages of the standard library, a vision transformer on digits
+that are turned, mirrored, shifted or mixed up.""",
+}
+
+
 def share_at(merge: Figures, scale: float) -> float | None:
     """On the curve; None beyond its end."""
     scales, shares = merge["curve"]
@@ -39,10 +55,10 @@ def page(result: Figures) -> str:
     """The whole page of a set of measurements."""
     found: Sets = result["sets"]
     parts = [HEAD, ABOUT.format(**result), "## The sets", _sets(found)]
-    for regime, title in ((PRETRAINED, "Pretrained bases"), (OVERTRAINED, "Over-trained sets")):
+    for regime, title in TITLES.items():
         chosen = _of_regime(found, regime)
         if chosen:
-            parts += [f"## {title}", BEST_TEXT, _best(chosen)]
+            parts += [f"## {title}", ABOUT_SETS[regime], BEST_TEXT, _best(chosen)]
             parts += [f"### {title}: against `do`", AGAINST_TEXT, _against(chosen)]
             parts += [f"### {title}: rules for λ", RULES_TEXT, _rules(chosen)]
             parts += [f"### {title}: λ by {CANDIDATE}", CANDIDATE_TEXT, _candidate(chosen)]
