@@ -4,9 +4,9 @@
     A's of one initialization  `tsvm` power 0.5, svc   directions that several use are strong
     else                       `tsvm` power 0.25, svc  for a reason, and flattened less
 
-each at the λ that is found for it (scaling.py), and w τ where one adapter alone has a module. ρ^2 =
-mean_i (sum ||τ_i||_F^2 / sum m) is about how large updates are beside the weights, of which a trained
-row has a length near 1. The A's are told apart by ||A_i A_j^T||_F^2 / (||A_i A_i^T||_F
+each at the λ that is found for it (scaling.py), and w τ where one adapter alone has a module.
+ρ^2 = mean_i (sum ||τ_i||_F^2 / sum m) is about how large updates are beside the weights, of which a
+trained row has a length near 1. The A's are told apart by ||A_i A_j^T||_F^2 / (||A_i A_i^T||_F
 ||A_j A_j^T||_F) beyond what independent A's have by chance: near 0 where they were drawn apart, .4
 and more where they started as one. docs/choosing.md says what was measured. Cost: that of the
 method, and the factors of a few modules first.
