@@ -8,7 +8,7 @@ adapters do keeps most of what they gained: there it interferes most. In units o
 norm, a merge with a flat spectrum would be stopped far too early. Weights are proportions under it:
 [1, 1] is [2, 2]. A module that one adapter alone has keeps λ = 1.
 
-    d = 1 / (1 + 0.4 S),  S = sum_modules (mean_i ||τ_i||_F^2 / m)^(1/2)
+    d = 1 / (1 + 0.2 S),  S = sum_modules (mean_i ||τ_i||_F^2 / m)^(1/2)
 
 S is about how far the adapters move the whole model: a row of a trained weight has a length near 1,
 so that ||τ_i||_F / m^(1/2) is the size of an update beside its weight, and what modules change adds
@@ -16,7 +16,7 @@ up from layer to layer. The experts of a layer count once, as few of them see a 
 grows with S: the merge that keeps most is smaller in deep models, and for adapters trained far.
 
 Methods that have a size of their own take no norms: λ = d for those that add up what does not
-overlap (`tsvm` with its spectrum, `ties` and the like), 1.4 d after `svc`. docs/choosing.md says
+overlap (`tsvm` with its spectrum, `ties` and the like), 1.25 d after `svc`. docs/choosing.md says
 what was measured, and where this fails.
 """
 
@@ -36,7 +36,7 @@ from .plan import Stack
 DIGITS = 6
 """Of λ, so that it is what is printed, and sums in another order find the same one."""
 
-DAMPING = 0.4
+DAMPING = 0.2
 """How fast λ falls with S."""
 
 

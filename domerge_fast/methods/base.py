@@ -97,7 +97,7 @@ class ScaleRule:
     """How λ is found (scaling.py): by the Schatten norm of order q, times c; None: not by norms."""
 
     order: int | None = 16
-    constant: float = 1.0
+    constant: float = 0.72
 
 
 @dataclass(frozen=True)

@@ -391,7 +391,7 @@ METHOD = Method(
     prepare=prepare,
     halves=Halves(find, make),
     # The norms of `find` are above those of the merges by about as much.
-    rule=lambda options, inner: ScaleRule(constant=1.15 if _plain(inner) else 1.0),
+    rule=lambda options, inner: ScaleRule(constant=0.83) if _plain(inner) else ScaleRule(),
     cost="two reads, 2 R^2 (m + n) flops, R x R steps",
     source="arXiv 2505.15875",
 )

@@ -24,8 +24,8 @@ from torch import Tensor
 from ..errors import DomergeError
 from .base import ScaleRule
 
-SCALE = ScaleRule(None, 1.4)
-"""How λ is found after it. On six sets of trained adapters the best λ was 1.3 to 1.8 times d."""
+SCALE = ScaleRule(None, 1.25)
+"""How λ is found after it. On seven trainings the best λ was .9 to 1.7 times d."""
 
 NOISE = 2.0**-24
 """A singular value below this share of the norms of what it was computed from is rounding noise."""

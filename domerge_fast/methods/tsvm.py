@@ -49,6 +49,6 @@ METHOD = space.method(
     TsvmOptions,
     core,
     # Merged singular values that are those of the adapters need no other scale.
-    rule=lambda options, inner: ScaleRule(None if options.power >= 0.5 else 16),
+    rule=lambda options, inner: ScaleRule(None, 1.0) if options.power >= 0.5 else ScaleRule(),
     source="arXiv 2412.00081",
 )
