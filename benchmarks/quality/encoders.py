@@ -53,18 +53,22 @@ KINDS = {
 A. `ranks`: sixteen times apart."""
 
 
-def adapters(kind: Kind, base: str, seed: int, data: Path, folder: Path) -> list[Adapter]:
-    """One a task, trained where they are not there yet."""
-    for name in tasks.TASKS:
+def adapters(
+    kind: Kind, base: str, seed: int, data: Path, folder: Path, names: Sequence[str] = ()
+) -> list[Adapter]:
+    """One a task, of these or of all, trained where they are not there yet."""
+    names = names or list(tasks.TASKS)
+    for name in names:
         _train(kind, base, seed, name, data, folder / name)
-    return [Adapter(name, name, folder / name) for name in tasks.TASKS]
+    return [Adapter(name, name, folder / name) for name in names]
 
 
-def bench(base: str, seed: int, data: Path) -> Bench:
-    """The base with the texts of the tasks that the seed holds out."""
+def bench(base: str, seed: int, data: Path, names: Sequence[str] = ()) -> Bench:
+    """The base with the texts of the tasks, of these or of all, that the seed holds out."""
+    names = names or list(tasks.TASKS)
     model = bases.load(base, data)
-    held = {name: _split(name, seed, data)[: TEST + VALIDATION] for name in tasks.TASKS}
-    heads = {name: _head(model, name, data) for name in tasks.TASKS}
+    held = {name: _split(name, seed, data)[: TEST + VALIDATION] for name in names}
+    heads = {name: _head(model, name, data) for name in names}
     labels = {name: torch.tensor([label for _, label in held[name]]) for name in held}
 
     def outputs(model: torch.nn.Module, name: str) -> Tensor:

