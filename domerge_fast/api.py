@@ -129,7 +129,7 @@ def merge(
     says what went wrong beside an output that is in its place: an old one could not be removed.
     """
     started = time.perf_counter()
-    chosen = choose(method, method_options)
+    asked = chosen = choose(method, method_options)
     before, (calibrated, after) = _steps("pre", pre, PRE), _post(post)
     check_scale(1.0 if scale in (None, AUTO) else scale)
     cut = _cut(rank, energy)
@@ -177,7 +177,7 @@ def merge(
             scale=scales[max(scales)] if scales else factor,
             scales=scales,
             auto=scale == AUTO or (scale is None and not chosen.own_scale),
-            options=_recipe(chosen, rank, energy, ragged, pre, post, form, base, whole),
+            options=_recipe(asked, rank, energy, ragged, pre, post, form, base, whole),
             backend=settings.backend,
             device=str(place.device),
             dtype=dtype_name(out_dtype),

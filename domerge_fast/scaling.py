@@ -39,6 +39,9 @@ DIGITS = 6
 DAMPING = 0.2
 """How fast λ falls with S."""
 
+CANCELLED = 1e-3
+"""A merge up to this share of the mean of adapters that do not overlap may be rounding alone."""
+
 
 @dataclass
 class Sums:
@@ -78,13 +81,13 @@ class Sums:
         return damping(math.fsum(math.fsum(x) / len(x) for x in self.moved.values()))
 
     def scales(self) -> Mapping[int, float]:
-        """λ by the number of adapters that a module has; c d where the rule takes no norms, or all
-        merges are zero."""
-        found, damped = {}, self.damping()
+        """λ by the number of adapters that a module has; c d where the rule takes no norms, or the
+        merges are what rounding leaves of adapters that cancel."""
+        found, damped = {}, self.rule.constant * self.damping()
         for count, given in sorted(self.given.items()):
-            scale, merged = self.rule.constant * damped, math.fsum(self.merged[count])
-            if self.rule.order and merged:
-                scale *= math.fsum(given) / merged
+            scale, size, merged = damped, math.fsum(given), math.fsum(self.merged[count])
+            if self.rule.order and merged > CANCELLED * size / count:
+                scale *= size / merged
             found[count] = rounded(scale)
         return found
 

@@ -94,7 +94,7 @@ def tensors_of(model: peft.PeftModel, adapter: str) -> dm.Adapter:
 
 def deltas_of(model: peft.PeftModel, names: Sequence[str], **options: object) -> dict[str, Tensor]:
     """ΔW [m, n] of a merge of the same factors beside the model."""
-    merged = dm.merge([tensors_of(model, name) for name in names], **{"scale": 1.0, **options})
+    merged = dm.merge([tensors_of(model, name) for name in names], **options)
     return {name: merged.delta(name) for name in merged.names}
 
 
@@ -128,7 +128,7 @@ def same(one: dict[str, tuple], other: dict[str, tuple]) -> bool:
 def test_the_live_model_computes_base_plus_delta(case, method):
     model, names = of_case(case)
     weights = WEIGHTS[: len(names)]
-    deltas = deltas_of(model, names, method=method, weights=weights)
+    deltas = deltas_of(model, names, method=method, weights=weights, scale=1.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         report = live.add_weighted_adapter(model, names, weights, "new", method, scale=1.0)
@@ -270,12 +270,28 @@ def test_svd_rank_cuts_the_result_of_any_method():
         check_deltas(peft_deltas(model, method).__getitem__, expected, 1e-5)
 
 
+def test_ours_find_their_scale_and_peft_s_names_are_at_1():
+    model = pair()
+    given = model, ["a0", "a1"], [1.0, 1.0]
+    report = live.add_weighted_adapter(*given, "new")
+    assert (report.method, report.auto) == ("auto", True)
+    expected = deltas_of(model, ["a0", "a1"], method="auto", scale="auto")
+    check_deltas(peft_deltas(model, "new").__getitem__, expected, 1e-6)
+    report = live.add_weighted_adapter(*given, "iso", "iso_c")
+    assert report.auto
+    assert report.scale != 1
+    for kind in ("linear", "svd", "ties", "magnitude_prune"):
+        report = live.add_weighted_adapter(*given, kind, kind)
+        assert (report.scale, report.auto) == (1.0, False)
+    assert live.add_weighted_adapter(*given, "ties auto", "ties", scale="auto").auto
+
+
 def test_options_are_those_of_the_method_and_of_merge():
     model = pair()
     options = {"gamma": 0.1, "steps": 3, "scale": -2.0, "energy": 0.9, "backend": "torch"}
-    report = live.add_weighted_adapter(model, ["a0", "a1"], [1.0, 1.0], "new", **options)
+    report = live.add_weighted_adapter(model, ["a0", "a1"], [1.0, 1.0], "new", "do", **options)
     assert (report.scale, report.backend) == (-2.0, "torch")
-    expected = deltas_of(model, ["a0", "a1"], **options)
+    expected = deltas_of(model, ["a0", "a1"], method="do", **options)
     check_deltas(peft_deltas(model, "new").__getitem__, expected, 1e-5)
 
 

@@ -25,11 +25,12 @@ from domerge_fast import cli, engine, whole
 from domerge_fast.adapters import from_tensors
 from domerge_fast.backends import reference
 from domerge_fast.plan import Plan
-from domerge_fast.scaling import DAMPING, GENTLE
+from domerge_fast.methods.do import METHOD as DO
+from domerge_fast.scaling import DAMPING
 from domerge_fast.storage.shelf import Shelf
 
 SMALL, LARGE = 0.002, 0.05
-"""Of B: ρ is about .02 and .5."""
+"""Of B: S is about .05 and 1."""
 
 WEIGHTS = ([1.0, 1.0], [1.0, -0.25])
 FEW = {"steps": 3, "tol": 0.0}
@@ -99,14 +100,12 @@ def norm(update: Tensor, order: int = 16) -> float:
 
 
 def damping(cases: Cases) -> float:
-    """1 / (1 + DAMPING max(0, ρ - GENTLE))."""
-    shares = []
-    for i in range(max(len(case.ranks) for case in cases.values())):
-        own = [case for case in cases.values() if i < len(case.ranks)]
-        energy = sum(float(case.deltas()[i].square().sum()) for case in own)
-        shares.append(energy / sum(len(case.b[i]) for case in own))
-    size = math.sqrt(sum(shares) / len(shares))
-    return 1 / (1 + DAMPING * max(0.0, size - GENTLE))
+    """1 / (1 + DAMPING S), S = sum_modules (mean_i ||τ_i||_F^2 / m)^(1/2)."""
+    moved = 0.0
+    for case in cases.values():
+        energies = [float(delta.square().sum()) for delta in case.deltas()]
+        moved += math.sqrt(sum(energies) / len(energies) / len(case.b[0]))
+    return 1 / (1 + DAMPING * moved)
 
 
 def by_norms(
@@ -120,6 +119,12 @@ def by_norms(
         squares = [(w * norm(delta)) ** 2 for w, delta in zip(sizes, deltas, strict=True)]
         given += math.sqrt(sum(squares) / len(squares)) / (sum(sizes) / len(sizes))
     return damping(cases) * given / sum(norm(merged[name]) for name in names)
+
+
+def constant(method: str, options: Mapping[str, Any]) -> float:
+    """Of the method's rule: 1 but for `do`, whose norm is another."""
+    inner = options.get("directions", "linear")
+    return DO.rule(None, None).constant if method == "do" and inner == "linear" else 1.0
 
 
 def merges(
@@ -209,6 +214,7 @@ def test_the_merge_goes_as_far_as_the_adapters_do(method, options, definition, w
     cases = model(size)
     found = auto(cases, method, weights=weights, **options)
     expected = by_norms(cases, weights, merges(definition, cases, weights), [*cases])
+    expected *= constant(method, options)
     assert found.report.scale == pytest.approx(expected, rel=1e-5)
     assert found.report.auto
     assert found.report.scales == {2: found.report.scale}
@@ -239,15 +245,32 @@ def test_what_has_its_scale_already_is_damped_alone(method, options, weights, si
     check_scaled(found, plain, found.report.scale)
 
 
-def test_gentle_adapters_are_not_damped_and_those_trained_far_are():
-    assert damping(model()) == 1
-    assert 0.2 < damping(model(LARGE)) < 0.5
-    # ρ is 2.
+def test_the_further_adapters_move_the_whole_model_the_more_it_is_damped():
     a, b = torch.zeros(1, 4), torch.zeros(3, 1)
-    a[0, 0], b[:, 0] = 1.0, 2.0
-    pair = [from_tensors({"x": (a.roll(k, 1), b)}, name=f"{k}") for k in range(2)]
-    expected = 1 / (1 + DAMPING * (2 - GENTLE))
+    a[0, 0], b[:, 0] = 1.0, 2.0  # 2 beside weights whose rows have length 1
+    for count in (1, 5):
+        factors = [{f"x.{i}": (a.roll(k, 1), b) for i in range(count)} for k in range(2)]
+        pair = [from_tensors(x, name=f"{k}") for k, x in enumerate(factors)]
+        expected = 1 / (1 + DAMPING * 2 * count)
+        found = dm.merge(pair, "ties", scale="auto").report.scale
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_experts_of_a_layer_count_once():
+    factors = random_factors({f"layers.0.mlp.experts.{i}.up_proj": (9, 11) for i in range(6)}, 2)
+    pair = [from_tensors(factors, name=f"{k}") for k in range(2)]
+    sizes = [float((b @ a).norm()) / 3 for a, b in factors.values()]
+    expected = 1 / (1 + DAMPING * sum(sizes) / len(sizes))
     assert dm.merge(pair, "ties", scale="auto").report.scale == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["do", "linear", "wudi", "iso_c", "core"])
+def test_what_is_left_of_adapters_that_cancel_is_not_made_large(method):
+    case = model()["x"]
+    twice = {"x": Case([case.a[0]] * 2, [case.b[0]] * 2, [1.0, 1.0])}
+    found = auto(twice, method, weights=[0.5, -0.5])
+    assert found.report.scale <= constant(method, {})
+    assert dense(found, "x").norm() <= 1e-6 * twice["x"].deltas()[0].norm()
 
 
 # What is said

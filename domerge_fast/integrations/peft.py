@@ -2,7 +2,7 @@
 
     from domerge_fast.integrations import peft
 
-    peft.add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "merged", combination_type="do")
+    peft.add_weighted_adapter(model, ["a", "b"], [1.0, 1.0], "merged")
 
     peft.install()
     model.add_weighted_adapter(["a", "b"], [1.0, 1.0], "merged", combination_type="do")
@@ -70,7 +70,7 @@ def add_weighted_adapter(
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
-    combination_type: str = "do",
+    combination_type: str = "auto",
     svd_rank: int | None = None,
     svd_clamp: float | None = None,
     svd_full_matrices: bool = True,
@@ -85,7 +85,7 @@ def add_weighted_adapter(
         uses w_i / sum |w| over the adapters that have a module, the other methods the weights as
         they are (`domerge_fast.merge`). One adapter alone is reweighted: its weight is the factor
         on what the method makes of it.
-    combination_type: a name from `domerge_fast.methods()`.
+    combination_type: a name from `domerge_fast.methods()`; "auto" says in the report what it took.
     svd_rank: truncate every module to this rank, with any method; None: the method's own rank,
         which is exact except for "svd".
     density, majority_sign_method: options of the methods that have them.

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import options
+from ..errors import OptionError
 from . import (
     auto,
     breadcrumbs,
@@ -56,6 +57,8 @@ def choose(name: str, given: Mapping[str, Any], option: str = "method") -> Chose
     Raises OptionError for an unknown method, option or value.
     """
     row = TABLE[options.choose(option, name, TABLE)]
+    if row.taken:
+        _check_none_of_others(name, given)
     inner = None
     known: list[str] = []
     theirs: dict[str, Any] = {}
@@ -68,6 +71,15 @@ def choose(name: str, given: Mapping[str, Any], option: str = "method") -> Chose
         inner = choose(chosen, theirs, row.inner)
     mine = {k: v for k, v in given.items() if k not in theirs}
     return Chosen(row, options.build(row.options, mine, f"method {name!r}", known), inner)
+
+
+def _check_none_of_others(name: str, given: Mapping[str, Any]) -> None:
+    """OptionError for an option of a method that stands for others."""
+    for option in given:
+        for other, row in TABLE.items():
+            if option in {f.name for f in dataclasses.fields(row.options)}:
+                problem = f"{name!r} takes a method as it is"
+                raise OptionError(option, problem, f"name a method that has it, as {other!r}")
 
 
 def _names(row: Method, given: Mapping[str, Any]) -> list[str]:
