@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-MOST = 300
+MOST = 340
 """Characters of a message."""
 
 

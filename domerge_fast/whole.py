@@ -42,6 +42,8 @@ class Whole:
         self._of_weights = 0 if work.method.by_ratio else of_weights
         self._shelf = Shelf()
         rule = svc.SCALE if work.rule and work.calibrated else work.rule
+        if rule and rule.order and work.post:
+            rule = replace(rule, constant=1.0)  # whose norms are those of the factors themselves
         self._sums = Sums(rule) if rule else None
         self._overlaps: dict[int, list[tuple[float, float]]] = {}
         self._found_scales: Mapping[int, float] = {}

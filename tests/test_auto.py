@@ -206,9 +206,7 @@ def test_it_does_not_work_inside_another(options):
 
 
 def test_its_options_are_those_of_a_method_that_is_named():
-    line = (
-        r"^option 'gamma': 'auto' takes a method as it is; name a method that has it, as 'do'$"
-    )
+    line = r"^option 'gamma': 'auto' takes a method as it is; name a method that has it, as 'do'$"
     with pytest.raises(dm.OptionError, match=line):
         dm.merge(given(drawn()), gamma=0.5)
     with pytest.raises(dm.OptionError, match=r"^option 'zzz': method 'auto' has no such option; "):
