@@ -43,7 +43,8 @@ def training(bench: Bench, adapters: Sequence[Adapter]) -> dict[str, Any]:
     tasks = [a.task for a in adapters]
     updates = [_update(a.path) for a in adapters]
     names = sorted(set().union(*updates))
-    weights = {n: float(bench.model.get_parameter(f"{n}.weight").norm()) ** 2 for n in names}
+    state = bench.model.state_dict()
+    weights = {name: float(state[f"{name}.weight"].norm()) ** 2 for name in names}
     norms = [_norm(update) for update in updates]
     found = dm.inspect([a.path for a in adapters])
     return {
@@ -90,6 +91,23 @@ def merge(
     }
     larger = [x for x in score.published(known, found).values() if x > found["scales"][-1]]
     return {**found, "beyond": {x: bench.outputs(deltas, x, known["tasks"]) for x in larger}}
+
+
+def default(
+    bench: Bench,
+    adapters: Sequence[Adapter],
+    candidate: Candidate,
+    known: dict[str, Any],
+    merge: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """scale: λ where a user gives none. outputs: at that λ, by the curve of the merge where there
+    is one that reaches it. notes: of the report."""
+    scale, deltas, notes = candidate.default([a.path for a in adapters])
+    if merge and scale <= merge["scales"][-1]:
+        outputs = score.at(merge, scale)
+    else:
+        outputs = bench.outputs(deltas, 1.0, known["tasks"])
+    return {"scale": scale, "outputs": outputs, "notes": notes}
 
 
 def _climb(share: Callable[[float], float], first: float) -> None:

@@ -25,19 +25,20 @@ class Candidate:
 
     def deltas(self, adapters: Sequence[Path]) -> Deltas:
         """ΔW of every module in float32, at λ = 1."""
+        merged = self._merged(adapters, scale=1.0)
+        return {name: merged.delta(name) for name in merged.names}
+
+    def default(self, adapters: Sequence[Path]) -> tuple[float, Deltas, str]:
+        """λ where a user gives none, ΔW with it, and what the report says besides."""
+        merged = self._merged(adapters)
+        deltas = {name: merged.delta(name) for name in merged.names}
+        return merged.report.scale, deltas, " ".join(merged.report.notes)
+
+    def _merged(self, adapters: Sequence[Path], **scale: float) -> dm.Merged:
         weights = [1 / len(adapters)] * len(adapters) if self.mean else None
         rank = {"rank": max(map(_rank, adapters))} if self.cut else {}
-        merged = dm.merge(
-            adapters,
-            self.method,
-            weights=weights,
-            scale=1.0,
-            dtype="float32",
-            form="deltas",
-            **rank,
-            **self.options,
-        )
-        return {name: merged.delta(name) for name in merged.names}
+        settings = {"weights": weights, "dtype": "float32", "form": "deltas"}
+        return dm.merge(adapters, self.method, **settings, **scale, **rank, **self.options)
 
 
 def _rank(adapter: Path) -> int:
@@ -45,6 +46,8 @@ def _rank(adapter: Path) -> int:
     return max(len(loaded.factors(name)[0]) for name in loaded.modules)
 
 
+DEFAULT = Candidate("default", "auto")
+"""What a user gets who gives nothing but adapters."""
 MEAN = Candidate("mean", "linear", mean=True)
 DO = Candidate("do", "do")
 
@@ -65,11 +68,19 @@ CORE = (
 )
 """Scored on every training."""
 
+CONFIRMING = tuple(
+    c
+    for c in CORE
+    if c.method != "do" or c is DO
+    if c.name not in ("tsvm, power 0.5", "tsvm, power 0.25, svc")
+)
+"""Scored on trainings that confirm what was chosen."""
+
 MORE = (
     Candidate("iso_c", "iso_c"),
     Candidate("do, svc", "do", SVC),
     Candidate("do, directions of power 0.5", "do", {"directions": "linear", "power": 0.5}),
-    Candidate("mean, svc", "linear", SVC, mean=True),
+    Candidate("linear, svc", "linear", SVC),
     Candidate("iso_c, svc", "iso_c", SVC),
     Candidate("pico", "pico"),
     Candidate("wudi", "wudi"),

@@ -2,7 +2,8 @@
 
     python benchmarks/quality/run.py             # one training of every set
     python benchmarks/quality/run.py --full      # all trainings
-    python benchmarks/quality/run.py --tables    # the page of what was measured before
+    python benchmarks/quality/run.py --kept      # figures of what was run before
+    python benchmarks/quality/run.py --tables    # the page of the figures that are there
 
 Models and what they put out are kept under benchmarks/data/quality, and nothing is done twice;
 figures go to benchmarks/results/quality.
@@ -11,11 +12,13 @@ figures go to benchmarks/results/quality.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,51 +32,69 @@ import tables  # noqa: E402
 import tasks  # noqa: E402
 import torch  # noqa: E402
 from bench import Adapter, Bench  # noqa: E402
-from merges import CORE, DO, Candidate  # noqa: E402
+from merges import CORE, DEFAULT, DO, Candidate  # noqa: E402
 from pages import fill  # noqa: E402
 from sets import DATA, SETS, Set  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 RESULTS = HERE / "results" / "quality"
 FIGURES = RESULTS / "quality.json"
-METHODS_PAGE = HERE.parent / "docs" / "methods.md"
+MEASURED, TRAINING, DEFAULTS = DATA / "measured", "training.pt", "defaults"
+METHODS_PAGE, ALGORITHM_PAGE = (HERE.parent / "docs" / f"{x}.md" for x in ("methods", "algorithm"))
 
 
-def trainings(name: str, chosen: Set, seeds: int) -> dict[str, Any]:
-    """Figures of a set by training, and of the first ones of its adapters."""
-    found = {}
-    for seed in chosen.seeds[:seeds]:
+def run(name: str, chosen: Set, full: bool) -> None:
+    """Train what is missing of a set, and keep what its merges put out."""
+    for seed in (*chosen.seeds, *chosen.fresh) if full else chosen.seeds[:1]:
         bench, adapters = chosen.bench(seed), chosen.adapters(seed)
-        first = seed == chosen.seeds[0]
-        folder = DATA / "measured" / name / str(seed)
-        found[str(seed)] = one(bench, adapters, CORE + tuple(chosen.first if first else ()), folder)
-        for few in chosen.few if first else ():
-            key = f"{seed}, T = {few}"
-            found[key] = one(bench, adapters[:few], CORE, folder.with_name(key))
-    return found
+        _run(bench, adapters, CORE, MEASURED / name / str(seed))
+        if seed == chosen.seeds[0]:
+            _run(bench, adapters, chosen.first, MEASURED / name / str(seed))
+            for few in chosen.few:
+                _run(bench, adapters[:few], CORE, MEASURED / name / f"{seed}, T = {few}")
 
 
-def one(
-    bench: Bench, adapters: list[Adapter], candidates: tuple[Candidate, ...], folder: Path
-) -> dict[str, Any]:
-    """Figures of one training."""
-    known = measure.keep(folder / "training.pt", lambda: measure.training(bench, adapters))
-    merges = {}
-    for candidate in candidates:
+def _run(
+    bench: Bench, adapters: list[Adapter], candidates: Sequence[Candidate], folder: Path
+) -> None:
+    known = measure.keep(folder / TRAINING, lambda: measure.training(bench, adapters))
+    for candidate in (DEFAULT, *candidates):
         started = time.perf_counter()
-        path = folder / f"{candidate.name}.pt"
-        merges[candidate.name] = measure.keep(
-            path, lambda c=candidate: measure.merge(bench, adapters, c, known)
-        )
-        print(f"{path.relative_to(DATA)}: {time.perf_counter() - started:.0f} s", flush=True)
+        name = f"{candidate.name}.pt"
+        merge = None
+        if candidate is not DEFAULT:
+            made = functools.partial(measure.merge, bench, adapters, candidate, known)
+            merge = measure.keep(folder / name, made)
+        made = functools.partial(measure.default, bench, adapters, candidate, known, merge)
+        measure.keep(folder / DEFAULTS / name, made)
+        shown = (folder / name).relative_to(MEASURED)
+        print(f"{shown}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def figures(name: str) -> dict[str, Any]:
+    """Of all trainings of a set that are kept."""
+    folders = sorted(path.parent for path in MEASURED.glob(f"{name}/*/{TRAINING}"))
+    fresh = {str(seed) for seed in SETS[name].fresh}
+    return {x.name: {"fresh": x.name in fresh, **_of(x)} for x in folders}
+
+
+def _of(folder: Path) -> dict[str, Any]:
+    known = torch.load(folder / TRAINING)
+    merges = {p.stem: torch.load(p) for p in sorted(folder.glob("*.pt")) if p.name != TRAINING}
     do = merges[DO.name]
+    defaults = {p.stem: torch.load(p) for p in sorted((folder / DEFAULTS).glob("*.pt"))}
     return {
-        "adapters": known["adapters"],
+        **{key: known[key] for key in ("adapters", "norms", "relative", "likeness")},
         "gains": score.gains(known, known["base"], score.TEST)[1].tolist(),
-        "norms": known["norms"],
-        "relative": known["relative"],
-        "likeness": known["likeness"],
-        "merges": {name: score.summary(known, merge, do) for name, merge in merges.items()},
+        "merges": {key: score.summary(known, merge, do) for key, merge in merges.items()},
+        "defaults": {
+            key: {
+                "scale": found["scale"],
+                "share": score.shares(known, found["outputs"]).mean().item(),
+                "notes": found["notes"],
+            }
+            for key, found in defaults.items()
+        },
     }
 
 
@@ -83,7 +104,8 @@ def publish(result: dict[str, Any]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     FIGURES.write_text(json.dumps(rounded(result)) + "\n")
     (RESULTS / "README.md").write_text(tables.page(result))
-    METHODS_PAGE.write_text(fill(METHODS_PAGE.read_text(), {"quality": tables.ranking(result)}))
+    for page, made in ((METHODS_PAGE, tables.ranking), (ALGORITHM_PAGE, tables.parts_of_do)):
+        page.write_text(fill(page.read_text(), {"quality": made(result)}))
     tables.plot(result["sets"], RESULTS / "share.png")
 
 
@@ -95,19 +117,21 @@ def rounded(figures: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--full", action="store_true", help="all trainings, not the first alone")
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
+    parser.add_argument("--sets", nargs="+", choices=SETS, help="all that are quick")
+    parser.add_argument("--kept", action="store_true", help="of what was run before, no more")
     parser.add_argument("--tables", action="store_true", help="of the figures that are there")
     args = parser.parse_args()
-    torch.set_num_threads(1)
     logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     result = json.loads(FIGURES.read_text()) if FIGURES.exists() else {"sets": {}}
-    for name in () if args.tables else args.sets:
-        found = trainings(name, SETS[name], None if args.full else 1)
-        result["sets"][name] = {**result["sets"].get(name, {}), **found}
-        result |= {"python": platform.python_version(), "torch": torch.__version__}
-        result["other texts"] = tasks.changed(DATA) + decoder.changed(DATA)
-        publish(result)
+    wanted = args.sets or [name for name in SETS if SETS[name].quick or args.full or args.kept]
+    for name in () if args.tables else wanted:
+        if not args.kept:
+            run(name, SETS[name], args.full)
+        if found := figures(name):
+            result["sets"][name] = found
+            result |= {"python": platform.python_version(), "torch": torch.__version__}
+            result["other texts"] = tasks.changed(DATA) + decoder.changed(DATA)
     publish(result)
 
 

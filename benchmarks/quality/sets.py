@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import bases
 import byte_llama
@@ -18,7 +19,6 @@ from merges import CUT, MORE, Candidate
 DATA = Path(__file__).resolve().parent.parent / "data" / "quality"
 """Where models, texts and trained adapters are kept, with what was measured of them."""
 PRETRAINED, DECODER, OVERTRAINED = "pretrained", "pretrained decoder", "over-trained"
-FEW = (3, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Set:
     """Adapters of one kind, trained once for each seed.
 
     regime: sets of one regime are averaged in tables.
+    seeds: the first is trained by `make quality` too, if quick; all by `make quality-full`.
+    fresh: seeds that were trained after methods and rules for λ had been chosen, to confirm them.
     bench, adapters: of a seed; what is missing is trained.
     first: merges of the first training besides CORE.
     few: numbers of its adapters, the first ones, that CORE is scored on too.
@@ -37,6 +39,8 @@ class Set:
     adapters: Callable[[int], list[Adapter]]
     first: Sequence[Candidate] = ()
     few: Sequence[int] = ()
+    fresh: Sequence[int] = ()
+    quick: bool = True
 
 
 def _encoders(base: str, kind: str, seed: int) -> list[Adapter]:
@@ -44,10 +48,9 @@ def _encoders(base: str, kind: str, seed: int) -> list[Adapter]:
     return encoders.adapters(encoders.KINDS[kind], base, seed, DATA, folder)
 
 
-def _of(base: str, kind: str, seeds: Sequence[int], first: Sequence[Candidate] = ()) -> Set:
-    few = FEW if first else ()
+def _of(base: str, kind: str, seeds: Sequence[int], **settings: Any) -> Set:
     bench, adapters = partial(encoders.bench, base, data=DATA), partial(_encoders, base, kind)
-    return Set(PRETRAINED, seeds, bench, adapters, first, few)
+    return Set(PRETRAINED, seeds, bench, adapters, **settings)
 
 
 def _joined(seed: int) -> list[Adapter]:
@@ -56,16 +59,16 @@ def _joined(seed: int) -> list[Adapter]:
 
 
 SETS = {
-    "L3 even": _of(bases.SMALL, "even", (0, 1, 2), MORE + CUT),
-    "L3 uneven": _of(bases.SMALL, "uneven", (0, 1, 2), MORE + CUT),
-    "L3 shared A": _of(bases.SMALL, "shared_a", (0, 1, 2), MORE + CUT),
+    "L3 even": _of(bases.SMALL, "even", (0, 1, 2), first=MORE + CUT, few=(3, 4, 8)),
+    "L3 uneven": _of(bases.SMALL, "uneven", (0, 1, 2), first=MORE, fresh=(7,)),
+    "L3 shared A": _of(bases.SMALL, "shared_a", (0, 1, 2), first=MORE, fresh=(8,)),
     "L3 ranks": _of(bases.SMALL, "ranks", (0,)),
-    "L6 even": _of(bases.FULL, "even", (0,)),
-    "L6 uneven": _of(bases.FULL, "uneven", (0,)),
-    "L6 shared A": _of(bases.FULL, "shared_a", (0,)),
     "L3 even and ranks": Set(
         PRETRAINED, (0,), partial(encoders.bench, bases.SMALL, data=DATA), _joined
     ),
+    "L6 even": _of(bases.FULL, "even", (0,), fresh=(9,)),
+    "L6 uneven": _of(bases.FULL, "uneven", (0,), quick=False),
+    "L6 shared A": _of(bases.FULL, "shared_a", (0,), quick=False),
     "SmolLM2": Set(
         DECODER,
         (0,),

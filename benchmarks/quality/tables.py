@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from merges import CONFIRMING
 from sets import DECODER, OVERTRAINED, PRETRAINED, SETS
 
 Figures = dict[str, Any]
@@ -61,14 +63,23 @@ def page(result: Figures) -> str:
             parts += [f"## {title}", ABOUT_SETS[regime], BEST_TEXT, _best(chosen)]
             parts += [f"### {title}: against `do`", AGAINST_TEXT, _against(chosen)]
             parts += [f"### {title}: rules for λ", RULES_TEXT, _rules(chosen)]
+            parts += [f"### {title}: what is kept by default", DEFAULT_TEXT, _defaults(chosen)]
             parts += [f"### {title}: λ by {CANDIDATE}", CANDIDATE_TEXT, _candidate(chosen)]
             parts += [f"### {title}: constants", FITTED_TEXT, _fitted(chosen)]
-    return "\n\n".join([*parts, "## Fewer and more adapters", FEW_TEXT, _few(found)]) + "\n"
+    parts += ["## Fewer adapters", FEW_TEXT, _few(found)]
+    parts += ["## Fresh trainings", FRESH_TEXT, _fresh(found)]
+    return "\n\n".join(parts) + "\n"
 
 
 def ranking(result: Figures) -> str:
     """Share at the best λ on the sets of pretrained bases."""
     return _best(_of_regime(result["sets"], PRETRAINED))
+
+
+def parts_of_do(result: Figures) -> str:
+    """The same of `do`, its parts and the mean."""
+    names = ("do", "do, decouple only", "do, orthogonalize only", "mean")
+    return _best(_of_regime(result["sets"], PRETRAINED), names)
 
 
 def _of_regime(found: Sets, regime: str) -> Sets:
@@ -82,8 +93,8 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _whole(trainings: Mapping[str, Figures]) -> list[Figures]:
-    """The trainings of all adapters."""
-    return [entry for key, entry in trainings.items() if "," not in key]
+    """The trainings of all adapters, but those that confirm."""
+    return [e for key, e in trainings.items() if "," not in key and not e["fresh"]]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -139,10 +150,10 @@ def _share(trainings: Mapping[str, Figures], name: str) -> float | None:
     return _mean(_values(trainings, name, "share"))
 
 
-def _best(found: Sets) -> str:
+def _best(found: Sets, names: Sequence[str] | None = None) -> str:
     """Share at the tuned λ: a row a merge, a column a set, and means over the sets."""
     rows = []
-    for name in _names(found):
+    for name in names or _names(found):
         cells = []
         for trainings in found.values():
             shares = _values(trainings, name, "share")
@@ -205,6 +216,28 @@ def _candidate(found: Sets) -> str:
     return _table(["merge", *found], rows)
 
 
+def _defaults(found: Sets) -> str:
+    """Share at the product's own λ, and in brackets of the tuned one. First what nothing but the
+    adapters gives."""
+    cells = []
+    for trainings in found.values():
+        entries = [e for e in _whole(trainings) if "default" in e["defaults"]]
+        share = _mean(e["defaults"]["default"]["share"] for e in entries)
+        took = {re.search(r"auto took (.*?):", e["defaults"]["default"]["notes"]) for e in entries}
+        cells.append(f"{_text(share)} {', '.join(sorted(m[1] for m in took if m))}")
+    rows = [["nothing said", *cells, ""]]
+    for name in _names(found):
+        cells, parts = [], []
+        for trainings in found.values():
+            entries = [e for e in _whole(trainings) if name in e["defaults"]]
+            share = _mean(e["defaults"][name]["share"] for e in entries)
+            tuned = _mean(e["merges"][name]["share"] for e in entries)
+            parts.append(None if share is None or tuned is None else share / tuned)
+            cells.append(_text(share) + (f" ({parts[-1]:.0%})" if parts[-1] is not None else ""))
+        rows.append([f"`{name}`", *cells, _text(None if None in parts else min(parts), ".0%")])
+    return _table(["merge", *found, "worst"], rows)
+
+
 MATCHED = [rule for rule in RULES if rule.startswith("S")]
 
 
@@ -219,23 +252,31 @@ def _fitted(found: Sets) -> str:
 def _fit(found: Sets, name: str, rule: str) -> str:
     """The constant, what it keeps and at least keeps of the tuned share, and the range of constants
     with one set left out."""
-    constant, part, least = _constant(found, name, rule)
-    others = [{k: x for k, x in found.items() if k != out} for out in found if len(found) > 1]
-    left = [_constant(rest, name, rule)[0] for rest in others]
-    span = f", {min(left):.2f} - {max(left):.2f}" if left else ""
-    return f"{constant:.2f}: {part:.0%} ({least:.0%}){span}"
+    parts = np.stack([_parts(trainings, name, rule) for trainings in found.values()])
+    chosen = _largest(parts)
+    left = [_largest(np.delete(parts, k, axis=0)) for k in range(len(parts)) if len(parts) > 1]
+    span = f", {CONSTANTS[min(left)]:.2f} - {CONSTANTS[max(left)]:.2f}" if left else ""
+    kept = parts[:, chosen]
+    return f"{CONSTANTS[chosen]:.2f}: {kept.mean():.0%} ({kept.min():.0%}){span}"
 
 
-def _constant(found: Sets, name: str, rule: str) -> tuple[float, float, float]:
-    """The factor on the rule's λ that keeps the largest mean part of the tuned shares; that part,
-    and the least of a set."""
-    best = (0.0, -np.inf, -np.inf)
-    for constant in np.arange(0.2, 2.0, 0.02).tolist():
-        scaled = lambda merge, count, c=constant: c * RULES[rule](merge, count)  # noqa: E731
-        parts = [part for _, part in _by_rule(found, name, scaled).values()]
-        if None not in parts and statistics.fmean(parts) > best[1]:
-            best = (constant, statistics.fmean(parts), min(parts))
-    return best
+CONSTANTS = np.arange(0.2, 2.0, 0.02)
+
+
+def _parts(trainings: Mapping[str, Figures], name: str, rule: str) -> np.ndarray:
+    """Of the tuned share, at each of the constants times the rule's λ; NaN beyond the curve."""
+    shares, tuned = [], []
+    for entry in _whole(trainings):
+        merge = entry["merges"][name]
+        scale = RULES[rule](merge, len(entry["adapters"]))
+        shares.append(np.interp(CONSTANTS * scale, *merge["curve"], right=np.nan))
+        tuned.append(merge["share"])
+    return np.mean(shares, axis=0) / np.mean(tuned)
+
+
+def _largest(parts: np.ndarray) -> int:
+    """The constant with the largest mean over the sets."""
+    return int(np.argmax(np.nan_to_num(parts.mean(0), nan=-np.inf)))
 
 
 def _few(found: Sets) -> str:
@@ -258,7 +299,32 @@ def _few(found: Sets) -> str:
     return "\n\n".join(blocks)
 
 
-PLOTTED = ("mean", "do", "tsvm", "iso_c, equalized", "ties")
+def _fresh(found: Sets) -> str:
+    """Share at the tuned λ, at that of the product and by the candidate rule."""
+    trainings = {
+        f"{name}, seed {seed}": entry
+        for name, entries in found.items()
+        for seed, entry in entries.items()
+        if entry["fresh"]
+    }
+    defaults = [entry["defaults"].get("default", {}).get("share") for entry in trainings.values()]
+    rows = [["nothing said", *map(_text, defaults)]]
+    for candidate in CONFIRMING:
+        cells = [_three(entry, candidate.name) for entry in trainings.values()]
+        rows.append([f"`{candidate.name}`", *cells])
+    return _table(["merge", *trainings], rows)
+
+
+def _three(entry: Figures, name: str) -> str:
+    if name not in entry["merges"]:
+        return ""
+    merge = entry["merges"][name]
+    default = entry["defaults"].get(name, {}).get("share")
+    ruled = share_at(merge, RULES[CANDIDATE](merge, len(entry["adapters"])))
+    return " / ".join(map(_text, (merge["share"], default, ruled)))
+
+
+PLOTTED = ("mean", "do", "tsvm", "tsvm, power 0.25, svc", "iso_c, equalized", "ties")
 
 
 def plot(found: Sets, path: Path) -> None:
@@ -270,7 +336,7 @@ def plot(found: Sets, path: Path) -> None:
     for k, (name, trainings) in enumerate(found.items()):
         axes = figure.add_subplot(-(-len(found) // columns), columns, k + 1)
         merges = _whole(trainings)[0]["merges"]
-        for candidate in PLOTTED:
+        for candidate in filter(merges.get, PLOTTED):
             scales, shares = merges[candidate]["curve"]
             unit = CHOSEN * merges[candidate]["matched"]["S16 rms"]
             near = [(x / unit, y) for x, y in zip(scales, shares) if x < 2.5 * unit]
@@ -305,7 +371,11 @@ RULES_TEXT = """λ = Σ_modules mean_i ‖τ_i‖_Sq / Σ_modules ‖M‖_Sq, M 
 Schatten norm (Σ σ^q)^(1/q); "rms": the root of the mean square in place of the mean. Mean share
 over the sets, and in brackets the lowest part of the tuned share on a set. Empty: beyond the λ
 that were run."""
+DEFAULT_TEXT = """At λ as it is where a user gives none, in brackets of the tuned share. The first
+row is the merge that a user gets who names no method: its share, and what `auto` took."""
 CANDIDATE_TEXT = """By set, in brackets of the tuned share."""
 FITTED_TEXT = """The factor on each rule that keeps most on all sets: what it keeps of the tuned
 share, in brackets on the worst set; and the range of the factors with any one set left out."""
+FRESH_TEXT = f"""Trained once the methods and the rules had been chosen: share at the tuned λ, at
+the default one and by {CANDIDATE}."""
 FEW_TEXT = """The first T adapters of the first training; in brackets λ by the same rule."""
