@@ -63,7 +63,8 @@ def page(result: Figures) -> str:
             parts += [f"## {title}", ABOUT_SETS[regime], BEST_TEXT, _best(chosen)]
             parts += [f"### {title}: against `do`", AGAINST_TEXT, _against(chosen)]
             parts += [f"### {title}: rules for λ", RULES_TEXT, _rules(chosen)]
-            parts += [f"### {title}: what is kept by default", DEFAULT_TEXT, _defaults(chosen)]
+            if any(e["defaults"] for x in chosen.values() for e in x.values()):
+                parts += [f"### {title}: what is kept by default", DEFAULT_TEXT, _defaults(chosen)]
             parts += [f"### {title}: λ by {CANDIDATE}", CANDIDATE_TEXT, _candidate(chosen)]
             parts += [f"### {title}: constants", FITTED_TEXT, _fitted(chosen)]
     parts += ["## Fewer adapters", FEW_TEXT, _few(found)]
@@ -308,7 +309,7 @@ def _fresh(found: Sets) -> str:
         if entry["fresh"]
     }
     defaults = [entry["defaults"].get("default", {}).get("share") for entry in trainings.values()]
-    rows = [["nothing said", *map(_text, defaults)]]
+    rows = [["nothing said", *map(_text, defaults)]] if any(defaults) else []
     for candidate in CONFIRMING:
         cells = [_three(entry, candidate.name) for entry in trainings.values()]
         rows.append([f"`{candidate.name}`", *cells])
