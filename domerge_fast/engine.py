@@ -345,7 +345,7 @@ class _Part:
         if work.calibrates_factors:
             merged = self.method(stacks, replace(settings, scale=1.0))
             return finished(
-                work, given, merged, lambda x: calibrated.make(given, x, found, settings)
+                work, given, merged, lambda x: calibrated.make(stacks, x, found, settings)
             )
         if found:
             return finished(work, given, self.method.make(stacks, found, settings))

@@ -39,7 +39,7 @@ class Whole:
     def __init__(self, work: Work, method: Run, of_weights: int) -> None:
         """of_weights: the power of two that was taken out of all weights."""
         self._work, self._method = work, method
-        self._of_weights = 0 if work.method.by_ratio else of_weights
+        self._of_weights = 0 if work.merge_by_ratio else of_weights
         self._shelf = Shelf()
         rule = svc.SCALE if work.rule and work.calibrated else work.rule
         if rule and rule.order and work.post:
@@ -126,7 +126,7 @@ class Whole:
             return nothing, nothing
         merged = method(stacks, plain, known)
         if work.calibrated:
-            return calibrated.find(given, factors_of(work, given, merged), plain), nothing
+            return calibrated.find(stacks, factors_of(work, given, merged), plain), nothing
         assert order
         if work.post:
             at_one = replace(work, settings=plain, deltas=False)

@@ -54,9 +54,13 @@ class Work:
     @property
     def by_ratio(self) -> bool:
         """Whether results do not depend on the size of the weights, only on their ratios."""
-        if self.rule:
-            return True
-        return self.method.by_ratio and all(step.name != "norm_match" for step in self.post)
+        return self.rule is not None or self.merge_by_ratio
+
+    @property
+    def merge_by_ratio(self) -> bool:
+        """Whether that is so of the merge at a given λ."""
+        sized = self.calibrated or any(step.name == "norm_match" for step in self.post)
+        return self.method.by_ratio and not sized
 
     @property
     def wide(self) -> Work:

@@ -547,6 +547,25 @@ def test_steps_after_a_merge_are_taken_in_order(post, method):
     assert (float(result.norm()) == pytest.approx(wanted, rel=1e-5)) == (post[-1] == "norm_match")
 
 
+@pytest.mark.parametrize("pre", [(), ("equalize",), ("pico",)], ids=str)
+def test_svc_takes_the_adapters_as_the_method_does(pre):
+    """tsvm finds singular triplets itself; of what core makes they are found afterwards."""
+    cases = {"x": CASES["odd d"], "y": random_case((2, 4, 3), 19, 31, seed=1)}
+    given = {"weights": WEIGHTS, "pre": pre, "post": ["svc"]}
+    found = at_one(adapters(cases), "core", inner="tsvm", **given)
+    expected = at_one(adapters(cases), "tsvm", **given)
+    for name in cases:
+        assert distance(dense(found, name), dense(expected, name)) < 1e-5
+
+
+def test_svc_after_opcm_brings_updates_that_share_nothing_back():
+    case = random_case((3, 2), 23, 19)
+    for k, rows in enumerate((slice(0, 9), slice(9, None))):
+        case.a[k][:, rows], case.b[k][rows] = 0, 0
+    found = at_one(adapters({"x": case}), "opcm", post=["svc"])
+    assert distance(dense(found, "x"), total(case.deltas())) < 1e-5
+
+
 def test_steps_after_a_merge_come_after_the_truncation():
     """So that a norm that was matched stays matched."""
     case = CASES["odd d"]

@@ -201,6 +201,15 @@ def test_a_product_that_float32_does_not_hold_is_not_given(size):
         at_one(adapters("do", size, size), form="deltas")
 
 
+@pytest.mark.parametrize("method", ["do", "multislerp", "linear"])
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_svc_counts_weights_of_any_size(method, size):
+    """The first two take their ratios alone; what svc brings the merge to is a sum."""
+    expected = at_one(adapters(method), method, post=["svc"])
+    merged = at_one(adapters(method), method, post=["svc"], weights=[size] * 3)
+    check(merged, expected, size, 1e-4)
+
+
 # Modules and adapters of different sizes
 
 

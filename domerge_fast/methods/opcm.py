@@ -139,6 +139,7 @@ METHOD = dataclasses.replace(
     SUM,
     summary="one after the other, each off the spectrum of the merge so far",
     merge=_alone,
+    halves=None,
     prepare=prepare,
     own_scale=True,
     cost="three reads of the factors, 6 R^2 (m + n) flops, 2 T SVDs of R x R",

@@ -6,9 +6,10 @@
 
 s_i^r is how far the merge goes along u_r in units of what adapter i does there: 1 is as far.
 First the whole model is brought to a mean projection of 1 on the adapters, then only what is
-counted more than once is damped, never raised. The τ_i are those with weights, T of a module that
-T adapters have. The paper floors s_i^r at 1 / T in place of 1 and takes the merge as it comes: its
-result depends on whether the merge is a sum or a mean, this one does not, and its scale is set.
+counted more than once is damped, never raised. The τ_i are those that the method takes, after steps
+before it and with weights, T of a module that T adapters have. The paper floors s_i^r at 1 / T in
+place of 1 and takes the merge as it comes: its result depends on whether the merge is a sum or a
+mean, this one does not, and its scale is set.
 
 Cost: for merges that are found as singular triplets a few R x R products; else an SVD of R x R.
 Source: arXiv 2602.05536; the projection and the floor are ours.
@@ -63,7 +64,7 @@ def projection(overlaps: Sequence[Sequence[tuple[float, float]]]) -> float:
     mean = sum(shares) / len(shares) if shares else 1.0
     if mean <= 0:
         problem = "the merge points away from the adapters on average, so 'svc' has no scale for it"
-        raise DomergeError(f"{problem}; leave 'svc' out, or change the weights")
+        raise DomergeError(f"{problem}; take a method without it, or change the weights")
     return mean
 
 
