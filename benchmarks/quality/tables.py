@@ -378,5 +378,6 @@ CANDIDATE_TEXT = """By set, in brackets of the tuned share."""
 FITTED_TEXT = """The factor on each rule that keeps most on all sets: what it keeps of the tuned
 share, in brackets on the worst set; and the range of the factors with any one set left out."""
 FRESH_TEXT = f"""Trained once the methods and the S16 rule had been chosen (constants of the
-default λ were set anew after L3 uneven, seed 7): share at the tuned λ, at the default one and by {CANDIDATE}."""
+default λ were set anew after L3 uneven, seed 7): share at the tuned λ, at the default
+one and by {CANDIDATE}."""
 FEW_TEXT = """The first T adapters of the first training; in brackets λ by the same rule."""
