@@ -20,4 +20,9 @@ def shown(
     from tqdm import tqdm
 
     with tqdm(total=total, unit=" modules", leave=False) as bar:
-        yield lambda done, _: bar.update(done - bar.n)
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import tqdm
 from safetensors.torch import load_file
 from support.close import assert_close
 from support.make import random_factors, write_adapter
@@ -67,14 +68,24 @@ MERGES = {
     "": {},
     "--method linear --weights 1 -0.5": {"method": "linear", "weights": [1.0, -0.5]},
     "--weights -2 0.25 --scale -1.5": {"weights": [-2.0, 0.25], "scale": -1.5},
-    "--gamma 0.5 --sides A --steps 3 --tol 1e-4": {
+    "--method do --gamma 0.5 --sides A --steps 3 --tol 1e-4": {
+        "method": "do",
         "gamma": 0.5,
         "sides": "A",
         "steps": 3,
         "tol": 1e-4,
     },
-    "--no-decouple --penalty frobenius": {"decouple": False, "penalty": "frobenius"},
-    "--no-orthogonalize --renormalize": {"orthogonalize": False, "renormalize": True},
+    "--method do --no-decouple --penalty frobenius": {
+        "method": "do",
+        "decouple": False,
+        "penalty": "frobenius",
+    },
+    "--method do --no-orthogonalize --renormalize": {
+        "method": "do",
+        "orthogonalize": False,
+        "renormalize": True,
+    },
+    "--method iso_c --scale auto": {"method": "iso_c", "scale": "auto"},
     "--method svd --rank 2 --dtype bfloat16": {"method": "svd", "rank": 2, "dtype": "bfloat16"},
     "--energy 0.7 --backend torch --device cpu": {
         "energy": 0.7,
@@ -236,13 +247,14 @@ def test_control_characters_of_an_output_s_name_are_not_printed(pair, tmp_path, 
 
 
 def test_merge_ends_with_a_summary(pair, capsys):
-    assert cli.main(["merge", *pair, "-o", "out", "--energy", "0.5"]) == 0
+    assert cli.main(["merge", *pair, "-o", "out", "--method", "do", "--energy", "0.5"]) == 0
     shown = capsys.readouterr().out
     lines = unwrapped(shown)
     found = dict(re.split(r"  +", line, maxsplit=1) for line in lines[:-1])
-    report = dm.merge(pair, energy=0.5).report
+    report = dm.merge(pair, "do", energy=0.5).report
     ranks = sorted({module.rank for module in report.modules.values()})
     assert found["method"] == "do"
+    assert found["scale"] == f"{report.scale:g}, found from the adapters"
     assert found["adapters"] == "2"
     assert found["modules"] == "3"
     assert found["rank"] in (f"{ranks[0]}", f"{ranks[0]} to {ranks[-1]}")
@@ -266,6 +278,19 @@ def test_a_terminal_sees_modules_and_time_left(command, pair, capsys, monkeypatc
     shown = capsys.readouterr().err
     assert "0/3 [00:00<" in shown
     assert "modules/s" in shown
+
+
+def test_a_bar_is_as_long_as_what_is_gone_through(monkeypatch):
+    bars = []
+
+    class Bar(tqdm.tqdm):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            bars.append(self)
+
+    monkeypatch.setattr(tqdm, "tqdm", Bar)
+    dm.merge(["a", "b"], "iso_c", progress=True)
+    assert [(bar.n, bar.total) for bar in bars] == [(6, 6)]
 
 
 def test_inspect_prints_the_tables_of_the_api(pair, capsys):
@@ -338,7 +363,7 @@ WRONG = {
     "merge a b -o out --weights 1 x": "--weights: invalid float value: 'x'",
     "merge a b -o out --weights 1 -inf": "option 'weights': -inf is not a finite number; give one",
     "merge a b -o out --scale -nan": "option 'scale': nan is not a finite number; give one",
-    "merge a b -o out --gamma -1e-3": "option 'gamma': -0.001 is too small; use at least 0",
+    "merge a b -o out --method do --gamma -1e-3": "option 'gamma': -0.001 is too small; use at least 0",
     "sequential add s a --weight -Infinity": "/s' holds no sequential merge",
     "merge a b -o out --steps 2.5": "--steps: invalid int value: '2.5'",
     "merge --weights 1 1 a b -o out": "--weights: invalid float value: 'a'",

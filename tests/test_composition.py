@@ -743,7 +743,12 @@ COMMANDS: dict[str, dict[str, Any]] = {
         "seed": 3,
     },
     "--method tsvm --power 0.5": {"method": "tsvm", "power": 0.5},
-    "--directions ties --density 0.4 --rank 3": {"directions": "ties", "density": 0.4, "rank": 3},
+    "--method do --directions ties --density 0.4 --rank 3": {
+        "method": "do",
+        "directions": "ties",
+        "density": 0.4,
+        "rank": 3,
+    },
 }
 
 
@@ -784,7 +789,7 @@ def test_the_command_line_writes_dense_updates(folders, capsys):
         "--form deltas --base base",
         "--method knots --inner tie",
         "--method core --density 0.5",
-        "--directions ties --no-decouple",
+        "--method do --directions ties --no-decouple",
     ],
 )
 def test_the_command_line_refuses_in_one_line(command, folders, capsys):

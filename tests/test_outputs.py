@@ -403,8 +403,8 @@ def merge_until_told(
         pipe.send(sizes_of_partial(out))
         time.sleep(60)
 
-    def progress(done: int, _: int) -> None:
-        if moment == "merging" and done == 3:
+    def progress(done: int, total: int) -> None:
+        if moment == "merging" and done == total - 2:
             wait()
 
     if moment == "before the swap":
