@@ -229,7 +229,7 @@ def test_one_module_of_each_shape_the_smallest_first():
 
 def test_the_literal_method_is_what_merge_does():
     adapters = MIXED.adapters(CPU)
-    merged = dm.merge(adapters)
+    merged = dm.merge(adapters, "do", scale=1)
     for name in ("a.q", "a.k"):
         expected = rivals.literal(rivals.factors(adapters, name, CPU), torch.float64)
         error = (merged.delta(name) - expected).norm() / expected.norm()
@@ -310,7 +310,7 @@ def test_calls_take_turns_and_a_slow_one_is_run_once(tmp_path):
 def test_the_stages_of_a_merge_add_up_to_it(tmp_path):
     adapters = MIXED.write(tmp_path)
     start = time.perf_counter()
-    merged, found = stages.measure(lambda: dm.merge(adapters, output=tmp_path / "out"))
+    merged, found = stages.measure(lambda: dm.merge(adapters, "do", output=tmp_path / "out"))
     whole = time.perf_counter() - start
     assert merged.names == ("a.k", "a.q", "b.q")
     assert sum(found["main"].values()) == pytest.approx(whole, rel=0.1, abs=0.01)
@@ -321,7 +321,7 @@ def test_the_stages_of_a_merge_add_up_to_it(tmp_path):
 
 
 def test_the_least_time_counts_every_op_of_a_merge():
-    merged = dm.merge(MIXED.adapters(CPU))
+    merged = dm.merge(MIXED.adapters(CPU), "do")
     plan = Plan.make(MIXED.adapters(CPU), [1.0, 1.0])
     given = [cases.stack(plan, name, CPU) for name in plan.names]
     recorded = cases.record(given, torch.float32, "torch", DoOptions())

@@ -363,7 +363,7 @@ WRONG = {
     "merge a b -o out --weights 1 x": "--weights: invalid float value: 'x'",
     "merge a b -o out --weights 1 -inf": "option 'weights': -inf is not a finite number; give one",
     "merge a b -o out --scale -nan": "option 'scale': nan is not a finite number; give one",
-    "merge a b -o out --method do --gamma -1e-3": "option 'gamma': -0.001 is too small; use at least 0",
+    "merge a b -o out --method do --gamma -1e-3": "'gamma': -0.001 is too small; use at least 0",
     "sequential add s a --weight -Infinity": "/s' holds no sequential merge",
     "merge a b -o out --steps 2.5": "--steps: invalid int value: '2.5'",
     "merge --weights 1 1 a b -o out": "--weights: invalid float value: 'a'",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.close import distance
 from support.make import write_adapter
-from support.merges import adapters, dense
+from support.merges import adapters, at_one, dense
 from support.shapes import CASES
 from test_composition import INNER, smallest_kept, total
 
@@ -22,7 +22,7 @@ import domerge_fast as dm
 from domerge_fast import api, cli
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Method
-from domerge_fast.methods.steps import POST, PRE
+from domerge_fast.methods.steps import PRE
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods.md"
@@ -67,7 +67,7 @@ def test_a_method_s_options_and_source_are_those_it_has(name):
 def test_steps_and_forms_are_those_there_are():
     text = METHODS.read_text(encoding="utf-8")
     assert [cells[0].strip("`") for cells in rows(text, "`pre`")] == list(PRE)
-    assert [cells[0].strip("`") for cells in rows(text, "`post`")] == list(POST)
+    assert [cells[0].strip("`") for cells in rows(text, "`post`")] == list(api.POST_STEPS)
     assert [cells[0].strip('"') for cells in rows(text, "`form`")] == list(api.FORMS)
 
 
@@ -132,7 +132,7 @@ def added(block: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Method:
 def test_the_method_in_r_by_r_coordinates(monkeypatch, tmp_path):
     row = added(blocks()[0], monkeypatch, tmp_path)
     assert dm.methods()[row.name].summary == row.summary
-    merged = dm.merge(adapters({"x": CASE}), row.name, share=0.5, weights=CASE.weights)
+    merged = at_one(adapters({"x": CASE}), row.name, share=0.5, weights=CASE.weights)
     u, s, vh = torch.linalg.svd(INNER["linear"](CASE.deltas(), CASE.weights))
     k = int((s >= 0.5 * s[0]).sum())
     assert 0 < k < sum(CASE.ranks)
@@ -143,7 +143,7 @@ def test_the_method_in_r_by_r_coordinates(monkeypatch, tmp_path):
 def test_the_method_that_is_a_rule_for_entries(monkeypatch, tmp_path):
     row = added(blocks()[1], monkeypatch, tmp_path)
     given = {"density": 0.3, "weights": CASE.weights, "form": "deltas", "backend": "torch"}
-    merged = dm.merge(adapters({"x": CASE}), row.name, **given)
+    merged = at_one(adapters({"x": CASE}), row.name, **given)
     deltas = CASE.deltas()
     kept = [torch.where(v.abs() >= smallest_kept([v], 0.3), v, 0.0) for v in deltas]
     sign = torch.where(total([v.sign() for v in kept]) >= 0, 1.0, -1.0)

@@ -301,11 +301,19 @@ CASES = {
     "option of another method": option(
         {"method": "linear", "gamma": 2.0}, "option 'gamma': method 'linear' has no such option"
     ),
-    "word": option({"penalty": "square"}, "option 'penalty'", "did you mean 'squared'?"),
-    "side": option({"sides": "C"}, "option 'sides': 'C' is not known; use one of: both, A, B"),
-    "negative gamma": option({"gamma": -1.0}, "option 'gamma': -1.0 is too small; use at least 0"),
-    "NaN tol": option({"tol": float("nan")}, "option 'tol': nan is not a finite number"),
-    "negative steps": option({"steps": -1}, "option 'steps': -1 is too small"),
+    "word": option(
+        {"method": "do", "penalty": "square"}, "option 'penalty'", "did you mean 'squared'?"
+    ),
+    "side": option(
+        {"method": "do", "sides": "C"}, "option 'sides': 'C' is not known; use one of: both, A, B"
+    ),
+    "negative gamma": option(
+        {"method": "do", "gamma": -1.0}, "option 'gamma': -1.0 is too small; use at least 0"
+    ),
+    "NaN tol": option(
+        {"method": "do", "tol": float("nan")}, "option 'tol': nan is not a finite number"
+    ),
+    "negative steps": option({"method": "do", "steps": -1}, "option 'steps': -1 is too small"),
     "rank 0": option({"rank": 0}, "option 'rank': 0 is too small; use at least 1"),
     "energy 2": option({"energy": 2.0}, "option 'energy': 2.0 is not a share; give one in (0, 1]"),
     "energy 0": option({"energy": 0.0}, "option 'energy': 0.0 is not a share"),
@@ -382,7 +390,7 @@ def test_all_of_these_start_from_adapters_that_merge():
 def test_a_mistyped_option_is_refused(tmp_path, capsys):
     with unchanged(tmp_path):
         with pytest.raises(OptionError) as caught:
-            dm.merge(["one", "two"], output="out", gama=2.0)
+            dm.merge(["one", "two"], "do", output="out", gama=2.0)
         assert str(caught.value).startswith(
             "option 'gama': method 'do' has no such option; did you mean 'gamma'? use one of: "
         )
@@ -458,11 +466,14 @@ TYPES = {
     "rank True": ({"rank": True}, "option 'rank': True is not a whole number"),
     "rank as text": ({"rank": "2"}, "option 'rank': '2' is not a whole number"),
     "energy as text": ({"energy": "0.9"}, "option 'energy': '0.9' is not a finite number"),
-    "gamma as text": ({"gamma": "1"}, "option 'gamma': '1' is not a finite number"),
-    "half a step": ({"steps": 0.5}, "option 'steps': 0.5 is not a whole number"),
-    "a number for a switch": ({"decouple": 0}, "option 'decouple': 0 is not True or False"),
+    "gamma as text": ({"method": "do", "gamma": "1"}, "option 'gamma': '1' is not a finite number"),
+    "half a step": ({"method": "do", "steps": 0.5}, "option 'steps': 0.5 is not a whole number"),
+    "a number for a switch": (
+        {"method": "do", "decouple": 0},
+        "option 'decouple': 0 is not True or False",
+    ),
     "no weight": ({"weights": [1, None]}, "option 'weights': None is not a finite number"),
-    "scale None": ({"scale": None}, "option 'scale': None is not a finite number"),
+    "scale True": ({"scale": True}, "option 'scale': True is not a finite number"),
     "a torch dtype": ({"dtype": torch.int8}, "option 'dtype': torch.int8 is not known"),
     "a method's number": ({"method": 3}, "option 'method': 3 is not known"),
 }

@@ -141,5 +141,5 @@ METHOD = Method(
     _merge,
     taken=taken,
     cost="that of the method it takes, and the factors of 8 modules first",
-    source="docs/methods.md",
+    source="docs/choosing.md",
 )
