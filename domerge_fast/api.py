@@ -78,8 +78,8 @@ def merge(
     """Merge LoRA adapters of one base model into one adapter.
 
     adapters: PEFT folders, or adapters from `load`, `from_model` or `from_tensors`.
-    method: one of `methods()`; its own options are keyword arguments. "auto" looks at how much the
-        adapters' A's overlap and takes what keeps most for such; a note in the report says what.
+    method: one of `methods()`; its own options are keyword arguments. "auto" looks at how large the
+        updates are and takes what keeps most of such; a note in the report says what.
     weights: one number an adapter, negative to subtract, 0 to leave out; None is 1 for each.
         "do" uses w_i / sum |w| over the adapters that have a module, "slerp" and "multislerp"
         w_i / sum w; all others use the weights as they are.

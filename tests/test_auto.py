@@ -43,24 +43,16 @@ def given(factors: list[Factors]) -> list[Adapter]:
     return [from_tensors(x, name=f"adapter-{k}") for k, x in enumerate(factors)]
 
 
+GENTLY = (
+    r"auto took tsvm with power=0\.5, then svc: the updates are about [\d.e-]+ times as large as "
+    r"the weights, trained gently"
+)
 REGIMES: dict[str, tuple[Callable[[], list[Factors]], str, str, dict[str, Any]]] = {
-    "apart": (
-        drawn,
-        r"auto took tsvm with power=0\.25, then svc: the adapters' A's overlap by 0\.0\d, as those "
-        r"of initializations of their own do",
-        "tsvm",
-        {"power": 0.25, "post": ["svc"]},
-    ),
-    "one init": (
-        lambda: drawn(one_init=True),
-        r"auto took tsvm with power=0\.5, then svc: the adapters' A's overlap by 0\.\d\d, as those "
-        r"of one initialization do",
-        "tsvm",
-        {"power": 0.5, "post": ["svc"]},
-    ),
+    "apart": (drawn, GENTLY, "tsvm", {"power": 0.5, "post": ["svc"]}),
+    "one init": (lambda: drawn(one_init=True), GENTLY, "tsvm", {"power": 0.5, "post": ["svc"]}),
     "far": (
         lambda: drawn(size=FAR),
-        r"auto took do: the updates are about \d\.\d\d times as large as the weights, trained far",
+        r"auto took do: the updates are about [\d.e+]+ times as large as the weights, trained far",
         "do",
         {},
     ),
@@ -156,23 +148,15 @@ def test_eight_modules_of_64_adapters_are_looked_at(monkeypatch):
 
     def counted(sides: list, **options: Any) -> list:
         seen.append([len(side.blocks) for side in sides])
-        return ops.gram(sides, **options)
+        return ops.block_gram(sides, **options)
 
     class Counted:
-        gram = staticmethod(counted)
+        block_gram = staticmethod(counted)
 
     monkeypatch.setattr(auto, "ops", Counted)
     plan = Plan.make(given(drawn(70, ranks=(1,))), [1.0] * 70)
-    assert auto.taken(plan).what.startswith("auto took tsvm with power=0.25")
-    assert seen == [[64] * 16]
-
-
-def test_an_overlap_is_counted_beyond_chance():
-    """Few inputs leave A's little room: they overlap, and say nothing."""
-    shapes = {f"x.{i}": (24, 6) for i in range(12)}
-    factors = [random_factors(shapes, 4, seed=k) for k in range(4)]
-    small = [{name: (a, GENTLE * b) for name, (a, b) in x.items()} for x in factors]
-    assert "power=0.25" in note(dm.merge(given(small)))
+    assert auto.taken(plan).what.startswith("auto took tsvm with power=0.5")
+    assert seen == [[64] * 8] * 2
 
 
 def test_adapters_of_zeros_are_no_reason():
@@ -181,13 +165,13 @@ def test_adapters_of_zeros_are_no_reason():
     found = dm.merge(given(zeros))
     assert not any(dense(found, name).any() for name in SHAPES)
     with_nothing = [*factors, {name: (0 * a, 0 * b) for name, (a, b) in factors[0].items()}]
-    assert "power=0.25" in note(dm.merge(given(with_nothing)))
+    assert "power=0.5" in note(dm.merge(given(with_nothing)))
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_extreme_sizes_are_told_apart(size):
     factors = [{name: (size * a, b) for name, (a, b) in x.items()} for x in drawn()]
-    expected = "auto took do" if size > 1 else "auto took tsvm with power=0.25"
+    expected = "auto took do" if size > 1 else "auto took tsvm with power=0.5"
     assert note(dm.merge(given(factors))).startswith(expected)
 
 
@@ -244,7 +228,7 @@ def test_the_command_line_takes_it_by_default(tmp_path, monkeypatch, capsys):
     said = " ".join(capsys.readouterr().out.split())
     report = dm.merge(["0", "1"]).report
     assert f"scale {report.scale:g}, found from the adapters" in said
-    assert "note auto took tsvm with power=0.25, then svc: the adapters' A's overlap by" in said
+    assert "note auto took tsvm with power=0.5, then svc: the updates are about" in said
     assert cli.main(["merge", "0", "1", "-o", "out", "--overwrite", "--gamma", "0.5"]) == 2
     assert capsys.readouterr().err == (
         "domerge-fast: error: option 'gamma': 'auto' takes a method as it is; "

@@ -1,25 +1,20 @@
 """What is taken where nobody chooses, by what can be seen of the adapters without data.
 
-    ρ > 0.1                    `do`                    adapters trained far: updates overlap
-    A's of one initialization  `tsvm` power 0.5, svc   directions that several use are strong
-    else                       `tsvm` power 0.25, svc  for a reason, and flattened less
+    ρ > 0.1   `do`                         adapters trained far: they overlap
+    else      `tsvm` with power 0.5, svc   flattened by half, and what is counted twice is damped
 
-each at the λ that is found for it (scaling.py), and w τ where one adapter alone has a module.
-ρ^2 = mean_i (sum ||τ_i||_F^2 / sum m) is about how large updates are beside the weights, of which a
-trained row has a length near 1. The A's are told apart by ||A_i A_j^T||_F^2 / (||A_i A_i^T||_F
-||A_j A_j^T||_F) beyond what independent A's have by chance: near 0 where they were drawn apart, .4
-and more where they started as one. docs/choosing.md says what was measured. Cost: that of the
-method, and the factors of a few modules first.
+each at the λ that is found for it (scaling.py), and w τ where one adapter alone has a module. ρ^2 =
+mean_i (sum ||τ_i||_F^2 / sum m) is about how large updates are beside the weights, of which a
+trained row has a length near 1. Whether A's come from one initialization makes no difference worth
+a choice: docs/choosing.md has what was measured. Cost: that of the method, and the factors of a few
+modules first.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 from .. import ops
 from ..errors import OptionError
@@ -30,9 +25,6 @@ from .base import Chosen, Method
 
 FAR = 0.1
 """ρ above which adapters are trained far."""
-
-ONE_INIT = 0.2
-"""Overlap from which A's count as one initialization."""
 
 MODULES, ADAPTERS = 8, 64
 """How many of each are looked at."""
@@ -55,28 +47,19 @@ class Taken:
 
 def taken(plan: Plan) -> Taken:
     """What is taken for these adapters."""
-    several = sorted(name for name in plan.names if len(plan.owners[name]) > 1)
+    several = [name for name in plan.names if len(plan.owners[name]) > 1]
     if not several:
-        return Taken(_tsvm(0.25), False, "auto took the updates as they are: none share a module")
+        return Taken(_tsvm(), False, "auto took the updates as they are: none share a module")
     step = max(1, len(several) // MODULES)
-    stacks = [_first(plan.stack(name)) for name in several[step // 2 :: step][:MODULES]]
-    sides = [s.a for s in stacks] + [s.b for s in stacks]
-    grams = [_blocks(g, p) for g, p in zip(ops.gram(sides, dtype=torch.float64), sides)]
-    far = _size(stacks, grams)
+    far = size([_first(plan.stack(name)) for name in several[step // 2 :: step][:MODULES]])
+    why = f"the updates are about {far:.2g} times as large as the weights, trained"
     if far > FAR:
-        why = f"the updates are about {far:.2f} times as large as the weights, trained far"
-        return Taken(_do(), False, f"auto took do: {why}")
-    common = _overlap(stacks, grams[: len(stacks)])
-    why = f"the adapters' A's overlap by {common:.2f}, as those of"
-    if common >= ONE_INIT:
-        what = f"auto took tsvm with power=0.5, then svc: {why} one initialization do"
-        return Taken(_tsvm(0.5), True, what)
-    what = f"auto took tsvm with power=0.25, then svc: {why} initializations of their own do"
-    return Taken(_tsvm(0.25), True, what)
+        return Taken(_do(), False, f"auto took do: {why} far")
+    return Taken(_tsvm(), True, f"auto took tsvm with power=0.5, then svc: {why} gently")
 
 
-def _tsvm(power: float) -> Chosen:
-    return Chosen(tsvm.METHOD, tsvm.TsvmOptions(power))
+def _tsvm() -> Chosen:
+    return Chosen(tsvm.METHOD, tsvm.TsvmOptions(0.5))
 
 
 def _do() -> Chosen:
@@ -92,41 +75,18 @@ def _first(stack: Stack) -> Stack:
     return Stack(stack.name, stack.adapters[:ADAPTERS], a, b, stack.weights[:ADAPTERS])
 
 
-def _blocks(gram: torch.Tensor, side: Problem) -> list[list[torch.Tensor]]:
-    """X_i X_j^T of every pair of blocks."""
-    return [list(rows.split(side.ranks, 1)) for rows in gram.split(side.ranks)]
-
-
-Blocks = Sequence[Sequence[Sequence[torch.Tensor]]]
-
-
-def _size(stacks: Sequence[Stack], grams: Blocks) -> float:
+def size(stacks: Sequence[Stack]) -> float:
     """ρ of these modules."""
+    a = ops.block_gram([s.a for s in stacks])
+    b = ops.block_gram([s.b for s in stacks])
     energy: dict[int, float] = {}
     rows: dict[int, int] = {}
-    for s, a, b in zip(stacks, grams, grams[len(stacks) :]):
-        for k, i in enumerate(s.adapters):
-            energy[i] = energy.get(i, 0.0) + float((a[k][k] * b[k][k]).sum())
+    for s, x, y in zip(stacks, a, b):
+        parts = (x * y).split([r * r for r in s.a.ranks])
+        for i, part in zip(s.adapters, parts):
+            energy[i] = energy.get(i, 0.0) + float(part.sum())
             rows[i] = rows.get(i, 0) + s.b.d
     return math.sqrt(max(0.0, math.fsum(energy[i] / rows[i] for i in energy) / len(energy)))
-
-
-def _overlap(stacks: Sequence[Stack], grams: Blocks) -> float:
-    """How much the row spaces of A's have in common beyond chance: 0 to 1, the mean over pairs of
-    adapters and over modules.
-
-    By chance it is sqrt(r_i r_j / ((n + r_i) (n + r_j))), for independent Gaussian A's.
-    """
-    found = []
-    for s, gram in zip(stacks, grams):
-        energy = [[float(x.square().sum()) for x in row] for row in gram]
-        ranks, n = s.a.ranks, s.a.d
-        for i, j in itertools.combinations(range(len(ranks)), 2):
-            own = math.sqrt(energy[i][i]) * math.sqrt(energy[j][j])
-            chance = math.sqrt(ranks[i] * ranks[j] / ((n + ranks[i]) * (n + ranks[j])))
-            if own > 0:
-                found.append((energy[i][j] / own - chance) / (1 - chance))
-    return max(0.0, math.fsum(found) / len(found)) if found else 0.0
 
 
 def _merge(*_: object) -> list:
