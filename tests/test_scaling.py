@@ -24,6 +24,7 @@ import domerge_fast as dm
 from domerge_fast import cli, engine, whole
 from domerge_fast.adapters import from_tensors
 from domerge_fast.backends import reference
+from domerge_fast.methods.base import ScaleRule
 from domerge_fast.methods.do import METHOD as DO
 from domerge_fast.plan import Plan
 from domerge_fast.scaling import DAMPING
@@ -118,13 +119,15 @@ def by_norms(
         sizes = [abs(w) for w, _ in zip(weights, deltas, strict=False)]
         squares = [(w * norm(delta)) ** 2 for w, delta in zip(sizes, deltas, strict=True)]
         given += math.sqrt(sum(squares) / len(squares)) / (sum(sizes) / len(sizes))
-    return damping(cases) * given / sum(norm(merged[name]) for name in names)
+    size = sum(norm(merged[name]) for name in names)
+    return ScaleRule().constant * damping(cases) * given / size
 
 
 def constant(method: str, options: Mapping[str, Any]) -> float:
-    """Of the method's rule: 1 but for `do`, whose norm is another."""
+    """Of the method's rule, over the usual one: 1 but for `do`, whose norm is another."""
     inner = options.get("directions", "linear")
-    return DO.rule(None, None).constant if method == "do" and inner == "linear" else 1.0
+    plain = method == "do" and inner == "linear"
+    return DO.rule(None, None).constant / ScaleRule().constant if plain else 1.0
 
 
 def merges(

@@ -187,7 +187,9 @@ def test_nothing_in_nothing_out():
 
 
 def test_a_merge_that_points_away_has_no_scale():
-    with pytest.raises(dm.DomergeError, match=r"^the merge points away .*; leave 'svc' out, or"):
+    with pytest.raises(
+        dm.DomergeError, match=r"^the merge points away .*; take a method without it, or"
+    ):
         svc.projection([[(-1.0, 1.0)], [(0.5, 1.0)]])
     assert svc.projection([[(1.0, 2.0), (3.0, 2.0)], [(0.0, 0.0)]]) == 1.0
 
