@@ -4,12 +4,12 @@
     p = mean_i <ΔW, τ_i> / ||τ_i||^2 over the whole model
     σ_r  ->  (σ_r / p) T / sum_i max(1, s_i^r / p)
 
-s_i^r is how far the merge goes along u_r in units of what adapter i does there: 1 is as far.
-First the whole model is brought to a mean projection of 1 on the adapters, then only what is
-counted more than once is damped, never raised. The τ_i are those that the method takes, after steps
-before it and with weights, T of a module that T adapters have. The paper floors s_i^r at 1 / T in
-place of 1 and takes the merge as it comes: its result depends on whether the merge is a sum or a
-mean, this one does not, and its scale is set.
+s_i^r is how far the merge goes along u_r in units of what adapter i does there: 1 is as far, 0 is
+where that is rounding noise of τ_i. First the whole model is brought to a mean projection of 1 on
+the adapters, then only what is counted more than once is damped, never raised. The τ_i are those
+that the method takes, after steps before it and with weights, T of a module that T adapters have.
+The paper floors s_i^r at 1 / T in place of 1 and takes the merge as it comes: its result depends on
+whether the merge is a sum or a mean, this one does not, and its scale is set.
 
 Cost: for merges that are found as singular triplets a few R x R products; else an SVD of R x R.
 Source: arXiv 2602.05536; the projection and the floor are ours.
@@ -49,8 +49,10 @@ def measured(
         of_b, gram = b @ u, a @ a.mT
         along = (of_b * (a @ v)).sum(1)
         size = (of_b * (gram @ of_b)).sum(1)
-        strengths.append(torch.where(size > 0, s * along / size, 0.0))
-        overlaps.append(torch.stack([(s * along).sum(1), ((b @ b.mT) * gram).sum((1, 2))], 1))
+        own = ((b @ b.mT) * gram).sum((1, 2))
+        present = size > NOISE**2 * own[:, None]
+        strengths.append(torch.where(present, s * along / size, 0.0))
+        overlaps.append(torch.stack([(s * along).sum(1), own], 1))
     return u * s[:, None], v.mT, torch.stack(strengths, 1), torch.stack(overlaps, 2)
 
 
