@@ -94,5 +94,13 @@ MORE = (
 )
 """Scored besides on the first training of some sets."""
 
-CUT = tuple(replace(c, name=f"{c.name}, cut", cut=True) for c in CORE if c.method != "ties")
+CUT = (
+    *(
+        replace(c, name=f"{c.name}, cut", cut=True)
+        for c in (*CORE, Candidate("linear", "linear"), Candidate("linear, svc", "linear", SVC))
+        if c.name in ("do", "tsvm", "linear", "linear, svc") or "svc" in c.options.get("post", ())
+    ),
+    Candidate("ctm, ties", "ctm", cut=True),
+    Candidate("ctm, linear", "ctm", {"inner": "linear"}, cut=True),
+)
 """At the rank of one adapter."""

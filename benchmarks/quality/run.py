@@ -40,7 +40,10 @@ from transformers.utils import logging  # noqa: E402
 RESULTS = HERE / "results" / "quality"
 FIGURES = RESULTS / "quality.json"
 MEASURED, TRAINING, DEFAULTS = DATA / "measured", "training.pt", "defaults"
-METHODS_PAGE, ALGORITHM_PAGE = (HERE.parent / "docs" / f"{x}.md" for x in ("methods", "algorithm"))
+METHODS_PAGE, ALGORITHM_PAGE, CHOOSING_PAGE = (
+    HERE.parent / "docs" / f"{x}.md" for x in ("methods", "algorithm", "choosing")
+)
+README = HERE.parent / "README.md"
 
 
 def run(name: str, chosen: Set, full: bool) -> None:
@@ -106,6 +109,8 @@ def publish(result: dict[str, Any]) -> None:
     (RESULTS / "README.md").write_text(tables.page(result))
     for page, made in ((METHODS_PAGE, tables.ranking), (ALGORITHM_PAGE, tables.parts_of_do)):
         page.write_text(fill(page.read_text(), {"quality": made(result)}))
+    README.write_text(fill(README.read_text(), {"quality": tables.headline(result)}))
+    CHOOSING_PAGE.write_text(fill(CHOOSING_PAGE.read_text(), {"kept": tables.kept(result)}))
     tables.plot(result["sets"], RESULTS / "share.png")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from merges import CONFIRMING
+from merges import CONFIRMING, CUT, DEFAULT
 from sets import DECODER, OVERTRAINED, PRETRAINED, SETS
 
 Figures = dict[str, Any]
@@ -67,9 +67,60 @@ def page(result: Figures) -> str:
                 parts += [f"### {title}: what is kept by default", DEFAULT_TEXT, _defaults(chosen)]
             parts += [f"### {title}: λ by {CANDIDATE}", CANDIDATE_TEXT, _candidate(chosen)]
             parts += [f"### {title}: constants", FITTED_TEXT, _fitted(chosen)]
+    parts += ["## At the rank of one adapter", CUT_TEXT, _cut(found)]
     parts += ["## Fewer adapters", FEW_TEXT, _few(found)]
     parts += ["## Fresh trainings", FRESH_TEXT, _fresh(found)]
+    parts += ["## Nothing tuned", KEPT_TEXT, kept(result)]
+    parts += ["## What was tried and did not help", TRIED]
     return "\n\n".join(parts) + "\n"
+
+
+RIVALS = ("mean", "ties", "tsvm", "do")
+
+
+def kept(result: Figures) -> str:
+    """What is kept with nothing tuned, and what others keep at their best λ: a row a training."""
+    rows = [
+        [_called(name, seed, entry), *map(_text, _kept(entry))]
+        for name, seed, entry in _complete(result)
+    ]
+    head = ["training", "nothing said", "`do`, λ auto", "mean, λ = 1"]
+    return _table([*head, *(f"`{name}`, best λ" for name in RIVALS)], rows)
+
+
+def headline(result: Figures) -> str:
+    """The means over the trainings of pretrained encoders, in a sentence."""
+    entries = [e for name, _, e in _complete(result) if SETS[name].regime == PRETRAINED]
+    default, do, mean, *rivals = (statistics.fmean(x) for x in zip(*map(_kept, entries)))
+    best = max(zip(rivals, RIVALS))
+    names = ", ".join(f"`{x}`" for x in RIVALS)
+    return (
+        f"On {len(entries)} trainings of ten tasks on pretrained encoders it kept {default:.2f} of "
+        f"what every adapter gains on its own task, with nothing tuned; DO-Merging at the scale "
+        f"found for it {do:.2f}, the plain mean {mean:.2f}, and the best of {names} with its scale "
+        f"tuned on data {best[0]:.2f} (`{best[1]}`)."
+    )
+
+
+def _complete(result: Figures) -> list[tuple[str, str, Figures]]:
+    """Trainings of all adapters that have all the figures of `kept`."""
+    return [
+        (name, seed, entry)
+        for name, trainings in result["sets"].items()
+        for seed, entry in trainings.items()
+        if "," not in seed
+        and {"do", "mean", DEFAULT.name} <= entry["defaults"].keys()
+        and entry["merges"].keys() >= set(RIVALS)
+    ]
+
+
+def _kept(entry: Figures) -> list[float]:
+    defaults = [entry["defaults"][name]["share"] for name in (DEFAULT.name, "do", "mean")]
+    return defaults + [entry["merges"][name]["share"] for name in RIVALS]
+
+
+def _called(name: str, seed: str, entry: Figures) -> str:
+    return f"{name}, seed {seed}{' (fresh)' if entry['fresh'] else ''}"
 
 
 def ranking(result: Figures) -> str:
@@ -300,6 +351,22 @@ def _few(found: Sets) -> str:
     return "\n\n".join(blocks)
 
 
+def _cut(found: Sets) -> str:
+    """Share and λ of merges of one adapter's rank."""
+    trainings = {
+        f"{name}, seed {seed}": entry["merges"]
+        for name, entries in found.items()
+        for seed, entry in entries.items()
+        if CUT[0].name in entry["merges"]
+    }
+    rows = []
+    for candidate in CUT:
+        merges = [x.get(candidate.name) for x in trainings.values()]
+        cells = [f"{x['share']:.3f} (λ {x['scale']:.2f})" if x else "" for x in merges]
+        rows.append([f"`{candidate.name}`", *cells])
+    return _table(["merge", *trainings], rows)
+
+
 def _fresh(found: Sets) -> str:
     """Share at the tuned λ, at that of the product and by the candidate rule."""
     trainings = {
@@ -377,7 +444,26 @@ row is the merge that a user gets who names no method: its share, and what `auto
 CANDIDATE_TEXT = """By set, in brackets of the tuned share."""
 FITTED_TEXT = """The factor on each rule that keeps most on all sets: what it keeps of the tuned
 share, in brackets on the worst set; and the range of the factors with any one set left out."""
-FRESH_TEXT = f"""Trained once the methods and the S16 rule had been chosen (constants of the
-default λ were set anew after L3 uneven, seed 7): share at the tuned λ, at the default
-one and by {CANDIDATE}."""
+FRESH_TEXT = f"""Trained once the methods had been chosen: share at the tuned λ, at the default
+one and by {CANDIDATE}. The constants of the default λ were fixed on training 0 of L3 even, L3
+uneven, L3 shared A, L6 even, SmolLM2 and byte Llama, and on L3 uneven, seed 7. L3 shared A, seed
+8, L3 even, seed 1, and digits were not seen then: they confirm."""
+CUT_TEXT = """At the best λ. Cut by SVD after the method (and `svc`), or merged in spaces of
+that rank (`ctm`). What is cut wants a larger λ than what is not: the default one is found for
+the whole merge."""
+KEPT_TEXT = """Shares on each training that has all of these figures."""
+TRIED = """\
+- `iso_c` (a flat spectrum): as good as any on even adapters at its best λ, but no cut of it is
+  defined.
+- `tsvm` with power .25 and `svc`: no better than power .5 where A's were drawn apart, behind
+  it where they were one.
+- `ties`: behind the plain mean, both at their best λ, on all four first trainings of encoders.
+- `ctm`, merging in spaces of one adapter's rank: behind a cut of the merge.
+- One constant on the Schatten norms for models of 3 and of 30 layers: what keeps most of `do`
+  on one keeps little on the other. The damping by how far the adapters move the whole model is
+  for that.
+- The ratio of updates to weights alone (ρ) in its place: the decoder's is as small as the
+  encoders'.
+- λ = 1 after `svc`: far too much on the decoder and on adapters that are trained far.
+- λ of 0.6 T for `do`, or by norms of lower order: behind on one set or another."""
 FEW_TEXT = """The first T adapters of the first training; in brackets λ by the same rule."""
