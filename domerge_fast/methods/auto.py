@@ -47,7 +47,7 @@ class Taken:
 
 def taken(plan: Plan) -> Taken:
     """What is taken for these adapters."""
-    several = [name for name in plan.names if len(plan.owners[name]) > 1]
+    several = sorted(name for name in plan.names if len(plan.owners[name]) > 1)
     if not several:
         return Taken(_tsvm(), False, "auto took the updates as they are: none share a module")
     step = max(1, len(several) // MODULES)
