@@ -15,9 +15,10 @@ so that ||τ_i||_F / m^(1/2) is the size of an update beside its weight, and wha
 up from layer to layer. The experts of a layer count once, as few of them see a token. Interference
 grows with S: the merge that keeps most is smaller in deep models, and for adapters trained far.
 
-Methods that have a size of their own take no norms: λ = d for those that add up what does not
-overlap (`tsvm` with its spectrum, `ties` and the like), 1.25 d after `svc`. docs/choosing.md says
-what was measured, and where this fails.
+Methods that have a size of their own take no norms, but 1, and for M mean_i |w_i|, or 1 where only
+ratios of weights matter. With weights of 1, λ = d for those that add up what does not overlap
+(`tsvm` with its spectrum, `ties` and the like), 1.25 d after `svc`. docs/choosing.md says what was
+measured, and where this fails.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class Sums:
     what counts as one module."""
 
     rule: ScaleRule
+    by_ratio: bool
+    """Whether merges are as large as the adapters, not as these with their weights."""
     given: dict[int, list[float]] = field(default_factory=dict)
+    usual: dict[int, list[float]] = field(default_factory=dict)
     merged: dict[int, list[float]] = field(default_factory=dict)
     moved: dict[str, list[float]] = field(default_factory=dict)
 
@@ -72,8 +76,10 @@ class Sums:
                 self.moved.setdefault(_module(s.name), []).append(size_beside)
                 weights = [abs(w) for w in s.weights]
                 total = math.fsum((w * norm) ** 2 for w, norm in zip(weights, own))
-                given = math.sqrt(total / count) / (math.fsum(weights) / count)
-                self.given.setdefault(count, []).append(true * given)
+                mean = math.fsum(weights) / count
+                given = true * math.sqrt(total / count) / mean if self.rule.order else 1.0
+                self.given.setdefault(count, []).append(given)
+                self.usual.setdefault(count, []).append(given if self.by_ratio else given * mean)
                 self.merged.setdefault(count, []).append(true * (size or 0.0))
 
     def damping(self) -> float:
@@ -81,14 +87,15 @@ class Sums:
         return damping(math.fsum(math.fsum(x) / len(x) for x in self.moved.values()))
 
     def scales(self) -> Mapping[int, float]:
-        """λ by the number of adapters that a module has; c d where the rule takes no norms, or the
-        merges are what rounding leaves of adapters that cancel."""
+        """λ by the number of adapters that a module has. Merges of which the rule takes no
+        norms, or that rounding leaves of adapters that cancel, count as large as the adapters."""
         found, damped = {}, self.rule.constant * self.damping()
-        for count, given in sorted(self.given.items()):
-            scale, size, merged = damped, math.fsum(given), math.fsum(self.merged[count])
-            if self.rule.order and merged > CANCELLED * size / count:
-                scale *= size / merged
-            found[count] = rounded(scale)
+        for count in sorted(self.given):
+            given, usual, merged = (
+                math.fsum(x[count]) for x in (self.given, self.usual, self.merged)
+            )
+            size = merged if merged > CANCELLED * usual / count else usual
+            found[count] = damped * given / size if size else damped
         return found
 
 

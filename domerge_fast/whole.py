@@ -4,7 +4,7 @@ brought to. The model is gone through once for it; what is R x R by then is kept
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -44,9 +44,8 @@ class Whole:
         rule = svc.SCALE if work.rule and work.calibrated else work.rule
         if rule and rule.order and work.post:
             rule = ScaleRule(rule.order)  # norms are then those of the factors themselves
-        self._sums = Sums(rule) if rule else None
+        self._sums = Sums(rule, work.merge_by_ratio) if rule else None
         self._overlaps: dict[int, list[tuple[float, float]]] = {}
-        self._found_scales: Mapping[int, float] = {}
         self.projection = 1.0
         self.scales: dict[int, float] = {}
         """λ by the number of adapters that a module has, where it was looked for."""
@@ -76,7 +75,9 @@ class Whole:
         if self._work.calibrated:
             self.projection = svc.projection([*self._overlaps.values()])
         if self._sums:
-            self._found_scales = self._sums.scales()
+            for count, scale in self._sums.scales().items():
+                if count > 1:
+                    self.scales[count] = rounded(math.ldexp(scale, -self._of_weights))
 
     def take(self, name: str) -> Seen:
         return self._shelf.take(name)
@@ -89,10 +90,7 @@ class Whole:
             return 1.0, 0
         if count == 1:
             return 1.0, self._of_weights
-        scale = self._found_scales[count]
-        if self._work.calibrated or not (self._sums.rule.order or self._work.method.by_ratio):
-            scale = rounded(scale * count / math.fsum(map(abs, stack.weights)))
-        self.scales[count] = math.ldexp(scale, -self._of_weights)
+        scale = math.ldexp(self.scales[count], self._of_weights)
         power = precision.extreme(scale)
         return math.ldexp(scale, -power), power
 

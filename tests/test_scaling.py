@@ -272,7 +272,7 @@ def test_what_is_left_of_adapters_that_cancel_is_not_made_large(method):
     case = model()["x"]
     twice = {"x": Case([case.a[0]] * 2, [case.b[0]] * 2, [1.0, 1.0])}
     found = auto(twice, method, weights=[0.5, -0.5])
-    assert found.report.scale <= constant(method, {})
+    assert 0.5 * found.report.scale <= constant(method, {})
     assert dense(found, "x").norm() <= 1e-6 * twice["x"].deltas()[0].norm()
 
 
@@ -620,3 +620,28 @@ def test_the_command_line_finds_a_scale_takes_one_and_refuses_words(tmp_path, mo
         "error: argument --scale: 'x' is no number, and not auto; see 'domerge-fast merge --help'"
     )
     assert capsys.readouterr().err.splitlines() == [f"domerge-fast: {line}"]
+
+
+def test_modules_of_other_adapters_but_as_many_have_one_scale():
+    case = model()["x"]
+    pairs = {"x": (0, 1), "y": (1, 2), "z": (0, 2)}
+    given = [
+        from_tensors({n: (case.a[0], (k + 1) * case.b[0]) for n, own in pairs.items() if k in own})
+        for k in range(3)
+    ]
+    for options in ({}, {"post": ["svc"]}):
+        found = dm.merge(given, "tsvm", weights=[1, 2, 3], **options)
+        assert [*found.report.scales] == [2]
+        assert same_bytes(
+            found,
+            dm.merge(given, "tsvm", weights=[1, 2, 3], scale=found.report.scale, **options),
+        )
+
+
+@pytest.mark.parametrize("method", ["iso_c", "do", "tsvm"])
+@pytest.mark.parametrize("weight", [1e-5, 1e5, 1e-15, 1e15])
+def test_small_weights_are_no_sign_of_adapters_that_cancel(method, weight):
+    found, one = (auto(model(), method, weights=[w, w]) for w in (weight, 1.0))
+    share = 1.0 if method == "do" else weight
+    assert found.report.scale * share == pytest.approx(one.report.scale, rel=1e-5)
+    assert found.report.scale == float(f"{found.report.scale:.6g}")
