@@ -98,7 +98,7 @@ def merge(
         memory nothing is padded. `energy` implies it.
     pre: steps on the adapters before the method, in order, of `PRE_STEPS`; e.g. ["canonicalize"].
     post: steps on the merge after it, of `POST_STEPS`; e.g. ["norm_match"]. "svc" comes first, and
-        before a truncation; it sets the scale, so that "auto" is 1 with it.
+        before a truncation of factors; it brings the merge to the adapters, and "auto" to that.
     backend, device: where the ops run; "auto" takes the fastest backend for the device, and the
         device the factors are on (files: the CPU). Factors of a merge in memory stay there.
     max_device_memory: bytes (or "4GiB") of that device that groups of modules may take at once,

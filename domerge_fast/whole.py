@@ -14,7 +14,7 @@ from . import ops, precision
 from .backends.full_precision import full_precision
 from .finish import compressed, finished
 from .methods import calibrated, schatten, space, svc
-from .methods.base import Dense, Factors, Found, Grams, Merged, Run, ScaleRule, wide_grams
+from .methods.base import Dense, Factors, Found, Grams, Merged, Run, wide_grams
 from .plan import Stack
 from .scaling import Sums, rounded
 from .storage.shelf import Shelf
@@ -42,8 +42,6 @@ class Whole:
         self._of_weights = 0 if work.merge_by_ratio else of_weights
         self._shelf = Shelf()
         rule = svc.SCALE if work.rule and work.calibrated else work.rule
-        if rule and rule.order and work.post:
-            rule = ScaleRule(rule.order)  # norms are then those of the factors themselves
         self._sums = Sums(rule, work.merge_by_ratio) if rule else None
         self._overlaps: dict[int, list[tuple[float, float]]] = {}
         self.projection = 1.0

@@ -25,7 +25,7 @@ from domerge_fast import cli, engine, whole
 from domerge_fast.adapters import from_tensors
 from domerge_fast.backends import reference
 from domerge_fast.methods.base import ScaleRule
-from domerge_fast.methods.do import METHOD as DO
+from domerge_fast.methods.do import ABOVE
 from domerge_fast.plan import Plan
 from domerge_fast.scaling import DAMPING
 from domerge_fast.storage.shelf import Shelf
@@ -124,10 +124,10 @@ def by_norms(
 
 
 def constant(method: str, options: Mapping[str, Any]) -> float:
-    """Of the method's rule, over the usual one: 1 but for `do`, whose norm is another."""
+    """What the norm in λ is divided by: 1 but for `do`, whose norm is another."""
     inner = options.get("directions", "linear")
     plain = method == "do" and inner == "linear"
-    return DO.rule(None, None).constant / ScaleRule().constant if plain else 1.0
+    return ABOVE if plain else 1.0
 
 
 def merges(

@@ -318,7 +318,7 @@ CONSTANTS = np.arange(0.2, 2.0, 0.02)
 def _parts(trainings: Mapping[str, Figures], name: str, rule: str) -> np.ndarray:
     """Of the tuned share, at each of the constants times the rule's λ; NaN beyond the curve."""
     shares, tuned = [], []
-    for entry in _whole(trainings):
+    for entry in (e for e in _whole(trainings) if name in e["merges"]):
         merge = entry["merges"][name]
         scale = RULES[rule](merge, len(entry["adapters"]))
         shares.append(np.interp(CONSTANTS * scale, *merge["curve"], right=np.nan))

@@ -86,7 +86,8 @@ def size(stacks: Sequence[Stack]) -> float:
         for i, part in zip(s.adapters, parts):
             energy[i] = energy.get(i, 0.0) + float(part.sum())
             rows[i] = rows.get(i, 0) + s.b.d
-    return math.sqrt(max(0.0, math.fsum(energy[i] / rows[i] for i in energy) / len(energy)))
+    # Not finite where a factor is not, which is refused when the modules are read.
+    return math.sqrt(max(0.0, sum(energy[i] / rows[i] for i in energy) / len(energy)))
 
 
 def _merge(*_: object) -> list:
