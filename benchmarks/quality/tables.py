@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,13 @@ def headline(result: Figures) -> str:
     default, do, mean, *rivals = (statistics.fmean(x) for x in zip(*map(_kept, entries)))
     best = max(zip(rivals, RIVALS))
     names = ", ".join(f"`{x}`" for x in RIVALS)
-    return (
+    text = (
         f"On {len(entries)} trainings of ten tasks on pretrained encoders it kept {default:.2f} of "
         f"what every adapter gains on its own task, with nothing tuned; DO-Merging at the scale "
         f"found for it {do:.2f}, the plain mean {mean:.2f}, and the best of {names} with its scale "
         f"tuned on data {best[0]:.2f} (`{best[1]}`)."
     )
+    return textwrap.fill(text, 100)
 
 
 def _complete(result: Figures) -> list[tuple[str, str, Figures]]:
@@ -275,8 +277,9 @@ def _defaults(found: Sets) -> str:
     for trainings in found.values():
         entries = [e for e in _whole(trainings) if "default" in e["defaults"]]
         share = _mean(e["defaults"]["default"]["share"] for e in entries)
-        took = {re.search(r"auto took (.*?):", e["defaults"]["default"]["notes"]) for e in entries}
-        cells.append(f"{_text(share)} {', '.join(sorted(m[1] for m in took if m))}")
+        notes = [e["defaults"]["default"]["notes"] for e in entries]
+        took = {hit[1] for note in notes if (hit := re.search(r"auto took (.*?):", note))}
+        cells.append(f"{_text(share)} {', '.join(sorted(took))}")
     rows = [["nothing said", *cells, ""]]
     for name in _names(found):
         cells, parts = [], []
