@@ -283,7 +283,8 @@ def test_a_buffer_comes_back_when_the_last_tensor_is_gone(pair):
     assert len(pool._free) == 2
 
 
-METHODS = [name for name in dm.methods() if name not in ("slerp",)]
+METHODS = [name for name in dm.methods() if name not in ("slerp", "ctm")]
+# Between two adapters; of a rank that may be more than it fills, with rows of zeros.
 OPTIONS = {"robust": {"inner": "do"}, "iso_cts": {"rank": 4}}
 
 

@@ -344,8 +344,14 @@ WRONG = {
     "too few weights": ({"weights": [1.0]}, "option 'weights': 1 weights for 2 adapters"),
     "zero": ({"adapters": ["a0"], "weights": [0.0]}, "option 'weights': all are zero"),
     "no number": ({"adapters": ["a0"], "weights": ["x"]}, "'x' is not a finite number"),
-    "density": ({"density": 0.5}, "option 'density': method 'do' has no such option"),
-    "majority": ({"majority_sign_method": "frequency"}, "'majority_sign_method': method 'do'"),
+    "density": (
+        {"combination_type": "do", "density": 0.5},
+        "option 'density': method 'do' has no such option",
+    ),
+    "majority": (
+        {"combination_type": "do", "majority_sign_method": "frequency"},
+        "'majority_sign_method': method 'do'",
+    ),
     "svd_rank": ({"svd_rank": 0}, "option 'svd_rank': 0 is too small"),
     "svd_clamp": ({"svd_clamp": 0.9}, "option 'svd_clamp': is for PEFT's dense SVD"),
     "full_matrices": ({"svd_full_matrices": False}, "option 'svd_full_matrices': is for PEFT's"),
@@ -353,7 +359,10 @@ WRONG = {
     "rank": ({"rank": 2}, "option 'rank': is not an option on a live model; say svd_rank"),
     "output": ({"output": "out"}, "option 'output': is not an option on a live model; save"),
     "form": ({"form": "deltas"}, "option 'form': is not an option on a live model; leave"),
-    "mistyped": ({"gama": 2.0}, "option 'gama': method 'do' has no such option; did you mean"),
+    "mistyped": (
+        {"combination_type": "do", "gama": 2.0},
+        "option 'gama': method 'do' has no such option; did you mean",
+    ),
 }
 
 
@@ -484,7 +493,7 @@ def test_install_adds_our_types_and_passes_pefts_through():
     for name, kind in (("linear", ["linear"]), ("svd", []), ("ties", ["ties_svd", 2])):
         density = {"density": 0.5} if name == "ties" else {}
         expected.add_weighted_adapter(*given, name, *kind, **density)
-    live.add_weighted_adapter(expected, *given, "do", gamma=0.5)
+    live.add_weighted_adapter(expected, *given, "do", combination_type="do", gamma=0.5)
     live.install()
     live.install()
     model = live_model(base("llama"), [PAIR[0], PAIR[0]])

@@ -30,7 +30,7 @@ LEVELLING = ("iso_c", "iso_cts", "subspace_boost")  # these change the spectrum 
 ENTRIES = [m for m, row in TABLE.items() if row.dense]  # test_elementwise.py
 APART = ("slerp", "robust", "opcm")  # two adapters; equal ranks; in order, over the whole model
 GENERAL = [m for m in TABLE if m not in (*APART, *ENTRIES)]
-CUT = [m for m in GENERAL if m not in LEVELLING]  # tests/test_flat_cuts.py has the others
+CUT = [m for m in GENERAL if m not in (*LEVELLING, "ctm")]  # tests/test_flat_cuts.py has the others
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 every_backend = pytest.mark.parametrize("backend", AVAILABLE)
@@ -218,7 +218,7 @@ KINDS = {
 }
 
 
-@every_method([m for m in TABLE if m not in (*LEVELLING, *ENTRIES, "knots")])
+@every_method([m for m in TABLE if m not in (*LEVELLING, *ENTRIES, "knots", "dc_merge")])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_adapter_comes_back_as_it_is(dtype, method, backend):
     generator = torch.Generator().manual_seed(0)
@@ -418,6 +418,7 @@ def test_the_report_tells_the_recipe():
     assert (report.scale, report.weights, report.dtype) == (0.7, (1.0, -0.5, 2.0), "float16")
     assert report.adapters == ("adapter-0", "adapter-1", "adapter-2")
     assert report.options == {
+        "power": 1.0,
         "orthogonalize": True,
         "decouple": True,
         "penalty": "squared",

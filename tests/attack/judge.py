@@ -21,7 +21,7 @@ from domerge_fast import cli
 
 from .inputs import CONFIG, WEIGHTS
 
-LONGEST_LINE = 330
+LONGEST_LINE = 370
 """Of a refusal: its message and what stands before it."""
 TOLERANCE = 1e-4
 """Of an update in an output, relative to the largest norm of one."""
