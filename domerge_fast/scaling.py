@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .methods import schatten
 from .methods.base import ScaleRule
+from .methods.steps.base import alike
 from .plan import Stack
 
 DIGITS = 6
@@ -118,10 +119,8 @@ def _adapters(
 ) -> Iterable[tuple[list[int], Tensor, Tensor]]:
     """Positions of stacks of the same ranks, and of their adapters ||τ_i||_Sq and ||τ_i||_F^2,
     [P, T]."""
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for k, s in enumerate(stacks):
-        alike.setdefault(s.a.ranks, []).append(k)
-    for ranks, members in alike.items():
+    for members in alike(s.a.ranks for s in stacks):
+        ranks = stacks[members[0]].a.ranks
         a, b = ([side[k].double() for k in members] for side in blocks)
         norms = schatten.of_adapters(a, b, ranks, order)
         yield members, norms, schatten.of_adapters(a, b, ranks, 2).square()

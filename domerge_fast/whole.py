@@ -14,7 +14,7 @@ from . import ops, precision
 from .backends.full_precision import full_precision
 from .finish import compressed, finished
 from .methods import calibrated, schatten, space, svc
-from .methods.base import Dense, Factors, Found, Grams, Merged, Run, wide_grams
+from .methods.base import Dense, Factors, Found, Grams, Merged, Run, bare_sides, wide_grams
 from .plan import Stack
 from .scaling import Sums, rounded
 from .storage.shelf import Shelf
@@ -181,17 +181,12 @@ def projected(
     sizes = [0.0] * len(stacks)
     for members, _, to_a, to_b in space.coordinates(stacks, *wide_grams(stacks, backend)):
         for p, k in enumerate(members):
-            bare = _bare(stacks[k])
+            bare = bare_sides([stacks[k]])[1].stack(torch.float32)
             inner = (bare @ deltas[k] @ stacks[k].a.stack(torch.float32).T).double()
             core = to_b[p] @ inner @ to_a[p].T
             one = torch.eye(len(core.T)).to(core)
             sizes[k] = float(schatten.schatten((core.T @ core)[None], one[None], order))
     return sizes
-
-
-def _bare(stack: Stack) -> Tensor:
-    """B^T [R, m] without scalings, in float32."""
-    return torch.cat([block.float() for block in stack.b.blocks])
 
 
 def _bytes(found: Found | None) -> int:

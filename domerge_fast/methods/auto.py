@@ -16,12 +16,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import ops
 from ..errors import OptionError
 from ..plan import Plan, Stack
 from ..problem import Problem
 from . import do, tsvm
 from .base import Chosen, Method
+from .steps.norms import norms
+
+POWER = 0.5
+"""Of the spectrum of `tsvm`."""
 
 FAR = 0.1
 """ρ above which adapters are trained far."""
@@ -55,11 +58,11 @@ def taken(plan: Plan) -> Taken:
     why = f"the updates are about {far:.2g} times as large as the weights, trained"
     if far > FAR:
         return Taken(_do(), False, f"auto took do: {why} far")
-    return Taken(_tsvm(), True, f"auto took tsvm with power=0.5, then svc: {why} gently")
+    return Taken(_tsvm(), True, f"auto took tsvm with power={POWER:g}, then svc: {why} gently")
 
 
 def _tsvm() -> Chosen:
-    return Chosen(tsvm.METHOD, tsvm.TsvmOptions(0.5))
+    return Chosen(tsvm.METHOD, tsvm.TsvmOptions(POWER))
 
 
 def _do() -> Chosen:
@@ -77,17 +80,13 @@ def _first(stack: Stack) -> Stack:
 
 def size(stacks: Sequence[Stack]) -> float:
     """ρ of these modules."""
-    a = ops.block_gram([s.a for s in stacks])
-    b = ops.block_gram([s.b for s in stacks])
     energy: dict[int, float] = {}
     rows: dict[int, int] = {}
-    for s, x, y in zip(stacks, a, b):
-        parts = (x * y).split([r * r for r in s.a.ranks])
-        for i, part in zip(s.adapters, parts):
-            energy[i] = energy.get(i, 0.0) + float(part.sum())
+    for s, sizes in zip(stacks, norms([s.a for s in stacks], [s.b for s in stacks], "auto")):
+        for i, own in zip(s.adapters, sizes):
+            energy[i] = energy.get(i, 0.0) + own * own
             rows[i] = rows.get(i, 0) + s.b.d
-    # Not finite where a factor is not, which is refused when the modules are read.
-    return math.sqrt(max(0.0, sum(energy[i] / rows[i] for i in energy) / len(energy)))
+    return math.sqrt(sum(energy[i] / rows[i] for i in energy) / len(energy))
 
 
 def _merge(*_: object) -> list:

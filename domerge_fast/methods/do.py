@@ -29,12 +29,9 @@ from ..precision import exponents
 from ..problem import Problem
 from ..report import SideReport
 from ..transfer import gather
-from . import directions, schatten
+from . import directions, schatten, space
 from .base import Chosen, Factors, Found, Halves, Merge, Method, Settings, grams
 from .combination import of_grams
-
-BATCH_BYTES = 64 << 20
-"""What the R x R matrices of one kind may take in a batch of modules."""
 
 ABOVE = 1.15
 """How far norms with one magnitude an adapter are above those with one a column: 1.08 to 1.18 in
@@ -143,7 +140,8 @@ def _sizes(
     assert settings.order
     hats = [_moved(side, known, settings.backend) for side, known in zip((a, b), grams)]
     sizes = [0.0] * len(stacks)
-    for ranks, members in _alike(stacks):
+    for members in space.alike(stacks):
+        ranks = stacks[members[0]].a.ranks
         of_a, of_b = (torch.stack([side[k] for k in members]) for side in hats)
         gains = torch.tensor([stacks[k].omegas for k in members], dtype=torch.float64).to(of_b)
         if options.decouple:
@@ -154,17 +152,6 @@ def _sizes(
         for k, size in zip(members, found):
             sizes[k] = size / (ABOVE if options.decouple else 1.0)
     return sizes
-
-
-def _alike(stacks: Sequence[Stack]) -> Iterator[tuple[tuple[int, ...], list[int]]]:
-    """Ranks, and the positions of the stacks that have them, in batches."""
-    found: dict[tuple[int, ...], list[int]] = {}
-    for k, s in enumerate(stacks):
-        found.setdefault(s.a.ranks, []).append(k)
-    for ranks, members in found.items():
-        most = max(1, BATCH_BYTES // (8 * sum(ranks) ** 2))
-        for at in range(0, len(members), most):
-            yield ranks, members[at : at + most]
 
 
 def _moved(sides: Sequence[Side], known: Sequence[Tensor | None], backend: str) -> list[Tensor]:
@@ -375,9 +362,9 @@ def prepare(groups: Iterable[Sequence[Stack]], options: DoOptions, settings: Set
     return directions.prepare(whole, take_apart, settings)
 
 
-def _plain(inner: Chosen | None) -> bool:
-    """Whether the directions are merged as DO-Merging itself does."""
-    return inner is None or (inner.method.name == LINEAR and inner.options.power == 1)
+def _plain(inner: Chosen) -> bool:
+    """Whether it merges the directions as DO-Merging itself does."""
+    return inner.method.name == LINEAR and inner.options.power == 1
 
 
 METHOD = Method(

@@ -214,7 +214,7 @@ def coordinates(
 ) -> Iterator[tuple[list[int], Coordinates, Tensor, Tensor]]:
     """Batches of positions of stacks with their coordinates, and E_A, E_B [P, K, R] with
     Q_A^T = E_A A and Q_B^T = E_B B^T (B without scalings). grams_a, grams_b: `wide_grams`."""
-    for members in _alike(stacks):
+    for members in alike(stacks):
         first = stacks[members[0]]
         a, to_a = _side(torch.stack([grams_a[k] for k in members]), first.a.d)
         b, to_b = _side(torch.stack([grams_b[k] for k in members]), first.b.d)
@@ -222,7 +222,7 @@ def coordinates(
         yield members, Coordinates(a, b, gains[..., None].to(b.device), first.a.ranks), to_a, to_b
 
 
-def _alike(stacks: Sequence[Stack]) -> list[list[int]]:
+def alike(stacks: Sequence[Stack]) -> list[list[int]]:
     """Positions of stacks whose coordinates have the same shapes, in batches."""
     found: dict[tuple, list[int]] = {}
     for k, s in enumerate(stacks):
