@@ -82,7 +82,7 @@ def merge(
         updates are and takes what keeps most of such; a note in the report says what.
     weights: one number an adapter, negative to subtract, 0 to leave out; None is 1 for each.
         "do" uses w_i / sum |w| over the adapters that have a module, "slerp" and "multislerp"
-        w_i / sum w; all others use the weights as they are.
+        w_i / sum w; all others use the weights as they are, or as proportions where λ is found.
     scale: λ, a factor on the merged update, or "auto": found from the adapters alone, for the
         whole model (scaling.py); weights are proportions then, [1, 1] is [2, 2], and a module that
         one adapter alone has keeps λ = 1. None is "auto" but for methods that are a defined sum
