@@ -165,6 +165,8 @@ def merge(
     if kept.owner is not None:
         whole = f"from:{loaded.index(kept.owner) + 1}"  # the recipe has no paths
     target, notes = _target(plan, out_dtype, base_model, kept, work.ranks(plan), ragged)
+    if work.restores_norms:
+        said = (*said, "auto: every module has the norm that it had before the cut")
     notes = (*said, *renamed, *notes)
     sums = InterferenceSums([a.name for a in loaded])
 

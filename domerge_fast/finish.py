@@ -61,6 +61,8 @@ def finished(
         factors, kept, energy = _truncate(stacks, factors, cut, work)
     elif not dense and not work.deltas:
         factors = _narrowed(stacks, factors, work)
+    if work.restores_norms and not (dense and calibrate):  # calibrated after the cut
+        factors = [_restored(*row) for row in zip(stacks, factors, kept)]
     for step in work.post:
         factors = step.run(stacks, factors, work.inner)
     dtype = work.settings.dtype
@@ -115,18 +117,27 @@ def _truncate(
     stacks: Sequence[Stack], merged: Sequence[Factors], cut: Cut, work: Work
 ) -> tuple[list[Factors], list[float], list[float]]:
     pairs = [(f.a, f.b) for f in merged]
+    wide = work.deltas or work.post or work.restores_norms
     try:
         smaller, kept = ops.truncate(
             pairs,
             rank=cut.rank,
             energy=cut.energy,
-            out_dtype=torch.float32 if work.deltas or work.post else work.settings.dtype,
+            out_dtype=torch.float32 if wide else work.settings.dtype,
             backend=work.settings.backend,
         )
     except FlatCut as error:
         raise error.of(stacks[error.at].name, work.method.method.name) from None
     energy = [_energy(a, b) for a, b in pairs]
     return [replace(f, a=a, b=b) for (a, b), f in zip(smaller, merged)], kept, energy
+
+
+def _restored(stack: Stack, made: Factors, kept: float) -> Factors:
+    """With the norm from before the cut, which left this share of its square; one adapter's update
+    as it is."""
+    if not 0 < kept < 1 or len(stack.adapters) == 1:
+        return made
+    return replace(made, b=made.b * kept**-0.5)
 
 
 def _narrowed(stacks: Sequence[Stack], merged: list[Factors], work: Work) -> list[Factors]:

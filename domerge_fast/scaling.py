@@ -17,8 +17,8 @@ grows with S: the merge that keeps most is smaller in deep models, and for adapt
 
 Methods that have a size of their own take no norms, but 1, and for M mean_i |w_i|, or 1 where only
 ratios of weights matter. With weights of 1, λ = d for those that add up what does not overlap
-(`tsvm` with its spectrum, `ties` and the like), 1.25 d after `svc`. docs/choosing.md says what was
-measured, and where this fails.
+(`tsvm` with its spectrum, `ties` and the like), 1.25 d after `svc`. A module that is cut has the
+norm from before the cut (finish.py). docs/choosing.md says what was measured, and where this fails.
 """
 
 from __future__ import annotations

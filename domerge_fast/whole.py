@@ -125,7 +125,7 @@ class Whole:
             return calibrated.find(stacks, factors_of(work, given, merged), plain), nothing
         assert order
         if work.post:
-            at_one = replace(work, settings=plain, deltas=False)
+            at_one = replace(work, settings=plain, deltas=False, rule=None)
             pairs = [r.tensors for r in finished(at_one, given, merged)]
             sizes = schatten.of_products([(a, b) for a, b in pairs], order, plain.backend)
         else:

@@ -76,6 +76,12 @@ class Work:
         return self.settings if last else replace(self.settings, dtype=torch.float32)
 
     @property
+    def restores_norms(self) -> bool:
+        """Whether modules have their norm again after a cut: λ is found for that norm."""
+        cut = self.cut or (self.method.dense and (self.post or not self.deltas))
+        return self.rule is not None and bool(cut)
+
+    @property
     def calibrates_factors(self) -> bool:
         """Whether calibration takes the factors that the method makes at λ = 1."""
         halves = self.method.method.halves

@@ -38,14 +38,16 @@ FEW = {"steps": 3, "tol": 0.0}
 OWN = ("linear", "cat", "svd", "slerp", "multislerp", "opcm", "robust", "lego")
 """λ is 1 for them where none is given."""
 
+UNCUT = {"energy": 1.0}
+"""Of a dense result: factors of the rank that it has."""
 EVERY_WAY = [
     ("tsvm", {}),
     ("tsvm", {"power": 0.25}),
     ("iso_c", {}),
     ("do", {}),
-    ("do", {"directions": "ties"}),
-    ("ties", {}),
-    ("knots", {}),
+    ("do", {"directions": "ties", **UNCUT}),
+    ("ties", UNCUT),
+    ("knots", UNCUT),
     ("core", {"inner": "tsvm", "power": 0.25}),
     ("linear", {}),
     ("auto", {}),
@@ -232,9 +234,9 @@ def test_the_merge_goes_as_far_as_the_adapters_do(method, options, definition, w
     [
         ("tsvm", {}),
         ("tsvm", {"power": 0.5}),
-        ("ties", {}),
-        ("dare", {}),
-        ("knots", {}),
+        ("ties", UNCUT),
+        ("dare", UNCUT),
+        ("knots", UNCUT),
         ("core", {"inner": "tsvm"}),
     ],
     ids=str,
@@ -279,8 +281,8 @@ def test_what_is_left_of_adapters_that_cancel_is_not_made_large(method):
 # What is said
 
 
-@every_way
 @pytest.mark.parametrize("size", [SMALL, LARGE])
+@pytest.mark.parametrize(("method", "options"), [x for x in EVERY_WAY if "energy" not in x[1]])
 def test_the_printed_scale_given_back_is_the_same_merge(method, options, size):
     cases = model(size)
     found = auto(cases, method, **options)
@@ -359,8 +361,8 @@ def test_modules_of_as_many_adapters_have_one_scale_and_that_of_one_is_1(method,
 
 def test_a_scale_is_counted_by_weights_of_the_adapters_that_a_module_has():
     cases = partly_shared()
-    found = auto(cases, "ties", weights=[1.0, 3.0, 8.0])
-    plain = at_one(adapters(cases), "ties", weights=[1.0, 3.0, 8.0])
+    found = auto(cases, "ties", weights=[1.0, 3.0, 8.0], **UNCUT)
+    plain = at_one(adapters(cases), "ties", weights=[1.0, 3.0, 8.0], **UNCUT)
     damped = damping(cases)
     for name, scale in (("three", damped * 3 / 12), ("two", damped * 2 / 4), ("one", 1.0)):
         assert_close(dense(found, name), scale * dense(plain, name), 1e-5, name=name)
@@ -508,15 +510,32 @@ def test_a_full_disk_is_told_in_one_line(at, tmp_path, monkeypatch):
 # Cuts, steps and forms
 
 
-@pytest.mark.parametrize("method", ["tsvm", "iso_c", "do", "wudi"])
+@pytest.mark.parametrize("method", ["tsvm", "do", "wudi", "ties"])
 @pytest.mark.parametrize("given", [{"rank": 2}, {"energy": 0.5}], ids=str)
-def test_the_scale_is_that_of_the_merge_before_a_cut(method, given):
+def test_a_cut_leaves_the_scale_and_the_norm_as_they_were(method, given):
+    cases = {name: case for name, case in partly_shared().items() if name != "one"}
+    uncut = UNCUT if method == "ties" else {}
+    plain, found = auto(cases, method, **uncut), auto(cases, method, **given)
+    assert found.report.scales == plain.report.scales
+    cut = at_one(adapters(cases), method, **given)
+    for name in cases:
+        size = dense(plain, name).norm() / dense(cut, name).norm()
+        assert_close(dense(found, name), size * dense(cut, name), 1e-4, name=name)
+        assert found.report[name].energy_kept == pytest.approx(cut.report[name].energy_kept)
+    assert any("before the cut" in note for note in found.report.notes)
+
+
+def test_what_is_cut_at_a_given_scale_is_the_nearest_of_its_rank():
     cases = model()
-    if method == "iso_c":
-        given = {"rank": 99}
-    whole_merge, found = auto(cases, method), auto(cases, method, **given)
-    assert found.report.scale == whole_merge.report.scale
-    check_scaled(found, at_one(adapters(cases), method, **given), found.report.scale)
+    found = dm.merge(adapters(cases), "tsvm", scale=2.0, rank=2)
+    check_scaled(found, at_one(adapters(cases), "tsvm", rank=2), 2.0)
+    assert not any("before the cut" in note for note in found.report.notes)
+
+
+def test_a_cut_takes_nothing_back_from_one_adapter():
+    cases = partly_shared()
+    found, cut = (auto(cases, "tsvm", rank=2), at_one(adapters(cases), "tsvm", rank=2))
+    assert_close(dense(found, "one"), dense(cut, "one"), 1e-5)
 
 
 @pytest.mark.parametrize("method", ["iso_c", "do", "tsvm"])

@@ -101,9 +101,9 @@ def default(
     merge: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """scale: λ where a user gives none. outputs: at that λ, by the curve of the merge where there
-    is one that reaches it. notes: of the report."""
+    is one that reaches it, and the norm is not that from before a cut. notes: of the report."""
     scale, deltas, notes = candidate.default([a.path for a in adapters])
-    if merge and scale <= merge["scales"][-1]:
+    if merge and not candidate.cut and scale <= merge["scales"][-1]:
         outputs = score.at(merge, scale)
     else:
         outputs = bench.outputs(deltas, 1.0, known["tasks"])
