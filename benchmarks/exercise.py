@@ -11,11 +11,11 @@ import sys
 import torch
 
 from domerge_fast import ops
+from domerge_fast.adapters.plan import Plan, Stack
+from domerge_fast.algebra.entry_rules import Draw, Election, Trim
 from domerge_fast.bench import cases
 from domerge_fast.bench.gate import Gate
 from domerge_fast.bench.workloads import Member, Shape, Workload
-from domerge_fast.entries import Draw, Election, Trim
-from domerge_fast.plan import Plan, Stack
 
 SHAPES = (
     Shape("tiny", 5, 7),

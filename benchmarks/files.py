@@ -22,7 +22,7 @@ from stages import Stages
 
 import domerge_fast as dm
 from domerge_fast.bench import measure
-from domerge_fast.report import Report
+from domerge_fast.results.report import Report
 
 FLOOR = "copy floor"
 SVD = "svd"

@@ -9,10 +9,10 @@ import rivals
 import torch
 
 import domerge_fast as dm
+from domerge_fast.adapters.plan import Plan
 from domerge_fast.backends import reference
 from domerge_fast.bench import measure
 from domerge_fast.bench.gate import MOST_ADAPTERS, Gate
-from domerge_fast.plan import Plan
 
 TOLERANCE = 2**-7
 """Relative error of ΔW with bfloat16 factors: two roundings of 2^-9 each, on both."""

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from domerge_fast.algebra.side import Problem
 from domerge_fast.bench import bounds
 from domerge_fast.bench.bounds import NOTHING, Rates, Work
 from domerge_fast.bench.cases import is_wide
 from domerge_fast.bench.workloads import Workload
-from domerge_fast.problem import Problem
-from domerge_fast.report import Report, SideReport
+from domerge_fast.results.report import Report, SideReport
 
 
 def least(workload: Workload, report: Report, rates: Rates) -> dict[str, Any]:

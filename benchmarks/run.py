@@ -36,10 +36,10 @@ import tables
 import torch
 
 import domerge_fast as dm
-from domerge_fast import doctor
+from domerge_fast.adapters.plan import GROUP_BYTES
 from domerge_fast.bench import bounds, machine, measure
 from domerge_fast.bench.workloads import WORKLOADS, Workload
-from domerge_fast.plan import GROUP_BYTES
+from domerge_fast.cli import doctor
 
 HERE = Path(__file__).parent
 ROUNDS = 5

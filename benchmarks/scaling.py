@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from domerge_fast import ops
+from domerge_fast.adapters.plan import Plan, Stack
 from domerge_fast.bench import cases, machine, measure, timing
 from domerge_fast.bench.gate import Gate
 from domerge_fast.bench.workloads import Member, Shape, Workload
 from domerge_fast.methods.do import DoOptions
-from domerge_fast.plan import Plan, Stack
 
 CPU = torch.device("cpu")
 WIDTH, MODULES, ADAPTERS, RANK = 1024, 16, 8, 16

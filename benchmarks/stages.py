@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from domerge_fast import api, ops
-from domerge_fast.outputs.peft import PeftFolder
-from domerge_fast.plan import Plan
+from domerge_fast.adapters.plan import Plan
+from domerge_fast.formats.peft.write import PeftFolder
 
 REST = "Python and waiting"
 TIMED = [

@@ -10,39 +10,45 @@ Nothing heavy is imported before a name is used.
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .adapters import Adapter, from_model, from_tensors, load
-    from .api import backends, inspect, merge, methods
-    from .errors import AdapterError, DomergeError, FlatCut, OptionError, OutputError, OutputWarning
-    from .merged import Merged
-    from .report import Interference, Report
-    from .sequential import Sequential
+from ._version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .adapters import Adapter
+    from .api import inspect, list_backends, list_methods, merge
+    from .errors import (
+        AdapterError,
+        DomergeError,
+        FlatCut,
+        OptionError,
+        OutputError,
+        OutputWarning,
+    )
+    from .formats import from_model, from_tensors, load
+    from .merged import Merged
+    from .results.report import Interference, Report
+    from .sessions.sequential import Sequential
 
 _HOME = {
     "Adapter": "adapters",
     "AdapterError": "errors",
     "DomergeError": "errors",
     "FlatCut": "errors",
-    "Interference": "report",
+    "Interference": "results.report",
     "Merged": "merged",
     "OptionError": "errors",
     "OutputError": "errors",
     "OutputWarning": "errors",
-    "Report": "report",
-    "Sequential": "sequential",
-    "backends": "api",
-    "from_model": "adapters",
-    "from_tensors": "adapters",
+    "Report": "results.report",
+    "Sequential": "sessions.sequential",
+    "from_model": "formats",
+    "from_tensors": "formats",
     "inspect": "api",
-    "load": "adapters",
+    "list_backends": "api",
+    "list_methods": "api",
+    "load": "formats",
     "merge": "api",
-    "methods": "api",
 }
 
 __all__ = [
@@ -57,13 +63,13 @@ __all__ = [
     "OutputWarning",
     "Report",
     "Sequential",
-    "backends",
     "from_model",
     "from_tensors",
     "inspect",
+    "list_backends",
+    "list_methods",
     "load",
     "merge",
-    "methods",
 ]
 
 
@@ -75,15 +81,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
-
-
-class _Package(ModuleType):
-    """`methods` and `backends` name a function of the API and a folder each: importing the
-    folder must not hide the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

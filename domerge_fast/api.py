@@ -14,29 +14,32 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import __version__, engine, options
-from .adapters import Adapter, Kept, check_compatible, keep, load, one_spelling
+from . import options
+from ._version import __version__
+from .adapters import Adapter, Kept, check_compatible, keep, one_spelling
+from .adapters.plan import Plan
 from .adapters.whole import check_policy
 from .backends import registry
+from .engine import pipeline as engine
+from .engine.interference import InterferenceSums
+from .engine.progress_bar import shown
+from .engine.work import Cut, Work
 from .errors import OptionError
-from .interference import InterferenceSums
+from .formats import load, tokenizer
+from .formats.deltas import DeltaFolder
+from .formats.merge_folder import MergeFolder
+from .formats.model.checkpoint import Checkpoint, open_checkpoint
+from .formats.model.fit import originals
+from .formats.model.write import ModelFolder
+from .formats.peft import write as peft
+from .formats.target import Target
 from .merged import Merged
 from .methods import TABLE, choose
 from .methods.base import Chosen, Method, ScaleRule, Settings
 from .methods.steps import POST, PRE
 from .methods.steps.base import PostStep, PreStep
-from .outputs import peft, tokenizer
-from .outputs.checkpoint import Checkpoint, open_checkpoint
-from .outputs.deltas import DeltaFolder
-from .outputs.fit import originals
-from .outputs.merge_folder import MergeFolder
-from .outputs.model import ModelFolder
-from .outputs.target import Target
-from .plan import Plan
-from .progress import shown
-from .report import Interference, ModuleReport, Report
+from .results.report import Interference, ModuleReport, Report
 from .storage.lazy import dtype_name
-from .work import Cut, Work
 
 Source = str | os.PathLike[str] | Adapter
 Progress = bool | Callable[[int, int], None]
@@ -252,7 +255,7 @@ class MethodInfo:
     source: str
 
 
-def methods() -> dict[str, MethodInfo]:
+def list_methods() -> dict[str, MethodInfo]:
     """The merge methods by name."""
     return {name: _info(row) for name, row in TABLE.items()}
 
@@ -263,7 +266,7 @@ def _info(row: Method) -> MethodInfo:
     return MethodInfo(row.summary, returns, row.cost, row.needs, row.source)
 
 
-def backends() -> dict[str, registry.BackendStatus]:
+def list_backends() -> dict[str, registry.BackendStatus]:
     """The backends by name: `available`, `devices`, and `why_not` where one cannot run here."""
     return registry.backends()
 

@@ -10,21 +10,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import precision
-from .adapters import Adapter, load
+from .adapters import Adapter
+from .algebra import powers
 from .errors import OptionError
+from .formats import load
+from .formats.deltas import DeltaFolder
+from .formats.peft.write import PeftFolder
+from .formats.target import Target
 from .options import folder, suggest
-from .outputs.deltas import DeltaFolder
-from .outputs.peft import PeftFolder
-from .outputs.target import Target
-from .report import Report
+from .results.report import Report
 
 
 @dataclass(frozen=True, eq=False)
 class Merged:
     """A merge. `results` holds A [R, n] and B [m, R] of every module, or ΔW [m, n] alone where it
     was kept dense, or nothing where the merge was streamed to `path`. R is the module's own rank;
-    files are padded to one rank (outputs/peft.py)."""
+    files are padded to one rank (formats/peft/write.py)."""
 
     report: Report
     target: Target
@@ -75,7 +76,7 @@ class Merged:
         if self._form == "deltas" and self.path is None:
             return self.results[name][0]
         a, b = self.factors(name)
-        return precision.product(name, a, b)
+        return powers.product(name, a, b)
 
     def save(
         self, output: str | os.PathLike[str], overwrite: bool = False, force: bool = False

@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.utils import logging
 
-from domerge_fast.cli import main as domerge
+from domerge_fast.cli.main import main as domerge
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "quality"))
 

@@ -22,9 +22,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE / "data" / "digits"
 METHODS = (
-    "breadcrumbs cat core ctm dare dare_ties dc_merge della do iso_c iso_cts knots lego linear"
-    " magnitude_prune multislerp opcm pico robust slerp subspace_boost svd ties tsvm wudi auto"
-).split()
+    *("auto", "do", "linear", "cat", "svd", "tsvm", "iso_c", "iso_cts", "subspace_boost", "wudi"),
+    *("pico", "dc_merge", "opcm", "robust", "lego", "slerp", "multislerp", "knots", "core", "ctm"),
+    *("ties", "dare", "dare_ties", "della", "breadcrumbs", "magnitude_prune"),
+)
 DO = (
     {"decouple": False},
     {"orthogonalize": False},

@@ -26,16 +26,11 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from domerge_fast.adapters import (
-    Adapter,
-    check_compatible,
-    from_model,
-    from_tensors,
-    load,
-    peft_config,
-)
+from domerge_fast.adapters import Adapter, check_compatible
 from domerge_fast.errors import AdapterError
-from domerge_fast.garbage import uncollected
+from domerge_fast.formats import from_model, from_tensors, load
+from domerge_fast.formats.peft import config as peft_config
+from domerge_fast.storage.garbage import uncollected
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

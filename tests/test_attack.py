@@ -10,8 +10,8 @@ import pytest
 from attack import faults, interrupts, judge, mutants
 from attack.runs import commands
 
-from domerge_fast import cli
-from domerge_fast.outputs import folder as folders
+from domerge_fast.cli import main as cli
+from domerge_fast.storage import folder as folders
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="uses Linux's system calls")
 

@@ -15,10 +15,12 @@ from support.make import Factors, random_factors, write_adapter
 from support.merges import dense
 
 import domerge_fast as dm
-from domerge_fast import cli, ops
-from domerge_fast.adapters import Adapter, from_tensors
+from domerge_fast import ops
+from domerge_fast.adapters import Adapter
+from domerge_fast.adapters.plan import Plan
+from domerge_fast.cli import main as cli
+from domerge_fast.formats import from_tensors
 from domerge_fast.methods import auto
-from domerge_fast.plan import Plan
 
 SHAPES = {f"layers.{i}.q_proj": (24, 40) for i in range(12)}
 GENTLE, FAR = 0.002, 0.2

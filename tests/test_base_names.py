@@ -13,8 +13,8 @@ from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
 from domerge_fast.errors import OptionError
-from domerge_fast.outputs.base_names import Renaming
-from domerge_fast.outputs.checkpoint import Checkpoint, open_checkpoint
+from domerge_fast.formats.model.base_names import Renaming
+from domerge_fast.formats.model.checkpoint import Checkpoint, open_checkpoint
 
 Shapes = Mapping[str, tuple[int, int]]
 TAILS = {"self_attn.q_proj": (6, 8), "mlp.up_proj": (9, 8)}

@@ -15,17 +15,18 @@ from safetensors import safe_open
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast import cli, ops
+from domerge_fast import ops
+from domerge_fast.adapters.plan import Plan, Stack
+from domerge_fast.algebra.side import Problem
 from domerge_fast.backends import cpu
 from domerge_fast.bench import bounds, cases, gate, measure, timing
 from domerge_fast.bench.bounds import Rates, Work
 from domerge_fast.bench.command import bench
 from domerge_fast.bench.workloads import WORKLOADS, Member, Shape, Workload
+from domerge_fast.cli import main as cli
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Settings
 from domerge_fast.methods.do import DoOptions
-from domerge_fast.plan import Plan, Stack
-from domerge_fast.problem import Problem
 
 CPU = torch.device("cpu")
 SMALL = Workload(

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 import domerge_fast as dm
+from domerge_fast.adapters.plan import Plan
 from domerge_fast.backends import cpu
 from domerge_fast.bench import bounds, cases, measure
 from domerge_fast.bench.gate import Verdict
 from domerge_fast.bench.workloads import WORKLOADS, Member, Shape, Workload
 from domerge_fast.methods.do import DoOptions
-from domerge_fast.plan import Plan
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))

@@ -13,7 +13,7 @@ import yaml
 from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
-from domerge_fast.outputs.card import CARD
+from domerge_fast.results.card import CARD
 
 FACTORS = random_factors({"layer": (6, 8)}, 2)
 

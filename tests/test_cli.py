@@ -24,8 +24,9 @@ from support.close import assert_close
 from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
-from domerge_fast import cli, streams
 from domerge_fast.backends import registry
+from domerge_fast.cli import main as cli
+from domerge_fast.cli import streams
 from domerge_fast.methods import TABLE
 
 SHAPES = {"layers.0.q_proj": (6, 8), "layers.0.up_proj": (12, 6), "layers.1.q_proj": (6, 8)}
@@ -335,9 +336,9 @@ def test_doctor_shows_versions_and_every_backend(capsys, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert found["domerge-fast"] == dm.__version__
     assert found["torch"] == torch.__version__
-    for name, status in dm.backends().items():
+    for name, status in dm.list_backends().items():
         assert found[f"backend {name}"].startswith("ok" if status.available else "off: ")
-    assert ("instruction set" in found) == dm.backends()["cpu"].available
+    assert ("instruction set" in found) == dm.list_backends()["cpu"].available
     assert cli.main(["doctor"]) == 0
     lines = unwrapped(capsys.readouterr().out)
     assert [re.split(r"  +", line)[0] for line in lines] == list(found)
@@ -402,7 +403,7 @@ def test_verbose_shows_where_an_error_comes_from(flag, capsys):
     assert cli.main(["merge", "a", "none", "-o", "out", flag]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Traceback (most recent call last):"
-    assert any("domerge_fast/adapters/peft.py" in line for line in lines)
+    assert any("domerge_fast/formats/peft/read.py" in line for line in lines)
     assert lines[-1].startswith("domerge-fast: error: adapter 'none': no such folder")
 
 
@@ -429,14 +430,16 @@ def test_help_is_quick_and_imports_nothing_heavy():
 def test_a_reader_that_leaves_early_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
-    done = python("-m", "domerge_fast.cli", "--help", stdout=writer)
+    done = python("-m", "domerge_fast.cli.main", "--help", stdout=writer)
     os.close(writer)
     assert done.returncode == 1
     assert done.stderr == ""
 
 
 def test_a_real_process_merges(pair):
-    done = python("-m", "domerge_fast.cli", "merge", *pair, "-o", "out", "--weights", "1", "-2")
+    done = python(
+        "-m", "domerge_fast.cli.main", "merge", *pair, "-o", "out", "--weights", "1", "-2"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("written to out\n")
     dm.merge(pair, weights=[1.0, -2.0], output="expected")
@@ -445,7 +448,9 @@ def test_a_real_process_merges(pair):
 
 def test_a_real_process_fails_in_one_line(pair, tmp_path):
     before = sorted(tmp_path.rglob("*"))
-    done = python("-m", "domerge_fast.cli", "merge", *pair, "-o", "b/README.md/out", "--rank", "0")
+    done = python(
+        "-m", "domerge_fast.cli.main", "merge", *pair, "-o", "b/README.md/out", "--rank", "0"
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == ("domerge-fast: error: option 'rank': 0 is too small; use at least 1\n")
     assert sorted(tmp_path.rglob("*")) == before

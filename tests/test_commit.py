@@ -25,12 +25,12 @@ from support.make import random_factors, write_adapter, write_pair
 from support.processes import forked
 
 import domerge_fast as dm
-from domerge_fast import OptionError, OutputError, OutputWarning, Sequential, cli
-from domerge_fast.outputs import folder as output_folder
-from domerge_fast.outputs import model as model_output
-from domerge_fast.outputs import stream
-from domerge_fast.outputs.folder import Replacing, whole_folder
-from domerge_fast.storage import flush, workplace
+from domerge_fast import OptionError, OutputError, OutputWarning, Sequential
+from domerge_fast.cli import main as cli
+from domerge_fast.formats.model import write as model_output
+from domerge_fast.storage import flush, stream, workplace
+from domerge_fast.storage import folder as output_folder
+from domerge_fast.storage.folder import Replacing, whole_folder
 
 NAMES = ("one", "two")
 STEPS = ("mkdir", "open", "fsync", "replace", "unlink", "rmdir", "listdir")
@@ -515,7 +515,7 @@ def test_an_interrupt_after_the_commit_says_so(tmp_path, monkeypatch, capsys):
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("domerge_fast.streams.table", interrupt)
+    monkeypatch.setattr("domerge_fast.cli.streams.table", interrupt)
     assert cli.main(["merge", *inputs, "-o", str(tmp_path / "out")]) == cli.INTERRUPTED
     expected = f"domerge-fast: interrupted; {str(tmp_path / 'out')!r} was written\n"
     assert capsys.readouterr().err == expected
@@ -671,7 +671,7 @@ def test_files_of_other_names_are_never_replaced(form, inputs, tmp_path):
 
 
 def test_a_damaged_or_unmarked_file_among_ours_is_not_ours(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("domerge_fast.outputs.deltas.SHARD_BYTES", 40 * 48 * 4)
+    monkeypatch.setattr("domerge_fast.formats.deltas.SHARD_BYTES", 40 * 48 * 4)
     out = tmp_path / "out"
     deltas(inputs, out)
     first, last = sorted(out.glob("deltas-*.safetensors"))
@@ -736,7 +736,7 @@ def test_inputs_are_not_replaced_where_they_are_mounted_again(tmp_path):
 
 
 def test_several_are_added_in_one_commit(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("domerge_fast.engine.GROUP_BYTES", 1)
+    monkeypatch.setattr("domerge_fast.engine.pipeline.GROUP_BYTES", 1)
     one = Sequential.start(tmp_path / "one")
     steps = [one.add(folder, weight) for folder, weight in zip(inputs, (1.0, -0.5))]
     swaps = []

@@ -22,16 +22,17 @@ from test_factor_space import orth, raised, spectrum
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast import cli, engine
-from domerge_fast.adapters import from_tensors
+from domerge_fast.adapters.plan import Plan, Stack
+from domerge_fast.algebra.entry_rules import Draw
 from domerge_fast.backends import reference, registry
-from domerge_fast.backends.entries import uniform
-from domerge_fast.entries import Draw
+from domerge_fast.backends.torch_entries import uniform
+from domerge_fast.cli import main as cli
+from domerge_fast.engine import pipeline as engine
+from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Factors, Settings, grams
-from domerge_fast.methods.space import SUPPORT
+from domerge_fast.methods.spectral.space import SUPPORT
 from domerge_fast.methods.steps import POST, PRE
-from domerge_fast.plan import Plan, Stack
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
 ELEMENTWISE = [name for name in AVAILABLE if hasattr(registry.load(name), "entry_merge")]

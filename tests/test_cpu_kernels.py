@@ -14,9 +14,9 @@ from support.shapes import CASES, SIDES, exact, random_case
 from torch import Tensor
 
 from domerge_fast import _C
+from domerge_fast.algebra.side import Problem
 from domerge_fast.backends import cpu, descent, reference
 from domerge_fast.backends import torch as library
-from domerge_fast.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 

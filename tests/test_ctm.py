@@ -16,7 +16,7 @@ from torch import Tensor
 
 import domerge_fast as dm
 from domerge_fast import FlatCut
-from domerge_fast.methods.space import SUPPORT
+from domerge_fast.methods.spectral.space import SUPPORT
 
 CASE = CASES["odd d"]
 

@@ -15,9 +15,9 @@ from support.processes import forked
 from test_memory import memory
 
 import domerge_fast as dm
-from domerge_fast.outputs.checkpoint import open_checkpoint
-from domerge_fast.outputs.deltas import DeltaFolder
-from domerge_fast.outputs.model import ModelFolder
+from domerge_fast.formats.deltas import DeltaFolder
+from domerge_fast.formats.model.checkpoint import open_checkpoint
+from domerge_fast.formats.model.write import ModelFolder
 
 SIZE, COUNT = 1024, 24
 WEIGHT = 4 * SIZE * SIZE  # bytes

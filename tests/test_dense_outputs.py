@@ -35,11 +35,11 @@ from transformers import (
 
 import domerge_fast as dm
 from domerge_fast import DomergeError, Merged, OptionError, OutputError
-from domerge_fast.outputs import deltas
-from domerge_fast.outputs import model as model_output
-from domerge_fast.outputs.checkpoint import open_checkpoint
-from domerge_fast.outputs.deltas import DeltaFolder
-from domerge_fast.outputs.model import ModelFolder
+from domerge_fast.formats import deltas
+from domerge_fast.formats.deltas import DeltaFolder
+from domerge_fast.formats.model import write as model_output
+from domerge_fast.formats.model.checkpoint import open_checkpoint
+from domerge_fast.formats.model.write import ModelFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

@@ -19,7 +19,8 @@ from support.shapes import CASES
 from test_composition import INNER, smallest_kept, total
 
 import domerge_fast as dm
-from domerge_fast import api, cli
+from domerge_fast import api
+from domerge_fast.cli import main as cli
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Method
 from domerge_fast.methods.steps import PRE
@@ -131,7 +132,7 @@ def added(block: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Method:
 
 def test_the_method_in_r_by_r_coordinates(monkeypatch, tmp_path):
     row = added(blocks()[0], monkeypatch, tmp_path)
-    assert dm.methods()[row.name].summary == row.summary
+    assert dm.list_methods()[row.name].summary == row.summary
     merged = at_one(adapters({"x": CASE}), row.name, share=0.5, weights=CASE.weights)
     u, s, vh = torch.linalg.svd(INNER["linear"](CASE.deltas(), CASE.weights))
     k = int((s >= 0.5 * s[0]).sum())

@@ -21,11 +21,13 @@ from test_entries import numbers
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast import OptionError, engine
-from domerge_fast.adapters import Adapter, from_tensors
+from domerge_fast import OptionError
+from domerge_fast.adapters import Adapter
+from domerge_fast.adapters.plan import Plan
+from domerge_fast.engine import pipeline as engine
+from domerge_fast.formats import from_tensors
 from domerge_fast.methods import choose
 from domerge_fast.methods.base import Settings
-from domerge_fast.plan import Plan
 
 WEIGHTS = [1.0, -0.5, 2.0]
 SCALE = -1.5

@@ -14,9 +14,10 @@ from support.close import assert_within
 from support.on_device import AVAILABLE
 from support.shapes import CASES, Case, random_case
 
-from domerge_fast.backends import entries, reference_entries
-from domerge_fast.entries import LOW_BITS, Draw, Election, Trim
-from domerge_fast.problem import Problem
+from domerge_fast.algebra.entry_rules import LOW_BITS, Draw, Election, Trim
+from domerge_fast.algebra.side import Problem
+from domerge_fast.backends import reference_entries
+from domerge_fast.backends import torch_entries as entries
 
 WORD = 0xFFFFFFFF
 ADAPTERS, MODULE, SEED = (7, 0, 3), 0xFEDCBA98, 0x0123456789ABCDEF

@@ -18,8 +18,8 @@ from support.shapes import random_case
 from torch import Tensor
 
 from domerge_fast import _C
-from domerge_fast.entries import Draw, Election, Trim
-from domerge_fast.problem import Problem
+from domerge_fast.algebra.entry_rules import Draw, Election, Trim
+from domerge_fast.algebra.side import Problem
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 

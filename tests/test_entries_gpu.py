@@ -13,8 +13,8 @@ from support import on_device as ops
 from support.on_device import GPU
 from torch import Tensor
 
-from domerge_fast.entries import LOW_BITS, Draw, Election, Trim
-from domerge_fast.problem import Problem
+from domerge_fast.algebra.entry_rules import LOW_BITS, Draw, Election, Trim
+from domerge_fast.algebra.side import Problem
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from domerge_fast.backends import registry
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Settings
-from domerge_fast.methods.space import NOISE, SUPPORT
+from domerge_fast.methods.spectral.space import NOISE, SUPPORT
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
 SETTINGS = Settings(1.0, torch.float32, "auto")

@@ -11,11 +11,12 @@ from support.make import random_factors, write_adapter
 from support.merges import at_one, dense
 
 import domerge_fast as dm
-from domerge_fast import FlatCut, cli, ops
+from domerge_fast import FlatCut, ops
 from domerge_fast.adapters import Adapter
+from domerge_fast.algebra.cuts import check_cut
 from domerge_fast.backends import registry
+from domerge_fast.cli import main as cli
 from domerge_fast.methods import TABLE
-from domerge_fast.spectrum import check_cut
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
 LEVELLING = ("iso_c", "iso_cts", "subspace_boost")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from support.make import random_factors, write_adapter, write_folder
 
-from domerge_fast.adapters import load
 from domerge_fast.errors import AdapterError
+from domerge_fast.formats import load
 
 UNET = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
 FILES = {

@@ -13,9 +13,10 @@ from support.shapes import CASES
 from test_entries_gpu import DRAW, TRIMS, WEIGHTS, fine, module, run
 
 import domerge_fast as dm
-from domerge_fast import engine, ops
+from domerge_fast import ops
+from domerge_fast.algebra.entry_rules import Election
 from domerge_fast.backends import registry
-from domerge_fast.entries import Election
+from domerge_fast.engine import pipeline as engine
 
 pytestmark = [
     pytest.mark.gpu,

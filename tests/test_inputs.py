@@ -15,11 +15,11 @@ from support.make import random_factors, write_adapter
 from support.merges import at_one
 
 import domerge_fast as dm
-from domerge_fast import engine
-from domerge_fast.adapters import load
 from domerge_fast.api import POST_STEPS, PRE_STEPS
+from domerge_fast.engine import pipeline as engine
 from domerge_fast.errors import AdapterError, DomergeError, OptionError
-from domerge_fast.sequential import Sequential
+from domerge_fast.formats import load
+from domerge_fast.sessions.sequential import Sequential
 from domerge_fast.storage import buffers, input_file
 from domerge_fast.storage.input_file import InputFile
 from domerge_fast.storage.safetensors_file import read_group
@@ -283,7 +283,7 @@ def test_a_buffer_comes_back_when_the_last_tensor_is_gone(pair):
     assert len(pool._free) == 2
 
 
-METHODS = [name for name in dm.methods() if name not in ("slerp", "ctm")]
+METHODS = [name for name in dm.list_methods() if name not in ("slerp", "ctm")]
 # Between two adapters; of a rank that may be more than it fills, with rows of zeros.
 OPTIONS = {"robust": {"inner": "do"}, "iso_cts": {"rank": 4}}
 
@@ -366,7 +366,7 @@ def test_a_base_is_copied_piece_by_piece(pair, tmp_path, monkeypatch):
     at_one(pair, form="model", base=base, output=tmp_path / "whole")
     monkeypatch.setattr("domerge_fast.storage.lazy.in_step.__defaults__", (64,))
     monkeypatch.setattr("domerge_fast.storage.lazy.pieces.__defaults__", (64,))
-    monkeypatch.setattr("domerge_fast.outputs.model.CHUNK_BYTES", 300)
+    monkeypatch.setattr("domerge_fast.formats.model.write.CHUNK_BYTES", 300)
     at_one(pair, form="model", base=base, output=tmp_path / "pieces")
     one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "pieces"))
     assert one.keys() == two.keys()

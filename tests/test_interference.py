@@ -11,8 +11,9 @@ from support.shapes import random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.adapters import Adapter, from_tensors
+from domerge_fast.adapters import Adapter
 from domerge_fast.backends import registry
+from domerge_fast.formats import from_tensors
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
 every_backend = pytest.mark.parametrize("backend", AVAILABLE)

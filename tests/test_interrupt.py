@@ -17,9 +17,9 @@ import torch
 from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
+from domerge_fast.algebra.entry_rules import Draw, Election, Trim
+from domerge_fast.algebra.side import Problem
 from domerge_fast.backends import cpu
-from domerge_fast.entries import Draw, Election, Trim
-from domerge_fast.problem import Problem
 
 GRAM = torch.eye(600) + 0.1
 

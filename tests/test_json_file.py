@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
-from domerge_fast.adapters import load
 from domerge_fast.errors import MOST, AdapterError, DomergeError, OptionError, OutputError
-from domerge_fast.sequential import STATE, Sequential
+from domerge_fast.formats import load
+from domerge_fast.sessions.sequential import STATE, Sequential
 from domerge_fast.storage import json_file
 from domerge_fast.storage.safetensors_file import SafetensorsFile
 

@@ -10,8 +10,8 @@ from support.shapes import random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.adapters import from_tensors
-from domerge_fast.lowrank import compress
+from domerge_fast.algebra.lowrank import compress
+from domerge_fast.formats import from_tensors
 
 SHAPES = [(60, 40), (40, 60), (7, 90), (90, 7), (1, 5), (1, 1)]
 

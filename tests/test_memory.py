@@ -17,7 +17,7 @@ from support.merges import at_one
 from support.processes import forked
 
 import domerge_fast as dm
-from domerge_fast.plan import GROUP_BYTES
+from domerge_fast.adapters.plan import GROUP_BYTES
 
 RANK, SIZE = 32, 16384
 MODULE = 2 * (2 * RANK * SIZE * 4)  # bytes of one module in both adapters, and merged

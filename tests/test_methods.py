@@ -16,9 +16,9 @@ from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast import engine
-from domerge_fast.adapters import from_tensors
 from domerge_fast.backends import reference, registry
+from domerge_fast.engine import pipeline as engine
+from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE, do
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]

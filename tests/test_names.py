@@ -21,9 +21,9 @@ from transformers import (
 )
 
 import domerge_fast as dm
-from domerge_fast.adapters import from_model, load
 from domerge_fast.adapters.names import Spelling
 from domerge_fast.errors import AdapterError
+from domerge_fast.formats import from_model, load
 from domerge_fast.integrations import peft as live
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

@@ -22,11 +22,12 @@ from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast import AdapterError, DomergeError, OptionError, OutputError, engine
+from domerge_fast import AdapterError, DomergeError, OptionError, OutputError
 from domerge_fast.adapters import Adapter
-from domerge_fast.methods.space import NOISE
-from domerge_fast.outputs import folder as output_folder
-from domerge_fast.sequential import FACTORS, FILES, STATE, Sequential
+from domerge_fast.engine import pipeline as engine
+from domerge_fast.methods.spectral.space import NOISE
+from domerge_fast.sessions.sequential import FACTORS, FILES, STATE, Sequential
+from domerge_fast.storage import folder as output_folder
 
 ALPHAS = (0.0, 0.5, 0.9, 1.0)
 MOST = 32  # adapters one after the other: rounding grows with every step, in the definition too

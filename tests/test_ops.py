@@ -19,10 +19,10 @@ from support.on_device import AVAILABLE, FAST
 from support.shapes import CASES, SIDES, Case, exact, random_case
 from torch import Tensor
 
+from domerge_fast.algebra.side import Problem
 from domerge_fast.backends import descent, reference, registry
 from domerge_fast.errors import OptionError
 from domerge_fast.ops.orthogonalize import PENALTIES
-from domerge_fast.problem import Problem
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 

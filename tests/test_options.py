@@ -12,7 +12,7 @@ from support.shapes import CASES
 
 import domerge_fast as dm
 from domerge_fast import aliases, options
-from domerge_fast.adapters import from_tensors
+from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.do import DoOptions
 
@@ -159,11 +159,11 @@ def test_every_option_accepts_its_own_default_and_has_a_help_text():
 
 
 def test_the_methods_and_backends_are_listed():
-    assert list(dm.methods()) == list(TABLE)
+    assert list(dm.list_methods()) == list(TABLE)
     assert {"do", "linear", "svd"} <= set(TABLE)
-    assert all(dm.methods().values())
-    assert {"cpu", "torch", "reference"} <= set(dm.backends())
-    assert dm.backends()["torch"].available
+    assert all(dm.list_methods().values())
+    assert {"cpu", "torch", "reference"} <= set(dm.list_backends())
+    assert dm.list_backends()["torch"].available
 
 
 def test_suggestions_name_what_there_is():

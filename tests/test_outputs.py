@@ -23,10 +23,12 @@ from support.merges import at_one
 from support.processes import forked
 
 import domerge_fast as dm
-from domerge_fast import AdapterError, DomergeError, OutputError, cli, engine
-from domerge_fast.outputs import folder as output_folder
-from domerge_fast.outputs.peft import FILES
-from domerge_fast.outputs.stream import SafetensorsWriter
+from domerge_fast import AdapterError, DomergeError, OutputError
+from domerge_fast.cli import main as cli
+from domerge_fast.engine import pipeline as engine
+from domerge_fast.formats.peft.write import FILES
+from domerge_fast.storage import folder as output_folder
+from domerge_fast.storage.stream import SafetensorsWriter
 
 CONFIG, WEIGHTS, CARD = FILES
 LAST = "layers.3.q_proj"

@@ -12,9 +12,9 @@ import warnings
 import pytest
 from support.make import random_factors, write_adapter
 
-from domerge_fast.adapters import load
-from domerge_fast.adapters.patterns import BadPattern, Patterns
 from domerge_fast.errors import AdapterError
+from domerge_fast.formats import load
+from domerge_fast.formats.peft.patterns import BadPattern, Patterns
 
 NAMES = [
     *("a", "b", "ab", "aab", "a.b", "b.a", "a-b", "a1", "1", "12", ".", "..", "{", "a{", "]", "-"),

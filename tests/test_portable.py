@@ -15,10 +15,10 @@ from support.merges import at_one
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast import cli
-from domerge_fast.adapters.peft_config import scalings
+from domerge_fast.cli import main as cli
+from domerge_fast.formats.peft import write as peft
+from domerge_fast.formats.peft.config import scalings
 from domerge_fast.methods import TABLE
-from domerge_fast.outputs import peft
 
 SHAPES = {"layers.0.q": (24, 40), "layers.0.down": (30, 26), "layers.1.q": (24, 40)}
 

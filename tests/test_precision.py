@@ -13,19 +13,21 @@ from support.merges import at_one
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast import engine, precision
-from domerge_fast.adapters import Adapter, from_tensors
+from domerge_fast.adapters import Adapter
+from domerge_fast.algebra.powers import LIMIT, fitted
 from domerge_fast.backends import registry
+from domerge_fast.engine import pipeline as engine
 from domerge_fast.errors import AdapterError, DomergeError, OptionError
+from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE
-from domerge_fast.sequential import Sequential
+from domerge_fast.sessions.sequential import Sequential
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
 SHAPES = {"x": (20, 24), "y": (21, 25)}
 ALIKE = {"lego": {"balance": True}}
 """Options without which a method compares A with B, as `lego` does by definition."""
 SIZES = (1e-30, 1e-24, 1e-12, 1e12, 1e24, 1e30)
-ROUNDING = {"float32": 1e-4, "bfloat16": 1e-2, "float16": precision.LIMIT}
+ROUNDING = {"float32": 1e-4, "bfloat16": 1e-2, "float16": LIMIT}
 
 METHODS = [m for m in TABLE if m != "auto"]  # which takes one of the others, by their sizes
 every_method = pytest.mark.parametrize("method", METHODS)
@@ -461,16 +463,16 @@ def test_fitted(dtype):
         ((1e20, 0.0, 1.0), (0.0, 1e20, 1.0), (40, -50)),
     ):
         a, b = sided(rows, columns)
-        found = precision.fitted("x", a, b, powers, dtype)
+        found = fitted("x", a, b, powers, dtype)
         assert {x.dtype for x in found} == {dtype}
         assert all(x.isfinite().all() for x in found)
         exact = 2.0 ** sum(powers) * (b.double() @ a.double())
         assert distance(found[1].double() @ found[0].double(), exact) < tolerance
-    zero = precision.fitted("x", *sided((1e30,) * 3, (0.0,) * 3), (90, 0), dtype)
+    zero = fitted("x", *sided((1e30,) * 3, (0.0,) * 3), (90, 0), dtype)
     assert not (zero[1].double() @ zero[0].double()).any()
     for power, word in ((-700, "small"), (700, "not fit")):
         with pytest.raises(DomergeError, match=word):
-            precision.fitted("x", *sided((1.0,) * 3, (1.0,) * 3), (power, 0), dtype)
+            fitted("x", *sided((1.0,) * 3, (1.0,) * 3), (power, 0), dtype)
 
 
 # A merge that grows

@@ -9,9 +9,9 @@ import torch
 from support.close import assert_close
 from support.shapes import CASES, SIDES, Case, exact, random_case
 
+from domerge_fast.algebra.side import Problem
 from domerge_fast.backends import reference
 from domerge_fast.ops.orthogonalize import PENALTIES
-from domerge_fast.problem import Problem
 
 SMALL = [name for name, case in CASES.items() if sum(case.ranks) < 65]
 

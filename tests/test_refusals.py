@@ -19,9 +19,11 @@ from support.files import locked_folder, small_disk, unchanged
 from support.make import PREFIX, lora_tensors, random_factors, write_adapter, write_folder
 
 import domerge_fast as dm
-from domerge_fast import AdapterError, DomergeError, OptionError, OutputError, cli, engine
+from domerge_fast import AdapterError, DomergeError, OptionError, OutputError
+from domerge_fast.adapters.plan import Plan
 from domerge_fast.backends import registry
-from domerge_fast.plan import Plan
+from domerge_fast.cli import main as cli
+from domerge_fast.engine import pipeline as engine
 
 Q, V = "layers.0.q_proj", "layers.1.v_proj"
 SHAPES = {Q: (6, 8), V: (5, 8)}

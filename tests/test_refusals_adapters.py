@@ -12,8 +12,9 @@ import torch
 from support.make import PREFIX, lora_tensors, random_factors, write_adapter, write_folder
 from torch import nn
 
-from domerge_fast.adapters import check_compatible, from_model, from_tensors, load
+from domerge_fast.adapters import check_compatible
 from domerge_fast.errors import AdapterError, DomergeError, OptionError, OutputError
+from domerge_fast.formats import from_model, from_tensors, load
 from domerge_fast.storage.safetensors_file import SafetensorsFile
 
 Q, V = "layers.0.q_proj", "layers.0.v_proj"

@@ -21,13 +21,15 @@ from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast import cli, engine, whole
-from domerge_fast.adapters import from_tensors
+from domerge_fast.adapters.plan import Plan
 from domerge_fast.backends import reference
+from domerge_fast.cli import main as cli
+from domerge_fast.engine import first_pass as whole
+from domerge_fast.engine import pipeline as engine
+from domerge_fast.engine.scaling import DAMPING
+from domerge_fast.formats import from_tensors
 from domerge_fast.methods.base import ScaleRule
 from domerge_fast.methods.do import ABOVE
-from domerge_fast.plan import Plan
-from domerge_fast.scaling import DAMPING
 from domerge_fast.storage.shelf import Shelf
 
 SMALL, LARGE = 0.002, 0.05

@@ -7,7 +7,7 @@ import torch
 from support.shapes import CASES, random_case
 from torch import Tensor
 
-from domerge_fast.methods import schatten
+from domerge_fast.methods.spectral import schatten
 
 ORDERS = (2, 6, 16)
 SIZES = (1e-20, 1e-3, 1.0, 1e20)

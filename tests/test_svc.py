@@ -13,7 +13,7 @@ from support.shapes import Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.methods import svc
+from domerge_fast.methods.spectral import svc
 
 WEIGHTS = ([1.0, 1.0, 1.0], [1.0, -0.5, 2.0])
 MODELS = {

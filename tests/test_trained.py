@@ -16,8 +16,8 @@ from support.on_device import FAST
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast import cli
 from domerge_fast.backends import reference
+from domerge_fast.cli import main as cli
 
 DIGITS = Path(__file__).parent / "data" / "digits"
 FOLDERS = sorted(path.parent for path in DIGITS.glob("*/adapter_config.json"))

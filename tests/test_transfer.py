@@ -9,10 +9,12 @@ from support.merges import at_one
 from support.shapes import CASES
 
 import domerge_fast as dm
-from domerge_fast import OptionError, engine, transfer
-from domerge_fast.backends import tables
+from domerge_fast import OptionError
+from domerge_fast.adapters.plan import Plan
+from domerge_fast.backends.gpu import tables
+from domerge_fast.engine import pipeline as engine
+from domerge_fast.engine import transfer
 from domerge_fast.options import size
-from domerge_fast.plan import Plan
 
 CPU = torch.device("cpu")
 GENERATOR = torch.Generator().manual_seed(0)

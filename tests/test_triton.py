@@ -95,8 +95,8 @@ def compile_launches(architecture: int) -> None:
 
 
 def launch(op: str, rank: int, dtype: torch.dtype) -> None:
-    from domerge_fast.backends import triton as backend
-    from domerge_fast.entries import Draw, Election, Trim
+    from domerge_fast.algebra.entry_rules import Draw, Election, Trim
+    from domerge_fast.backends.gpu import triton as backend
 
     half = rank // 2
     case = random_case((half, half), 4104, 8)

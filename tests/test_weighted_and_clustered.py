@@ -15,8 +15,8 @@ from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.adapters import from_tensors
 from domerge_fast.backends import registry
+from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE, lego
 from domerge_fast.methods.base import Settings
 

@@ -14,7 +14,7 @@ from support.make import PREFIX, random_factors, write_adapter
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.cli import main
+from domerge_fast.cli.main import main
 from domerge_fast.errors import AdapterError, DomergeError, OptionError
 from domerge_fast.storage import lazy
 

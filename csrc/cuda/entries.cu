@@ -222,7 +222,7 @@ struct Totals {
 };
 
 enum class Sign : int { none = 0, total = 1, frequency = 2 };
-enum class Mean : int { sum = 0, count = 1, weight = 2 };  // as backends/gpu_entries.py has them
+enum class Mean : int { sum = 0, count = 1, weight = 2 };  // as backends/gpu/entries.py has them
 
 struct MergeParams {
     Updates updates;

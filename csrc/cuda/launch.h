@@ -1,4 +1,4 @@
-// The launches, one an op: domerge_fast/backends/gpu.py (`Kernels`) and gpu_entries.py
+// The launches, one an op: domerge_fast/backends/gpu/host.py (`Kernels`) and gpu_entries.py
 // (`EntryKernels`) say what each reads and writes. Lists of rows are an address and a count.
 // Nothing waits for a launch.
 #pragma once

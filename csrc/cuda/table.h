@@ -1,4 +1,4 @@
-// Problems as the tables of domerge_fast/backends/tables.py describe them, and their elements.
+// Problems as the tables of domerge_fast/backends/gpu/tables.py describe them, and their elements.
 #pragma once
 
 #include <cmath>

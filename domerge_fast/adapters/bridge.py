@@ -16,10 +16,9 @@ from typing import NoReturn
 
 from ..errors import AdapterError, some
 from .adapter import Adapter, called, without_paths
-from .assemble import EMBEDDINGS, HEADS
 from .base_model import check_base, states_base
 from .layers import Rests, Trees, check_layers, check_parts, children_of, trees_of
-from .names import PREFIX
+from .names import EMBEDDINGS, HEADS, PREFIX
 from .stems import Core, core_of, is_below, joined, outer_of, split, within
 from .whole import NEW_HEADS, parameter
 

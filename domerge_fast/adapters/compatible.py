@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import AdapterError, DomergeError
-from ..garbage import uncollected
+from ..storage.garbage import uncollected
 from .adapter import Adapter, Module
 from .base_model import check_base
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -63,3 +63,24 @@ def _inner(key: str) -> tuple[bool, str]:
     while lead := _LEAD.match(key):
         found, key = True, key[lead.end() :]
     return found, ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
+
+
+HEADS = ("lm_head", "embed_out")
+
+
+_OF_TOKENS = re.compile(rf"(?:.+\.)?(?:{'|'.join((*EMBEDDINGS, *HEADS))})\.(?:weight|bias)")
+
+
+def is_of_tokens(path: str) -> bool:
+    """Whether a parameter has a row for every token, by the names of transformers models."""
+    return _OF_TOKENS.fullmatch(path) is not None
+
+
+def is_saved(path: str, modules_to_save: Sequence[str]) -> bool:
+    """Whether PEFT takes a parameter for one of these modules: by the end of its parents' names."""
+    parts = path.split(".")
+    parents = (".".join(parts[:i]) for i in range(1, len(parts)))
+    return any(parent.endswith(saved) for parent in parents for saved in modules_to_save)

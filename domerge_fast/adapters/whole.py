@@ -25,8 +25,7 @@ from ..errors import AdapterError, DomergeError, OptionError, some
 from ..options import suggest
 from ..storage.lazy import LazyTensor, dtype_name, in_step
 from .adapter import Adapter, AdapterConfig, called
-from .assemble import is_of_tokens, is_saved
-from .names import PREFIX
+from .names import PREFIX, is_of_tokens, is_saved
 
 AUTO, DROP, FROM = "auto", "drop", "from:"
 COPY = ".base_layer."

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..entries import HIGH_BITS, LOW_BITS, Draw, Election, Trim
-from ..problem import Problem
+from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
+from ..algebra.side import Problem
 from . import torch as library
 from .layout import DTYPES, addresses, arrange, dense, matrices
 from .torch import orthogonalize_factors

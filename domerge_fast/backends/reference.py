@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..problem import Problem
-from ..spectrum import check_cut
+from ..algebra.cuts import check_cut
+from ..algebra.side import Problem
 from .reference_entries import entry_counts, entry_merge, entry_sums  # noqa: F401, more ops
 
 EPSILON = 1e-3

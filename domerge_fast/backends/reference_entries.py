@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..entries import HIGH_BITS, LOW_BITS, Draw, Election, Trim
-from ..problem import Problem
+from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
+from ..algebra.side import Problem
 
 WORD = 0xFFFFFFFF
 

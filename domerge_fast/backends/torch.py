@@ -7,14 +7,12 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..problem import Problem
-from ..spectrum import check_cut
+from ..algebra.cuts import cut
+from ..algebra.full_precision import full_precision
+from ..algebra.roots import ZERO_COLUMN, column_norms, root
+from ..algebra.side import Problem
 from . import descent
-from .entries import entry_counts, entry_merge, entry_sums  # noqa: F401, the rest of the ops
-from .full_precision import full_precision
-
-ZERO_COLUMN = 1e-6
-"""A column of B_i A_i below this share of ||B_i|| ||a|| is rounding noise: its direction is 0."""
+from .torch_entries import entry_counts, entry_merge, entry_sums  # noqa: F401, the rest of the ops
 
 NOISE = 2.0**-26
 """Singular values below this share of ||B||_F ||A||_F are rounding noise of the float64 Grams."""
@@ -173,19 +171,6 @@ def _decouple(
     return result.to(out_dtype).contiguous(), magnitudes.square().sum(1, dtype=torch.float64).sqrt()
 
 
-def column_norms(square_root: Tensor, a: Tensor) -> Tensor:
-    """||S a_c|| of every column, 0 where it is rounding noise."""
-    norms = torch.linalg.vector_norm(square_root.to(a.dtype) @ a, dim=0)
-    floor = ZERO_COLUMN * square_root.norm().to(a.dtype) * torch.linalg.vector_norm(a, dim=0)
-    return torch.where(norms > floor, norms, 0.0)
-
-
-def root(gram: Tensor) -> Tensor:
-    """S with S^T S = gram [..., r, r], for a positive semidefinite gram in float64."""
-    values, vectors = torch.linalg.eigh(gram)
-    return values.clamp_min(0).sqrt()[..., None] * vectors.mT
-
-
 def truncate(
     pairs: Sequence[tuple[Tensor, Tensor]],
     rank: int | None,
@@ -315,23 +300,6 @@ def _truncate_dense(
     left = tall @ v * torch.where(s[:count] > noise, 1 / half, 0.0)
     right = (v * half).T
     return (right, left, share) if tall is delta else (left.T, right.T, share)
-
-
-def cut(
-    singular_values: Tensor, rank: int | None, energy: float | None, at: int = 0
-) -> tuple[int, float]:
-    """How many singular values to keep (at least one), and their share of the energy. Raises
-    FlatCut, with `at`, where that is not determined."""
-    cumulative = singular_values.double().square().cumsum(0)
-    total = float(cumulative[-1])
-    k = len(singular_values)
-    if energy is not None:
-        k = 1 + int((cumulative < energy * total * (1 - 1e-12)).sum())
-    if rank is not None:
-        k = min(k, rank)
-    k = min(k, len(singular_values))
-    check_cut(singular_values, k, at)
-    return k, float(cumulative[k - 1]) / total if total > 0 else 1.0
 
 
 def all_finite(tensors: Sequence[Tensor]) -> list[bool]:

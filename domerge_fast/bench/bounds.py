@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..problem import Problem
+from ..algebra.side import Problem
 from . import timing
 
 PASSES = {

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..engine import MOST_COMPARED
+from ..adapters.plan import Plan, Stack
+from ..algebra.side import Problem
+from ..engine.pipeline import MOST_COMPARED
 from ..methods.do import DoOptions
-from ..plan import Plan, Stack
-from ..problem import Problem
 from . import bounds
 from .bounds import Work
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .. import api, options
+from ..adapters.plan import Plan
 from ..backends import registry
 from ..errors import OptionError, OutputError
-from ..plan import Plan
 from . import measure, plot
 from .measure import Result, Say
 from .workloads import WORKLOADS

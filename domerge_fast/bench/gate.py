@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.plan import Plan, Stack
+from ..algebra.roots import root
+from ..algebra.side import Problem
 from ..backends import registry
-from ..backends.torch import root
 from ..methods.do import DoOptions
-from ..plan import Plan, Stack
-from ..problem import Problem
 from . import cases
 from .cases import Case
 

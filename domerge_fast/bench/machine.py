@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__, transfer
+from .._version import __version__
+from ..engine import transfer
 
 
 def describe(device: torch.device) -> dict[str, object]:

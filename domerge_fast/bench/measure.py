@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from ..adapters import Adapter
+from ..adapters.plan import Plan, Stack
 from ..backends import registry
-from ..backends.gpu import MAX_RANK
+from ..backends.gpu.host import MAX_RANK
 from ..errors import DomergeError
 from ..methods.do import DoOptions
-from ..plan import Plan, Stack
 from ..storage.lazy import dtype_name
 from . import bounds, cases, machine, timing
 from .bounds import NOTHING, Rates, Work

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, from_tensors
+from ..adapters import Adapter
+from ..formats import from_tensors
 
 MAGNITUDE_SPREAD = 6.0
 SCALING = 2

@@ -24,15 +24,16 @@ from typing import Any
 from torch import nn
 
 from .. import api
-from ..adapters import Adapter, from_model
+from ..adapters import Adapter
 from ..adapters.names import PREFIX, Spelling
-from ..adapters.peft import unwrapped
 from ..errors import DomergeError, OptionError
+from ..formats import from_model
+from ..formats.peft.read import unwrapped
+from ..formats.peft.write import WHERE, rank_fields
 from ..merged import Merged
 from ..methods import TABLE
 from ..options import check, choose
-from ..outputs.peft import WHERE, rank_fields
-from ..report import Report
+from ..results.report import Report
 
 try:
     from peft import LoraConfig, LoraModel, PeftModel
@@ -85,7 +86,8 @@ def add_weighted_adapter(
         uses w_i / sum |w| over the adapters that have a module, the other methods the weights as
         they are (`domerge_fast.merge`). One adapter alone is reweighted: its weight is the factor
         on what the method makes of it.
-    combination_type: a name from `domerge_fast.methods()`; "auto" says in the report what it took.
+    combination_type: a name from `domerge_fast.list_methods()`; "auto" says in the
+        report what it took.
     svd_rank: truncate every module to this rank, with any method; None: the method's own rank,
         which is exact except for "svd".
     density, majority_sign_method: options of the methods that have them.

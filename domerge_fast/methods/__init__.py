@@ -9,42 +9,19 @@ from typing import Any
 
 from .. import options
 from ..errors import OptionError
-from . import (
-    auto,
-    breadcrumbs,
-    cat,
-    core,
-    ctm,
-    dare,
-    dare_ties,
-    dc_merge,
-    della,
-    do,
-    iso_c,
-    iso_cts,
-    knots,
-    lego,
-    linear,
-    magnitude_prune,
-    multislerp,
-    opcm,
-    pico,
-    robust,
-    slerp,
-    subspace_boost,
-    svd,
-    ties,
-    tsvm,
-    wudi,
-)
+from . import auto, do, lego, opcm, robust
 from .base import Chosen, Method
+from .entrywise import breadcrumbs, dare, dare_ties, della, magnitude_prune, ties
+from .nested import core_space, ctm, knots
+from .spectral import dc_merge, iso_c, iso_cts, pico, subspace_boost, svd, tsvm, wudi
+from .weighted import cat, linear, multislerp, slerp
 
 TABLE: MappingProxyType[str, Method] = MappingProxyType(
     {
         m.METHOD.name: m.METHOD
         for m in (
             *(auto, do, linear, cat, svd, tsvm, iso_c, iso_cts, subspace_boost, wudi, pico),
-            *(slerp, multislerp, robust, lego, core, knots, ctm, opcm, dc_merge),
+            *(slerp, multislerp, robust, lego, core_space, knots, ctm, opcm, dc_merge),
             *(ties, dare, dare_ties, della, breadcrumbs, magnitude_prune),
         )
     }

@@ -16,11 +16,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..adapters.plan import Plan, Stack
+from ..algebra.side import Problem
 from ..errors import OptionError
-from ..plan import Plan, Stack
-from ..problem import Problem
-from . import do, tsvm
+from . import do
 from .base import Chosen, Method
+from .spectral import tsvm
 from .steps.norms import norms
 
 POWER = 0.5

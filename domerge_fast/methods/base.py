@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..plan import Plan, Stack
-from ..problem import Problem
-from ..report import SideReport
+from ..adapters.plan import Plan, Stack
+from ..algebra.side import Problem
+from ..results.report import SideReport
 
 
 @dataclass(frozen=True)

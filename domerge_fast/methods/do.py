@@ -21,17 +21,18 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..adapters.plan import Stack
+from ..algebra.host import gather
+from ..algebra.powers import exponents
+from ..algebra.side import Problem
 from ..errors import OptionError
 from ..ops.orthogonalize import PENALTIES
 from ..options import option
-from ..plan import Stack
-from ..precision import exponents
-from ..problem import Problem
-from ..report import SideReport
-from ..transfer import gather
-from . import directions, schatten, space
+from ..results.report import SideReport
 from .base import Chosen, Factors, Found, Halves, Merge, Method, Settings, grams
-from .combination import of_grams
+from .nested import directions
+from .spectral import schatten, space
+from .weighted.combination import of_grams
 
 ABOVE = 1.15
 """How far norms with one magnitude an adapter are above those with one a column: 1.08 to 1.18 in

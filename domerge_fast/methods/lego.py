@@ -30,12 +30,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..adapters.plan import Stack
+from ..algebra.host import gather
 from ..options import option
-from ..plan import Stack
-from ..transfer import gather
-from . import elementwise
 from .base import Factors, Method, Settings
-from .space import BATCH_BYTES, SUPPORT
+from .entrywise import elementwise
+from .spectral.space import BATCH_BYTES, SUPPORT
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..adapters.plan import Stack
 from ..options import option
-from ..plan import Stack
-from . import space
 from .base import Merge, Merged, Settings, wide_grams
+from .spectral import space
 
 Triplets = tuple[Tensor, Tensor, Tensor]
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..adapters.plan import Stack
 from ..errors import DomergeError
-from ..plan import Stack
-from . import elementwise
 from .base import Factors, Method, Settings
-from .combination import combine
+from .entrywise import elementwise
+from .weighted.combination import combine
 
 GAIN = 2.0
 """The authors' factor on the sum of the A's, and on that of the B's."""

@@ -14,8 +14,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..algebra.side import Problem
 from ..backends import registry
-from ..problem import Problem
 
 NAMESPACE = "domerge_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")

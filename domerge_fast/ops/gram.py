@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..problem import Problem, check_problems
+from ..algebra.side import Problem, check_problems
 from . import _library
 
 

@@ -13,8 +13,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..algebra.side import Problem, check_problems
 from ..backends.descent import STATS
-from ..problem import Problem, check_problems
 from . import _library
 
 PENALTIES = ("squared", "frobenius")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from domerge_fast import cli
+from domerge_fast.cli import main as cli
 
 from . import judge
 from .forks import Tally, child, wait

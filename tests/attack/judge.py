@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from domerge_fast import cli
+from domerge_fast.cli import main as cli
 
 from .inputs import CONFIG, WEIGHTS
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.adapters import Adapter, from_tensors
+from domerge_fast.adapters import Adapter
+from domerge_fast.formats import from_tensors
 
 from .shapes import Case
 

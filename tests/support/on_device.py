@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from domerge_fast import ops
+from domerge_fast.algebra.side import Problem
 from domerge_fast.backends import registry
-from domerge_fast.problem import Problem
 
 
 def _places() -> Iterator[Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from domerge_fast.problem import Problem
+from domerge_fast.algebra.side import Problem
 
 SCALINGS = (0.5, 2.0, 1.25, -0.75, 1.0)
 

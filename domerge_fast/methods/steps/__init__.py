@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from . import canonicalize, equalize, norm_match, orthogonalize, pico, smooth, subspace_boost
+from . import (
+    canonicalize,
+    equalize,
+    norm_match,
+    orthogonalize,
+    pico,
+    smooth,
+    subspace_boost,
+)
 from .base import PostStep, PreStep
 
 PRE: MappingProxyType[str, PreStep] = MappingProxyType(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ...plan import Stack
+from ...adapters.plan import Stack
 from ..base import Factors, Settings
 
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...backends.torch import root
-from ...plan import Stack
-from ...problem import Problem
+from ...adapters.plan import Stack
+from ...algebra.roots import root
+from ...algebra.side import Problem
 from ..base import Settings
-from ..space import NOISE
+from ..spectral.space import NOISE
 from .base import PreStep, alike
 
 Spectrum = Callable[[Tensor], Tensor]

@@ -14,8 +14,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ...plan import Stack
-from ...problem import Problem
+from ...adapters.plan import Stack
+from ...algebra.side import Problem
 from ..base import Settings
 from .base import PreStep
 from .norms import norms

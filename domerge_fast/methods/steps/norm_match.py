@@ -13,8 +13,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from ... import ops
-from ...plan import Stack
-from ...problem import Problem
+from ...adapters.plan import Stack
+from ...algebra.side import Problem
 from ..base import Factors, Settings
 from .base import PostStep
 from .norms import norms

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...problem import Problem
-from ...transfer import gather
+from ...algebra.host import gather
+from ...algebra.side import Problem
 from .base import alike
 
 NOISE = 1e-6

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...plan import Stack
-from ...problem import Problem
+from ...adapters.plan import Stack
+from ...algebra.side import Problem
 from .. import do
 from ..base import Settings, grams
 from .base import PreStep

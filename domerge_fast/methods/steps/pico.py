@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 
 from ... import ops
-from ...plan import Stack
-from ...problem import Problem
-from .. import pico
+from ...adapters.plan import Stack
+from ...algebra.side import Problem
 from ..base import Settings
+from ..spectral import pico
 from .base import PreStep, alike
 
 

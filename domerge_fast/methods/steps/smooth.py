@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ...plan import Stack
+from ...adapters.plan import Stack
 from ..base import Settings
-from ..space import level
+from ..spectral.space import level
 from . import canonicalize
 from .base import PreStep
 

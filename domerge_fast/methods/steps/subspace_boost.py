@@ -12,10 +12,10 @@ import dataclasses
 from collections.abc import Sequence
 from typing import cast
 
-from ...plan import Stack
-from ...problem import Problem
-from .. import subspace_boost
+from ...adapters.plan import Stack
+from ...algebra.side import Problem
 from ..base import Factors, Settings
+from ..spectral import subspace_boost
 from .base import PostStep
 
 

@@ -1,0 +1,1 @@
+"""Numerics that belong to no backend."""

@@ -1,0 +1,22 @@
+"""Square roots of Grams, and norms of the columns of a product by them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ZERO_COLUMN = 1e-6
+"""A column of B_i A_i below this share of ||B_i|| ||a|| is rounding noise: its direction is 0."""
+
+
+def column_norms(square_root: Tensor, a: Tensor) -> Tensor:
+    """||S a_c|| of every column, 0 where it is rounding noise."""
+    norms = torch.linalg.vector_norm(square_root.to(a.dtype) @ a, dim=0)
+    floor = ZERO_COLUMN * square_root.norm().to(a.dtype) * torch.linalg.vector_norm(a, dim=0)
+    return torch.where(norms > floor, norms, 0.0)
+
+
+def root(gram: Tensor) -> Tensor:
+    """S with S^T S = gram [..., r, r], for a positive semidefinite gram in float64."""
+    values, vectors = torch.linalg.eigh(gram)
+    return values.clamp_min(0).sqrt()[..., None] * vectors.mT

@@ -1,0 +1,1 @@
+"""CUDA and Triton kernels, and the host code that launches them."""

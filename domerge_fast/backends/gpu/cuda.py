@@ -1,0 +1,175 @@
+"""The ops as CUDA C++ kernels: all modules in one launch, on the current stream."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _cuda
+from ...algebra.entry_rules import Election
+from ..layout import DTYPES
+from .entries import MEANS, SIGNS, GpuEntries, Updates
+from .host import Gpu
+from .tables import Table
+
+
+class _Kernels:
+    """gpu.Kernels and gpu_entries.EntryKernels by the launches of the extension."""
+
+    def sizes(self, op: str) -> tuple[int, ...]:
+        return tuple(getattr(_cuda, f"{op}_sizes")())
+
+    def columns(self, op: str, size: int) -> int:
+        return getattr(_cuda, f"{op}_columns")(size)
+
+    def gram(
+        self, table: Table, size: int, tiles: Tensor, sums: Tensor, parts: Tensor, out: Tensor
+    ) -> None:
+        _cuda.gram(
+            _numbers(table), size, *_rows(tiles), *_rows(sums), _at(parts), _at(out), _stream(out)
+        )
+
+    def block_gram(self, table: Table, work: Tensor, out: Tensor) -> None:
+        _cuda.block_gram(_numbers(table), *_rows(work), _at(out), _stream(out))
+
+    def orthogonalize(
+        self,
+        size: int,
+        work: Tensor,
+        starts: Tensor,
+        out: Tensor,
+        stats: Tensor,
+        frobenius: bool,
+        gamma: float,
+        steps: int,
+        tol: float,
+    ) -> None:
+        needed = _cuda.orthogonalize_scratch(size, len(work), frobenius)
+        scratch = torch.empty(needed, dtype=torch.uint8, device=out.device)
+        _cuda.orthogonalize(
+            size,
+            *_rows(work),
+            _at(starts),
+            _at(out),
+            _at(stats),
+            _at(scratch),
+            frobenius,
+            gamma,
+            steps,
+            tol,
+            _stream(out),
+        )
+
+    def apply(self, table: Table, size: int, tiles: Tensor, work: Tensor, out: Tensor) -> None:
+        code = DTYPES[out.dtype]
+        _cuda.apply(_numbers(table), size, *_rows(tiles), _at(work), _at(out), code, _stream(out))
+
+    def roots(self, work: Tensor, out: Tensor, norms: Tensor) -> None:
+        scratch = torch.empty_like(out, dtype=torch.float64)
+        _cuda.roots(*_rows(work), _at(out), _at(norms), _at(scratch), _stream(out))
+
+    def apply_decouple(
+        self,
+        table: Table,
+        size: int,
+        tiles: Tensor,
+        work: Tensor,
+        offsets: Tensor,
+        roots: Tensor,
+        norms: Tensor,
+        omegas: Tensor,
+        scale: float,
+        out: Tensor,
+        energies: Tensor,
+    ) -> None:
+        numbers = _cuda.Decoupling(
+            work=_at(work),
+            offsets=_at(offsets),
+            roots=_at(roots),
+            norms=_at(norms),
+            omegas=_at(omegas),
+            scale=scale,
+            energies=_at(energies),
+            slots=energies.shape[1],
+        )
+        code = DTYPES[out.dtype]
+        _cuda.apply_decouple(
+            _numbers(table), size, *_rows(tiles), numbers, _at(out), code, _stream(out)
+        )
+
+    def all_finite(self, dtype: torch.dtype, tiles: Tensor, flags: Tensor) -> None:
+        _cuda.all_finite(DTYPES[dtype], *_rows(tiles), _at(flags), _stream(flags))
+
+    def entry_counts(self, updates: Updates, prefixes: Tensor | None, out: Tensor) -> None:
+        behind = 0 if prefixes is None else _at(prefixes)
+        _cuda.entry_counts(*_updates(updates), behind, _at(out), _stream(out))
+
+    def entry_sums(
+        self, updates: Updates, trims: Tensor, draw: Tensor, rows: Tensor, out: Tensor
+    ) -> None:
+        _cuda.entry_sums(
+            *_updates(updates), _at(trims), _at(draw), _at(rows), _at(out), _stream(out)
+        )
+
+    def entry_merge(
+        self,
+        updates: Updates,
+        trims: Tensor,
+        draw: Tensor,
+        weights: Tensor,
+        election: Election,
+        scale: float,
+        out: Tensor,
+    ) -> None:
+        _cuda.entry_merge(
+            *_updates(updates),
+            _at(trims),
+            _at(draw),
+            _at(weights),
+            SIGNS[election.sign],
+            election.weighted,
+            MEANS[election.mean],
+            scale,
+            _at(out),
+            _stream(out),
+        )
+
+
+def _at(x: Tensor) -> int:
+    return x.data_ptr()
+
+
+def _rows(table: Tensor) -> tuple[int, int]:
+    """Where a list of rows begins, and how many there are."""
+    return table.data_ptr(), len(table)
+
+
+def _numbers(table: Table) -> tuple[int, int, int, int]:
+    return _at(table.blocks), _at(table.owner), _at(table.problems), DTYPES[table.dtype]
+
+
+def _updates(updates: Updates) -> tuple[tuple[int, int, int, int], _cuda.Updates]:
+    rows, adapters = _rows(updates.rows)
+    return _numbers(updates.table), _cuda.Updates(rows, adapters, updates.m, updates.n)
+
+
+def _stream(x: Tensor) -> int:
+    """The current stream of a tensor's device; 0 where kernels are compiled for the host."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+_gpu = Gpu(_Kernels)
+gram = _gpu.gram
+block_gram = _gpu.block_gram
+block_products = _gpu.block_products
+orthogonalize = _gpu.orthogonalize
+orthogonalize_factors = _gpu.orthogonalize_factors
+apply = _gpu.apply
+apply_decouple = _gpu.apply_decouple
+truncate = _gpu.truncate
+all_finite = _gpu.all_finite
+
+_entries = GpuEntries(_Kernels)
+entry_counts = _entries.entry_counts
+entry_sums = _entries.entry_sums
+entry_merge = _entries.entry_merge

@@ -1,0 +1,172 @@
+"""The numbers that a launch over many ragged problems reads: made on the host, copied at once."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+
+import torch
+from torch import Tensor
+
+from ...algebra.side import Problem
+from ..layout import addresses, arrange
+
+ALIGNMENT = 16
+"""What shares an allocation starts at multiples of this many elements."""
+
+_captured: list[Tensor] = []
+"""Host tables that CUDA graphs read again at every replay."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Problems as numbers on their device (int64).
+
+    blocks [N, 4]: address, pitch in elements, first row within its problem, scale (the bits of a
+    float64). owner [rows]: the block of every stacked row, all problems one after the other.
+    problems [P, 6]: first row in owner, R, d, first block, blocks, 1 for the layout in columns
+    (see layout.arrange). dtype: that of all blocks. alive: what the addresses point into.
+    """
+
+    blocks: Tensor
+    owner: Tensor
+    problems: Tensor
+    dtype: torch.dtype
+    alive: list[Tensor]
+
+    def to(self, blocks: Tensor, owner: Tensor, problems: Tensor) -> Table:
+        """The same table with its numbers elsewhere."""
+        return Table(blocks, owner, problems, self.dtype, self.alive)
+
+
+def describe(problems: Sequence[Problem], rows_only: bool = False) -> Table:
+    """The table of the problems, on the host. Blocks of mixed dtypes become float32."""
+    device = problems[0].device
+    for p in problems:
+        if p.device != device:
+            raise ValueError(f"problems on {device} and {p.device} in one call")
+    dtypes = {block.dtype for p in problems for block in p.blocks}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    dtype = torch.float32 if dtype == torch.float64 else dtype
+    alive: list[Tensor] = []
+    pitches: list[int] = []
+    heads: list[int] = []
+    ranks: list[int] = []
+    starts: list[int] = []
+    first_row = 0
+    for p in problems:
+        in_columns = p.in_columns and not rows_only
+        heads += (first_row, p.rank, p.d, len(alive), len(p.blocks), in_columns)
+        arranged, steps = arrange(p, in_columns, dtype)
+        alive += arranged
+        pitches += steps
+        ranks += p.ranks
+        starts += accumulate(p.ranks[:-1], initial=0)
+        first_row += p.rank
+    scales = float_bits([scale for p in problems for scale in p.scales])
+    blocks = [numbers(addresses(alive)), numbers(pitches), numbers(starts), scales]
+    owner = torch.repeat_interleave(numbers(ranks))
+    return Table(torch.stack(blocks, 1), owner, numbers(heads, 6), dtype, alive)
+
+
+def numbers(values: Iterable[int], width: int | None = None) -> Tensor:
+    """int64 numbers, in rows of `width` where it is given."""
+    flat = array("q", values)
+    found = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
+    return found if width is None else found.view(-1, width)
+
+
+def rows(table: Iterable[Sequence[int]], width: int) -> Tensor:
+    """int64 rows."""
+    return numbers(chain.from_iterable(table), width)
+
+
+def float_bits(values: Sequence[float]) -> Tensor:
+    """The bits of float64 numbers, as int64."""
+    return torch.frombuffer(array("d", values), dtype=torch.int64)
+
+
+def upload(device: torch.device, tables: Sequence[Tensor]) -> list[Tensor]:
+    """The int64 tables on the device, all of them in one copy that nothing waits for.
+
+    Each starts at a multiple of 16 bytes, which Triton compiles kernels for. The host's copy of
+    what a CUDA graph captures is kept for good: every replay reads it.
+    """
+    if device.type == "cpu" or not tables:
+        return [t.contiguous() for t in tables]
+    even = [t.numel() + t.numel() % 2 for t in tables]
+    flat = torch.cat(
+        [torch.nn.functional.pad(t.flatten(), (0, n - t.numel())) for t, n in zip(tables, even)]
+    )
+    pinned = flat.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(pinned)
+    pieces = pinned.to(device, non_blocking=True).split(even)
+    return [piece[: t.numel()].view(t.shape) for piece, t in zip(pieces, tables)]
+
+
+def places(sizes: Iterable[int]) -> tuple[list[int], int]:
+    """Where results of these sizes begin in one allocation, in elements, and its size."""
+    ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
+    return [0, *ends[:-1]], ends[-1] if ends else 0
+
+
+def buckets(ranks: Mapping[int, int], sizes: Sequence[int]) -> dict[int, list[int]]:
+    """Problems (position -> R) by the padded size that serves them; the last serves all larger."""
+    found: dict[int, list[int]] = {}
+    for i, rank in ranks.items():
+        size = next((s for s in sizes if s >= rank), sizes[-1])
+        found.setdefault(size, []).append(i)
+    return found
+
+
+def largest_first(table: Tensor, cost: Tensor) -> Tensor:
+    """The rows by falling cost: what starts last should be short."""
+    return table[cost.argsort(descending=True, stable=True)]
+
+
+def gram_tiles(
+    problems: Sequence[Problem],
+    members: Sequence[int],
+    offsets: Sequence[int],
+    size: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor, int]:
+    """Tiles [N, 7], sums [M, 6] and the number of parts, as Kernels.gram wants them."""
+    tiles: list[int] = []
+    sums: list[int] = []
+    parts = 0
+    for k in members:
+        p, offset = problems[k], offsets[k]
+        count = -(-p.rank // size)
+        bounds = [*range(0, p.d, chunk), p.d]
+        for i in range(count):
+            for j in range(i + 1):
+                if len(bounds) == 2:
+                    tiles += (k, i, j, 0, p.d, -1, offset)
+                    continue
+                sums += (k, i, j, parts, len(bounds) - 1, offset)
+                for begin, end in pairwise(bounds):
+                    tiles += (k, i, j, begin, end, parts, offset)
+                    parts += 1
+    table = numbers(tiles, 7)
+    return largest_first(table, table[:, 4] - table[:, 3]), numbers(sums, 6), parts
+
+
+def grid(
+    members: Sequence[int], heights: Sequence[int], widths: Sequence[int], height: int, width: int
+) -> Tensor:
+    """(problem, first row, first column, number of the tile) [N, 4] of tiles of height x width.
+
+    members: the problems; heights and widths: their results' sizes.
+    """
+    down = torch.tensor([-(-h // height) for h in heights])
+    across = torch.tensor([-(-w // width) for w in widths])
+    counts = down * across
+    owner = torch.repeat_interleave(counts)
+    number = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+    row = number // across[owner] * height
+    column = number % across[owner] * width
+    return torch.stack([numbers(members)[owner], row, column, number], 1)

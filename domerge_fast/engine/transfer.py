@@ -1,0 +1,142 @@
+"""Factors onto a GPU and results off it: many small tensors in one pinned piece of memory.
+
+Both ways the copies run on a stream of their own, beside the kernels of another group of modules.
+On the CPU tensors pass as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..adapters.plan import Stack
+from ..algebra.side import Problem
+from ..backends.layout import dense
+
+ALIGNMENT = 256
+"""Every tensor starts at a multiple of this many bytes, as one of its own would."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Upload:
+    """Stacks on their device, there once `ready` has happened."""
+
+    stacks: list[Stack]
+    ready: torch.cuda.Event | None = None
+
+    def wait(self) -> list[Stack]:
+        """The stacks, for work that is put on the current stream from now on."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.stacks[0].a.device)
+            stream.wait_event(self.ready)
+            for block in _blocks(self.stacks):
+                block.record_stream(stream)
+        return self.stacks
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a GPU has free, or that torch holds and does not use."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def current_streams(devices: Iterable[torch.device]) -> list[torch.cuda.Stream]:
+    """The caller's stream of every GPU among the devices, for threads to work on."""
+    return [torch.cuda.current_stream(d) for d in set(devices) if d.type == "cuda"]
+
+
+@contextlib.contextmanager
+def on(streams: Sequence[torch.cuda.Stream]) -> Iterator[None]:
+    """These streams made current: what is done waits for what the caller has started on them."""
+    with contextlib.ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(torch.cuda.stream(stream))
+        yield
+
+
+@functools.cache
+def _own_stream(device: torch.device, way: str) -> torch.cuda.Stream:
+    """The one stream for copies "up" or "down": memory is reused on the stream it was made on."""
+    return torch.cuda.Stream(device)
+
+
+def upload(stacks: list[Stack], device: torch.device) -> Upload:
+    """The stacks with every block on the device; those that are there already stay."""
+    away = [block for block in _blocks(stacks) if block.device != device]
+    if not away:
+        return Upload(stacks)
+    if device.type != "cuda":
+        return Upload(_replaced(stacks, {id(x): x.to(device) for x in away}))
+    sources = [dense(x.cpu()) for x in away]
+    buffer, offsets = pack(sources, pin=True)
+    side = _own_stream(device, "up")
+    with torch.cuda.stream(side):
+        arrived = unpack(buffer.to(device, non_blocking=True), offsets, sources)
+        ready = torch.cuda.Event()
+        ready.record(side)
+    return Upload(_replaced(stacks, {id(x): y for x, y in zip(away, arrived)}), ready)
+
+
+def ready_event(device: torch.device) -> torch.cuda.Event | None:
+    """Happens when the work that is on the current stream by now is done."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def download(tensors: Sequence[Tensor], ready: torch.cuda.Event) -> list[Tensor]:
+    """Dense tensors of a GPU in the host's memory, once `ready` has happened."""
+    side = _own_stream(tensors[0].device, "down")
+    side.wait_event(ready)
+    with torch.cuda.stream(side):
+        buffer, offsets = _room(tensors, pin=True)
+        found = unpack(buffer, offsets, tensors)
+        for target, source in zip(found, tensors):
+            target.copy_(source, non_blocking=True)
+            source.record_stream(side)
+    side.synchronize()
+    return found
+
+
+def pack(tensors: Sequence[Tensor], pin: bool) -> tuple[Tensor, list[int]]:
+    """All tensors (dense) in one piece of the host's memory, and where each begins, in bytes."""
+    buffer, offsets = _room(tensors, pin)
+    for target, source in zip(unpack(buffer, offsets, tensors), tensors):
+        target.copy_(source)
+    return buffer, offsets
+
+
+def unpack(buffer: Tensor, offsets: Sequence[int], like: Sequence[Tensor]) -> list[Tensor]:
+    """Views of the buffer with the dtypes, shapes and memory layouts of dense tensors."""
+    found = []
+    for at, x in zip(offsets, like):
+        flat = buffer[at : at + x.nbytes].view(x.dtype)
+        found.append(flat.view(x.shape) if x.is_contiguous() else flat.view(x.T.shape).T)
+    return found
+
+
+def _room(tensors: Sequence[Tensor], pin: bool) -> tuple[Tensor, list[int]]:
+    offsets, end = [], 0
+    for x in tensors:
+        offsets.append(end)
+        end += -(-x.nbytes // ALIGNMENT) * ALIGNMENT
+    return torch.empty(end, dtype=torch.uint8, pin_memory=pin), offsets
+
+
+def _blocks(stacks: Sequence[Stack]) -> list[Tensor]:
+    return [block for s in stacks for side in (s.a, s.b) for block in side.blocks]
+
+
+def _replaced(stacks: Sequence[Stack], arrived: dict[int, Tensor]) -> list[Stack]:
+    def moved(side: Problem) -> Problem:
+        blocks = tuple(arrived.get(id(block), block) for block in side.blocks)
+        return Problem(blocks, side.scales)
+
+    return [dataclasses.replace(s, a=moved(s.a), b=moved(s.b)) for s in stacks]

@@ -1,0 +1,124 @@
+"""A folder of dense updates: ΔW of every module under the base model's own parameter name."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from ..adapters import LazyTensor
+from ..adapters.whole import COPY, change
+from ..adapters.whole import parameter as saved_parameter
+from ..algebra import powers
+from ..errors import DomergeError
+from ..results.card import CARD, Heading
+from ..results.report import Report
+from ..storage.stream import SafetensorsWriter
+from .merge_folder import MergeFolder
+from .model import weights
+from .target import Layout, Target
+
+WEIGHTS = "deltas.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+FILES = (WEIGHTS, "deltas-*-of-*.safetensors", INDEX, CARD)
+SHARD_BYTES = 5 * 10**9
+
+
+class DeltaFolder(MergeFolder):
+    """Writes ΔW module by module, in the shape and orientation of the base's weight and the
+    target's dtype: deltas.safetensors, or shards with an index as Hugging Face's where that would
+    be larger than SHARD_BYTES.
+
+    Without the base model the orientation of linear weights is what the adapters' config says
+    (`fan_in_fan_out`), for all of them. Tensors that adapters save whole become W - W0; a copy of
+    the base's own weight is no update. Raises DomergeError for what no update can hold: tensors
+    saved whole of which W0 is not at hand, and replicated layers.
+    """
+
+    note = "`W + ΔW` is the merged weight of every parameter in these files."
+    heading = Heading("Merged weight updates (ΔW)", note=note)
+
+    def __init__(self, path: Path, target: Target, overwrite: bool, force: bool = False) -> None:
+        weights.check_no_replication(target)
+        self._saved = dict(_changes(target))
+        super().__init__(path, target, overwrite, force, FILES)
+
+    def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
+        layouts = self._target.layouts.values()
+        shapes = {parameter(x): weights.stored_shape(x, self._turned(x)) for x in layouts}
+        sizes = {
+            key: math.prod(shape) * self._target.dtype.itemsize for key, shape in shapes.items()
+        }
+        shapes |= {key: tensor.shape for key, tensor in self._saved.items()}
+        sizes |= {key: tensor.nbytes for key, tensor in self._saved.items()}
+        self._total = sum(sizes.values())
+        self._shards = shards(sizes)
+        self._writers: dict[str, SafetensorsWriter] = {}
+        for name, keys in self._shards.items():
+            largest = {key: (self._target.dtype, shapes[key]) for key in keys}
+            writer = files.enter_context(SafetensorsWriter(folder / name, largest))
+            self._writers |= dict.fromkeys(keys, writer)
+
+    def add(self, name: str, delta: Tensor) -> None:
+        """ΔW [m, n] of a module, in any order of modules."""
+        layout = self._target.layouts[name]
+        stored = weights.stored(layout, delta, self._turned(layout))
+        key = parameter(layout)
+        found = weights.rounded(name, stored, self._target.dtype)
+        powers.check_rounding(name, stored, found, found.dtype)
+        self._writers[key].add(key, found)
+
+    def finish(self, report: Report) -> None:
+        """Tensors saved whole, the index, if there are several shards, and the card."""
+        for key, tensor in self._saved.items():
+            self._writers[key].add_pieces(key, tensor)
+        if len(self._shards) > 1:
+            where = {key: shard for shard, keys in self._shards.items() for key in keys}
+            total = {"total_size": self._total}
+            self._write_json(INDEX, {"metadata": total, "weight_map": where})
+        self._write_card(report)
+
+    def _turned(self, layout: Layout) -> bool:
+        return weights.is_turned(layout, self._target)
+
+
+def _changes(target: Target) -> Iterator[tuple[str, LazyTensor]]:
+    """W - W0 of the tensors that are kept whole, by the base model's names for them."""
+    adapted = set(map(parameter, target.layouts.values()))
+    for key, tensor in target.carried.items():
+        if COPY in key:
+            continue
+        if saved_parameter(key) in adapted:
+            problem = f"{key!r} is saved whole by the adapters, and is LoRA in one as well"
+            remedy = "write an adapter or a model, or say whole='drop' to have the LoRA alone"
+            raise DomergeError(f"{problem}: two updates of one weight; {remedy}")
+        origin = target.whole.origins.get(key)
+        if origin is None or origin.shape != tensor.shape:
+            problem = f"{key!r} is saved whole by the adapters, which is no update"
+            remedy = "give the base model (base, --base), write an adapter, or say whole='drop'"
+            raise DomergeError(f"{problem}; {remedy}")
+        yield saved_parameter(key), change(key, tensor, origin, target.dtype)
+
+
+def parameter(layout: Layout) -> str:
+    """The base model's name for a module's weight."""
+    return f"{layout.name}.weight"
+
+
+def shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """Keys by file: in order, as many to a file as SHARD_BYTES hold, at least one."""
+    parts: list[list[str]] = []
+    room = 0
+    for key, size in sizes.items():
+        if size > room:
+            parts.append([])
+            room = SHARD_BYTES
+        parts[-1].append(key)
+        room -= size
+    if len(parts) == 1:
+        return {WEIGHTS: parts[0]}
+    names = (f"deltas-{k:05d}-of-{len(parts):05d}.safetensors" for k in range(1, len(parts) + 1))
+    return dict(zip(names, parts))

@@ -1,0 +1,1 @@
+"""A whole model folder: the base model with the merge added to its weights."""

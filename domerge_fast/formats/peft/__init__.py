@@ -1,0 +1,1 @@
+"""PEFT folders and live PEFT models, read and written."""

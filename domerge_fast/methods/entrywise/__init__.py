@@ -1,0 +1,1 @@
+"""Methods on the entries of the updates."""

@@ -1,0 +1,1 @@
+"""Methods that bring the updates to another basis, and let a method work there."""

@@ -1,0 +1,177 @@
+"""Methods that take the updates of a module into one basis and let another method merge them there.
+
+    τ_i = U t_i V^T  ->  ΔW = U merge(t_1 .. t_T) V^T
+
+with orthonormal columns in U [m, K_B] and V [n, K_A], or V = I. The t_i are stacks of factors
+again, K_B x K_A instead of m x n large, so that the inner method is any method there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...adapters.plan import Stack
+from ...algebra.side import Problem
+from ...errors import FlatCut
+from ..base import (
+    Chosen,
+    Dense,
+    Factors,
+    Merge,
+    Method,
+    Run,
+    ScaleRule,
+    Settings,
+    bare_sides,
+    wide_grams,
+)
+from ..spectral import space
+
+Spectra = Callable[[Tensor, Tensor, tuple[int, ...], Any, Settings], tuple[Tensor, Tensor | None]]
+"""(b [P, R, K_B] with the scalings s_i, a [P, R, K_A], ranks, options, settings) -> symmetric
+[P, K_B, K_B] and [P, K_A, K_A] (None: A stays) whose eigenvectors are the bases, in orthonormal
+coordinates."""
+
+
+def method(name: str, summary: str, options: type, spectra: Spectra, **row: Any) -> Method:
+    """The row of a method that merges in the bases that `spectra` gives."""
+
+    def prepare(groups: Iterable[Sequence[Stack]], options: Any, settings: Settings) -> Merge:
+        assert settings.inner
+
+        def reduce(stacks: Sequence[Stack]) -> list[_Small]:
+            return _reduce(name, stacks, spectra, options, settings)
+
+        inner = settings.inner.prepared(_Reduced(groups, reduce), settings)
+        return lambda stacks, grams_a, grams_b, options, settings: _merge(
+            inner, reduce(stacks), stacks, settings
+        )
+
+    def merge(
+        stacks: Sequence[Stack],
+        grams_a: Sequence[Tensor | None],
+        grams_b: Sequence[Tensor | None],
+        options: Any,
+        settings: Settings,
+    ) -> list[Factors]:
+        """Of a model that consists of these modules."""
+        found = prepare([stacks], options, settings)(stacks, grams_a, grams_b, options, settings)
+        return [x for x in found if isinstance(x, Factors)]
+
+    return Method(
+        name,
+        summary,
+        options,
+        merge,
+        inner="inner",
+        prepare=prepare,
+        own_scale=None,
+        rule=_inner_rule,
+        **row,
+    )
+
+
+def _inner_rule(options: Any, inner: Chosen | None) -> ScaleRule:
+    """As for the method inside."""
+    return inner.rule if inner else ScaleRule()
+
+
+@dataclass(frozen=True, eq=False)
+class _Small:
+    """A module in the basis: its stack, and E_A [K_A, R] (None: V = I), E_B [K_B, R] with
+    V^T = E_A A and U^T = E_B B^T (B without scalings)."""
+
+    stack: Stack
+    to_a: Tensor | None
+    to_b: Tensor
+
+
+@dataclass(frozen=True)
+class _Reduced:
+    """The stacks of groups in their bases, as often as they are wanted."""
+
+    groups: Iterable[Sequence[Stack]]
+    reduce: Callable[[Sequence[Stack]], list[_Small]]
+
+    def __iter__(self) -> Iterator[list[Stack]]:
+        for group in self.groups:
+            yield [x.stack for x in self.reduce(group)]
+
+
+def _reduce(
+    name: str, stacks: Sequence[Stack], spectra: Spectra, options: Any, settings: Settings
+) -> list[_Small]:
+    """name: of the method, for its errors."""
+    found: dict[int, _Small] = {}
+    grams = wide_grams(stacks, settings.backend)
+    for members, x, to_a, to_b in space.coordinates(stacks, *grams):
+        gains = torch.tensor([_scalings(stacks[k]) for k in members], dtype=torch.float64)
+        b = gains[..., None].to(x.bare) * x.bare
+        try:
+            energy_b, energy_a = spectra(b, x.a, x.ranks, options, settings)
+        except FlatCut as error:
+            raise error.of(stacks[members[error.at]].name, name) from None
+        turns_b, turns_a = _bases(energy_b), None if energy_a is None else _bases(energy_a)
+        for p, k in enumerate(members):
+            s = stacks[k]
+            small = replace(s, b=_side(b[p] @ turns_b[p], x.ranks))
+            basis = None
+            if turns_a is not None:
+                small = replace(small, a=_side(x.a[p] @ turns_a[p], x.ranks))
+                basis = (turns_a[p].T @ to_a[p]).float()
+            found[k] = _Small(small, basis, (turns_b[p].T @ to_b[p]).float())
+    return [found[k] for k in range(len(stacks))]
+
+
+def _scalings(stack: Stack) -> list[float]:
+    return [c for c, rank in zip(stack.b.scales, stack.b.ranks) for _ in range(rank)]
+
+
+def _side(x: Tensor, ranks: Sequence[int]) -> Problem:
+    return Problem(x.float().contiguous().split_with_sizes(list(ranks)), (1.0,) * len(ranks))
+
+
+def _bases(energies: Tensor) -> list[Tensor]:
+    """Eigenvectors [K, k] of every [K, K], by falling eigenvalue; those of noise left out (one
+    stays)."""
+    values, vectors = torch.linalg.eigh(energies)
+    present = (space.inverse(values) > 0).sum(1).clamp_min(1).tolist()
+    return [v[:, -k:].flip(1) for v, k in zip(vectors, present)]
+
+
+def _merge(
+    inner: Run, small: Sequence[_Small], stacks: Sequence[Stack], settings: Settings
+) -> list[Factors]:
+    merged = inner([x.stack for x in small], replace(settings, dtype=torch.float32))
+    pairs = [_thin(m) for m in merged]
+    coefficients: list[Tensor | None] = [b.T @ x.to_b for x, (_, b) in zip(small, pairs)]
+    problems = bare_sides(stacks)
+    bare = problems[len(stacks) :]
+    turned = [k for k, x in enumerate(small) if x.to_a is not None]
+    coefficients += [a @ x.to_a for x, (a, _) in zip(small, pairs) if x.to_a is not None]
+    found = ops.apply(
+        coefficients,
+        [*bare, *(problems[k] for k in turned)],
+        settings.dtype,
+        backend=settings.backend,
+    )
+    rows = [a.to(settings.dtype) for a, _ in pairs]
+    for k, a in zip(turned, found[len(stacks) :]):
+        rows[k] = a
+    return [Factors(a, bt.T) for a, bt in zip(rows, found)]
+
+
+def _thin(merged: Factors | Dense) -> tuple[Tensor, Tensor]:
+    """Factors A [k, K_A] and B [K_B, k] of a merge in the basis, k the smaller of both."""
+    if isinstance(merged, Factors):
+        return merged.a, merged.b
+    delta = merged.delta
+    count, columns = delta.shape
+    identity = torch.eye(min(count, columns)).to(delta)
+    return (delta, identity) if count <= columns else (identity, delta)

@@ -1,0 +1,1 @@
+"""Methods on the singular vectors of stacked factors, in R x R matrices."""

@@ -1,0 +1,58 @@
+"""Singular value calibration (svc.py) of merges that are given as factors, whatever made them.
+
+The merge takes its place beside the adapters as one more block of the stack; in the coordinates of
+all of them its singular triplets are found, and its calibrated factors are coefficients of the
+whole stack. Cost: two Grams of R + k rows, an SVD of that size, and a pass over the stack.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from ...adapters.plan import Stack
+from ...algebra.side import Problem
+from ..base import Factors, Found, Settings, wide_grams
+from . import space, svc
+
+
+def find(
+    stacks: Sequence[Stack], merged: Sequence[Factors], settings: Settings
+) -> list[space.Coefficients]:
+    """Of the stacks with their merges."""
+    found: dict[int, space.Coefficients] = {}
+    together = beside(stacks, merged)
+    grams = wide_grams(together, settings.backend)
+    for members, x, to_a, to_b in space.coordinates(together, *grams):
+        *tasks, (b, a) = x.tasks()
+        left, right, *measured = svc.measured(tasks, b.mT, a)
+        for p, k in enumerate(members):
+            more = measured[0][p], measured[1][p]
+            found[k] = space.coefficients(left[p], right[p], to_a[p], to_b[p], measured=more)
+    return [found[k] for k in range(len(stacks))]
+
+
+def make(
+    stacks: Sequence[Stack],
+    merged: Sequence[Factors],
+    found: Sequence[Found],
+    settings: Settings,
+) -> list[Factors]:
+    """λ times the calibrated merges, with the reports of those given, which are at λ = 1."""
+    known = [x for x in found if isinstance(x, space.Coefficients)]
+    new = space.make(beside(stacks, merged), known, None, settings)
+    return [dataclasses.replace(f, a=x.a, b=x.b) for f, x in zip(merged, new)]
+
+
+def beside(stacks: Sequence[Stack], merged: Sequence[Factors]) -> list[Stack]:
+    """Every stack with its merge as the last block."""
+    return [
+        dataclasses.replace(
+            s,
+            adapters=(*s.adapters, -1),
+            a=Problem((*s.a.blocks, f.a), (*s.a.scales, 1.0)),
+            b=Problem((*s.b.blocks, f.b.T), (*s.b.scales, 1.0)),
+            weights=(*s.weights, 1.0),
+        )
+        for s, f in zip(stacks, merged)
+    ]

@@ -1,0 +1,1 @@
+"""Methods whose result is a weighted sum of the updates."""

@@ -1,0 +1,61 @@
+"""Methods whose result is sum_i c_i τ_i: the coefficients come from the updates' inner products.
+
+    <τ_i, τ_j> = s_i s_j tr[(B_i^T B_j) (A_j A_i^T)]
+
+is the sum of G_B o G_A over block (i, j), so no update is formed. The result is exact, of rank R.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...adapters.plan import Stack, near_one
+from ...algebra.host import gather
+from ...errors import OptionError
+from ..base import Factors, Settings
+from ..spectral.space import NOISE
+from . import linear
+
+
+def inner_products(stacks: Sequence[Stack], backend: str) -> list[Tensor]:
+    """<τ_i, τ_j> of the τ_i = s_i B_i A_i of every stack, [T, T] in float64 in the host's memory.
+
+    An update that is rounding noise of its parts of rank 1 is zero.
+    """
+    problems = [*(s.a for s in stacks), *(s.b for s in stacks)]
+    grams = ops.gram(problems, dtype=torch.float64, backend=backend)
+    pairs = zip(grams, grams[len(stacks) :])
+    return gather([of_grams(a, b, s.a.ranks) for (a, b), s in zip(pairs, stacks)])
+
+
+def combine(
+    stacks: Sequence[Stack], coefficients: Sequence[Sequence[float]], settings: Settings
+) -> list[Factors]:
+    """λ sum_i c_i τ_i of every stack, with c_i in the place of the weights."""
+    found = [dataclasses.replace(s, weights=tuple(c)) for s, c in zip(stacks, coefficients)]
+    return linear.stacked(found, settings)
+
+
+def shares(stack: Stack) -> list[float]:
+    """w_i / sum w of the adapters that have the module; OptionError where the sum is zero."""
+    weights = near_one(stack.weights)
+    total = sum(weights)
+    if abs(total) <= NOISE * sum(map(abs, weights)):
+        problem = f"those of the adapters that have module {stack.name!r} add up to zero"
+        raise OptionError("weights", problem, "give others: each adapter gets its share of the sum")
+    return [w / total for w in weights]
+
+
+def of_grams(gram_a: Tensor, gram_b: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """<τ_i, τ_j> [T, T] from A A^T and B^T B, scalings in the latter; 0 where a τ_i is noise."""
+    rows = torch.stack([block.sum(0) for block in (gram_a * gram_b).split(ranks)])
+    found = torch.stack([block.sum(1) for block in rows.split(ranks, 1)], 1)
+    parts = (gram_a.diagonal() * gram_b.diagonal()).clamp_min(0).sqrt()
+    size = torch.stack([part.sum() for part in parts.split(ranks)])
+    present = found.diagonal() > (NOISE * size) ** 2
+    return found * present * present[:, None]

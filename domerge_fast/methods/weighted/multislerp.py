@@ -1,0 +1,74 @@
+"""Multi-SLERP: the mean of the updates' directions, as long as the updates are on average.
+
+    ΔW = λ (sum_i w_i ||τ_i||) D / ||D||,  D = sum_i w_i τ_i / ||τ_i||,  w_i divided by sum w
+
+where sum w is over the adapters that have the module. mergekit then takes a step in the plane that
+touches the sphere at D / ||D||, to the weighted mean of the directions' projections on that plane.
+The mean of the projections is the projection of the mean, D, and zero: there is no step. (A Karcher
+mean, with arcs in the place of projections, is another point, and so is SLERP of two adapters that
+do not weigh the same.)
+
+An update that is zero adds no direction and shortens the rest. Where the directions cancel out,
+||D|| <= 1e-6 sum |w|, there is no mean: with two adapters ΔW = λ (w_1 τ_1 + w_2 τ_2), as in
+mergekit, with more of them it is an error. Negative weights subtract directions and lengths. The
+result depends on the updates alone, not on their factors, and so is exact, of rank R. One adapter
+comes back as it is. Cost: two reads of the factors and 2 R^2 (m + n) flops. Source: mergekit's
+multislerp and https://goddard.blog/posts/multislerp-wow-what-a-cool-idea.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...adapters.plan import Stack
+from ...errors import OptionError
+from ..base import Factors, Method, Settings
+from .combination import combine, inner_products, shares
+
+CANCELLED = 1e-6
+"""A mean of unit vectors of at most this length is rounding noise."""
+
+
+@dataclass(frozen=True)
+class MultislerpOptions:
+    """`multislerp` has no options of its own."""
+
+
+def merge(
+    stacks: Sequence[Stack],
+    grams_a: Sequence[Tensor | None],
+    grams_b: Sequence[Tensor | None],
+    options: MultislerpOptions,
+    settings: Settings,
+) -> list[Factors]:
+    found = inner_products(stacks, settings.backend)
+    return combine(stacks, [_coefficients(s, inner) for s, inner in zip(stacks, found)], settings)
+
+
+def _coefficients(stack: Stack, inner: Tensor) -> list[float]:
+    weights = torch.tensor(shares(stack), dtype=torch.float64)
+    norms = inner.diagonal().sqrt()
+    direction = torch.where(norms > 0, weights / norms, 0.0)
+    length = (direction @ inner @ direction).clamp_min(0).sqrt()
+    if length > CANCELLED * weights.abs().sum():
+        return (weights @ norms / length * direction).tolist()
+    if len(weights) > 2 and norms.any():
+        problem = f"the updates of module {stack.name!r} cancel out: they have no mean direction"
+        raise OptionError("weights", problem, "give others, or use 'linear'")
+    return weights.tolist()
+
+
+METHOD = Method(
+    "multislerp",
+    "the mean of the updates' directions, of their mean length",
+    MultislerpOptions,
+    merge,
+    by_ratio=lambda options: True,
+    own_scale=True,
+    cost="two reads of the factors, 2 R^2 (m + n) flops",
+    source="mergekit",
+)

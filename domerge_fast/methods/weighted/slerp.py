@@ -1,0 +1,76 @@
+"""SLERP: from one adapter to another along the arc between their updates.
+
+    ΔW = λ (sin((1 - t) θ) τ_1 + sin(t θ) τ_2) / sin θ,  t = w_2 / (w_1 + w_2)
+
+with θ the angle between τ_1 and τ_2 of a module, which keep their lengths. Where |cos θ| is above
+0.9995 there is no one arc (or hardly any), and where an update is zero there is no angle: then
+ΔW = λ ((1 - t) τ_1 + t τ_2). Only the weights' ratio counts; t outside of [0, 1], from a negative
+weight, goes on along the circle. A module that one adapter alone has is that update as it is,
+whatever its weight; three adapters may be merged as long as no module is in all of them. The result
+depends on the updates alone, not on their factors, and so is exact, of rank R. Cost: two reads of
+the factors and 2 R^2 (m + n) flops. Source: Shoemake, "Animating rotation with quaternion curves",
+1985; the threshold is mergekit's, which takes θ = 90 degrees where an update is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...adapters.plan import Stack
+from ...errors import OptionError
+from ..base import Factors, Method, Settings
+from .combination import combine, inner_products, shares
+
+PARALLEL = 0.9995
+"""|cos θ| above which interpolation is linear."""
+
+
+@dataclass(frozen=True)
+class SlerpOptions:
+    """`slerp` has no options of its own."""
+
+
+def merge(
+    stacks: Sequence[Stack],
+    grams_a: Sequence[Tensor | None],
+    grams_b: Sequence[Tensor | None],
+    options: SlerpOptions,
+    settings: Settings,
+) -> list[Factors]:
+    pairs = [s for s in stacks if len(s.adapters) > 1]
+    for s in pairs:
+        if len(s.adapters) > 2:
+            problem = f"slerp is between two adapters, and {len(s.adapters)} have {s.name!r}"
+            raise OptionError("method", problem, "use 'multislerp', or give two adapters")
+    found = iter(inner_products(pairs, settings.backend))
+    coefficients = [
+        _coefficients(next(found).tolist(), shares(s)) if len(s.adapters) > 1 else [1.0]
+        for s in stacks
+    ]
+    return combine(stacks, coefficients, settings)
+
+
+def _coefficients(inner: list[list[float]], ends: list[float]) -> list[float]:
+    size = math.sqrt(inner[0][0]) * math.sqrt(inner[1][1])
+    cosine = inner[0][1] / size if size else 1.0
+    if abs(cosine) > PARALLEL:
+        return ends
+    angle = math.acos(cosine)
+    return [math.sin(t * angle) / math.sin(angle) for t in ends]
+
+
+METHOD = Method(
+    "slerp",
+    "two adapters, along the arc between their updates",
+    SlerpOptions,
+    merge,
+    by_ratio=lambda options: True,
+    own_scale=True,
+    cost="two reads of the factors, 2 R^2 (m + n) flops",
+    source="Shoemake, 1985",
+    needs="two adapters",
+)

@@ -1,1 +1,0 @@
-"""What a merge is written as."""

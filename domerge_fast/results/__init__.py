@@ -1,0 +1,1 @@
+"""What is said of a merge: its report and its model card."""

@@ -1,0 +1,1 @@
+"""Merges that go on: one adapter after another."""

@@ -1,0 +1,390 @@
+"""A merge that grows by one adapter at a time and lives in a folder: the method `opcm` for
+adapters that are trained one after the other.
+
+The folder holds the running sum S of methods/opcm.py, as float32 factors of its numerical support
+under PEFT's keys, and what was added to it. `add` reads the sum and one adapter, group by group,
+and replaces the folder whole or not at all; the folder is locked from the first read, so that two
+who add at once come one after the other. Time, memory and disk do not grow with the adapters
+that were added, only with the rank of their sum: min(m, n) at most, or `rank`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import api, options
+from ..adapters import Adapter, Kept, check_compatible, keep, one_spelling
+from ..adapters.adapter import called
+from ..adapters.plan import Plan, Stack
+from ..adapters.whole import AUTO, DROP, FROM, check_policy, is_named, listed
+from ..algebra import powers
+from ..algebra.side import Problem
+from ..backends import registry
+from ..engine import pipeline as engine
+from ..engine.interference import InterferenceSums, own_norms
+from ..engine.progress_bar import shown
+from ..engine.work import Cut, Work
+from ..errors import AdapterError, OptionError, OutputError, printable
+from ..formats import load, tokenizer
+from ..formats.peft import write as peft
+from ..formats.peft.assemble import assemble
+from ..formats.peft.config import read_config
+from ..formats.target import Target
+from ..merged import Merged
+from ..methods import opcm
+from ..methods.base import Chosen, Settings
+from ..results.report import ModuleReport, Report, energy_kept
+from ..storage.folder import Replacing, recover, whole_folder
+from ..storage.lazy import dtype_name
+from ..storage.marker import all_marked
+from ..storage.safetensors_file import SafetensorsFile
+from ..storage.stream import SafetensorsWriter
+from .state import STATE, State, Step
+
+FACTORS = "running_sum.safetensors"
+FILES = (STATE, FACTORS)
+
+
+class Sequential:
+    """The merge in a folder; from `start` or `open`."""
+
+    def __init__(self, folder: Path, state: State) -> None:
+        self.folder = folder
+        self.state = state
+
+    @classmethod
+    def start(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        alpha: float = opcm.OpcmOptions.alpha,
+        rank: int | None = None,
+        base_model: str | None = None,
+        whole: str = AUTO,
+        overwrite: bool = False,
+        force: bool = False,
+    ) -> Sequential:
+        """A merge of no adapters yet, written to a new folder. overwrite, force: as for `merge`.
+
+        alpha: as the option of `opcm`. rank: truncate the running sum to this rank in every add;
+        None: exact. base_model: says which base model all adapters belong to, where their configs
+        disagree. whole: as in `merge`, but that tensors that differ are always refused; NAME is an
+        adapter's folder, or its number in the order they are added. Raises OptionError or
+        OutputError.
+        """
+        chosen = options.build(opcm.OpcmOptions, {"alpha": alpha}, "a sequential merge")
+        if rank is not None:
+            rank = options.check("rank", rank, int, low=1)
+        options.text("base_model", base_model)
+        state = State(chosen.alpha, rank, base_model, check_policy(whole))
+        made = cls(options.folder("folder", folder), state)
+        with whole_folder(made.folder, _replacing(overwrite, force)) as fresh:
+            made.state.write(fresh)
+        return made
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike[str]) -> Sequential:
+        """The merge that was started in this folder, with all that was added. OptionError."""
+        path = options.folder("folder", folder)
+        if not os.path.exists(path):
+            recover(path)
+        return cls(path, State.read(path))
+
+    def add(
+        self,
+        adapter: str | os.PathLike[str] | Adapter,
+        weight: float = 1.0,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        progress: api.Progress = False,
+    ) -> Step:
+        """Add an adapter, off the spectrum of what there is; afterwards the folder is up to date,
+        also with what others have added to it since it was opened.
+
+        Modules that it lacks stay as they are; modules that no adapter before it has are taken as
+        they are. weight: may be negative. backend, device, progress: as in `merge`. Raises
+        AdapterError, OptionError or OutputError, and the folder is as it was.
+        """
+        steps = self.add_all([adapter], [weight], backend=backend, device=device, progress=progress)
+        return steps[0]
+
+    def add_all(
+        self,
+        adapters: Iterable[str | os.PathLike[str] | Adapter],
+        weights: Sequence[float] | None = None,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        progress: api.Progress = False,
+    ) -> list[Step]:
+        """Add adapters in order as `add` does, all or none of them. weights: None is 1 for each."""
+        if isinstance(adapters, (str, os.PathLike, Adapter)):
+            raise OptionError("adapters", "is one adapter, not a list", "say add for one")
+        loaded = [x if isinstance(x, Adapter) else load(x) for x in adapters]
+        if not loaded:
+            raise OptionError("adapters", "there are none", "give at least one")
+        weights = api.check_weights(weights, len(loaded), each="weight")
+        if 0 in weights:
+            raise OptionError("weight", "0 adds nothing", "give another, or leave the adapter out")
+        run = functools.partial(self._run, backend=backend, device=device, progress=progress)
+        with whole_folder(self.folder, _replacing(True, True)) as fresh:
+            state = self._current()
+            running = self._running(state, self.folder)
+            calls = ["the sum so far"] * len(running)
+            calls += [called(len(state.steps) + k, adapter) for k, adapter in enumerate(loaded)]
+            together, notes = one_spelling([*running, *loaded], state.base_model, calls=calls)
+            check_compatible(together, state.base_model)
+            running, loaded = together[: len(running)], together[len(running) :]
+            for new, weight in zip(loaded, weights):
+                state = self._next(state, running, new, weight, notes, fresh, run)
+                notes = []
+                state.write(fresh)
+                state = State.read(fresh)
+                running = self._running(state, fresh)
+        self.state = state
+        return list(state.steps[-len(loaded) :])
+
+    def _current(self) -> State:
+        """What the folder holds now. OutputError if that is not this merge any more."""
+        state, known = State.read(self.folder), self.state
+        same = ("alpha", "rank", "base_model", "whole")
+        if state.steps[: len(known.steps)] == known.steps and all(
+            getattr(state, field) == getattr(known, field) for field in same
+        ):
+            return state
+        problem = "was started anew by someone else, and is as they left it"
+        raise OutputError(str(self.folder), problem, "open it again, then add once more")
+
+    def _next(
+        self,
+        state: State,
+        running: Sequence[Adapter],
+        new: Adapter,
+        weight: float,
+        notes: Sequence[str],
+        fresh: Path,
+        run: Callable[[Plan, InterferenceSums, engine.Sink], Mapping[str, ModuleReport]],
+    ) -> State:
+        """The state with one more adapter, of which there are notes already; its running sum is in
+        the folder `fresh`."""
+        sources = [*running, new]
+        check_compatible(sources, state.base_model)
+        plan = Plan.make(sources, [*[1.0] * len(running), weight])
+        kept = _kept(state, sources)
+        target = peft.target(plan, torch.float32, state.base_model, kept)
+        sums = InterferenceSums([source.name for source in sources])
+        path = fresh / f"next_{FACTORS}"
+        with SafetensorsWriter(path, dict(peft.largest(target))) as writer:
+            sink = _Sink(writer, target)
+            modules = run(plan, sums, sink)
+            for key, tensor in target.carried.items():
+                writer.add_pieces(key, tensor)
+        target.check_inputs()
+        os.replace(path, fresh / FACTORS)
+        norm = abs(weight) * sums.result().norms[-1]
+        notes = tuple(map(printable, (*notes, *_left_out(state, kept, new))))
+        step = Step(printable(new.name), weight, norm, energy_kept(modules.values()), notes)
+        return dataclasses.replace(
+            state,
+            dtype=_shared_dtype(state.dtype, new),
+            norm=math.sqrt(sink.energy),
+            config=target.config,
+            steps=(*state.steps, step),
+            versions=api.versions(),
+        )
+
+    def merged(self, *, scale: float = 1.0, dtype: str | None = None) -> Merged:
+        """The merged adapter g λ S, in memory. scale: λ. dtype: None takes that of the adapters.
+
+        Raises OptionError, also if nothing was added yet.
+        """
+        report, target, results = self._result(scale, dtype)
+        return Merged(report, target, dict(results))
+
+    def save(
+        self,
+        output: str | os.PathLike[str],
+        *,
+        scale: float = 1.0,
+        dtype: str | None = None,
+        overwrite: bool = False,
+        force: bool = False,
+    ) -> Merged:
+        """Write the merged adapter as a PEFT folder, module by module: whole or not at all.
+        overwrite, force: as for `merge`.
+
+        Raises OptionError or OutputError.
+        """
+        report, target, results = self._result(scale, dtype)
+        Merged(report, target, results).save(output, overwrite, force)
+        return Merged(report, target, {}, options.folder("output", output))
+
+    def _running(self, state: State, place: Path) -> list[Adapter]:
+        """S as an adapter of scaling 1, from the file in a folder; none before the first add."""
+        if not state.steps:
+            return []
+        name = str(self.folder)
+        file = SafetensorsFile(place / FACTORS, functools.partial(AdapterError, name, None))
+        config = read_config(state.config, name)
+        inputs = (file.input,)
+        return [assemble(name, config, file.tensors(), lambda module, rank: 1.0, file, inputs)]
+
+    def _run(
+        self,
+        plan: Plan,
+        sums: InterferenceSums,
+        sink: engine.Sink,
+        backend: str,
+        device: str,
+        progress: api.Progress,
+    ) -> Mapping[str, ModuleReport]:
+        place = engine.Place(api.choose_device(device, plan.adapters))
+        settings = Settings(1.0, torch.float32, registry.choose(backend, place.device.type))
+        chosen = Chosen(opcm.SUM, opcm.OpcmOptions(self.state.alpha))
+        work = Work(chosen, settings, Cut(self.state.rank))
+        with shown(progress, len(plan.names)) as show, torch.no_grad():
+            return engine.run(plan, work, place, sums, sink, True, show).modules
+
+    def _result(self, scale: float, dtype: str | None) -> tuple[Report, Target, _Scaled]:
+        """g λ S: its factors are read from the folder when they are asked for."""
+        started = time.perf_counter()
+        scale = api.check_scale(scale)
+        running, steps = self._running(self.state, self.folder), self.state.steps
+        if not running:
+            problem = f"nothing was added to {str(self.folder)!r} yet"
+            raise OptionError("folder", problem, "add an adapter first")
+        word = options.choose("dtype", dtype or self.state.dtype, api.DTYPES)
+        plan = Plan.make(running, [1.0])
+        kept = keep(running, plan.weights)
+        target = peft.target(plan, getattr(torch, word), self.state.base_model, kept)
+        gain = scale * opcm.gain([step.norm for step in steps], self.state.norm)
+        report = Report(
+            method="opcm",
+            adapters=tuple(step.adapter for step in steps),
+            weights=tuple(step.weight for step in steps),
+            scale=scale,
+            options={
+                "alpha": self.state.alpha,
+                "rank": self.state.rank,
+                "energy_kept": [step.energy_kept for step in steps],
+            },
+            backend="torch",
+            device="cpu",
+            dtype=word,
+            versions=api.versions(),
+            modules={
+                name: ModuleReport(name, plan.rank(name), None, None, {}, 1.0, 0.0)
+                for name in plan.names
+            },
+            interference=None,
+            seconds=time.perf_counter() - started,
+            notes=(
+                *(note for step in steps for note in step.notes),
+                *_missing(self.state),
+                *peft.notes(target, plan.ranks.values()),
+            ),
+        )
+        return report, target, _Scaled(running[0], gain, target.dtype)
+
+
+def _kept(state: State, sources: Sequence[Adapter]) -> Kept:
+    """Of the running sum's tensors and the new adapter's, which is the last of the sources."""
+    weights = [1.0] * len(sources)
+    if state.whole in (AUTO, DROP):
+        return keep(sources, weights, state.whole, can_add=False)
+    if is_named(sources[-1].name, len(state.steps) + 1, state.whole):
+        if any(_named(state)):
+            problem = f"two adapters are called {state.whole.removeprefix(FROM)!r}"
+            raise OptionError("whole", problem, "start again, with its number in place of its name")
+        return keep(sources, weights, f"from:{sources[-1].name}")
+    if not any(running.carried for running in sources[:-1]):
+        return Kept()
+    return keep(sources, weights, f"from:{sources[0].name}")
+
+
+def _missing(state: State) -> tuple[str, ...]:
+    """What is to be said where the adapter whose tensors are kept was never added."""
+    if not state.whole.startswith(FROM) or any(_named(state)):
+        return ()
+    name = printable(state.whole.removeprefix(FROM))
+    return (f"nothing that adapters save whole is kept: none that was added is called {name!r}",)
+
+
+def _named(state: State) -> Iterator[bool]:
+    """Of every adapter that was added, whether it is the one whose tensors are kept."""
+    for k, step in enumerate(state.steps, 1):
+        yield is_named(step.adapter, k, state.whole)
+
+
+def _left_out(state: State, kept: Kept, new: Adapter) -> Iterator[str]:
+    """What of the new adapter is not in the merge."""
+    number = len(state.steps) + 1
+    if state.whole == DROP:
+        yield from kept.notes
+    elif state.whole != AUTO and new.carried and not is_named(new.name, number, state.whole):
+        yield f"{called(number - 1, new)}: left out, saved whole: {listed(new.carried)}"
+    if files := tokenizer.beside(new):
+        yield f"{called(number - 1, new)}: its tokenizer is not copied ({', '.join(sorted(files))})"
+
+
+class _Sink:
+    """Writes factors as they come; `energy` is ||B A||_F^2 of all of them."""
+
+    def __init__(self, writer: SafetensorsWriter, target: Target) -> None:
+        self._writer = writer
+        self._layouts = target.layouts
+        self.energy = 0.0
+
+    def __call__(self, name: str, a: Tensor, b: Tensor) -> None:
+        layout = self._layouts[name]
+        for key, tensor in zip(peft.keys(layout), layout.stored(a, b)):
+            self._writer.add(key, tensor)
+        whole = Stack(name, (0,), Problem((a,), (1.0,)), Problem((b.T,), (1.0,)), (1.0,))
+        self.energy += own_norms([whole], "auto")[0][0][0] ** 2
+
+
+class _Scaled(Mapping[str, tuple[Tensor, Tensor]]):
+    """A [R, n] and B [m, R] of every module of an adapter, with B times a gain."""
+
+    def __init__(self, adapter: Adapter, gain: float, dtype: torch.dtype) -> None:
+        self._adapter, self._gain, self._dtype = adapter, gain, dtype
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        a, b = self._adapter.factors(name)
+        part, power = math.frexp(self._gain)
+        return powers.fitted(name, a, part * b, (0, power), self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapter.modules)
+
+    def __len__(self) -> int:
+        return len(self._adapter.modules)
+
+
+def _replacing(overwrite: bool, force: bool) -> Replacing:
+    return Replacing(overwrite, force, FILES, _is_ours)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether there is a state, and factors with our mark if it has any."""
+    try:
+        state = State.read(folder)
+    except OptionError:
+        return False
+    return not state.steps or all_marked(folder)
+
+
+def _shared_dtype(so_far: str | None, new: Adapter) -> str:
+    dtypes = {dtype_name(module.dtype) for module in new.modules.values()}
+    dtypes |= {so_far} if so_far else set()
+    return dtypes.pop() if len(dtypes) == 1 else "float32"

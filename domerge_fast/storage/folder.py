@@ -1,0 +1,339 @@
+"""A folder that appears whole or not at all, and stays through a power cut.
+
+Everything is written and flushed to the disk in a hidden folder beside the target, which then takes
+the target's place in one step; only when that step is on the disk is the old output removed. One
+process at a time works on a target: the lock is held from before the old output is looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import stat
+import uuid
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from .. import options
+from ..errors import OutputError, OutputWarning
+from .workplace import Workplace
+
+NEW, OLD = "new", "old"
+"""In the hidden folder: what is written, which the old output is exchanged for; and the old output
+while its name is free, where names cannot be exchanged."""
+
+last_written: Path | None = None
+"""What this process has put in its place last: an interrupt after that did not stop it."""
+
+
+@dataclass(frozen=True)
+class Replacing:
+    """Which existing folder may be replaced: with `overwrite`, one that is ours; with `force`, any
+    that holds nothing but regular files whose names match `names`, patterns as of the shell."""
+
+    overwrite: bool
+    force: bool
+    names: Collection[str]
+    is_ours: Callable[[Path], bool]
+
+    def __post_init__(self) -> None:
+        options.check("overwrite", self.overwrite, bool)
+        options.check("force", self.force, bool)
+
+    def check(self, folder: Path, shown: Path) -> None:
+        """OutputError, about the path `shown`, unless `folder` is absent, empty or such a one."""
+        try:
+            if not os.path.lexists(folder):
+                return
+            if not stat.S_ISDIR(folder.stat().st_mode):
+                raise OutputError(str(shown), "is a file", "give a folder that does not exist yet")
+            inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            foreign = [entry.name for entry in inside if not self._replaces(entry)]
+            ours = self.force or (self.overwrite and not foreign and self.is_ours(folder))
+        except FileNotFoundError:  # a link to what does not exist yet
+            return
+        except OSError as error:
+            raise cannot_write(shown, error) from error
+        if foreign:
+            problem = f"holds other files ({', '.join(foreign[:3])}{', …' if foreign[3:] else ''})"
+            raise OutputError(str(shown), problem, "give another folder, or move them away")
+        if inside and not (self.overwrite or self.force):
+            remedy = "give another folder, or say overwrite (--overwrite)"
+            raise OutputError(str(shown), "exists already", remedy)
+        if inside and not ours:
+            problem = "holds files that domerge_fast did not write"
+            raise OutputError(str(shown), problem, "give another folder, or say force (--force)")
+
+    def _replaces(self, entry: os.DirEntry[str]) -> bool:
+        named = any(fnmatchcase(entry.name, pattern) for pattern in self.names)
+        return named and entry.is_file(follow_symlinks=False)
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path, replacing: Replacing) -> Iterator[Path]:
+    """A new folder that takes the target's place when the block ends without an error.
+
+    Inside the block the target is locked, and what a killed run has left is gone. After an error
+    or Ctrl-C all is as it was; after a kill only a hidden folder is left over, until the next run.
+    What fails when the new folder is in its place, is told by an OutputWarning. Raises OutputError.
+    """
+    check_path(target)
+    replacing.check(target, target)
+    writing = _Writing(target, replacing)
+    try:
+        yield writing.begin()
+        writing.commit()
+    except BaseException as error:
+        if writing.is_committed():
+            writing.finish()
+            if isinstance(error, OSError):  # in the last steps of an exchange by renaming
+                return
+            raise
+        left = writing.undo()
+        if isinstance(error, OSError):
+            raise cannot_write(target, error, left) from error
+        if left:
+            _warn(target, f"was not written, but {left}", "remove that")
+        raise
+    try:
+        writing.finish()
+    except KeyboardInterrupt:
+        writing.finish(again=True)
+        raise
+
+
+def recover(target: Path) -> None:
+    """Put back an output that a kill has left without a name. OutputError."""
+    check_path(target)
+    writing = _Writing(target, Replacing(False, False, (), lambda folder: False))
+    if not writing.is_torn():
+        return
+    try:
+        writing.sweep()
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    finally:
+        writing.undo()
+
+
+def check_path(target: Path) -> None:
+    """OutputError for what no file system can name."""
+    try:
+        named = b"\0" not in os.fsencode(target)
+    except UnicodeEncodeError:
+        named = False
+    if not named:
+        problem = "is no path (it holds characters that no name can have)"
+        raise OutputError(str(target), problem, "give another")
+
+
+def check_apart(target: Path, folder: Path, what: str) -> None:
+    """OutputError if the target is a folder that is read, whatever it is called there, or holds it
+    or one of its files."""
+    place, source = Path(os.path.realpath(target)), Path(os.path.realpath(folder))
+    try:
+        inside = os.listdir(place) if os.path.isdir(place) else []
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    if place == source or is_same(place, source):
+        raise OutputError(str(target), f"is {what}", "give another folder")
+    if place in source.parents or any(is_same(place / name, source / name) for name in inside):
+        raise OutputError(str(target), f"holds {what}, or a file of it", "give another folder")
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether both exist and are one file or folder: by another name, a link, or mounted twice."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def cannot_write(target: Path, error: OSError, left: str = "") -> OutputError:
+    reason = error.strerror or str(error)
+    remedy = "choose another place"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "make room or choose another place"
+    kept = left or "nothing was kept"
+    return OutputError(str(target), f"cannot be written ({reason}); {kept}", remedy)
+
+
+class _Writing:
+    """One output on its way: `begin`, `commit`, `finish`; or `undo` at any time before it is
+    committed. All but `undo` and `finish` raise OSError or OutputError."""
+
+    def __init__(self, target: Path, replacing: Replacing) -> None:
+        self._shown = target
+        self._target = Path(os.path.realpath(target))  # a link stays, what it points to is replaced
+        self._replacing = replacing
+        self._work = Workplace(self._target)
+        self._new, self._old = self._work.folder / NEW, self._work.folder / OLD
+        self._made: list[Path] = []
+        self._is_swept = False
+        self._born: tuple[int, int] | None = None
+        self._is_swapping = False
+
+    def begin(self) -> Path:
+        """The new folder."""
+        self._made = [parent for parent in self._target.parents if not parent.exists()]
+        if self._made:
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+        self.sweep()
+        self._replacing.check(self._target, self._shown)
+        os.mkdir(self._new)
+        self._born = _identity(self._new)
+        return self._new
+
+    def sweep(self) -> None:
+        """Lock the target, and clear away what a killed run has left."""
+        self._work.enter()
+        try:
+            if self.is_torn():
+                os.replace(self._old, self._target)
+            self._work.clear()
+        except OSError as error:
+            problem = f"cannot be written: {self._work.folder.name!r} beside it was left by a run"
+            problem += f" that was stopped, and cannot be removed ({error.strerror})"
+            raise OutputError(str(self._shown), problem, "remove that folder") from error
+        self._is_swept = True
+
+    def is_torn(self) -> bool:
+        """Whether a kill between two renames has left the target without a name."""
+        both = os.path.exists(self._old) and os.path.exists(self._new)
+        return both and not os.path.exists(self._target)
+
+    def commit(self) -> None:
+        """Flush everything, and put the new folder in the target's place."""
+        for path in self._new.iterdir():
+            _sync(path)
+        _sync(self._new)
+        for folder in self._made:
+            _sync(folder.parent)
+        _sync(self._target.parent)  # it can be: afterwards there is no way back
+        self._replacing.check(self._target, self._shown)  # again: much may have happened meanwhile
+        self._is_swapping = True
+        _swap(self._new, self._target)
+
+    def is_committed(self) -> bool:
+        """Whether the new folder has left its place for the target's: as it is on the disk, because
+        an interrupt may come at any moment."""
+        return self._is_swapping and _identity(self._new) != self._born
+
+    def finish(self, again: bool = False) -> None:
+        """Flush the exchange, then remove the old output. There is no way back, so what fails is
+        told as a warning. again: after Ctrl-C in it."""
+        global last_written
+        last_written = self._target
+        old = self._replaced()
+        try:
+            if not again or self._work.retake():
+                self._clear_away()
+        except OSError as error:
+            what = "what was there before" if old else "a hidden folder"
+            problem = f"was written, but {what} is left in {self._work.folder.name!r} beside it"
+            problem += f", which cannot be removed ({error.strerror})"
+            self._work.let_go()
+            _warn(self._shown, problem, "remove that")
+
+    def _replaced(self) -> Path | None:
+        """The old output, once the new one has its name."""
+        return next((path for path in (self._new, self._old) if path.exists()), None)
+
+    def _clear_away(self) -> None:
+        _sync(self._target.parent)
+        _sync(self._work.folder)
+        if old := self._replaced():
+            self._check_old(old)
+        self._work.clear()
+        self._work.leave()
+
+    def _check_old(self, old: Path) -> None:
+        """What another program put there at the last moment is not removed with the old output."""
+        try:
+            self._replacing.check(old, self._shown)
+        except OutputError as error:
+            if isinstance(error.__cause__, OSError):  # it cannot be looked at
+                raise error.__cause__ from error
+            kept = self._target.parent / f"replaced-{uuid.uuid4().hex[:8]}"
+            os.replace(old, kept)
+            problem = f"was written, but what was there had changed: it is now {kept.name!r}"
+            _warn(self._shown, problem, "look through it")
+
+    def undo(self) -> str:
+        """Remove all that was made. What could not be, in words."""
+        try:
+            if not self._work.is_held:
+                self._work.forget()
+            elif self._old.exists():  # the target could be neither replaced nor put back
+                self._work.let_go()
+                return f"what was there is in {self._work.folder.name!r} beside it"
+            elif self._is_swept:
+                self._work.clear()
+            if self._work.is_held:
+                self._work.leave()
+        except (OSError, OutputError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            self._work.let_go()
+            return f"a part is left in {self._work.folder.name!r} beside it ({reason})"
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # another one may have put something there
+                folder.rmdir()
+        return ""
+
+
+def _warn(target: Path, problem: str, remedy: str) -> None:
+    warnings.warn(OutputWarning(str(target), problem, remedy), stacklevel=2)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        # Some file systems flush no folders on their own.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF)):
+            raise
+    finally:
+        os.close(file)
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    """Put `fresh` in the target's place and the target, if there is one, in its: in one step where
+    the system can exchange names."""
+    if not target.exists() or not any(target.iterdir()):
+        os.replace(fresh, target)
+        return
+    if _exchange(fresh, target):
+        return
+    aside = fresh.with_name(OLD)
+    try:
+        os.replace(target, aside)
+        os.replace(fresh, target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.replace(aside, target)
+        raise
+    os.replace(aside, fresh)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names atomically (Linux); False where the system or file system cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    if renameat2 is None:
+        return False
+    return renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
