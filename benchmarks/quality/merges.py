@@ -68,14 +68,6 @@ CORE = (
 )
 """Scored on every training."""
 
-CONFIRMING = tuple(
-    c
-    for c in CORE
-    if c.method != "do" or c is DO
-    if c.name not in ("tsvm, power 0.5", "tsvm, power 0.25, svc")
-)
-"""Scored on trainings that confirm what was chosen."""
-
 MORE = (
     Candidate("iso_c", "iso_c"),
     Candidate("do, svc", "do", SVC),

@@ -48,7 +48,7 @@ README = HERE.parent / "README.md"
 
 def run(name: str, chosen: Set, full: bool) -> None:
     """Train what is missing of a set, and keep what its merges put out."""
-    for seed in (*chosen.seeds, *chosen.fresh) if full else chosen.seeds[:1]:
+    for seed in chosen.seeds if full else chosen.seeds[:1]:
         bench, adapters = chosen.bench(seed), chosen.adapters(seed)
         _run(bench, adapters, CORE, MEASURED / name / str(seed))
         if seed == chosen.seeds[0]:
@@ -77,8 +77,7 @@ def _run(
 def figures(name: str) -> dict[str, Any]:
     """Of all trainings of a set that are kept."""
     folders = sorted(path.parent for path in MEASURED.glob(f"{name}/*/{TRAINING}"))
-    fresh = {str(seed) for seed in SETS[name].fresh}
-    return {x.name: {"fresh": x.name in fresh, **_of(x)} for x in folders}
+    return {x.name: _of(x) for x in folders}
 
 
 def _of(folder: Path) -> dict[str, Any]:
@@ -93,7 +92,7 @@ def _of(folder: Path) -> dict[str, Any]:
         "defaults": {
             key: {
                 "scale": found["scale"],
-                "share": score.shares(known, found["outputs"]).mean().item(),
+                **score.kept(known, found["outputs"]),
                 "notes": found["notes"],
             }
             for key, found in defaults.items()

@@ -137,6 +137,12 @@ def summary(training: Training, merge: Merge, against: Merge) -> dict[str, Any]:
     }
 
 
+def kept(training: Training, outputs: Outputs) -> dict[str, Any]:
+    """The share of a merge as it is, and the interval of 90 % of the bootstrap samples."""
+    share = shares(training, outputs).mean().item()
+    return {"share": share, "interval": _interval(bootstrap(training, outputs))}
+
+
 def _norms(training: Training) -> Tensor:
     return torch.tensor(training["norms"], dtype=torch.float64)
 

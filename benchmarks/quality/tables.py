@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from merges import CONFIRMING, CUT, DEFAULT
-from sets import DECODER, OVERTRAINED, PRETRAINED, SETS
+from merges import CUT, DEFAULT
+from sets import DECODER, OVERTRAINED, PRETRAINED, SEEN, SETS
 
 Figures = dict[str, Any]
 """Of one training, or of one merge."""
@@ -70,31 +70,45 @@ def page(result: Figures) -> str:
             parts += [f"### {title}: constants", FITTED_TEXT, _fitted(chosen)]
     parts += ["## At the rank of one adapter", CUT_TEXT, _cut(found)]
     parts += ["## Fewer adapters", FEW_TEXT, _few(found)]
-    parts += ["## Fresh trainings", FRESH_TEXT, _fresh(found)]
     parts += ["## Nothing tuned", KEPT_TEXT, kept(result)]
     parts += ["## What was tried and did not help", TRIED]
     return "\n\n".join(parts) + "\n"
 
 
-UNSEEN = {("L3 shared A", "8"), ("L3 even", "1"), ("digits", "0")}
-"""Trainings that the constants of the default λ were not fixed on."""
-
 RIVALS = ("mean", "ties", "tsvm", "do")
+
+
+OWN = "tsvm, power 0.5, svc"
+"""What the default takes on gentle adapters; on others it takes `do`."""
 
 
 def kept(result: Figures) -> str:
     """What is kept with nothing tuned, and what others keep at their best λ: a row a training."""
-    rows = [
-        [_called(name, seed), *map(_text, _kept(entry))] for name, seed, entry in _complete(result)
-    ]
+    found = _complete(result)
+    rows = [[_called(name, seed), *_cells(entry)] for name, seed, entry in found]
+    for regime, title in TITLES.items():
+        inside = [e for name, _, e in found if SETS[name].regime == regime]
+        fresh = [e for n, seed, e in found if SETS[n].regime == regime and (n, seed) not in SEEN]
+        for label, entries in ((title, inside), (f"{title}, not seen", fresh)):
+            if len(entries) > 1:
+                means = [statistics.fmean(column) for column in zip(*map(_kept, entries))]
+                rows.append([f"**{label}**: {len(entries)}", *map(_text, means)])
     head = ["training", "nothing said", "`do`, λ auto", "mean, λ = 1"]
-    return _table([*head, *(f"`{name}`, best λ" for name in RIVALS)], rows)
+    head += [f"`{name}`, best λ" for name in RIVALS]
+    return _table([*head, "nothing said, over its own best λ", "`do`, over its own"], rows)
+
+
+def _cells(entry: Figures) -> list[str]:
+    """`_kept`, with the interval of the first."""
+    first, *others = map(_text, _kept(entry))
+    low, high = entry["defaults"][DEFAULT.name]["interval"]
+    return [f"{first} ({low:.2f} to {high:.2f})", *others]
 
 
 def headline(result: Figures) -> str:
     """The means over the trainings of pretrained encoders, in a sentence."""
     entries = [e for name, _, e in _complete(result) if SETS[name].regime == PRETRAINED]
-    default, do, mean, *rivals = (statistics.fmean(x) for x in zip(*map(_kept, entries)))
+    default, do, mean, *rivals, _, _ = (statistics.fmean(x) for x in zip(*map(_kept, entries)))
     best = max(zip(rivals, RIVALS))
     names = ", ".join(f"`{x}`" for x in RIVALS)
     text = (
@@ -119,12 +133,15 @@ def _complete(result: Figures) -> list[tuple[str, str, Figures]]:
 
 
 def _kept(entry: Figures) -> list[float]:
-    defaults = [entry["defaults"][name]["share"] for name in (DEFAULT.name, "do", "mean")]
-    return defaults + [entry["merges"][name]["share"] for name in RIVALS]
+    defaults, merges = entry["defaults"], entry["merges"]
+    found = [defaults[name]["share"] for name in (DEFAULT.name, "do", "mean")]
+    own = OWN if defaults[DEFAULT.name]["notes"].startswith("auto took tsvm") else "do"
+    of_best = [found[0] / merges[own]["share"], found[1] / merges["do"]["share"]]
+    return [*found, *(merges[name]["share"] for name in RIVALS), *of_best]
 
 
 def _called(name: str, seed: str) -> str:
-    return f"{name}, seed {seed}{' (not seen)' if (name, seed) in UNSEEN else ''}"
+    return f"{name}, seed {seed}{'' if (name, seed) in SEEN else ' (not seen)'}"
 
 
 def ranking(result: Figures) -> str:
@@ -150,7 +167,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def _whole(trainings: Mapping[str, Figures]) -> list[Figures]:
     """The trainings of all adapters, but those that confirm."""
-    return [e for key, e in trainings.items() if "," not in key and not e["fresh"]]
+    return [e for key, e in trainings.items() if "," not in key]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -359,42 +376,19 @@ def _few(found: Sets) -> str:
 def _cut(found: Sets) -> str:
     """Share and λ of merges of one adapter's rank."""
     trainings = {
-        f"{name}, seed {seed}": entry["merges"]
+        f"{name}, seed {seed}": entry
         for name, entries in found.items()
         for seed, entry in entries.items()
         if CUT[0].name in entry["merges"]
     }
     rows = []
-    for candidate in CUT:
-        merges = [x.get(candidate.name) for x in trainings.values()]
-        cells = [f"{x['share']:.3f} (λ {x['scale']:.2f})" if x else "" for x in merges]
-        rows.append([f"`{candidate.name}`", *cells])
+    for name in (x.name for x in CUT):
+        cells = []
+        for entry in trainings.values():
+            best, default = entry["merges"][name], entry["defaults"][name]["share"]
+            cells.append(f"{best['share']:.3f} (λ {best['scale']:.2f}); {default:.3f}")
+        rows.append([f"`{name}`", *cells])
     return _table(["merge", *trainings], rows)
-
-
-def _fresh(found: Sets) -> str:
-    """Share at the tuned λ, at that of the product and by the candidate rule."""
-    trainings = {
-        f"{name}, seed {seed}": entry
-        for name, entries in found.items()
-        for seed, entry in entries.items()
-        if entry["fresh"]
-    }
-    defaults = [entry["defaults"].get("default", {}).get("share") for entry in trainings.values()]
-    rows = [["nothing said", *map(_text, defaults)]] if any(defaults) else []
-    for candidate in CONFIRMING:
-        cells = [_three(entry, candidate.name) for entry in trainings.values()]
-        rows.append([f"`{candidate.name}`", *cells])
-    return _table(["merge", *trainings], rows)
-
-
-def _three(entry: Figures, name: str) -> str:
-    if name not in entry["merges"]:
-        return ""
-    merge = entry["merges"][name]
-    default = entry["defaults"].get(name, {}).get("share")
-    ruled = share_at(merge, RULES[CANDIDATE](merge, len(entry["adapters"])))
-    return " / ".join(map(_text, (merge["share"], default, ruled)))
 
 
 PLOTTED = ("mean", "do", "tsvm", "tsvm, power 0.5, svc", "iso_c, equalized", "ties")
@@ -449,14 +443,11 @@ row is the merge that a user gets who names no method: its share, and what `auto
 CANDIDATE_TEXT = """By set, in brackets of the tuned share."""
 FITTED_TEXT = """The factor on each rule that keeps most on all sets: what it keeps of the tuned
 share, in brackets on the worst set; and the range of the factors with any one set left out."""
-FRESH_TEXT = f"""Trained once the methods had been chosen: share at the tuned λ, at the default
-one and by {CANDIDATE}. The constants of the default λ were fixed on training 0 of L3 even, L3
-uneven, L3 shared A, L6 even, SmolLM2 and byte Llama, and on L3 uneven, seed 7. L3 shared A, seed
-8, L3 even, seed 1, and digits were not seen then: they confirm."""
-CUT_TEXT = """At the best λ. Cut by SVD after the method (and `svc`), or merged in spaces of
-that rank (`ctm`). What is cut wants a larger λ than what is not: the default one is found for
-the whole merge."""
-KEPT_TEXT = """Shares on each training that has all of these figures."""
+CUT_TEXT = """At the best λ, which is in brackets, and what is kept at the default one. Cut by SVD
+after the method (and `svc`), or merged in spaces of that rank (`ctm`)."""
+KEPT_TEXT = """Shares on each training that has all of these figures; in brackets 90 % of the
+bootstrap samples of test examples. The constants of the default λ and the choice of the default
+method were fixed on the trainings that are not marked: "not seen" are those that confirm."""
 TRIED = """\
 - `iso_c` (a flat spectrum): as good as any on even adapters at its best λ, but no cut of it is
   defined.
