@@ -14,7 +14,7 @@ from domerge_fast import ops
 from domerge_fast.adapters.plan import Plan, Stack
 from domerge_fast.algebra.entry_rules import Draw, Election, Trim
 from domerge_fast.bench import cases
-from domerge_fast.bench.gate import Gate
+from domerge_fast.bench.checks import Checks
 from domerge_fast.bench.workloads import Member, Shape, Workload
 
 SHAPES = (
@@ -33,7 +33,7 @@ def exercise(ranks: tuple[int, ...], dtype: torch.dtype, backend: str, device: t
     members = tuple(Member(rank, SHAPES[k % 2 :]) for k, rank in enumerate(ranks))
     adapters = Workload("ragged", "", members, dtype).adapters(torch.device("cpu"))
     plan = Plan.make(adapters, [1.0] * len(adapters))
-    verdict = Gate(plan, dtype, len(SHAPES)).check(backend, device)
+    verdict = Checks(plan, dtype, len(SHAPES)).check(backend, device)
     stacks = [cases.stack(plan, name, device) for name in plan.names]
     grams = ops.gram([s.a for s in stacks], backend=backend)
     found, _ = ops.orthogonalize(

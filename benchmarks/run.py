@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import checks
 import descent
 import files
-import gate
 import least
 import mergekit_cli
 import publish
@@ -122,7 +122,7 @@ def _measure(
 ) -> dict[str, Any]:
     adapters = [dm.load(path) for path in paths]
     device = place.device
-    errors = gate.check(adapters, device)
+    errors = checks.check(adapters, device)
     first = files.Watched(paths, measure.usable(device)[0], device)
     calls = files.calls(paths, first, setting.others)
     result = {

@@ -16,7 +16,7 @@ import torch
 from domerge_fast import ops
 from domerge_fast.adapters.plan import Plan, Stack
 from domerge_fast.bench import cases, machine, measure, timing
-from domerge_fast.bench.gate import Gate
+from domerge_fast.bench.checks import Checks
 from domerge_fast.bench.workloads import Member, Shape, Workload
 from domerge_fast.methods.do import DoOptions
 
@@ -37,7 +37,7 @@ THREADS = "threads"
 def run(rounds: int) -> dict[str, Any]:
     """Seconds and mean steps of the descent of every point, by series and value."""
     backend = measure.usable(CPU)[0]
-    _gate(backend)
+    _check(backend)
     with torch.no_grad():
         series = {name: _series(name, backend, rounds) for name in SERIES}
         series[THREADS] = _threads(backend, rounds)
@@ -59,10 +59,10 @@ def stacks(made: Workload) -> list[Stack]:
     return [cases.stack(plan, name, CPU) for name in plan.names]
 
 
-def _gate(backend: str) -> None:
+def _check(backend: str) -> None:
     made = workload(ADAPTERS, 8, 1, 256)
     plan = Plan.make(made.adapters(CPU), [1.0] * ADAPTERS)
-    refused = Gate(plan, made.dtype).check(backend, CPU).refused
+    refused = Checks(plan, made.dtype).check(backend, CPU).refused
     if refused:
         sys.exit(f"{backend} disagrees with the reference: {refused}; nothing to report")
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import checks
 import files
-import gate
 import rivals
 import torch
 from rivals import Modules, Size
@@ -100,7 +100,7 @@ def run(rounds: int) -> dict[str, Any]:
     """Seconds of all modules and peak bytes of the largest one, ours and of the dense forms."""
     device = CPU
     adapters = WORKLOADS[WORKLOAD].adapters(device)
-    errors = gate.check(adapters, device) | {"ties": _ties_error(adapters)}
+    errors = checks.check(adapters, device) | {"ties": _ties_error(adapters)}
     room = 0.9 * machine.free_bytes(device)
     rows = {}
     for method, form in FORMS.items():
@@ -135,7 +135,7 @@ def _ties_error(adapters: Sequence[dm.Adapter]) -> float:
         _only(adapters, name), "ties", scale=1.0, density=DENSITY, form="deltas"
     ).delta(name)
     error = float((found - expected).norm() / expected.norm())
-    if not error < gate.TOLERANCE:
+    if not error < checks.TOLERANCE:
         sys.exit(f"ties disagrees with PEFT: ΔW is off by {error:.1e}; nothing to report")
     return error
 

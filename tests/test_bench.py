@@ -1,4 +1,4 @@
-"""domerge-fast bench: the bounds by hand, the gate, the workloads, and the command itself."""
+"""domerge-fast bench: the bounds by hand, the checks, the workloads, and the command itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from domerge_fast import ops
 from domerge_fast.adapters.plan import Plan, Stack
 from domerge_fast.algebra.side import Problem
 from domerge_fast.backends import cpu
-from domerge_fast.bench import bounds, cases, gate, measure, timing
+from domerge_fast.bench import bounds, cases, checks, measure, timing
 from domerge_fast.bench.bounds import Rates, Work
 from domerge_fast.bench.command import bench
 from domerge_fast.bench.workloads import WORKLOADS, Member, Shape, Workload
@@ -164,13 +164,13 @@ def test_a_merge_reads_its_factors_once_and_writes_its_results_once():
     assert work.flops == pytest.approx(sum(timed))
 
 
-# The gate
+# The checks
 
 
-def test_the_gate_passes_what_is_right_and_covers_every_op():
-    checker = gate.Gate(plan_of(SMALL), torch.bfloat16)
-    assert {case.op for case in checker.cases} == set(gate.GATED)
-    assert set(ops.__all__) - set(gate.GATED) == {"entry_counts", "entry_merge", "entry_sums"}
+def test_the_checks_pass_what_is_right_and_covers_every_op():
+    checker = checks.Checks(plan_of(SMALL), torch.bfloat16)
+    assert {case.op for case in checker.cases} == set(checks.CHECKED)
+    assert set(ops.__all__) - set(checks.CHECKED) == {"entry_counts", "entry_merge", "entry_sums"}
     for backend in ("cpu", "torch"):
         verdict = checker.check(backend, CPU)
         assert verdict.refused is None
@@ -188,9 +188,9 @@ def _scaled(factor: float):
     return wrong
 
 
-@pytest.mark.parametrize("op", gate.GATED)
-def test_the_gate_refuses_a_wrong_result_of_any_op(op, monkeypatch):
-    checker = gate.Gate(plan_of(SMALL), torch.float32)
+@pytest.mark.parametrize("op", checks.CHECKED)
+def test_the_checks_refuse_a_wrong_result_of_any_op(op, monkeypatch):
+    checker = checks.Checks(plan_of(SMALL), torch.float32)
     right = getattr(cpu, op)
     monkeypatch.setattr(cpu, op, lambda *given: _scaled(1 + 3e-5)(right(*given)))
     verdict = checker.check("cpu", CPU)
@@ -201,8 +201,8 @@ def test_the_gate_refuses_a_wrong_result_of_any_op(op, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_the_gate_refuses_what_is_not_finite(bad, monkeypatch):
-    checker = gate.Gate(plan_of(SMALL), torch.bfloat16)
+def test_the_checks_refuse_what_is_not_finite(bad, monkeypatch):
+    checker = checks.Checks(plan_of(SMALL), torch.bfloat16)
     right = cpu.apply
 
     def poisoned(*given):
@@ -218,8 +218,8 @@ def test_the_gate_refuses_what_is_not_finite(bad, monkeypatch):
 
 def test_the_gate_takes_few_adapters_of_a_large_set():
     member = Member(1, (Shape("q", 10, 12),))
-    checker = gate.Gate(plan_of(Workload("many", "", (member,) * 50)), torch.bfloat16)
-    assert len(checker.stacks[0].adapters) == gate.MOST_ADAPTERS
+    checker = checks.Checks(plan_of(Workload("many", "", (member,) * 50)), torch.bfloat16)
+    assert len(checker.stacks[0].adapters) == checks.MOST_ADAPTERS
     assert any(case.op == "orthogonalize_factors" for case in checker.cases)
 
 

@@ -18,15 +18,15 @@ import domerge_fast as dm
 from domerge_fast.adapters.plan import Plan
 from domerge_fast.backends import cpu
 from domerge_fast.bench import bounds, cases, measure
-from domerge_fast.bench.gate import Verdict
+from domerge_fast.bench.checks import Verdict
 from domerge_fast.bench.workloads import WORKLOADS, Member, Shape, Workload
 from domerge_fast.methods.do import DoOptions
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
+import checks  # noqa: E402
 import descent  # noqa: E402
 import files  # noqa: E402
-import gate  # noqa: E402
 import gpu_check  # noqa: E402
 import least  # noqa: E402
 import mergekit_cli  # noqa: E402
@@ -349,7 +349,7 @@ def test_a_workload_is_measured_with_its_rivals(quick, tmp_path, capsys):
     assert {len(times) for times in result["seconds"].values()} == {2}
     assert set(result["extrapolated"]) == set(run.ALL_RIVALS)
     assert all(e["measured"] == 14 for e in result["extrapolated"].values())
-    assert {key: error < gate.TOLERANCE for key, error in result["errors"].items()} == {
+    assert {key: error < checks.TOLERANCE for key, error in result["errors"].items()} == {
         f"{backend} {method}": True for backend in ("cpu", "torch") for method in ("do", "svd")
     }
     peaks = result["peak_bytes"]
@@ -376,7 +376,7 @@ def test_no_figure_of_a_backend_that_is_wrong(method, quick, tmp_path, monkeypat
     with pytest.raises(SystemExit, match=f"cpu disagrees .*: {op} is off by 2.0e.00"):
         quick("--no-rivals")
     # An error that only a whole merge shows is seen too.
-    monkeypatch.setattr(gate.Gate, "check", lambda *given: Verdict({}, None))
+    monkeypatch.setattr(checks.Checks, "check", lambda *given: Verdict({}, None))
     with pytest.raises(SystemExit, match=f"cpu disagrees .* ΔW of {method} is off by 2.0e.00"):
         quick("--no-rivals")
     assert not (tmp_path / "result.json").exists()

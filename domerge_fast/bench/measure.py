@@ -23,7 +23,7 @@ from ..storage.lazy import dtype_name
 from . import bounds, cases, machine, timing
 from .bounds import NOTHING, Rates, Work
 from .cases import Case
-from .gate import Gate
+from .checks import Checks
 from .timing import Call
 
 MERGE = "merge"
@@ -141,11 +141,11 @@ def run(
     dtype = plan.dtype()
     with torch.no_grad(), _current(device):
         say("the oracle")
-        gate = Gate(_part(plan, names), dtype)
+        checks = Checks(_part(plan, names), dtype)
         verdicts = {}
         for backend in backends:
             say(f"{backend} against the oracle")
-            verdicts[backend] = gate.check(backend, device)
+            verdicts[backend] = checks.check(backend, device)
         refused = {b: v.refused for b, v in verdicts.items() if v.refused}
         good = [b for b in verdicts if b not in refused]
         say("the machine's rates")

@@ -12,7 +12,7 @@ import domerge_fast as dm
 from domerge_fast.adapters.plan import Plan
 from domerge_fast.backends import reference
 from domerge_fast.bench import measure
-from domerge_fast.bench.gate import MOST_ADAPTERS, Gate
+from domerge_fast.bench.checks import MOST_ADAPTERS, Checks
 
 TOLERANCE = 2**-7
 """Relative error of ΔW with bfloat16 factors: two roundings of 2^-9 each, on both."""
@@ -24,7 +24,7 @@ def check(adapters: Sequence[dm.Adapter], device: torch.device) -> dict[str, flo
     Of large sets the module's first MOST_ADAPTERS, which the oracle finishes.
     """
     plan = Plan.make(adapters, [1.0] * len(adapters))
-    ops = Gate(plan, plan.dtype(), modules=1)
+    ops = Checks(plan, plan.dtype(), modules=1)
     name = rivals.one_of_each_shape(adapters)[0][0]
     owners = [adapter for adapter in adapters if name in adapter.modules][:MOST_ADAPTERS]
     only = [dm.from_tensors({name: a.factors(name)}, a.modules[name].scaling) for a in owners]

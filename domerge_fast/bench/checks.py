@@ -24,7 +24,7 @@ TOLERANCE = 1e-5
 OPTIONS = DoOptions(steps=2, tol=0.0)
 """A fixed number of steps: where the descent stops may depend on rounding."""
 
-GATED = tuple(op for op in registry.OPS if not op.startswith("entry_"))
+CHECKED = tuple(op for op in registry.OPS if not op.startswith("entry_"))
 """The ops that are held against the oracle: no figure here is about the elementwise ones, whose
 results jump where an entry is on a threshold."""
 
@@ -44,7 +44,7 @@ class Verdict:
     refused: str | None
 
 
-class Gate:
+class Checks:
     """Runs the oracle once, on some modules; then `check` holds a backend against it."""
 
     def __init__(self, plan: Plan, dtype: torch.dtype, modules: int = MODULES) -> None:
