@@ -418,7 +418,7 @@ def test_help_and_version_are_printed(capsys):
 
 def test_help_is_quick_and_imports_nothing_heavy():
     code = (
-        "import sys, time; from domerge_fast import cli; code = cli.main(['--help']);"
+        "import sys, time; from domerge_fast.cli import main as cli; code = cli.main(['--help']);"
         "heavy = {'torch', 'numpy', 'transformers', 'peft', 'tqdm'} & set(sys.modules);"
         "sys.exit(code or str(heavy) * bool(heavy) or time.process_time() > 0.5)"
     )
@@ -625,7 +625,7 @@ def test_it_is_refused_before_an_adapter_is_read(monkeypatch):
 NO_NUMPY = """
 import sys
 sys.modules["numpy"] = None  # importing it fails
-from domerge_fast import cli
+from domerge_fast.cli import main as cli
 for line in sys.argv[1:]:
     assert cli.main(line.split()) == 0, line
 """

@@ -143,7 +143,7 @@ def run(code: str, environment: dict[str, str], folder: Path) -> subprocess.Comp
 KERNELS = """
 import torch
 from domerge_fast.backends import cpu
-from domerge_fast.problem import Problem
+from domerge_fast.algebra.side import Problem
 torch.set_num_threads(4)
 x = torch.arange(24.0).reshape(4, 6)
 found = cpu.gram([Problem((x,), (1.0,))] * 20)
@@ -158,7 +158,7 @@ def test_kernels_do_without_threads_that_cannot_be_had(no_threads, tmp_path):
 
 MERGE = """
 import sys, torch
-from domerge_fast import cli
+from domerge_fast.cli import main as cli
 sys.exit(cli.main(["merge", "a", "-o", "out"]))
 """
 

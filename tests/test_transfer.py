@@ -11,6 +11,7 @@ from support.shapes import CASES
 import domerge_fast as dm
 from domerge_fast import OptionError
 from domerge_fast.adapters.plan import Plan
+from domerge_fast.algebra.host import gather
 from domerge_fast.backends.gpu import tables
 from domerge_fast.engine import pipeline as engine
 from domerge_fast.engine import transfer
@@ -38,7 +39,7 @@ def test_packed_tensors_come_out_as_they_went_in():
 
 def test_gathered_tensors_are_themselves_on_the_host():
     tensors = [None, torch.ones(2)]
-    assert transfer.gather(tensors) == tensors
+    assert gather(tensors) == tensors
 
 
 def test_what_is_on_the_device_stays():

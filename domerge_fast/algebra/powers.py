@@ -57,7 +57,7 @@ def exponent(block: Tensor, scale: float) -> float:
     top = largest(block)
     if not math.isfinite(top):
         return math.inf
-    if largest == 0 or scale == 0:
+    if top == 0 or scale == 0:
         return -math.inf
     return math.frexp(top)[1] + math.frexp(scale)[1]
 

@@ -136,10 +136,13 @@ TABLE = MappingProxyType(
     {
         "cpu": Backend("cpu", "C++ kernels, vectorised and threaded", _cpu, _extension_missing),
         "cuda": Backend(
-            "cuda", "CUDA C++ kernels, all modules in one launch", _cuda_devices, _cuda_missing
+            "gpu.cuda", "CUDA C++ kernels, all modules in one launch", _cuda_devices, _cuda_missing
         ),
         "triton": Backend(
-            "triton", "Triton kernels, all modules in one launch", _triton_devices, _triton_missing
+            "gpu.triton",
+            "Triton kernels, all modules in one launch",
+            _triton_devices,
+            _triton_missing,
         ),
         "torch": Backend("torch", "factor space in plain PyTorch", _anywhere, _always),
         "reference": Backend(
