@@ -16,8 +16,8 @@ up from layer to layer. The experts of a layer count once, as few of them see a 
 grows with S: the merge that keeps most is smaller in deep models, and for adapters trained far.
 
 Methods that have a size of their own take no norms, but 1, and for M mean_i |w_i|, or 1 where only
-ratios of weights matter. With weights of 1, λ = d for those that add up what does not overlap
-(`tsvm` with its spectrum, `ties` and the like), 1.25 d after `svc`. A module that is cut has the
+ratios of weights matter. With weights of 1, λ = d for `tsvm` with its spectrum, which adds up what
+does not overlap, 1.25 d for `ties` and the like and after `svc`. A module that is cut has the
 norm from before the cut (finish.py). docs/choosing.md says what was measured, and where this fails.
 """
 

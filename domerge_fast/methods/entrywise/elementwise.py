@@ -117,7 +117,7 @@ def method(
         dense=True,
         by_ratio=lambda options: rule(options).election.mean == "weight",
         prepare=prepare,
-        rule=lambda options, inner: ScaleRule(None, 1.0),
+        rule=lambda options, inner: ScaleRule(None, 1.25),
         cost="2 m n R flops a pass, 1 to 4 passes",
         source=source,
         needs=needs,
