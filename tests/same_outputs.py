@@ -122,7 +122,8 @@ def main() -> None:
         subprocess.run([*git, "worktree", "add", "--detach", "-f", other, sys.argv[1]], check=True)
         try:
             build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-            subprocess.run(build, cwd=other, check=True, env=os.environ | {"DOMERGE_CUDA": "0"})
+            quiet = {"env": os.environ | {"DOMERGE_CUDA": "0"}, "capture_output": True}
+            subprocess.run(build, cwd=other, check=True, **quiet)
             before, after = digests(other), digests(HERE.parent)
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", other], check=True)
