@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 from domerge_fast.bench import bounds
 from domerge_fast.bench.bounds import NOTHING, Rates, Work
 from domerge_fast.bench.cases import is_wide
@@ -46,16 +46,16 @@ def do_work(workload: Workload, report: Report) -> Work:
     return Work(2 * workload.factor_bytes, total.flops_in)
 
 
-def _problem(ranks: list[int], d: int, dtype: torch.dtype) -> Problem:
+def _problem(ranks: list[int], d: int, dtype: torch.dtype) -> Side:
     blocks = tuple(torch.empty(r, d, dtype=dtype, device="meta") for r in ranks)
-    return Problem(blocks, (1.0,) * len(blocks))
+    return Side(blocks, (1.0,) * len(blocks))
 
 
-def _coefficients(p: Problem) -> torch.Tensor | None:
+def _coefficients(p: Side) -> torch.Tensor | None:
     return None if is_wide(p) else torch.empty(p.rank, p.rank, device="meta")
 
 
-def _side(p: Problem, done: SideReport | None) -> Work:
+def _side(p: Side, done: SideReport | None) -> Work:
     """The descent of one side, and the Gram it starts from."""
     if done is None:
         return NOTHING

@@ -17,7 +17,7 @@ from torch import Tensor
 import domerge_fast as dm
 from domerge_fast import ops
 from domerge_fast.adapters.plan import Plan, Stack
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 from domerge_fast.backends import cpu
 from domerge_fast.bench import bounds, cases, checks, measure, timing
 from domerge_fast.bench.bounds import Rates, Work
@@ -55,8 +55,8 @@ def stacks_of(plan: Plan) -> list[Stack]:
     return [cases.stack(plan, name, CPU) for name in plan.names]
 
 
-def problem(ranks: tuple[int, ...], d: int, dtype: torch.dtype) -> Problem:
-    return Problem(tuple(torch.zeros(r, d, dtype=dtype) for r in ranks), (1.0,) * len(ranks))
+def problem(ranks: tuple[int, ...], d: int, dtype: torch.dtype) -> Side:
+    return Side(tuple(torch.zeros(r, d, dtype=dtype) for r in ranks), (1.0,) * len(ranks))
 
 
 # Bounds

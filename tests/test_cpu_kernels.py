@@ -14,7 +14,7 @@ from support.shapes import CASES, SIDES, exact, random_case
 from torch import Tensor
 
 from domerge_fast import _C
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 from domerge_fast.backends import cpu, descent, reference
 from domerge_fast.backends import torch as library
 
@@ -39,14 +39,14 @@ def isa(request, monkeypatch):
 
 
 @functools.cache
-def problems(side: str, dtype: torch.dtype) -> dict[str, Problem]:
+def problems(side: str, dtype: torch.dtype) -> dict[str, Side]:
     """Every case whose numbers the dtype can hold."""
     found = {name: SIDES[side](case, dtype) for name, case in CASES.items()}
     return {n: p for n, p in found.items() if all(b.isfinite().all() for b in p.blocks)}
 
 
 @functools.cache
-def stacked(problem: Problem) -> Tensor:
+def stacked(problem: Side) -> Tensor:
     return torch.cat(exact(problem))
 
 
@@ -79,7 +79,7 @@ def test_gram(isa, side, dtype):
 
 
 @functools.cache
-def block_gram(problem: Problem) -> Tensor:
+def block_gram(problem: Side) -> Tensor:
     return reference.block_gram([problem])[0]
 
 
@@ -123,7 +123,7 @@ def test_apply(isa, side, dtype, out_dtype):
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_conversions_are_exact(isa, half):
     every = torch.arange(65536).to(torch.int32).to(torch.int16).view(half)[None]
-    up = cpu.apply([None], [Problem((every,), (1.0,))], torch.float32)[0]
+    up = cpu.apply([None], [Side((every,), (1.0,))], torch.float32)[0]
     torch.testing.assert_close(up, every.float(), rtol=0, atol=0, equal_nan=True)
     generator = torch.Generator().manual_seed(0)
     low, high = -(2**31), 2**31 - 1
@@ -131,34 +131,34 @@ def test_conversions_are_exact(isa, half):
     middles = torch.arange(65536) * 65536 + 32768 - 2**31
     near = (every.float().view(torch.int32).long() + torch.tensor([[4096], [-1], [1]])).flatten()
     floats = torch.cat([bits, middles, near]).to(torch.int32).view(torch.float32)[None]
-    down = cpu.apply([None], [Problem((floats,), (1.0,))], half)[0]
+    down = cpu.apply([None], [Side((floats,), (1.0,))], half)[0]
     torch.testing.assert_close(down, floats.to(half), rtol=0, atol=0, equal_nan=True)
 
 
 @functools.cache
-def cross_energy(problem: Problem) -> float:
+def cross_energy(problem: Side) -> float:
     return reference._cross_energy(exact(problem))
 
 
 @functools.cache
-def loss_before(problem: Problem, penalty: str, gamma: float) -> float:
+def loss_before(problem: Side, penalty: str, gamma: float) -> float:
     return float(reference.loss(exact(problem), exact(problem), penalty, gamma))
 
 
 @functools.cache
-def first_steps(problem: Problem, penalty: str) -> tuple[list[Tensor], list[float]]:
+def first_steps(problem: Side, penalty: str) -> tuple[list[Tensor], list[float]]:
     return reference.descend(exact(problem), penalty, 1.0, 3, 0.0)
 
 
 @functools.cache
-def after_thirty_steps(problem: Problem, penalty: str) -> float:
+def after_thirty_steps(problem: Side, penalty: str) -> float:
     """The objective, from the same descent in float64."""
     x = stacked(problem)
     stats = descent.in_gram_form((x @ x.T)[None], problem.ranks, penalty, 1.0, 30, 0.0)[1]
     return float(stats[0, 2])
 
 
-def literal(problem: Problem, c: Tensor, penalty: str, gamma: float) -> tuple[float, float, float]:
+def literal(problem: Side, c: Tensor, penalty: str, gamma: float) -> tuple[float, float, float]:
     """Loss, share of the cross energy left and relative change of C X, from X itself."""
     x = exact(problem)
     moved = c.double() @ torch.cat(x)
@@ -342,7 +342,7 @@ def test_blocks_of_any_stride(isa, side):
     x = torch.randn(40, 60)
     strange = (x[::2, ::3], x[1:4, 5:25], x[5:25, 1:4].T, x[:1, :20], x[:20, :1].T)
     first = strange[1].contiguous() if side == "rows" else strange[2].T.contiguous().T
-    p = Problem((first, *strange), (1.0, 0.5, 2.0, -1.0, 3.0, 1.0))
+    p = Side((first, *strange), (1.0, 0.5, 2.0, -1.0, 3.0, 1.0))
     assert p.in_columns == (side == "columns")
     dense = stacked(p)
     assert_close(cpu.gram([p], torch.float64)[0], dense @ dense.T, 1e-14)
@@ -351,7 +351,7 @@ def test_blocks_of_any_stride(isa, side):
 
 def test_mixed_dtypes_in_one_problem(isa):
     x = [torch.randn(3, 50), torch.randn(2, 50).bfloat16(), torch.randn(4, 50).half()]
-    p = Problem((*x, torch.randn(2, 50).double()), (1.0, 2.0, 0.5, 1.0))
+    p = Side((*x, torch.randn(2, 50).double()), (1.0, 2.0, 0.5, 1.0))
     c = coefficients(5, 11)
     expected = c.double() @ stacked(p)
     y = cpu.apply([c], [p], torch.float32)[0]

@@ -15,7 +15,7 @@ from support.on_device import AVAILABLE
 from support.shapes import CASES, Case, random_case
 
 from domerge_fast.algebra.entry_rules import LOW_BITS, Draw, Election, Trim
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 from domerge_fast.backends import reference_entries
 from domerge_fast.backends import torch_entries as entries
 
@@ -150,8 +150,8 @@ def test_sums_are_of_all_entries_and_of_those_kept(trims, backend):
         assert_within(found[i], expected, sum(sizes.values()), 1e-6)
 
 
-def alone(problem: Problem, i: int) -> Problem:
-    return Problem((problem.blocks[i],), (problem.scales[i],))
+def alone(problem: Side, i: int) -> Side:
+    return Side((problem.blocks[i],), (problem.scales[i],))
 
 
 @every_backend

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from domerge_fast import _C
 from domerge_fast.algebra.entry_rules import Draw, Election, Trim
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
@@ -65,7 +65,7 @@ def run(monkeypatch):
     return call
 
 
-def whole_numbers(shape: str, seed: int = 0) -> tuple[Problem, Problem]:
+def whole_numbers(shape: str, seed: int = 0) -> tuple[Side, Side]:
     """A and B, of every dtype and layout in turn, whose τ_i are exact in float32."""
     m, n, ranks = SHAPES[shape]
     generator = torch.Generator().manual_seed(seed)
@@ -79,21 +79,21 @@ def whole_numbers(shape: str, seed: int = 0) -> tuple[Problem, Problem]:
     if seed % 2:
         b = [x.T.contiguous().T for x in b]
     scales = [(0.5, 2.0, -1.0, 0.25)[i % 4] for i in range(len(ranks))]
-    return Problem(tuple(a), (1.0,) * len(a)), Problem(tuple(b), tuple(scales))
+    return Side(tuple(a), (1.0,) * len(a)), Side(tuple(b), tuple(scales))
 
 
-def drawing(a: Problem) -> Draw:
+def drawing(a: Side) -> Draw:
     return Draw(SEED, 3, tuple(7 * i + 1 for i in range(len(a.blocks))))
 
 
-def rules(a: Problem, first: int = 0) -> tuple[list[Trim], list[float]]:
+def rules(a: Side, first: int = 0) -> tuple[list[Trim], list[float]]:
     """Every trim in turn, and weights that may add up to 0."""
     trims, count = list(TRIMS.values()), len(a.blocks)
     chosen = [trims[(first + i) % len(trims)] for i in range(count)]
     return chosen, [(1.0, -1.0, 2.0, 0.25)[i % 4] for i in range(count)]
 
 
-def updates(a: Problem, b: Problem) -> list[np.ndarray]:
+def updates(a: Side, b: Side) -> list[np.ndarray]:
     """Every τ_i in float32, exact."""
     pairs = zip(a.blocks, b.blocks, b.scales, strict=True)
     return [(s * (y.T.double() @ x.double())).float().numpy() for x, y, s in pairs]
@@ -253,9 +253,9 @@ def gaussian(m: int, n: int, ranks: tuple[int, ...], dtype: torch.dtype = torch.
     return case.rows(dtype), case.columns(dtype)
 
 
-def as_it_is(run, backend: str, a: Problem, b: Problem) -> Tensor:
+def as_it_is(run, backend: str, a: Side, b: Side) -> Tensor:
     """τ_0, as the backend's merge of nothing else has it."""
-    one = [Problem(p.blocks[:1], p.scales[:1]) for p in (a, b)]
+    one = [Side(p.blocks[:1], p.scales[:1]) for p in (a, b)]
     return run(backend, "entry_merge", *one, [Trim()], [1.0], Election(), Draw(0, 0, (0,)))
 
 
@@ -274,7 +274,7 @@ def test_a_merge_is_a_chain_of_fused_operations(run, backend):
     weights = [0.3, 0.7, -1.1]
     total = np.zeros((13, 150), np.float32)
     for i, w in enumerate(weights):
-        one = [Problem(p.blocks[i : i + 1], p.scales[i : i + 1]) for p in (a, b)]
+        one = [Side(p.blocks[i : i + 1], p.scales[i : i + 1]) for p in (a, b)]
         total = (np.float64(np.float32(w)) * as_it_is(run, backend, *one).numpy() + total).astype(
             np.float32
         )
@@ -294,7 +294,7 @@ def test_the_order_of_sums(run, backend, n):
         assert_same(run(backend, "entry_sums", a, b, [trim], draw), np.array(expected))
 
 
-def everything(run, backend: str, a: Problem, b: Problem) -> list[Tensor]:
+def everything(run, backend: str, a: Side, b: Side) -> list[Tensor]:
     """The bits of all that the ops say."""
     draw, (trims, weights) = drawing(a), rules(a, 1)
     trims = [t if math.isinf(t.high) else Trim(low=0.7, high=5.0, gain=0.3) for t in trims]
@@ -336,10 +336,10 @@ def test_neither_do_tiles(run, backend):
     trims, weights = [Trim(low=0.2), Trim(keep=0.4, rescale=True), Trim(gain=0.3)], [0.3, -0.7, 1.1]
 
     def merge(m: int, n: int, extra: int) -> Tensor:
-        x = Problem(
+        x = Side(
             tuple(p[:, :n] for p in a.blocks) + (a.blocks[1][:, :n],) * extra, (1.0,) * (3 + extra)
         )
-        y = Problem(
+        y = Side(
             tuple(p[:, :m] for p in b.blocks) + (b.blocks[1][:, :m],) * extra,
             b.scales + (1.0,) * extra,
         )

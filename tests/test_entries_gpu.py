@@ -14,7 +14,7 @@ from support.on_device import GPU
 from torch import Tensor
 
 from domerge_fast.algebra.entry_rules import LOW_BITS, Draw, Election, Trim
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
 
@@ -45,10 +45,10 @@ def fine(*shape: int) -> Tensor:
     return torch.randint(-8191, 8192, shape, generator=generator).float() / 4096
 
 
-def module(m: int, n: int, make=integers, scales=(0.5, 2.0, -1.0)) -> tuple[Problem, Problem]:
+def module(m: int, n: int, make=integers, scales=(0.5, 2.0, -1.0)) -> tuple[Side, Side]:
     """Both sides as they are stored: rows of A, columns of B."""
-    a = Problem(tuple(make(r, n) for r in RANKS), (9.0,) * len(RANKS))
-    return a, Problem(tuple(make(m, r).T for r in RANKS), scales)
+    a = Side(tuple(make(r, n) for r in RANKS), (9.0,) * len(RANKS))
+    return a, Side(tuple(make(m, r).T for r in RANKS), scales)
 
 
 def turned(x: Tensor) -> Tensor:
@@ -56,14 +56,14 @@ def turned(x: Tensor) -> Tensor:
     return x.contiguous() if x.T.is_contiguous() else x.T.contiguous().T
 
 
-def relaid(problem: Problem, layout: str) -> Problem:
+def relaid(problem: Side, layout: str) -> Side:
     """In another memory layout; "mixed": every block in its own, and in its own dtype."""
     first, second, third = problem.blocks
     if layout == "turned":
-        return Problem(tuple(map(turned, problem.blocks)), problem.scales)
+        return Side(tuple(map(turned, problem.blocks)), problem.scales)
     if layout == "mixed":
         wide = third.double().repeat(2, 2)[: third.shape[0], : third.shape[1]]
-        return Problem((first.half(), turned(second), wide), problem.scales)
+        return Side((first.half(), turned(second), wide), problem.scales)
     return problem
 
 
@@ -133,11 +133,11 @@ def test_sums_of_shapes_that_hurt(m, n, backend):
     same("entry_sums", *module(m, n), TRIMS, DRAW, backend=backend)
 
 
-def uneven(problem: Problem) -> Problem:
+def uneven(problem: Side) -> Side:
     """With columns so different in size that sums over them depend on their order in float64."""
     generator = torch.Generator().manual_seed(problem.d)
     sizes = 2.0 ** torch.randint(-40, 20, (problem.d,), generator=generator)
-    return Problem(tuple(sizes * block for block in problem.blocks), problem.scales)
+    return Side(tuple(sizes * block for block in problem.blocks), problem.scales)
 
 
 def summed(x: Tensor) -> float:
@@ -209,7 +209,7 @@ def test_what_is_drawn_depends_on_every_number(backend):
     assert not any(torch.equal(x, y) for x, y in itertools.combinations(found, 2))
 
 
-def chain(a: Problem, b: Problem, i: int) -> Tensor:
+def chain(a: Side, b: Side, i: int) -> Tensor:
     """τ_i of fine factors to the bit."""
     x = torch.zeros(b.d, a.d)
     for row, column in zip(a.blocks[i].double(), b.blocks[i].double()):
@@ -221,7 +221,7 @@ def chain(a: Problem, b: Problem, i: int) -> Tensor:
 def test_updates_are_what_is_promised_to_the_bit(backend):
     a, b = module(40, 70, fine, scales=(0.7, -1.3, 2.1))
     for i, scale in enumerate(b.scales):
-        one = Problem((a.blocks[i],), (1.0,)), Problem((b.blocks[i],), (scale,))
+        one = Side((a.blocks[i],), (1.0,)), Side((b.blocks[i],), (scale,))
         rule = ([Trim()], [1.0], Election(), Draw(0, 0, (0,)), 1.0)
         merged = ops.call("entry_merge", *one, *rule, backend=backend)
         assert torch.equal(merged, chain(a, b, i))
@@ -229,8 +229,8 @@ def test_updates_are_what_is_promised_to_the_bit(backend):
 
 @every_backend
 def test_a_long_chain_is_summed_in_order(backend):
-    a = Problem((fine(70, 9),), (1.0,))
-    b = Problem((fine(6, 70).T,), (1.0,))
+    a = Side((fine(70, 9),), (1.0,))
+    b = Side((fine(6, 70).T,), (1.0,))
     rule = ([Trim()], [1.0], Election(), Draw(0, 0, (0,)), 1.0)
     merged = ops.call("entry_merge", a, b, *rule, backend=backend)
     assert torch.equal(merged, chain(a, b, 0))

@@ -18,16 +18,16 @@ from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
 from domerge_fast.algebra.entry_rules import Draw, Election, Trim
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 from domerge_fast.backends import cpu
 
 GRAM = torch.eye(600) + 0.1
 
 
-def problem(rank: int, d: int, count: int = 4) -> Problem:
+def problem(rank: int, d: int, count: int = 4) -> Side:
     generator = torch.Generator().manual_seed(rank)
     blocks = tuple(torch.randn(rank, d, generator=generator) for _ in range(count))
-    return Problem(blocks, (1.0,) * count)
+    return Side(blocks, (1.0,) * count)
 
 
 def descend(times: int) -> object:
@@ -143,10 +143,10 @@ def run(code: str, environment: dict[str, str], folder: Path) -> subprocess.Comp
 KERNELS = """
 import torch
 from domerge_fast.backends import cpu
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 torch.set_num_threads(4)
 x = torch.arange(24.0).reshape(4, 6)
-found = cpu.gram([Problem((x,), (1.0,))] * 20)
+found = cpu.gram([Side((x,), (1.0,))] * 20)
 assert all(torch.equal(g, x @ x.T) for g in found)
 """
 

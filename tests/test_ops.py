@@ -19,7 +19,7 @@ from support.on_device import AVAILABLE, FAST
 from support.shapes import CASES, SIDES, Case, exact, random_case
 from torch import Tensor
 
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 from domerge_fast.backends import descent, reference, registry
 from domerge_fast.errors import OptionError
 from domerge_fast.ops.orthogonalize import PENALTIES
@@ -172,7 +172,7 @@ def test_blocks_of_one_problem_may_differ_in_dtype_and_memory_layout(backend):
     strided = case.a[2].repeat(1, 2)[:, ::2]
     blocks = (case.a[0].half(), case.a[1].T.contiguous().T, strided)
     for order in itertools.permutations(blocks):
-        problem = Problem(order, (2.0, -0.5, 1.0))
+        problem = Side(order, (2.0, -0.5, 1.0))
         x = torch.cat(exact(problem))
         norms = x.norm(dim=1)
         assert_within(ops.gram([problem], backend=backend)[0], x @ x.T, norms[:, None] * norms)
@@ -356,12 +356,12 @@ def test_it_stops_when_a_step_gains_less_than_tol(penalty, backend):
             assert before_last[1] - before_last[0] > tol * before_last[1] * (1 - 1e-3)
 
 
-def narrow(name: str, layout: str) -> Problem:
+def narrow(name: str, layout: str) -> Side:
     """A side of a module cut to 5 columns, so that R > d."""
     problem = SIDES[layout](CASES[name])
     if problem.in_columns:
-        return Problem(tuple(x.T[:5].T for x in problem.blocks), problem.scales)
-    return Problem(tuple(x[:, :5].contiguous() for x in problem.blocks), problem.scales)
+        return Side(tuple(x.T[:5].T for x in problem.blocks), problem.scales)
+    return Side(tuple(x[:, :5].contiguous() for x in problem.blocks), problem.scales)
 
 
 @every_backend
@@ -756,14 +756,12 @@ REFUSED = {
         [None], [P], [torch.zeros(38)], [[1.0] * 2], 1.0, torch.float32
     ),
     "do not multiply": lambda: ops.truncate([(torch.ones(3, 4), torch.ones(5, 2))], rank=1),
-    "one scale a block": lambda: ops.gram([Problem(P.blocks, (1.0,))]),
-    "a problem needs": lambda: ops.gram([Problem((), ())]),
-    "blocks must be [r_i, 61]": lambda: ops.gram(
-        [Problem((P.blocks[0], torch.ones(2, 60)), (1, 1))]
-    ),
-    "floating point": lambda: ops.gram([Problem((torch.ones(2, 3, dtype=torch.int8),), (1.0,))]),
-    "in one problem": lambda: ops.gram(
-        [Problem((torch.ones(2, 3), torch.ones(2, 3, device="meta")), (1.0, 1.0))]
+    "one scale a block": lambda: ops.gram([Side(P.blocks, (1.0,))]),
+    "a side needs": lambda: ops.gram([Side((), ())]),
+    "blocks must be [r_i, 61]": lambda: ops.gram([Side((P.blocks[0], torch.ones(2, 60)), (1, 1))]),
+    "floating point": lambda: ops.gram([Side((torch.ones(2, 3, dtype=torch.int8),), (1.0,))]),
+    "in one side": lambda: ops.gram(
+        [Side((torch.ones(2, 3), torch.ones(2, 3, device="meta")), (1.0, 1.0))]
     ),
 }
 

@@ -9,7 +9,7 @@ import torch
 from support.close import assert_close
 from support.shapes import CASES, SIDES, Case, exact, random_case
 
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 from domerge_fast.backends import reference
 from domerge_fast.ops.orthogonalize import PENALTIES
 
@@ -187,7 +187,7 @@ def test_zero_updates_add_nothing_and_no_nan():
 @pytest.mark.parametrize("layout", SIDES)
 @pytest.mark.parametrize("name", SMALL)
 def test_gram_and_block_gram_are_inner_products_of_rows(name, layout):
-    problem: Problem = SIDES[layout](CASES[name])
+    problem: Side = SIDES[layout](CASES[name])
     rows = [row for block in exact(problem) for row in block]
     expected = torch.stack([torch.stack([(x * y).sum() for y in rows]) for x in rows])
     assert_close(reference.gram([problem])[0], expected, 1e-12)

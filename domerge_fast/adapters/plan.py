@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from ..storage.buffers import Buffers
 from ..storage.safetensors_file import group_bytes, read_group
 from . import Adapter, LazyTensor, Module
@@ -27,7 +27,7 @@ SQUARES = 2 * 4 * 12
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """One module with its factors from every adapter that has it, as the two problems.
+    """One module with its factors from every adapter that has it, as the two sides.
 
     adapters: positions in the plan's list, one a block. a: blocks A_i [r_i, n]. b: blocks B_i^T
     [r_i, m] with the scaling s_i as their scale. weights: w_i.
@@ -39,8 +39,8 @@ class Stack:
 
     name: str
     adapters: tuple[int, ...]
-    a: Problem
-    b: Problem
+    a: Side
+    b: Side
     weights: tuple[float, ...]
     powers: tuple[int, int] = (0, 0)
     far: bool = False
@@ -177,8 +177,8 @@ class Plan:
         return Stack(
             name,
             owners,
-            Problem(tuple(a for a, _ in pairs), (1.0,) * len(pairs)),
-            Problem(tuple(b.T for _, b in pairs), scaling),
+            Side(tuple(a for a, _ in pairs), (1.0,) * len(pairs)),
+            Side(tuple(b.T for _, b in pairs), scaling),
             tuple(self.weights[i] for i in owners),
         )
 

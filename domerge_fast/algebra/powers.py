@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import DomergeError
 from ..storage.lazy import dtype_name
-from .side import Problem
+from .side import Side
 
 USUAL = 2.0**-50, 2.0**50
 """What the squared norm of a row may be without being centred."""
@@ -40,7 +40,7 @@ def extreme(value: float) -> int:
     return exponent if abs(exponent) > EXTREME else 0
 
 
-def exponents(side: Problem, diagonal: Tensor | None = None) -> list[float]:
+def exponents(side: Side, diagonal: Tensor | None = None) -> list[float]:
     """log2 of the largest entry of every scaled block, nearly: -inf for zeros, inf for what is not
     finite. diagonal: squared norms of the rows, which tell it where they are usual."""
     if diagonal is None:

@@ -17,7 +17,7 @@ FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(eq=False, slots=True)  # not frozen: every op makes them again, 18,000 modules long
-class Problem:
+class Side:
     """Blocks X_i [r_i, d] and the scale that is multiplied into each on reading.
 
     The memory of a block is row-major [r_i, d] ("rows") or the transpose of a row-major
@@ -33,7 +33,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not self.blocks or len(self.blocks) != len(self.scales):
-            raise ValueError(f"a problem needs one scale a block, got {len(self.blocks)} blocks")
+            raise ValueError(f"a side needs one scale a block, got {len(self.blocks)} blocks")
         self.d = self.blocks[0].shape[1]
         self.ranks = tuple([block.shape[0] for block in self.blocks])
         self.rank = sum(self.ranks)
@@ -54,7 +54,7 @@ class Problem:
         return torch.cat([s * b.to(dtype) for b, s in zip(self.blocks, self.scales)], 0)
 
 
-def check_problems(problems: Sequence[Problem]) -> None:
+def check_sides(problems: Sequence[Side]) -> None:
     """Raise ValueError unless every problem can be handed to a kernel."""
     for p in problems:
         d, device = p.d, p.device
@@ -64,4 +64,4 @@ def check_problems(problems: Sequence[Problem]) -> None:
             if block.dtype not in FACTOR_DTYPES and block.dtype != torch.float64:
                 raise ValueError(f"blocks must be floating point, got {block.dtype}")
             if block.device != device:
-                raise ValueError(f"blocks on {device} and {block.device} in one problem")
+                raise ValueError(f"blocks on {device} and {block.device} in one side")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _C
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from . import torch as library
 from .layout import DTYPES, addresses, arrange, dense, matrices
 from .torch import orthogonalize_factors
@@ -41,7 +41,7 @@ MAX_DESCENT_RANK = 1024
 """Above it the library's blocked GEMM takes over: up to here the kernel was measured faster."""
 
 
-def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def gram(problems: Sequence[Side], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """X X^T [R, R] of every problem, products and sums in `dtype` (float32 or float64)."""
     table, _alive = _describe(problems)
     out = [torch.empty(p.rank, p.rank, dtype=dtype) for p in problems]
@@ -49,7 +49,7 @@ def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float32) -> lis
     return out
 
 
-def block_gram(problems: Sequence[Problem]) -> list[Tensor]:
+def block_gram(problems: Sequence[Side]) -> list[Tensor]:
     """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
     table, _alive = _describe(problems)
     out = [torch.empty(sum(r * r for r in p.ranks), dtype=torch.float64) for p in problems]
@@ -109,7 +109,7 @@ def orthogonalize(
 
 
 def apply(
-    coefficients: Sequence[Tensor | None], problems: Sequence[Problem], out_dtype: torch.dtype
+    coefficients: Sequence[Tensor | None], problems: Sequence[Side], out_dtype: torch.dtype
 ) -> list[Tensor]:
     """C X [K, d] of every problem (None: X itself), in the memory layout of its first block."""
     table, _alive = _describe(problems)
@@ -128,7 +128,7 @@ def apply(
 
 def apply_decouple(
     coefficients: Sequence[Tensor | None],
-    problems: Sequence[Problem],
+    problems: Sequence[Side],
     blocks: Sequence[Tensor],
     omegas: Sequence[Sequence[float]],
     scale: float,
@@ -164,7 +164,7 @@ def truncate(
     out_dtype: torch.dtype,
 ) -> tuple[list[tuple[Tensor, Tensor]], list[float]]:
     """The best approximation of every B A: R x R by the library, the rest by kernels."""
-    sides = [(Problem((a,), (1.0,)), Problem((b.T,), (1.0,))) for a, b in pairs]
+    sides = [(Side((a,), (1.0,)), Side((b.T,), (1.0,))) for a, b in pairs]
     return library.truncate_by(gram, apply, sides, rank, energy, out_dtype)
 
 
@@ -179,7 +179,7 @@ def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
     return _C.all_finite(addresses(pieces), counts, codes, torch.get_num_threads())
 
 
-def entry_counts(a: Problem, b: Problem, prefixes: Sequence[int] | None = None) -> Tensor:
+def entry_counts(a: Side, b: Side, prefixes: Sequence[int] | None = None) -> Tensor:
     """Counts of the upper 16 bits of |τ_i|, or of the lower 15 behind a prefix: [T, bins]."""
     (table_a, table_b), _alive = _sides(a, b)
     bins = 1 << (HIGH_BITS if prefixes is None else LOW_BITS)
@@ -189,7 +189,7 @@ def entry_counts(a: Problem, b: Problem, prefixes: Sequence[int] | None = None) 
     return counts
 
 
-def entry_sums(a: Problem, b: Problem, trims: Sequence[Trim], draw: Draw) -> Tensor:
+def entry_sums(a: Side, b: Side, trims: Sequence[Trim], draw: Draw) -> Tensor:
     """sum |τ_i| over all entries and over those that are kept: [T, 2] in float64."""
     (table_a, table_b), _alive = _sides(a, b)
     sums = torch.zeros(len(a.blocks), 2, dtype=torch.float64)
@@ -199,8 +199,8 @@ def entry_sums(a: Problem, b: Problem, trims: Sequence[Trim], draw: Draw) -> Ten
 
 
 def entry_merge(
-    a: Problem,
-    b: Problem,
+    a: Side,
+    b: Side,
     trims: Sequence[Trim],
     weights: Sequence[float],
     election: Election,
@@ -225,7 +225,7 @@ def entry_merge(
     return merged
 
 
-def _sides(a: Problem, b: Problem) -> tuple[tuple[_C.Problems, _C.Problems], list[Tensor]]:
+def _sides(a: Side, b: Side) -> tuple[tuple[_C.Problems, _C.Problems], list[Tensor]]:
     """The kernels' tables of A and of B, and the tensors to keep alive."""
     table_a, alive_a = _describe([a], rows_only=True)
     table_b, alive_b = _describe([b])
@@ -240,7 +240,7 @@ def _rules(
 
 
 def _describe(
-    problems: Sequence[Problem], rows_only: bool = False
+    problems: Sequence[Side], rows_only: bool = False
 ) -> tuple[_C.Problems, list[Tensor]]:
     """The kernels' table of problems, and the tensors to keep alive while it is used."""
     alive: list[Tensor] = []

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..algebra.side import Problem
+from ..algebra.side import Side
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers by which csrc/common/problem.h knows them."""
 
 
 def arrange(
-    problem: Problem, in_columns: bool, dtype: torch.dtype | None = None
+    problem: Side, in_columns: bool, dtype: torch.dtype | None = None
 ) -> tuple[list[Tensor], list[int]]:
     """The problem's blocks in one layout, and the distance from one row of memory to the next.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.cuts import check_cut
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from .reference_entries import entry_counts, entry_merge, entry_sums  # noqa: F401, more ops
 
 EPSILON = 1e-3
@@ -217,12 +217,12 @@ def _exact_step(
     return (low + high) / 2
 
 
-def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def gram(problems: Sequence[Side], dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """X X^T [R, R], entry by entry products in float64."""
     return [_square(x).to(dtype) for x in map(_stack, problems)]
 
 
-def block_gram(problems: Sequence[Problem]) -> list[Tensor]:
+def block_gram(problems: Sequence[Side]) -> list[Tensor]:
     """Each adapter's own X_i X_i^T, packed [sum r_i^2]."""
     return [torch.cat([_square(x).flatten() for x in _blocks(p)]) for p in problems]
 
@@ -243,11 +243,11 @@ def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int
     return torch.stack([sums(a.double() * b.double()) for a, b in zip(x, y)])
 
 
-def _blocks(problem: Problem) -> list[Tensor]:
+def _blocks(problem: Side) -> list[Tensor]:
     return [s * b.double() for b, s in zip(problem.blocks, problem.scales)]
 
 
-def _stack(problem: Problem) -> Tensor:
+def _stack(problem: Side) -> Tensor:
     return torch.cat(_blocks(problem))
 
 
@@ -274,7 +274,7 @@ def orthogonalize(
 
 
 def orthogonalize_factors(
-    problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
+    problems: Sequence[Side], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
 ) -> tuple[list[Tensor], Tensor]:
     """Xhat [R, d] for the squared penalty, and the descent's statistics."""
     results = [descend(_blocks(p), "squared", gamma, steps, tol) for p in problems]
@@ -287,7 +287,7 @@ def _table(stats: list[list[float]], device: torch.device | None) -> Tensor:
 
 
 def apply(
-    coefficients: Sequence[Tensor | None], problems: Sequence[Problem], out_dtype: torch.dtype
+    coefficients: Sequence[Tensor | None], problems: Sequence[Side], out_dtype: torch.dtype
 ) -> list[Tensor]:
     """C X [K, d]."""
     products = []
@@ -300,7 +300,7 @@ def apply(
 
 def apply_decouple(
     coefficients: Sequence[Tensor | None],
-    problems: Sequence[Problem],
+    problems: Sequence[Side],
     blocks: Sequence[Tensor],
     omegas: Sequence[Sequence[float]],
     scale: float,

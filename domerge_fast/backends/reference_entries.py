@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
-from ..algebra.side import Problem
+from ..algebra.side import Side
 
 WORD = 0xFFFFFFFF
 
 
-def entry_counts(a: Problem, b: Problem, prefixes: Sequence[int] | None = None) -> Tensor:
+def entry_counts(a: Side, b: Side, prefixes: Sequence[int] | None = None) -> Tensor:
     """Counts of the upper 16 bits of |τ_i|, or of the lower 15 behind a prefix: [T, bins]."""
     counts = []
     for i, tau in enumerate(_updates(a, b)):
@@ -30,7 +30,7 @@ def entry_counts(a: Problem, b: Problem, prefixes: Sequence[int] | None = None) 
     return torch.stack(counts)
 
 
-def entry_sums(a: Problem, b: Problem, trims: Sequence[Trim], draw: Draw) -> Tensor:
+def entry_sums(a: Side, b: Side, trims: Sequence[Trim], draw: Draw) -> Tensor:
     """sum |τ_i| over all entries and over those that are kept: [T, 2]."""
     sums = []
     for i, (tau, trim) in enumerate(zip(_updates(a, b), trims)):
@@ -40,8 +40,8 @@ def entry_sums(a: Problem, b: Problem, trims: Sequence[Trim], draw: Draw) -> Ten
 
 
 def entry_merge(
-    a: Problem,
-    b: Problem,
+    a: Side,
+    b: Side,
     trims: Sequence[Trim],
     weights: Sequence[float],
     election: Election,
@@ -69,7 +69,7 @@ def entry_merge(
     return (scale * merged).float()
 
 
-def _updates(a: Problem, b: Problem) -> list[Tensor]:
+def _updates(a: Side, b: Side) -> list[Tensor]:
     """Every τ_i [m, n]."""
     return [s * y.double().T @ x.double() for x, y, s in zip(a.blocks, b.blocks, b.scales)]
 

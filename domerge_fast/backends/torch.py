@@ -10,7 +10,7 @@ from torch import Tensor
 from ..algebra.cuts import cut
 from ..algebra.full_precision import full_precision
 from ..algebra.roots import ZERO_COLUMN, column_norms, root
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from . import descent
 from .torch_entries import entry_counts, entry_merge, entry_sums  # noqa: F401, the rest of the ops
 
@@ -25,7 +25,7 @@ BATCH_BYTES = 64 << 20
 
 
 @full_precision()
-def gram(problems: Sequence[Problem], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def gram(problems: Sequence[Side], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """X X^T [R, R] of every problem, products and sums in `dtype`."""
     return [_square(p.stack(dtype)) for p in problems]
 
@@ -36,14 +36,14 @@ def _square(x: Tensor) -> Tensor:
     return product.tril() + product.tril(-1).T
 
 
-def block_gram(problems: Sequence[Problem]) -> list[Tensor]:
+def block_gram(problems: Sequence[Side]) -> list[Tensor]:
     """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
     return [
         torch.cat([(s * s * _square(b.double())).flatten() for b, s in _parts(p)]) for p in problems
     ]
 
 
-def _parts(problem: Problem) -> zip[tuple[Tensor, float]]:
+def _parts(problem: Side) -> zip[tuple[Tensor, float]]:
     return zip(problem.blocks, problem.scales)
 
 
@@ -92,7 +92,7 @@ def _batches(kinds: Sequence[Hashable], sizes: Sequence[int]) -> list[list[int]]
 
 @full_precision()
 def orthogonalize_factors(
-    problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
+    problems: Sequence[Side], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
 ) -> tuple[list[Tensor], Tensor]:
     """Xhat [R, d] in float32 (squared penalty) where R > d, and statistics [P, 5].
 
@@ -107,7 +107,7 @@ def orthogonalize_factors(
 
 @full_precision()
 def apply(
-    coefficients: Sequence[Tensor | None], problems: Sequence[Problem], out_dtype: torch.dtype
+    coefficients: Sequence[Tensor | None], problems: Sequence[Side], out_dtype: torch.dtype
 ) -> list[Tensor]:
     """C X [K, d] of every problem (None: X itself), in the memory layout of its first block."""
     results = []
@@ -123,7 +123,7 @@ def apply(
 @full_precision()
 def apply_decouple(
     coefficients: Sequence[Tensor | None],
-    problems: Sequence[Problem],
+    problems: Sequence[Side],
     blocks: Sequence[Tensor],
     omegas: Sequence[Sequence[float]],
     scale: float,
@@ -182,18 +182,18 @@ def truncate(
     k is the smallest rank that keeps the share `energy` of ||B A||_F^2, at most `rank`. The
     result is balanced: with B A = U S V^T cut to k, B = U sqrt(S) and A = sqrt(S) V^T.
     """
-    sides = [(Problem((a,), (1.0,)), Problem((b.T,), (1.0,))) for a, b in pairs]
+    sides = [(Side((a,), (1.0,)), Side((b.T,), (1.0,))) for a, b in pairs]
     return truncate_by(gram, apply, sides, rank, energy, out_dtype)
 
 
-Gram = Callable[[Sequence[Problem], torch.dtype], list[Tensor]]
-Apply = Callable[[Sequence[Tensor | None], Sequence[Problem], torch.dtype], list[Tensor]]
+Gram = Callable[[Sequence[Side], torch.dtype], list[Tensor]]
+Apply = Callable[[Sequence[Tensor | None], Sequence[Side], torch.dtype], list[Tensor]]
 
 
 def truncate_by(
     gram: Gram,
     apply: Apply,
-    sides: Sequence[tuple[Problem, Problem]],
+    sides: Sequence[tuple[Side, Side]],
     rank: int | None,
     energy: float | None,
     out_dtype: torch.dtype,
@@ -227,7 +227,7 @@ def truncate_by(
 
 
 def _products(
-    apply: Apply, coefficients: Sequence[Tensor], problems: Sequence[Problem], dtype: torch.dtype
+    apply: Apply, coefficients: Sequence[Tensor], problems: Sequence[Side], dtype: torch.dtype
 ) -> list[Tensor]:
     """C X of every problem, in float64 where C is."""
     results = {
@@ -287,7 +287,7 @@ def _upper(gram: Tensor) -> Tensor:
 
 
 def _truncate_dense(
-    a: Problem, b: Problem, rank: int | None, energy: float | None, at: int
+    a: Side, b: Side, rank: int | None, energy: float | None, at: int
 ) -> tuple[Tensor, Tensor, float]:
     """A_k [k, n] and B_k [m, k] in float64, and the energy kept, from B A [m, n]."""
     delta = b.stack(torch.float64).T @ a.stack(torch.float64)

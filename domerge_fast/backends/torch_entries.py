@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..algebra.full_precision import full_precision
-from ..algebra.side import Problem
+from ..algebra.side import Side
 
 TILE_BYTES = 2 << 20
 """What a tile of rows of one τ_i may take in float32."""
@@ -18,7 +18,7 @@ LANES = 16
 """Interleaved parts in which a row is summed."""
 
 
-def entry_counts(a: Problem, b: Problem, prefixes: Sequence[int] | None = None) -> Tensor:
+def entry_counts(a: Side, b: Side, prefixes: Sequence[int] | None = None) -> Tensor:
     """Counts of the upper 16 bits of |τ_i|, or of the lower 15 behind a prefix: [T, bins]."""
     bins = 1 << (HIGH_BITS if prefixes is None else LOW_BITS)
     counts = torch.zeros(len(a.blocks), bins, dtype=torch.int64, device=a.device)
@@ -33,7 +33,7 @@ def entry_counts(a: Problem, b: Problem, prefixes: Sequence[int] | None = None) 
     return counts
 
 
-def entry_sums(a: Problem, b: Problem, trims: Sequence[Trim], draw: Draw) -> Tensor:
+def entry_sums(a: Side, b: Side, trims: Sequence[Trim], draw: Draw) -> Tensor:
     """sum |τ_i| over all entries and over those that are kept: [T, 2] in float64."""
     sums = torch.zeros(len(a.blocks), 2, dtype=torch.float64, device=a.device)
     for rows in tiles(a, b):
@@ -47,8 +47,8 @@ def entry_sums(a: Problem, b: Problem, trims: Sequence[Trim], draw: Draw) -> Ten
 
 
 def entry_merge(
-    a: Problem,
-    b: Problem,
+    a: Side,
+    b: Side,
     trims: Sequence[Trim],
     weights: Sequence[float],
     election: Election,
@@ -63,14 +63,14 @@ def entry_merge(
     return merged
 
 
-def tiles(a: Problem, b: Problem) -> Iterator[slice]:
+def tiles(a: Side, b: Side) -> Iterator[slice]:
     """Rows of ΔW, in tiles of TILE_BYTES at most (or one row)."""
     count = max(1, TILE_BYTES // (4 * a.d))
     for begin in range(0, b.d, count):
         yield slice(begin, min(begin + count, b.d))
 
 
-def update(a: Problem, b: Problem, i: int, rows: slice) -> Tensor:
+def update(a: Side, b: Side, i: int, rows: slice) -> Tensor:
     """τ_i [rows, n] in float32."""
     with full_precision():
         return b.scales[i] * (b.blocks[i][:, rows].T.float() @ a.blocks[i].float())

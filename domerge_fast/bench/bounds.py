@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from . import timing
 
 PASSES = {
@@ -69,7 +69,7 @@ class Rates:
         return max(self.gemm[k] / count for k, count in passes.items() if k in self.gemm)
 
 
-def gram(problems: Sequence[Problem]) -> Work:
+def gram(problems: Sequence[Side]) -> Work:
     """X X^T [R, R] in float32: R (R + 1) / 2 inner products of length d."""
     total = NOTHING
     for p in problems:
@@ -78,7 +78,7 @@ def gram(problems: Sequence[Problem]) -> Work:
     return total
 
 
-def block_gram(problems: Sequence[Problem]) -> Work:
+def block_gram(problems: Sequence[Side]) -> Work:
     """X_i X_i^T [r_i, r_i] in float64."""
     total = NOTHING
     for p in problems:
@@ -96,7 +96,7 @@ def orthogonalize(ranks: Sequence[int], steps: Sequence[float]) -> Work:
     return total
 
 
-def orthogonalize_factors(problems: Sequence[Problem], steps: Sequence[float]) -> Work:
+def orthogonalize_factors(problems: Sequence[Side], steps: Sequence[float]) -> Work:
     """R d^2 for S = Y^T Y, then 5 R d^2 a step: Y S, Y^T Z, and Z^T Z, which is symmetric."""
     total = NOTHING
     for p, count in zip(problems, steps):
@@ -106,7 +106,7 @@ def orthogonalize_factors(problems: Sequence[Problem], steps: Sequence[float]) -
 
 
 def apply(
-    coefficients: Sequence[Tensor | None], problems: Sequence[Problem], dtype: torch.dtype
+    coefficients: Sequence[Tensor | None], problems: Sequence[Side], dtype: torch.dtype
 ) -> Work:
     """C X [K, d]; no flops without a C."""
     total = NOTHING
@@ -118,7 +118,7 @@ def apply(
 
 
 def apply_decouple(
-    coefficients: Sequence[Tensor | None], problems: Sequence[Problem], dtype: torch.dtype
+    coefficients: Sequence[Tensor | None], problems: Sequence[Side], dtype: torch.dtype
 ) -> Work:
     """C X, and ||S_i x|| of every column with a triangular S_i [r_i, r_i]."""
     total = NOTHING
@@ -160,14 +160,14 @@ def _matrix(c: Tensor | None) -> int:
     return 0 if c is None else 4 * c.numel()
 
 
-def _product(c: Tensor | None, p: Problem) -> dict[str, float]:
+def _product(c: Tensor | None, p: Side) -> dict[str, float]:
     if c is None:
         return {}
     arithmetic = "mixed" if _arithmetic(p) == "16-bit" else "float32"
     return {arithmetic: 2.0 * c.numel() * p.d}
 
 
-def _arithmetic(p: Problem) -> str:
+def _arithmetic(p: Side) -> str:
     return "16-bit" if all(block.element_size() == 2 for block in p.blocks) else "float32"
 
 

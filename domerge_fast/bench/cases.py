@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..adapters.plan import Plan, Stack
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from ..engine.pipeline import MOST_COMPARED
 from ..methods.do import DoOptions
 from . import bounds
@@ -81,7 +81,7 @@ def merge(
     a, b = (_orthogonalize(call, p, g, options) for p, g in zip(sides, found))
     b_hat = call("apply", [c for c, _ in b], [p for _, p in b], dtype)
     split = [
-        Problem(x.split(list(s.b.ranks)), (1.0,) * len(s.adapters)) for s, x in zip(stacks, b_hat)
+        Side(x.split(list(s.b.ranks)), (1.0,) * len(s.adapters)) for s, x in zip(stacks, b_hat)
     ]
     blocks = call("block_gram", split)
     omegas = [s.omegas for s in stacks]
@@ -109,16 +109,16 @@ def record(
     return call.cases
 
 
-def is_wide(problem: Problem) -> bool:
+def is_wide(problem: Side) -> bool:
     """Whether `do` moves Xhat itself and needs no Gram (the penalty being "squared")."""
     return problem.rank > problem.d
 
 
 def _orthogonalize(
-    call: Call, problems: Sequence[Problem], grams: Sequence[Tensor | None], options: DoOptions
-) -> list[tuple[Tensor | None, Problem]]:
+    call: Call, problems: Sequence[Side], grams: Sequence[Tensor | None], options: DoOptions
+) -> list[tuple[Tensor | None, Side]]:
     """C and the problem it is to be applied to."""
-    results: list[tuple[Tensor | None, Problem]] = [(None, p) for p in problems]
+    results: list[tuple[Tensor | None, Side]] = [(None, p) for p in problems]
     rule = {"gamma": options.gamma, "steps": options.steps, "tol": options.tol}
     narrow = {i: g for i, g in enumerate(grams) if g is not None}
     wide = [i for i, g in enumerate(grams) if g is None]
@@ -133,7 +133,7 @@ def _orthogonalize(
         found, _ = call("orthogonalize_factors", [problems[i] for i in wide], **rule)
         for i, x in zip(wide, found):
             blocks = x.split(list(problems[i].ranks))
-            results[i] = None, Problem(blocks, (1.0,) * len(blocks))
+            results[i] = None, Side(blocks, (1.0,) * len(blocks))
     return results
 
 
@@ -153,8 +153,8 @@ def _moved(value: Any, device: torch.device) -> Any:
     """The same nest of lists and tuples with its tensors on the device, strides kept."""
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, Problem):
-        return Problem(_moved(value.blocks, device), value.scales)
+    if isinstance(value, Side):
+        return Side(_moved(value.blocks, device), value.scales)
     if isinstance(value, (list, tuple)):
         return type(value)(_moved(x, device) for x in value)
     return value

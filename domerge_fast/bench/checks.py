@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapters.plan import Plan, Stack
 from ..algebra.roots import root
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from ..backends import registry
 from ..methods.do import DoOptions
 from . import cases
@@ -84,8 +84,8 @@ def _stack(plan: Plan, name: str) -> Stack:
     return Stack(
         name,
         s.adapters[few],
-        Problem(s.a.blocks[few], s.a.scales[few]),
-        Problem(s.b.blocks[few], s.b.scales[few]),
+        Side(s.a.blocks[few], s.a.scales[few]),
+        Side(s.b.blocks[few], s.b.scales[few]),
         s.weights[few],
     )
 

@@ -34,7 +34,7 @@ from torch import Tensor
 from .. import ops
 from ..adapters.plan import Plan, Stack
 from ..algebra.powers import MOST, USUAL, exponent, exponents, extreme, times
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from ..errors import AdapterError, OptionError
 
 CENTRE = 25
@@ -116,7 +116,7 @@ def _check_apart(plan: Plan, stack: Stack, what: str, sides: Sequence[Sequence[f
             raise AdapterError(plan.adapters[i].name, stack.name, problem, remedy)
 
 
-def _near_one(side: Problem, sizes: Sequence[float], far: bool) -> tuple[Problem, int]:
+def _near_one(side: Side, sizes: Sequence[float], far: bool) -> tuple[Side, int]:
     """The side with a power of two taken out of all blocks, and of all scales, and the power; the
     same side where neither is needed. far: whether there is room for the largest entry at 1 only.
     """
@@ -133,7 +133,7 @@ def _near_one(side: Problem, sizes: Sequence[float], far: bool) -> tuple[Problem
         1.0 if math.isinf(size) else math.ldexp(scale, -of_scales)
         for scale, size in zip(side.scales, sizes)
     )
-    return Problem(blocks if of_blocks else side.blocks, scales), of_blocks + of_scales
+    return Side(blocks if of_blocks else side.blocks, scales), of_blocks + of_scales
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.plan import Stack
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from ..backends.layout import dense
 
 ALIGNMENT = 256
@@ -135,8 +135,8 @@ def _blocks(stacks: Sequence[Stack]) -> list[Tensor]:
 
 
 def _replaced(stacks: Sequence[Stack], arrived: dict[int, Tensor]) -> list[Stack]:
-    def moved(side: Problem) -> Problem:
+    def moved(side: Side) -> Side:
         blocks = tuple(arrived.get(id(block), block) for block in side.blocks)
-        return Problem(blocks, side.scales)
+        return Side(blocks, side.scales)
 
     return [dataclasses.replace(s, a=moved(s.a), b=moved(s.b)) for s in stacks]

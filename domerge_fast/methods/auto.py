@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..adapters.plan import Plan, Stack
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from ..errors import OptionError
 from . import do
 from .base import Chosen, Method
@@ -73,7 +73,7 @@ def _do() -> Chosen:
 def _first(stack: Stack) -> Stack:
     """The first adapters of a stack, in the host's memory."""
     a, b = (
-        Problem(tuple([x.cpu() for x in p.blocks[:ADAPTERS]]), p.scales[:ADAPTERS])
+        Side(tuple([x.cpu() for x in p.blocks[:ADAPTERS]]), p.scales[:ADAPTERS])
         for p in (stack.a, stack.b)
     )
     return Stack(stack.name, stack.adapters[:ADAPTERS], a, b, stack.weights[:ADAPTERS])

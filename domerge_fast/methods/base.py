@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..adapters.plan import Plan, Stack
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from ..results.report import SideReport
 
 
@@ -281,9 +281,9 @@ class Run:
         return grams(stacks, [self.wants_grams(s) for s in stacks], settings.backend)
 
 
-def bare_sides(stacks: Sequence[Stack]) -> list[Problem]:
+def bare_sides(stacks: Sequence[Stack]) -> list[Side]:
     """A of every stack, then B^T of every stack without scalings."""
-    bare = [Problem(s.b.blocks, (1.0,) * len(s.b.blocks)) for s in stacks]
+    bare = [Side(s.b.blocks, (1.0,) * len(s.b.blocks)) for s in stacks]
     return [*(s.a for s in stacks), *bare]
 
 

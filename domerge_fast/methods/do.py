@@ -24,7 +24,7 @@ from .. import ops
 from ..adapters.plan import Stack
 from ..algebra.host import gather
 from ..algebra.powers import exponents
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from ..errors import OptionError
 from ..ops.orthogonalize import PENALTIES
 from ..options import option
@@ -60,7 +60,7 @@ class Descended(Found):
     """The sides after their descents; kept of them are C_A and C_B with what the descents report.
     A side that did not descend in R x R matrices has None, and descends again when it is wanted."""
 
-    sides: tuple[Side, Side] | None = field(kw_only=True)
+    sides: tuple[Moved, Moved] | None = field(kw_only=True)
     a: tuple[Tensor, SideReport] | None = field(kw_only=True)
     b: tuple[Tensor, SideReport] | None = field(kw_only=True)
 
@@ -111,8 +111,8 @@ def merge(
 
 def _merged(
     stacks: Sequence[Stack],
-    a: Sequence[Side],
-    b: Sequence[Side],
+    a: Sequence[Moved],
+    b: Sequence[Moved],
     options: DoOptions,
     settings: Settings,
 ) -> list[Factors]:
@@ -130,8 +130,8 @@ def _merged(
 
 def _sizes(
     stacks: Sequence[Stack],
-    a: Sequence[Side],
-    b: Sequence[Side],
+    a: Sequence[Moved],
+    b: Sequence[Moved],
     grams: tuple[Sequence[Tensor | None], Sequence[Tensor | None]],
     options: DoOptions,
     settings: Settings,
@@ -155,7 +155,7 @@ def _sizes(
     return sizes
 
 
-def _moved(sides: Sequence[Side], known: Sequence[Tensor | None], backend: str) -> list[Tensor]:
+def _moved(sides: Sequence[Moved], known: Sequence[Tensor | None], backend: str) -> list[Tensor]:
     """Xhat Xhat^T of every side in float64."""
     rest = [x.problem for x, g in zip(sides, known) if x.c is None or g is None]
     others = iter(ops.gram(rest, dtype=torch.float64, backend=backend))
@@ -181,10 +181,10 @@ def _magnitudes(
 
 
 @dataclass(frozen=True, eq=False)
-class Side:
+class Moved:
     """Xhat = C X of one side: a problem and its C (None for the identity)."""
 
-    problem: Problem
+    problem: Side
     c: Tensor | None
     report: SideReport | None
 
@@ -193,11 +193,11 @@ class Side:
         """What `Descended` keeps of it."""
         return None if self.c is None or self.report is None else (self.c, self.report)
 
-    def times(self, gains: Sequence[float]) -> Side:
+    def times(self, gains: Sequence[float]) -> Moved:
         """Every adapter's Xhat_i times its own factor."""
         if self.c is None:
             scales = tuple(g * scale for g, scale in zip(gains, self.problem.scales))
-            return replace(self, problem=Problem(self.problem.blocks, scales))
+            return replace(self, problem=Side(self.problem.blocks, scales))
         rows = [g for g, r in zip(gains, self.problem.ranks) for _ in range(r)]
         return replace(self, c=torch.tensor(rows, device=self.c.device)[:, None] * self.c)
 
@@ -208,7 +208,7 @@ def both_sides(
     grams_b: Sequence[Tensor | None],
     options: DoOptions,
     backend: str,
-) -> tuple[list[Side], list[Side]]:
+) -> tuple[list[Moved], list[Moved]]:
     """Ahat and Bhat. Where adapters are far apart in size, that of their Ahat_i is in their Bhat_i:
     columns are measured in float32, and an update is the same with 2^-k Ahat_i and 2^k Bhat_i."""
     a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
@@ -217,8 +217,8 @@ def both_sides(
 
 
 def _sized(
-    stacks: Sequence[Stack], a: Sequence[Side], b: Sequence[Side]
-) -> tuple[list[Side], list[Side]]:
+    stacks: Sequence[Stack], a: Sequence[Moved], b: Sequence[Moved]
+) -> tuple[list[Moved], list[Moved]]:
     """The sides, with the sizes of adapters that are far apart in B alone."""
     a, b = list(a), list(b)
     for k, s in enumerate(stacks):
@@ -231,7 +231,7 @@ def _sized(
 
 def _again(
     stacks: Sequence[Stack], found: Sequence[Descended], options: DoOptions, backend: str
-) -> Iterator[tuple[Side, Side]]:
+) -> Iterator[tuple[Moved, Moved]]:
     """The sides of which C is known, or there is none, or they descend once more."""
     a = _of_side([s.a for s in stacks], [x.a for x in found], "A", options, backend)
     b = _of_side([s.b for s in stacks], [x.b for x in found], "B", options, backend)
@@ -239,29 +239,29 @@ def _again(
 
 
 def _of_side(
-    problems: Sequence[Problem],
+    problems: Sequence[Side],
     found: Sequence[tuple[Tensor, SideReport] | None],
     side: str,
     options: DoOptions,
     backend: str,
-) -> list[Side]:
+) -> list[Moved]:
     rest = [p for p, x in zip(problems, found) if x is None]
     missing = iter(orthogonalize(rest, [None] * len(rest), side, options, backend))
-    return [next(missing) if x is None else Side(p, *x) for p, x in zip(problems, found)]
+    return [next(missing) if x is None else Moved(p, *x) for p, x in zip(problems, found)]
 
 
 def orthogonalize(
-    problems: Sequence[Problem],
+    problems: Sequence[Side],
     grams: Sequence[Tensor | None],
     side: str,
     options: DoOptions,
     backend: str,
-) -> list[Side]:
+) -> list[Moved]:
     """Xhat of A or B sides, where the options do not leave that side as it is.
 
     grams: float32 ones, None where `METHOD.needs_grams` is false.
     """
-    sides = [Side(p, None, None) for p in problems]
+    sides = [Moved(p, None, None) for p in problems]
     if not options.orthogonalize or options.sides not in ("both", side):
         return sides
     rule: dict[str, Any] = {"gamma": options.gamma, "steps": options.steps, "tol": options.tol}
@@ -276,35 +276,34 @@ def orthogonalize(
             **rule,
         )
         for i, matrix, row in zip(square, c, stats.tolist()):
-            sides[i] = Side(problems[i], matrix, SideReport(int(row[0]), *row[1:]))
+            sides[i] = Moved(problems[i], matrix, SideReport(int(row[0]), *row[1:]))
     if wide:
         x, stats = ops.orthogonalize_factors([problems[i] for i in wide], backend=backend, **rule)
         for i, moved, row in zip(wide, x, stats.tolist()):
             blocks = moved.split_with_sizes(problems[i].ranks)
-            problem = Problem(blocks, (1.0,) * len(blocks))
-            sides[i] = Side(problem, None, SideReport(int(row[0]), *row[1:]))
+            problem = Side(blocks, (1.0,) * len(blocks))
+            sides[i] = Moved(problem, None, SideReport(int(row[0]), *row[1:]))
     return sides
 
 
-def _is_wide(problem: Problem, options: DoOptions) -> bool:
+def _is_wide(problem: Side, options: DoOptions) -> bool:
     """Whether descending on Xhat is cheaper than on R x R matrices."""
     return problem.rank > problem.d and options.penalty == "squared"
 
 
 def _decouple(
     stacks: Sequence[Stack],
-    a: Sequence[Side],
+    a: Sequence[Moved],
     b_hat: Sequence[Tensor],
     options: DoOptions,
     settings: Settings,
 ) -> tuple[list[Tensor], list[Sequence[float] | None]]:
     merged_b = [
-        Problem(x.split_with_sizes(s.b.ranks), (1.0,) * len(s.adapters))
-        for s, x in zip(stacks, b_hat)
+        Side(x.split_with_sizes(s.b.ranks), (1.0,) * len(s.adapters)) for s, x in zip(stacks, b_hat)
     ]
     full = None
     if options.renormalize:
-        whole = [Problem((x,), (1.0,)) for x in b_hat]
+        whole = [Side((x,), (1.0,)) for x in b_hat]
         full = ops.gram(whole, dtype=torch.float64, backend=settings.backend)
     a_new, norms = ops.apply_decouple(
         [x.c for x in a],
@@ -319,7 +318,7 @@ def _decouple(
     return a_new, [n.tolist() for n in gather(norms)]
 
 
-def _weigh(stacks: Sequence[Stack], a: Sequence[Side], settings: Settings) -> list[Tensor]:
+def _weigh(stacks: Sequence[Stack], a: Sequence[Moved], settings: Settings) -> list[Tensor]:
     """λ ω_i Ahat_i: task arithmetic on the orthogonalized factors."""
     weighed = [x.times([settings.scale * w for w in s.omegas]) for s, x in zip(stacks, a)]
     return ops.apply(

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from ..backends import registry
 
 NAMESPACE = "domerge_fast"
@@ -24,7 +24,7 @@ PROBLEMS = "Tensor[] blocks, int[] counts, float[] scales"
 Flat = tuple[list[Tensor], list[int], list[float]]
 
 
-def flatten(problems: Sequence[Problem]) -> Flat:
+def flatten(problems: Sequence[Side]) -> Flat:
     return (
         [block for p in problems for block in p.blocks],
         [len(p.blocks) for p in problems],
@@ -34,10 +34,10 @@ def flatten(problems: Sequence[Problem]) -> Flat:
 
 def unflatten(
     blocks: Sequence[Tensor], counts: Sequence[int], scales: Sequence[float]
-) -> list[Problem]:
+) -> list[Side]:
     pairs = iter(zip(blocks, scales, strict=True))
     parts = [tuple(zip(*islice(pairs, count))) for count in counts]
-    return [Problem(*part) for part in parts]
+    return [Side(*part) for part in parts]
 
 
 def implementation(backend: str, tensors: Sequence[Tensor]) -> ModuleType:

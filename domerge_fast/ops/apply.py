@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..algebra.side import Problem, check_problems
+from ..algebra.side import Side, check_sides
 from . import _library
 
 
 def apply(
     coefficients: Sequence[Tensor | None],
-    problems: Sequence[Problem],
+    problems: Sequence[Side],
     out_dtype: torch.dtype,
     *,
     backend: str = "auto",
@@ -23,7 +23,7 @@ def apply(
     Computed in float32. Where the first block is the transpose of a row-major [d, r] matrix, so
     is the result: B sides come out as the transposes of row-major [m, K] matrices.
     """
-    check_problems(problems)
+    check_sides(problems)
     for c, p in zip(coefficients, problems, strict=True):
         if c is not None and (c.ndim != 2 or c.shape[1] != p.rank):
             raise ValueError(f"C must be [K, {p.rank}], got {tuple(c.shape)}")

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..algebra.side import Problem, check_problems
+from ..algebra.side import Side, check_sides
 from . import _library
 
 
 def apply_decouple(
     coefficients: Sequence[Tensor | None],
-    problems: Sequence[Problem],
+    problems: Sequence[Side],
     blocks: Sequence[Tensor],
     omegas: Sequence[Sequence[float]],
     scale: float,
@@ -38,7 +38,7 @@ def apply_decouple(
     (`block_gram`). omegas: one weight an adapter. full: B^T B [R, R] in float64 of every problem
     to renormalize the merged direction, or None.
     """
-    check_problems(problems)
+    check_sides(problems)
     for p, k, w in zip(problems, blocks, omegas, strict=True):
         if k.numel() != sum(r * r for r in p.ranks) or len(w) != len(p.ranks):
             raise ValueError(f"blocks or omegas do not fit the ranks {p.ranks}")

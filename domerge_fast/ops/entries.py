@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
-from ..algebra.side import Problem, check_problems
+from ..algebra.side import Side, check_sides
 from . import _library
 
 
 def entry_counts(
-    a: Problem, b: Problem, prefixes: Sequence[int] | None = None, *, backend: str = "auto"
+    a: Side, b: Side, prefixes: Sequence[int] | None = None, *, backend: str = "auto"
 ) -> Tensor:
     """How often each value occurs among the bits of |τ_i| (float32, so 31 of them).
 
@@ -33,7 +33,7 @@ def entry_counts(
 
 
 def entry_sums(
-    a: Problem, b: Problem, trims: Sequence[Trim], draw: Draw, *, backend: str = "auto"
+    a: Side, b: Side, trims: Sequence[Trim], draw: Draw, *, backend: str = "auto"
 ) -> Tensor:
     """sum |τ_i| over all entries and over those that are kept: [T, 2] in float64.
 
@@ -44,8 +44,8 @@ def entry_sums(
 
 
 def entry_merge(
-    a: Problem,
-    b: Problem,
+    a: Side,
+    b: Side,
     trims: Sequence[Trim],
     weights: Sequence[float],
     election: Election,
@@ -62,18 +62,18 @@ def entry_merge(
     return _entry_merge(*_flat(a, b), *_rules(a, trims, draw), list(weights), *rule, scale, backend)
 
 
-def _check(a: Problem, b: Problem) -> None:
-    check_problems([a, b])
+def _check(a: Side, b: Side) -> None:
+    check_sides([a, b])
     if a.ranks != b.ranks:
         raise ValueError(f"ranks of A {a.ranks} and of B {b.ranks} differ")
 
 
-def _flat(a: Problem, b: Problem) -> tuple[list[Tensor], list[Tensor], list[float]]:
+def _flat(a: Side, b: Side) -> tuple[list[Tensor], list[Tensor], list[float]]:
     return list(a.blocks), list(b.blocks), list(b.scales)
 
 
 def _rules(
-    a: Problem, trims: Sequence[Trim], draw: Draw
+    a: Side, trims: Sequence[Trim], draw: Draw
 ) -> tuple[list[float], list[bool], int, int, list[int]]:
     if not len(trims) == len(draw.adapters) == len(a.blocks):
         raise ValueError(
@@ -85,8 +85,8 @@ def _rules(
 
 def _problems(
     a: Sequence[Tensor], b: Sequence[Tensor], scales: Sequence[float]
-) -> tuple[Problem, Problem]:
-    return Problem(tuple(a), (1.0,) * len(a)), Problem(tuple(b), tuple(scales))
+) -> tuple[Side, Side]:
+    return Side(tuple(a), (1.0,) * len(a)), Side(tuple(b), tuple(scales))
 
 
 def _rule(

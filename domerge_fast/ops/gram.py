@@ -7,25 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..algebra.side import Problem, check_problems
+from ..algebra.side import Side, check_sides
 from . import _library
 
 
 def gram(
-    problems: Sequence[Problem], *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+    problems: Sequence[Side], *, dtype: torch.dtype = torch.float32, backend: str = "auto"
 ) -> list[Tensor]:
     """X X^T [R, R] of every problem, in `dtype` (float32 or float64: products and sums too)."""
-    check_problems(problems)
+    check_sides(problems)
     return _gram(*_library.flatten(problems), dtype, backend)
 
 
-def block_gram(problems: Sequence[Problem], *, backend: str = "auto") -> list[Tensor]:
+def block_gram(problems: Sequence[Side], *, backend: str = "auto") -> list[Tensor]:
     """K_i = X_i X_i^T of every adapter, accumulated in float64, packed [sum r_i^2] a problem.
 
     Row-major blocks one after the other. Column magnitudes are square roots of quadratic forms
     in K_i, which would lose half their digits to a float32 Gram.
     """
-    check_problems(problems)
+    check_sides(problems)
     return _block_gram(*_library.flatten(problems), backend)
 
 

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..algebra.side import Problem, check_problems
+from ..algebra.side import Side, check_sides
 from ..backends.descent import STATS
 from . import _library
 
@@ -46,7 +46,7 @@ def orthogonalize(
 
 
 def orthogonalize_factors(
-    problems: Sequence[Problem],
+    problems: Sequence[Side],
     *,
     gamma: float = 1.0,
     steps: int = 50,
@@ -57,7 +57,7 @@ def orthogonalize_factors(
 
     The same descent as `orthogonalize`, at O(R d^2) instead of O(R^3) a step.
     """
-    check_problems(problems)
+    check_sides(problems)
     *x, stats = _orthogonalize_factors(*_library.flatten(problems), gamma, steps, tol, backend)
     return x, stats
 

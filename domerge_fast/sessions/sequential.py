@@ -27,7 +27,7 @@ from ..adapters.adapter import called
 from ..adapters.plan import Plan, Stack
 from ..adapters.whole import AUTO, DROP, FROM, check_policy, is_named, listed
 from ..algebra import powers
-from ..algebra.side import Problem
+from ..algebra.side import Side
 from ..backends import registry
 from ..engine import pipeline as engine
 from ..engine.interference import InterferenceSums, own_norms
@@ -349,7 +349,7 @@ class _Sink:
         layout = self._layouts[name]
         for key, tensor in zip(peft.keys(layout), layout.stored(a, b)):
             self._writer.add(key, tensor)
-        whole = Stack(name, (0,), Problem((a,), (1.0,)), Problem((b.T,), (1.0,)), (1.0,))
+        whole = Stack(name, (0,), Side((a,), (1.0,)), Side((b.T,), (1.0,)), (1.0,))
         self.energy += own_norms([whole], "auto")[0][0][0] ** 2
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from domerge_fast import ops
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 from domerge_fast.backends import registry
 
 
@@ -39,8 +39,8 @@ def split(place: str) -> tuple[str, str]:
 
 def move(x: Any, device: str) -> Any:
     """Problems and tensors in lists and tuples, on the device."""
-    if isinstance(x, Problem):
-        return Problem(tuple(move(b, device) for b in x.blocks), x.scales)
+    if isinstance(x, Side):
+        return Side(tuple(move(b, device) for b in x.blocks), x.scales)
     if isinstance(x, Tensor):  # in the same memory layout, a slice's too
         return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
     if isinstance(x, (list, tuple)):

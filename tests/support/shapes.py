@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from domerge_fast.algebra.side import Problem
+from domerge_fast.algebra.side import Side
 
 SCALINGS = (0.5, 2.0, 1.25, -0.75, 1.0)
 
@@ -57,13 +57,13 @@ class Case:
         total = sum(map(abs, self.weights))
         return [w / total for w in self.weights]
 
-    def rows(self, dtype: torch.dtype = torch.float32) -> Problem:
+    def rows(self, dtype: torch.dtype = torch.float32) -> Side:
         """The A side, as it is stored: row-major blocks [r_i, n]."""
-        return Problem(tuple(a.to(dtype) for a in self.a), (1.0,) * len(self.a))
+        return Side(tuple(a.to(dtype) for a in self.a), (1.0,) * len(self.a))
 
-    def columns(self, dtype: torch.dtype = torch.float32) -> Problem:
+    def columns(self, dtype: torch.dtype = torch.float32) -> Side:
         """The B side, as it is stored: transposes of row-major [m, r_i] matrices, scaled."""
-        return Problem(tuple(b.to(dtype).T for b in self.b), tuple(self.scalings))
+        return Side(tuple(b.to(dtype).T for b in self.b), tuple(self.scalings))
 
     def exact_b(self) -> list[Tensor]:
         """Every B_i [m, r_i] in float64, scaled."""
@@ -74,10 +74,10 @@ class Case:
         return [b @ a.double() for a, b in zip(self.a, self.exact_b(), strict=True)]
 
 
-SIDES: dict[str, Callable[..., Problem]] = {"rows": Case.rows, "columns": Case.columns}
+SIDES: dict[str, Callable[..., Side]] = {"rows": Case.rows, "columns": Case.columns}
 
 
-def exact(problem: Problem) -> list[Tensor]:
+def exact(problem: Side) -> list[Tensor]:
     """The problem's blocks X_i [r_i, d] in float64, scaled."""
     return [s * x.double() for x, s in zip(problem.blocks, problem.scales, strict=True)]
 

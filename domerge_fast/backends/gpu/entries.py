@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from .. import torch_entries as library
 from . import tables
 from .host import region, upload_table
@@ -81,7 +81,7 @@ class GpuEntries:
 
     load: Callable[[], EntryKernels]
 
-    def entry_counts(self, a: Problem, b: Problem, prefixes: Sequence[int] | None = None) -> Tensor:
+    def entry_counts(self, a: Side, b: Side, prefixes: Sequence[int] | None = None) -> Tensor:
         """Counts of the upper 16 bits of |τ_i|, or of the lower 15 behind a prefix: [T, bins]."""
         with region("entry_counts", a.device) as device:
             given = [] if prefixes is None else [tables.numbers(prefixes)]
@@ -91,7 +91,7 @@ class GpuEntries:
             self.load().entry_counts(updates, next(rest, None), counts)
         return counts
 
-    def entry_sums(self, a: Problem, b: Problem, trims: Sequence[Trim], draw: Draw) -> Tensor:
+    def entry_sums(self, a: Side, b: Side, trims: Sequence[Trim], draw: Draw) -> Tensor:
         """sum |τ_i| over all entries and over those that are kept: [T, 2] in float64."""
         if _need_ranks(trims):
             return library.entry_sums(a, b, trims, draw)
@@ -104,8 +104,8 @@ class GpuEntries:
 
     def entry_merge(
         self,
-        a: Problem,
-        b: Problem,
+        a: Side,
+        b: Side,
         trims: Sequence[Trim],
         weights: Sequence[float],
         election: Election,
@@ -128,7 +128,7 @@ def _need_ranks(trims: Sequence[Trim]) -> bool:
     return any(trim.spread for trim in trims)
 
 
-def _upload(a: Problem, b: Problem, others: list[Tensor]) -> tuple[Updates, Iterator[Tensor]]:
+def _upload(a: Side, b: Side, others: list[Tensor]) -> tuple[Updates, Iterator[Tensor]]:
     """The updates and other tables on their device."""
     host = tables.describe([a, b])
     starts = host.blocks[: len(a.blocks), 2]

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from .. import torch as library
 from ..descent import STATS
 from ..layout import addresses, dense, matrices
@@ -134,7 +134,7 @@ class Gpu:
 
     load: Callable[[], Kernels]
 
-    def gram(self, problems: Sequence[Problem], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    def gram(self, problems: Sequence[Side], dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """X X^T [R, R] of every problem; in float64 by library calls."""
         if dtype == torch.float64 or not problems:
             return library.gram(problems, dtype)
@@ -152,7 +152,7 @@ class Gpu:
                 kernels.gram(table, size, next(rest), next(rest), parts, grams[0])
         return grams
 
-    def block_gram(self, problems: Sequence[Problem]) -> list[Tensor]:
+    def block_gram(self, problems: Sequence[Side]) -> list[Tensor]:
         """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
         if not problems:
             return []
@@ -221,7 +221,7 @@ class Gpu:
         return results, stats
 
     def orthogonalize_factors(
-        self, problems: Sequence[Problem], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
+        self, problems: Sequence[Side], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
     ) -> tuple[list[Tensor], Tensor]:
         """Xhat [R, d] where R > d, and statistics [P, 5]: library calls."""
         return library.orthogonalize_factors(problems, gamma, steps, tol)
@@ -229,7 +229,7 @@ class Gpu:
     def apply(
         self,
         coefficients: Sequence[Tensor | None],
-        problems: Sequence[Problem],
+        problems: Sequence[Side],
         out_dtype: torch.dtype,
     ) -> list[Tensor]:
         """C X [K, d] of every problem (None: X itself), in the memory layout of its first block."""
@@ -263,7 +263,7 @@ class Gpu:
     def apply_decouple(
         self,
         coefficients: Sequence[Tensor | None],
-        problems: Sequence[Problem],
+        problems: Sequence[Side],
         blocks: Sequence[Tensor],
         omegas: Sequence[Sequence[float]],
         scale: float,
@@ -380,7 +380,7 @@ def _results(
     return results, [(x.data_ptr() - first) // dtype.itemsize for x in results]
 
 
-def _by_rank(problems: Sequence[Problem], sizes: Sequence[int]) -> dict[int, list[int]]:
+def _by_rank(problems: Sequence[Side], sizes: Sequence[int]) -> dict[int, list[int]]:
     return tables.buckets({k: p.rank for k, p in enumerate(problems)}, sizes)
 
 

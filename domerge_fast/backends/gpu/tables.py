@@ -10,7 +10,7 @@ from itertools import accumulate, chain, pairwise
 import torch
 from torch import Tensor
 
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from ..layout import addresses, arrange
 
 ALIGNMENT = 16
@@ -41,7 +41,7 @@ class Table:
         return Table(blocks, owner, problems, self.dtype, self.alive)
 
 
-def describe(problems: Sequence[Problem], rows_only: bool = False) -> Table:
+def describe(problems: Sequence[Side], rows_only: bool = False) -> Table:
     """The table of the problems, on the host. Blocks of mixed dtypes become float32."""
     device = problems[0].device
     for p in problems:
@@ -128,7 +128,7 @@ def largest_first(table: Tensor, cost: Tensor) -> Tensor:
 
 
 def gram_tiles(
-    problems: Sequence[Problem],
+    problems: Sequence[Side],
     members: Sequence[int],
     offsets: Sequence[int],
     size: int,

@@ -23,7 +23,7 @@ from ... import ops
 from ...adapters.plan import Stack
 from ...algebra.full_precision import full_precision
 from ...algebra.roots import column_norms, root
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from ...results.report import SideReport
 from ..base import Dense, Factors, Merge, Merged, Settings
 from ..weighted.combination import inner_products
@@ -60,8 +60,8 @@ def apart(
     directions = Stack(
         stack.name,
         stack.adapters,
-        Problem(tuple(r * c for r, c in zip(rows, inverse)), ones),
-        Problem(columns, ones),
+        Side(tuple(r * c for r, c in zip(rows, inverse)), ones),
+        Side(columns, ones),
         tuple(stack.omegas),
     )
     shares = torch.tensor(stack.omegas).abs().to(magnitudes)
@@ -116,8 +116,8 @@ def _sums(stacks: Sequence[Stack], backend: str) -> list[float]:
 def _norms(merged: Merged, backend: str) -> list[float]:
     """||ΔW||_F of merges."""
     factors = [x for x in merged if isinstance(x, Factors)]
-    sides = [Problem((x.a,), (1.0,)) for x in factors]
-    sides += [Problem((x.b.T,), (1.0,)) for x in factors]
+    sides = [Side((x.a,), (1.0,)) for x in factors]
+    sides += [Side((x.b.T,), (1.0,)) for x in factors]
     grams = ops.gram(sides, dtype=torch.float64, backend=backend)
     pairs = zip(grams, grams[len(factors) :])
     products = iter([float((a * b).sum().clamp_min(0).sqrt()) for a, b in pairs])

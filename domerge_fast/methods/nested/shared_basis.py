@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import ops
 from ...adapters.plan import Stack
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from ...errors import FlatCut
 from ..base import (
     Chosen,
@@ -133,8 +133,8 @@ def _scalings(stack: Stack) -> list[float]:
     return [c for c, rank in zip(stack.b.scales, stack.b.ranks) for _ in range(rank)]
 
 
-def _side(x: Tensor, ranks: Sequence[int]) -> Problem:
-    return Problem(x.float().contiguous().split_with_sizes(list(ranks)), (1.0,) * len(ranks))
+def _side(x: Tensor, ranks: Sequence[int]) -> Side:
+    return Side(x.float().contiguous().split_with_sizes(list(ranks)), (1.0,) * len(ranks))
 
 
 def _bases(energies: Tensor) -> list[Tensor]:

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from ...adapters.plan import Stack
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from ..base import Factors, Found, Settings, wide_grams
 from . import space, svc
 
@@ -50,8 +50,8 @@ def beside(stacks: Sequence[Stack], merged: Sequence[Factors]) -> list[Stack]:
         dataclasses.replace(
             s,
             adapters=(*s.adapters, -1),
-            a=Problem((*s.a.blocks, f.a), (*s.a.scales, 1.0)),
-            b=Problem((*s.b.blocks, f.b.T), (*s.b.scales, 1.0)),
+            a=Side((*s.a.blocks, f.a), (*s.a.scales, 1.0)),
+            b=Side((*s.b.blocks, f.b.T), (*s.b.scales, 1.0)),
             weights=(*s.weights, 1.0),
         )
         for s, f in zip(stacks, merged)

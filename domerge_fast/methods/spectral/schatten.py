@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import ops
-from ...algebra.side import Problem
+from ...algebra.side import Side
 
 ORTHOGONAL = 1e-10
 """Of the largest squared length, what inner products of orthogonal vectors stay below."""
@@ -80,7 +80,7 @@ def of_triplets(left: Tensor, right: Tensor, order: int) -> Tensor:
 
 def of_products(pairs: Sequence[tuple[Tensor, Tensor]], order: int, backend: str) -> list[float]:
     """||B A||_Sq of factors A [k, n] and B [m, k]."""
-    sides = [Problem((a,), (1.0,)) for a, _ in pairs] + [Problem((b.T,), (1.0,)) for _, b in pairs]
+    sides = [Side((a,), (1.0,)) for a, _ in pairs] + [Side((b.T,), (1.0,)) for _, b in pairs]
     grams = ops.gram(sides, dtype=torch.float64, backend=backend)
     return [float(schatten(b[None], a[None], order)) for a, b in zip(grams, grams[len(pairs) :])]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from ... import ops
 from ...adapters.plan import Stack
 from ...algebra.roots import root
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from ..base import Settings
 from ..spectral.space import NOISE
 from .base import PreStep, alike
@@ -48,7 +48,7 @@ def balanced(stacks: Sequence[Stack], settings: Settings, spectrum: Spectrum) ->
         grams_b = torch.stack([coefficients[count + k] for k in members])
         for k, c_a, c_b in zip(members, *_coefficients(grams_a, grams_b, spectrum)):
             coefficients[k], coefficients[count + k] = c_a, c_b
-    problems = [Problem((x,), (c,)) for side in sides for x, c in zip(side.blocks, side.scales)]
+    problems = [Side((x,), (c,)) for side in sides for x, c in zip(side.blocks, side.scales)]
     found = ops.apply(coefficients, problems, torch.float32, backend=settings.backend)
     for rows, columns in zip(found[:count], found[count:]):
         sign = torch.where(rows.sum(1, keepdim=True) < 0, -1.0, 1.0)
@@ -61,15 +61,15 @@ def balanced(stacks: Sequence[Stack], settings: Settings, spectrum: Spectrum) ->
     ]
 
 
-def _own_grams(sides: Sequence[Problem], backend: str) -> list[Tensor]:
+def _own_grams(sides: Sequence[Side], backend: str) -> list[Tensor]:
     """X_i X_i^T [r_i, r_i] of every block of every side, in float64."""
     packed = ops.block_gram(sides, backend=backend)
     parts = (x.split_with_sizes([r * r for r in p.ranks]) for x, p in zip(packed, sides))
     return [x.view(r, r) for own, p in zip(parts, sides) for x, r in zip(own, p.ranks)]
 
 
-def _joined(blocks: Iterator[Tensor], count: int) -> Problem:
-    return Problem(tuple(islice(blocks, count)), (1.0,) * count)
+def _joined(blocks: Iterator[Tensor], count: int) -> Side:
+    return Side(tuple(islice(blocks, count)), (1.0,) * count)
 
 
 def _coefficients(grams_a: Tensor, grams_b: Tensor, spectrum: Spectrum) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ... import ops
 from ...adapters.plan import Stack
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from ..base import Factors, Settings
 from .base import PostStep
 from .norms import norms
@@ -23,11 +23,11 @@ from .norms import norms
 def run(stacks: Sequence[Stack], merged: Sequence[Factors], settings: Settings) -> list[Factors]:
     given = norms([s.a for s in stacks], [s.b for s in stacks], settings.backend)
     wanted = [abs(settings.scale) * _mean(s, sizes) for s, sizes in zip(stacks, given)]
-    a = [Problem((f.a,), (1.0,)) for f in merged]
-    b = [Problem((f.b.T,), (1.0,)) for f in merged]
+    a = [Side((f.a,), (1.0,)) for f in merged]
+    b = [Side((f.b.T,), (1.0,)) for f in merged]
     found = norms(a, b, settings.backend)
     gains = [size / norm if norm else 1.0 for size, (norm,) in zip(wanted, found)]
-    scaled = [*a, *(Problem(x.blocks, (gain,)) for x, gain in zip(b, gains))]
+    scaled = [*a, *(Side(x.blocks, (gain,)) for x, gain in zip(b, gains))]
     new = ops.apply([None] * len(scaled), scaled, settings.dtype, backend=settings.backend)
     pairs = zip(merged, new, new[len(merged) :])
     return [dataclasses.replace(f, a=x, b=yt.T) for f, x, yt in pairs]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import ops
 from ...algebra.host import gather
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from .base import alike
 
 NOISE = 1e-6
@@ -17,7 +17,7 @@ NOISE = 1e-6
 the digits of float64, as its norm is found from Grams)."""
 
 
-def norms(a: Sequence[Problem], b: Sequence[Problem], backend: str) -> list[list[float]]:
+def norms(a: Sequence[Side], b: Sequence[Side], backend: str) -> list[list[float]]:
     """||B_i A_i||_F of every block of every module, 0 where it is rounding noise."""
     grams_a = gather(ops.block_gram(a, backend=backend))
     grams_b = gather(ops.block_gram(b, backend=backend))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import ops
 from ...adapters.plan import Stack
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from .. import do
 from ..base import Settings, grams
 from .base import PreStep
@@ -36,9 +36,9 @@ def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
     ]
 
 
-def _shared_out(x: Tensor, ranks: Sequence[int]) -> Problem:
+def _shared_out(x: Tensor, ranks: Sequence[int]) -> Side:
     """The rows of x [R, d] as the adapters' blocks."""
-    return Problem(x.split_with_sizes(list(ranks)), (1.0,) * len(ranks))
+    return Side(x.split_with_sizes(list(ranks)), (1.0,) * len(ranks))
 
 
 STEP = PreStep("orthogonalize", "push the adapters' factors apart, as `do` does", run)

@@ -16,14 +16,14 @@ import torch
 
 from ... import ops
 from ...adapters.plan import Stack
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from ..base import Settings
 from ..spectral import pico
 from .base import PreStep, alike
 
 
 def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
-    bare = [Problem(s.b.blocks, (1.0,) * len(s.b.blocks)) for s in stacks]
+    bare = [Side(s.b.blocks, (1.0,) * len(s.b.blocks)) for s in stacks]
     coefficients = ops.gram(bare, dtype=torch.float64, backend=settings.backend)
     for members in alike((p.rank, len(p.blocks)) for p in bare):
         grams = torch.stack([coefficients[k] for k in members])
@@ -31,7 +31,7 @@ def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
             coefficients[k] = c
     calibrated = ops.apply(coefficients, bare, torch.float32, backend=settings.backend)
     return [
-        dataclasses.replace(s, b=Problem(x.split_with_sizes(s.b.ranks), s.b.scales))
+        dataclasses.replace(s, b=Side(x.split_with_sizes(s.b.ranks), s.b.scales))
         for s, x in zip(stacks, calibrated)
     ]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import cast
 
 from ...adapters.plan import Stack
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from ..base import Factors, Settings
 from ..spectral import subspace_boost
 from .base import PostStep
@@ -34,9 +34,7 @@ def run(stacks: Sequence[Stack], merged: Sequence[Factors], settings: Settings) 
 
 def _alone(stack: Stack, merged: Factors) -> Stack:
     """The merged factors as a module's only adapter."""
-    return Stack(
-        stack.name, (0,), Problem((merged.a,), (1.0,)), Problem((merged.b.T,), (1.0,)), (1.0,)
-    )
+    return Stack(stack.name, (0,), Side((merged.a,), (1.0,)), Side((merged.b.T,), (1.0,)), (1.0,))
 
 
 STEP = PostStep("subspace_boost", "raise weak singular values to a strong one", run)

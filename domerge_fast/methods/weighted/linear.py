@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ... import ops
 from ...adapters.plan import Stack
-from ...algebra.side import Problem
+from ...algebra.side import Side
 from ..base import Factors, Merged, Method, Settings
 from ..spectral import power, space
 
@@ -50,7 +50,7 @@ def merge(
 def stacked(stacks: Sequence[Stack], settings: Settings) -> list[Factors]:
     """λ sum_i w_i τ_i of every stack."""
     weighted = [
-        Problem(s.b.blocks, tuple(settings.scale * w * c for w, c in zip(s.weights, s.b.scales)))
+        Side(s.b.blocks, tuple(settings.scale * w * c for w, c in zip(s.weights, s.b.scales)))
         for s in stacks
     ]
     problems = [*(s.a for s in stacks), *weighted]
