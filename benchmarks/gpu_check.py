@@ -144,7 +144,7 @@ def stages(architecture: str) -> list[Stage]:
     def bench(name: str, workload: str, backends: Sequence[str], *more: str) -> Stage:
         report = reports / f"{name.replace(' ', '-')}.json"
         command = [python, "-m", "domerge_fast.cli.main", "bench", "--workload", workload]
-        command += ["--device", "cuda", "--json", str(report), *more]
+        command += ["--device", "cuda", "--save-json", str(report), *more]
         command += [word for backend in backends for word in ("--backend", backend)]
         return Stage(name, command, 150, report, environment=installed)
 

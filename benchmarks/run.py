@@ -39,7 +39,7 @@ import domerge_fast as dm
 from domerge_fast.adapters.plan import GROUP_BYTES
 from domerge_fast.bench import bounds, machine, measure
 from domerge_fast.bench.workloads import WORKLOADS, Workload
-from domerge_fast.cli import doctor
+from domerge_fast.cli.examine import examine
 
 HERE = Path(__file__).parent
 ROUNDS = 5
@@ -169,7 +169,7 @@ def _check_room(workload: Workload, place: Place) -> None:
 
 
 def _instruction_set() -> dict[str, str]:
-    found = doctor.examine()
+    found = examine()
     return {k: found[k] for k in ("instruction set",) if k in found}
 
 

@@ -330,7 +330,9 @@ def test_a_part_of_sdxl_loads_and_merges(tmp_path):
 
 def test_bench_measures_and_writes_every_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    line = "bench --workload llama-tiny --modules 3 --json f.json --plot f.png --profile f.trace"
+    line = (
+        "bench --workload llama-tiny --modules 3 --save-json f.json --plot f.png --profile f.trace"
+    )
     assert cli.main(line.split()) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("llama-tiny: 4 adapters, 3 of 14 modules, ")
@@ -357,7 +359,7 @@ def test_bench_measures_and_writes_every_figure(tmp_path, monkeypatch, capsys):
 def test_bench_measures_the_users_adapters(tmp_path, capsys):
     paths = [str(path) for path in SMALL.write(tmp_path)]
     report = tmp_path / "f.json"
-    line = ["bench", *paths, "--backend", "cpu", "--repeat", "7", "--json", str(report)]
+    line = ["bench", *paths, "--backend", "cpu", "--repeat", "7", "--save-json", str(report)]
     assert cli.main(line) == 0
     found = json.loads(report.read_text())
     assert {row["backend"] for row in found["rows"]} == {"cpu"}
@@ -371,7 +373,7 @@ def test_a_wrong_backend_gets_no_figures_and_exit_code_1(tmp_path, monkeypatch, 
     right = cpu.block_gram
     monkeypatch.setattr(cpu, "block_gram", lambda p: [1.01 * k for k in right(p)])
     report = tmp_path / "f.json"
-    line = f"bench --workload llama-tiny --modules 2 --json {report}"
+    line = f"bench --workload llama-tiny --modules 2 --save-json {report}"
     assert cli.main(line.split()) == 1
     printed = capsys.readouterr()
     (error,) = printed.err.splitlines()
@@ -408,7 +410,7 @@ WRONG = {
     "--workload llama-tiny --device tpu": "option 'device': torch cannot use 'tpu' here",
     "a --workload llama-tiny": "option 'workload': adapters are given too; give one or the other",
     "a b": "adapter 'a': no such folder; check the path",
-    "--workload llama-tiny --json none/f": "output 'none/f': its folder does not exist",
+    "--workload llama-tiny --save-json none/f": "output 'none/f': its folder does not exist",
     "--workload llama-tiny --plot .": "output '.': is a folder; give the name of a file",
 }
 
@@ -458,7 +460,7 @@ def test_without_matplotlib_there_is_no_plot_and_nothing_is_measured(monkeypatch
     assert "--plot needs matplotlib; pip install matplotlib" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--json", "--plot"])
+@pytest.mark.parametrize("flag", ["--save-json", "--plot"])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_is_told_in_one_line(flag, capsys):
     command = ["bench", "--workload", "llama-tiny", "--modules", "1", "--backend", "cpu"]

@@ -277,10 +277,10 @@ def test_without_a_device_the_cuda_build_merges_on_the_cpu_and_doctor_says_why(b
         shutil.copy(library, package)
     code = (
         "import torch, domerge_fast as dm, json;"
-        "from domerge_fast import doctor;"
+        "from domerge_fast.cli import examine;"
         "pair = [dm.from_tensors({'x': (torch.ones(2, 5), torch.ones(4, 2))}) for _ in range(2)];"
         "dm.merge(pair, device='cpu');"
-        "print(json.dumps([dm.__file__, doctor.examine()]))"
+        "print(json.dumps([dm.__file__, examine.examine()]))"
     )
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("DOMERGE_TEST_CUDA", None)

@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
 from domerge_fast.backends import registry
+from domerge_fast.cli import flags as known_flags
 from domerge_fast.cli import main as cli
 from domerge_fast.cli import streams
 from domerge_fast.methods import TABLE
@@ -410,21 +413,113 @@ def test_verbose_shows_where_an_error_comes_from(flag, capsys):
 def test_help_and_version_are_printed(capsys):
     assert cli.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for name, (summary, *_) in cli.COMMANDS.items():
-        assert re.search(rf"^ +{name}\s+{summary}", shown, re.MULTILINE)
+    for name, row in cli.COMMANDS.items():
+        assert re.search(rf"^ +{name}\s+{row.summary[:40]}", shown, re.MULTILINE)
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"domerge-fast {dm.__version__}\n"
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
+@pytest.mark.parametrize("line", ["--help", *(f"{name} --help" for name in cli.COMMANDS)])
+def test_help_is_quick_and_imports_nothing_heavy(line):
     code = (
-        "import sys, time; from domerge_fast.cli import main as cli; code = cli.main(['--help']);"
+        "import sys, time; from domerge_fast.cli import main as cli;"
+        "code = cli.main(sys.argv[1:]);"
         "heavy = {'torch', 'numpy', 'transformers', 'peft', 'tqdm'} & set(sys.modules);"
         "sys.exit(code or str(heavy) * bool(heavy) or time.process_time() > 0.5)"
     )
-    done = python("-c", code)
+    done = python("-c", code, *line.split())
     assert done.returncode == 0, done.stderr
-    assert "merge adapters into one" in done.stdout
+    assert done.stdout.startswith(f"usage: domerge-fast {line.removesuffix('--help')}")
+
+
+def test_wrong_options_are_told_without_torch():
+    code = (
+        "import sys; from domerge_fast.cli import main as cli;"
+        "code = cli.main(['merge', 'a', '-o', 'out', '--gama', '2']);"
+        "sys.exit(3 if 'torch' in sys.modules else code)"
+    )
+    done = python("-c", code)
+    assert done.returncode == 2
+    assert "did you mean '--gamma'?" in done.stderr
+
+
+def test_what_is_stored_of_methods_is_what_the_tables_say():
+    """If not: python -m domerge_fast.cli.flags"""
+    stored = json.loads(known_flags.STORED.read_text("utf-8"))
+    assert stored == json.loads(json.dumps(dataclasses.asdict(known_flags.of_tables())))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "merge a b -o out",
+        "merge a b -o out --quiet",
+        "inspect a b",
+        "sequential start s",
+        "sequential add t a b",
+        "sequential save t -o out",
+        "methods",
+        "doctor",
+        "bench a --modules 1 --backend cpu",
+        "completion bash",
+    ],
+)
+def test_every_command_prints_one_json_object(line, capsys):
+    for setting_up in ("start t", "add t a"):
+        assert cli.main(["sequential", *setting_up.split()]) == 0
+    capsys.readouterr()
+    assert cli.main([*line.split(), "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    found = json.loads(printed.out)
+    assert isinstance(found, dict)
+    assert found
+
+
+def test_merge_tells_its_report_as_json(capsys):
+    assert cli.main(["merge", "a", "b", "-o", "out", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    report = dm.merge(["a", "b"]).report
+    assert found["output"] == "out"
+    assert list(found["modules"]) == list(report.modules)
+    assert found["scale"] == report.scale
+
+
+def completed(*words: str) -> list[str]:
+    """What bash offers after these words, of which the last is not complete."""
+    script = python("-m", "domerge_fast", "completion", "bash").stdout
+    line = " ".join(map(shlex.quote, words))
+    code = f"COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _domerge_fast\n"
+    code += 'printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(
+        ["bash", "-c", f"{script}\n{code}"], capture_output=True, text=True, check=True
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("domerge-fast me", ["merge", "methods"]),
+        ("domerge-fast merge a --outl", ["--outliers"]),
+        ("domerge-fast merge --method iso", ["iso_c", "iso_cts"]),
+        ("domerge-fast merge --form d", ["deltas"]),
+        ("domerge-fast sequential s", ["start", "save"]),
+        ("domerge-fast sequential add --we", ["--weight"]),
+        ("domerge-fast completion f", ["fish"]),
+    ],
+)
+def test_bash_completes_commands_options_and_words(line, offered):
+    assert completed(*line.split()) == offered
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_other_shells_know_the_same_words(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("sequential", "iso_cts", "max-device-memory"):
+        assert word in script
 
 
 def test_a_reader_that_leaves_early_is_no_error():
@@ -537,11 +632,19 @@ def test_streams_and_signals_are_as_they_were(capsys):
         assert state() == before
 
 
+def patch_progress(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """A merge gets this signal when its first module is done."""
+    kill = lambda *_: os.kill(os.getpid(), number)  # noqa: E731
+    monkeypatch.setattr(cli.shared, "shows_progress", lambda _: kill)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_a_polite_kill_leaves_nothing(name, pair, tmp_path, capsys, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     number = getattr(signal, name)
-    monkeypatch.setattr(cli, "_bar", lambda _: lambda *_: os.kill(os.getpid(), number))
+    monkeypatch.setattr(
+        cli.shared, "shows_progress", lambda _: lambda *_: os.kill(os.getpid(), number)
+    )
     # Whoever runs the tests in the background may have told them to ignore Ctrl-C.
     usual = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
     handler = signal.signal(number, usual)
@@ -570,7 +673,9 @@ def test_ctrl_c_before_the_command_is_one_line(pair, capsys, monkeypatch):
 
 def test_a_signal_that_is_ignored_stays_ignored(pair, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    monkeypatch.setattr(cli, "_bar", lambda _: lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    monkeypatch.setattr(
+        cli.shared, "shows_progress", lambda _: lambda *_: os.kill(os.getpid(), signal.SIGHUP)
+    )
     try:
         assert cli.main(["merge", *pair, "-o", "out", "-q"]) == 0
     finally:

@@ -416,7 +416,7 @@ def merge_until_told(
     if not through_cli:
         at_one(adapters, output=out, overwrite=True, scale=2.0, progress=progress)
         return
-    cli._bar = lambda args: progress
+    cli.shared.shows_progress = lambda args: progress
     sys.stdout = sys.stderr = open(out.parent.parent / "printed", "w")  # noqa: SIM115
     sys.exit(cli.main(["merge", *map(str, adapters), "-o", str(out), "--overwrite"]))
 

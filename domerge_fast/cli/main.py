@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import os
 import re
 import signal
@@ -14,13 +12,14 @@ import threading
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from .. import aliases, options
 from .._version import __version__
-from ..errors import DomergeError, OutputWarning, printable
+from ..errors import DomergeError, OutputWarning
 from ..storage import folder
-from . import streams
+from . import shared, streams
+from .commands import COMMANDS
 
 FAILED = 1
 USAGE_ERROR = 2
@@ -76,7 +75,7 @@ def _run(arguments: list[str]) -> int:
 
 def _ran(arguments: list[str]) -> int:
     try:
-        _check_current_folder()  # the parser loads torch
+        _check_current_folder()  # torch may be loaded
         args = _parse(arguments)
         return args.run(args)
     except SystemExit as leaving:  # argparse has shown what it was asked for
@@ -163,7 +162,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    args, unknown = _parser(arguments).parse_known_args(arguments)
+    called = [word for word in arguments if not word.startswith("-")][:1]
+    args, unknown = _parser(called).parse_known_args(arguments)
     if unknown:
         flag = unknown[0].partition("=")[0]
         flags = re.findall(r"--[a-z][a-z-]*", args.parser.format_help())
@@ -173,314 +173,27 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def _parser(arguments: Sequence[str]) -> _Parser:
-    """The parser; a command's own flags are built only when it is called, for the start-up time."""
+def _full_parser() -> argparse.ArgumentParser:
+    """The parser with all options of all commands."""
+    return _parser(COMMANDS)
+
+
+def _parser(filled: Collection[str]) -> _Parser:
+    """The parser, with the options of these commands: building all would take its time."""
     parser = _Parser(
         prog="domerge-fast",
         description="Merge LoRA adapters by DO-Merging and related methods, exactly and fast.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    _add_verbose(parser)
+    shared.add_verbose(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    called = next((word for word in arguments if not word.startswith("-")), None)
-    for name, (help, fill, run) in COMMANDS.items():
-        command = commands.add_parser(name, help=help, description=help)
-        _add_verbose(command)
-        command.set_defaults(run=run, parser=command)
-        if name == called:
-            fill(command)
+    for name, row in COMMANDS.items():
+        command = commands.add_parser(name, help=row.summary, description=row.summary)
+        shared.add_verbose(command)
+        command.set_defaults(run=row.run, parser=command, full_parser=_full_parser)
+        if name in filled:
+            row.fill(command)
     return parser
-
-
-def _add_verbose(parser: argparse.ArgumentParser) -> None:
-    """Before a command, after it and after its action: `_run` sees it wherever it is."""
-    help, nothing = "show tracebacks", argparse.SUPPRESS
-    parser.add_argument("-v", "--verbose", action="store_true", default=nothing, help=help)
-
-
-def _add_sources(parser: argparse.ArgumentParser, quiet: str) -> None:
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT adapter folder")
-    parser.add_argument("--base-model", help="the base model, where the configs disagree")
-    parser.add_argument("--backend", default="auto", help="auto, cpu, torch or reference")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    parser.add_argument("-q", "--quiet", action="store_true", help=quiet)
-
-
-def _add_replacing(parser: argparse.ArgumentParser) -> None:
-    help = "replace an existing output of domerge-fast"
-    parser.add_argument("--overwrite", action="store_true", help=help)
-    help = "replace also what others wrote, if all its files have names of the same form"
-    parser.add_argument("--force", action="store_true", help=help)
-
-
-def _fill_merge(parser: argparse.ArgumentParser) -> None:
-    from ..methods import TABLE
-    from ..methods.steps import POST, PRE
-
-    _add_sources(parser, "no progress, no summary")
-    add = parser.add_argument
-    add("-o", "--output", required=True, metavar="OUT", help="folder to write")
-    _add_replacing(parser)
-    add("--method", default="auto", help=f"{', '.join(TABLE)} (default: auto)")
-    add("--weights", nargs="+", type=float, metavar="W", help="one an adapter (default: 1 each)")
-    found = "factor on the merged update, or auto: found from the adapters (default: auto, but 1 "
-    found += "for methods that are a sum or set their norm themselves)"
-    add("--scale", type=_scale, default=None, metavar="FACTOR|auto", help=found)
-    add("--rank", type=int, help="truncate every module to this rank (default: the method's own)")
-    add("--energy", type=float, help="truncate to the least rank that keeps this share")
-    add("--ragged", action="store_true", help="write own ranks, not one (--energy implies it)")
-    pre, post = ", ".join(PRE), ", ".join(POST)
-    add("--pre", nargs="+", default=(), metavar="STEP", help=f"before the method, of: {pre}")
-    add("--post", nargs="+", default=(), metavar="STEP", help=f"after the method, of: {post}")
-    add("--form", default="adapter", help="adapter, deltas (ΔW), or model (default: adapter)")
-    add("--base", metavar="FOLDER", help="the base model, e.g. for the form model")
-    add("--whole", default="auto", help="of tensors saved whole: auto, drop or from:NAME")
-    add("--max-device-memory", metavar="SIZE", help="of the device, e.g. 4GiB")
-    add("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
-    fields: dict[str, tuple[dataclasses.Field, type]] = {}
-    owners: dict[str, dict[str, typing.Any]] = {}
-    for method in TABLE.values():
-        kinds = typing.get_type_hints(method.options)
-        for field in dataclasses.fields(method.options):
-            fields.setdefault(field.name, (field, kinds[field.name]))
-            owners.setdefault(field.name, {})[method.name] = field.default
-    for methods in dict.fromkeys(tuple(o) for o in owners.values()):
-        group = parser.add_argument_group(f"options of {', '.join(methods)}")
-        for name, defaults in owners.items():
-            if tuple(defaults) == methods:
-                _add_option(group, *fields[name], defaults)
-
-
-def _add_option(
-    group: argparse._ArgumentGroup,
-    field: dataclasses.Field,
-    kind: type,
-    defaults: dict[str, typing.Any],
-) -> None:
-    flag = f"--{field.name.replace('_', '-')}"
-    alike = len(set(defaults.values())) == 1
-    default = field.default if alike else ", ".join(f"{v} {k}" for k, v in defaults.items())
-    help = f"{field.metadata['help']} (default: {default})"
-    if kind is bool:
-        action = argparse.BooleanOptionalAction
-        group.add_argument(flag, action=action, default=argparse.SUPPRESS, help=help)
-        return
-    words = field.metadata["choices"]
-    metavar = "|".join(words) if words else kind.__name__.upper()
-    group.add_argument(flag, type=kind, default=argparse.SUPPRESS, metavar=metavar, help=help)
-
-
-def _scale(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, and not auto") from None
-
-
-_SOURCES = ("adapters", "base_model", "backend", "device")
-_OWN = ("run", "parser", "verbose", "quiet", "output", "json")
-
-
-def _merge(args: argparse.Namespace) -> int:
-    from .. import api
-
-    given = {k: v for k, v in vars(args).items() if k not in _OWN}
-    merged = api.merge(given.pop("adapters"), output=args.output, progress=_bar(args), **given)
-    if not args.quiet:
-        streams.show(
-            [*streams.table(merged.report.summary()), f"written to {printable(args.output)}"]
-        )
-    return 0
-
-
-def _bar(args: argparse.Namespace) -> bool:
-    return not args.quiet and sys.stderr.isatty()
-
-
-def _fill_inspect(parser: argparse.ArgumentParser) -> None:
-    _add_sources(parser, "no progress")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from .. import api
-
-    given = {name: getattr(args, name) for name in _SOURCES}
-    found = api.inspect(given.pop("adapters"), progress=_bar(args), **given)
-    if args.json:
-        streams.show([json.dumps(found.to_dict(), indent=2)])
-        return 0
-    numbers = [str(i) for i in range(1, len(found.adapters) + 1)]
-    head = ("", "adapter", "norm of ΔW", "least of a module", "median", "largest")
-    rows = [
-        (k, name, *(f"{v:.4g}" for v in (norm, *spread)))
-        for k, name, norm, spread in zip(
-            numbers, map(printable, found.adapters), found.norms, found.spread
-        )
-    ]
-    lines = streams.table([head, *rows], names=1)
-    for title, table in (
-        ("overlap of row spaces (A): 0 orthogonal, 1 the same", found.rows),
-        ("overlap of column spaces (B): 0 orthogonal, 1 the same", found.columns),
-        ("cosine between the updates", found.cosine),
-    ):
-        cells = [(k, *(f"{v:.3f}" for v in row)) for k, row in zip(numbers, table)]
-        lines += ["", title, *streams.matrix([("", *numbers), *cells])]
-    if found.notes:
-        lines += ["", *_notes(found.notes)]
-    streams.show(lines)
-    return 0
-
-
-def _notes(notes: Sequence[str]) -> list[str]:
-    return [line for note in notes for line in streams.wrap(f"note: {note}")]
-
-
-def _fill_sequential(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(required=True, metavar="ACTION", parser_class=_Parser)
-    start = actions.add_parser("start", help="start a merge of no adapters yet")
-    start.add_argument("folder", metavar="STATE", help="folder to write")
-    start.add_argument("--alpha", type=float, default=0.5, help="as for the method opcm")
-    start.add_argument("--rank", type=int, help="truncate the sum in every add (default: exact)")
-    start.add_argument("--base-model", help="the base model, where the configs disagree")
-    start.add_argument("--whole", default="auto", help="tensors saved whole: auto, drop, from:NAME")
-    _add_replacing(start)
-    start.set_defaults(run=_start, parser=start)
-    add = actions.add_parser("add", help="add adapters in this order, all or none")
-    add.add_argument("folder", metavar="STATE", help="folder of the merge")
-    add.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT adapter folder")
-    add.add_argument("--weight", type=float, default=1.0, help="of each (default: 1)")
-    add.set_defaults(run=_add_to, parser=add)
-    save = actions.add_parser("save", help="write the merged adapter")
-    save.add_argument("folder", metavar="STATE", help="folder of the merge")
-    save.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
-    _add_replacing(save)
-    save.add_argument("--scale", type=float, default=1.0, help="factor on the merged update")
-    save.add_argument("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
-    save.set_defaults(run=_save, parser=save)
-    for action in (start, add, save):
-        _add_verbose(action)
-
-
-def _start(args: argparse.Namespace) -> int:
-    from ..sessions.sequential import Sequential
-
-    given = {k: v for k, v in vars(args).items() if k not in _OWN}
-    Sequential.start(given.pop("folder"), **given)
-    return 0
-
-
-def _add_to(args: argparse.Namespace) -> int:
-    from ..sessions.sequential import Sequential
-
-    weights = [args.weight] * len(args.adapters)
-    steps = Sequential.open(args.folder).add_all(args.adapters, weights)
-    streams.show(
-        line
-        for step in steps
-        for line in (
-            f"{step.adapter}: norm {step.norm:.4g}, energy kept {100 * step.energy_kept:.2f} %",
-            *_notes(step.notes),
-        )
-    )
-    return 0
-
-
-def _save(args: argparse.Namespace) -> int:
-    from ..sessions.sequential import Sequential
-
-    given = {name: getattr(args, name) for name in ("scale", "dtype", "overwrite", "force")}
-    merged = Sequential.open(args.folder).save(args.output, **given)
-    streams.show([*streams.table(merged.report.summary()), f"written to {printable(args.output)}"])
-    return 0
-
-
-def _fill_methods(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _methods(args: argparse.Namespace) -> int:
-    from .. import api
-
-    found = {name: dataclasses.asdict(row) for name, row in api.list_methods().items()}
-    if args.json:
-        streams.show([json.dumps(found, indent=2, ensure_ascii=False)])
-        return 0
-    rows = [("method", "returns", "what it does")]
-    for name, row in found.items():
-        needs = f"; needs {row['needs']}" if row["needs"] else ""
-        rows.append(
-            (name, row["returns"], f"{row['summary']} ({row['source']}); {row['cost']}{needs}")
-        )
-    streams.show(streams.table(rows))
-    return 0
-
-
-def _fill_doctor(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-
-def _doctor(args: argparse.Namespace) -> int:
-    from .doctor import examine
-
-    found = examine()
-    if args.json:
-        streams.show([json.dumps(found, indent=2)])
-    else:
-        streams.show(streams.table(list(found.items())))
-    return 0
-
-
-def _fill_bench(parser: argparse.ArgumentParser) -> None:
-    from ..bench.command import USUAL
-    from ..bench.workloads import WORKLOADS
-
-    add = parser.add_argument
-    add("adapters", nargs="*", metavar="ADAPTER", help="a PEFT adapter folder to measure with")
-    names = ", ".join(WORKLOADS)
-    add("--workload", metavar="NAME", help=f"adapters made in memory: {names} (default: {USUAL})")
-    add("--modules", type=int, metavar="N", help="only the first N (default: all that fit)")
-    again = "a backend to measure, may be given again (default: all but reference)"
-    add("--backend", action="append", default=[], metavar="NAME", dest="backends", help=again)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
-    add("--repeat", type=int, default=5, metavar="N", help="samples of a figure (default: 5)")
-    add("--json", metavar="FILE", dest="to_json", help="write every figure")
-    add("--plot", metavar="FILE", dest="to_plot", help="write a roofline and bars as PNG")
-    add("--profile", metavar="FILE", help="write a Chrome trace of one merge")
-
-
-def _bench(args: argparse.Namespace) -> int:
-    from ..bench.command import bench
-
-    tell = sys.stderr.isatty()
-    given = {k: v for k, v in vars(args).items() if k not in _OWN}
-    result = bench(**given, say=_say if tell else lambda what: None)
-    if tell:
-        _say("")
-    lines = [line for text in result.summary() for line in streams.wrap(text)]
-    if result.rows:
-        lines += ["", *streams.table(result.table())]
-    streams.show(lines)
-    for backend, reason in result.refused.items():
-        message = f"backend {backend!r} disagrees with the reference ({reason}): no figures for it"
-        streams.tell(f"domerge-fast: error: {message}")
-    return FAILED if result.refused else 0
-
-
-def _say(what: str) -> None:
-    """What is being done, in place of what was said before."""
-    print(f"\r\x1b[K{what}", end="", file=sys.stderr, flush=True)
-
-
-Command = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
-COMMANDS: dict[str, Command] = {
-    "merge": ("merge adapters into one", _fill_merge, _merge),
-    "inspect": ("show how much adapters interfere", _fill_inspect, _inspect),
-    "sequential": ("merge adapters one at a time, by opcm", _fill_sequential, _start),
-    "methods": ("list the merge methods", _fill_methods, _methods),
-    "bench": ("measure the ops beside what this machine could reach", _fill_bench, _bench),
-    "doctor": ("show versions and backends, and why one is off", _fill_doctor, _doctor),
-}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,86 @@
+"""What commands have in common: their options, and how they show what they found."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import streams
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what it is called, what it does in a few words, its options, and what it runs.
+
+    fill(parser) adds the options; run(args) returns the exit code. Neither imports what only
+    another command, or the help, does not need.
+    """
+
+    name: str
+    summary: str
+    fill: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+_OWN = ("run", "parser", "full_parser", "verbose", "quiet", "output", "json")
+
+
+def given(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given that is an argument of the API."""
+    return {name: value for name, value in vars(args).items() if name not in _OWN}
+
+
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """Before a command, after it and after its action: `main` sees it wherever it is."""
+    help, nothing = "show tracebacks", argparse.SUPPRESS
+    parser.add_argument("-v", "--verbose", action="store_true", default=nothing, help=help)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    help = "print one JSON object in place of what people read"
+    parser.add_argument("--json", action="store_true", help=help)
+
+
+def add_sources(parser: argparse.ArgumentParser, quiet: str) -> None:
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT adapter folder")
+    parser.add_argument("--base-model", help="the base model, where the configs disagree")
+    add_place(parser)
+    parser.add_argument("-q", "--quiet", action="store_true", help=quiet)
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", default="auto", help="auto, cpu, torch or reference")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
+    add_replacing(parser)
+
+
+def add_replacing(parser: argparse.ArgumentParser) -> None:
+    help = "replace an existing output of domerge-fast"
+    parser.add_argument("--overwrite", action="store_true", help=help)
+    help = "replace also what others wrote, if all its files have names of the same form"
+    parser.add_argument("--force", action="store_true", help=help)
+
+
+def shows_progress(args: argparse.Namespace) -> bool:
+    return not args.quiet and sys.stderr.isatty()
+
+
+def show(args: argparse.Namespace, plain: Any, lines: Callable[[], Iterable[str]]) -> None:
+    """One JSON object where it was asked for, otherwise the lines."""
+    streams.show([as_json(plain)] if args.json else lines())
+
+
+def as_json(plain: Any) -> str:
+    return json.dumps(plain, indent=2, ensure_ascii=False)
+
+
+def notes(of: Sequence[str]) -> list[str]:
+    return [line for note in of for line in streams.wrap(f"note: {note}")]
