@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from domerge_fast.backends import registry
-from domerge_fast.ops import _library
+from domerge_fast.ops import library
 
 NAMES = ("odd d", "rank 1 before 64", "one adapter")
 OPS = (
@@ -40,7 +40,7 @@ def arguments(op: str, layout: str, backend: str) -> tuple:
     """Three modules as the flat lists that an op is registered with, on the backend's device."""
     backend, device = split(backend)
     problems = [SIDES[layout](CASES[name]) for name in NAMES]
-    flat = _library.flatten(problems)
+    flat = library.flatten(problems)
     ranks = [rank for p in problems for rank in p.ranks]
     c = [None, torch.ones(3, problems[1].rank), torch.eye(4)]
     packed = [torch.eye(sum(r * r for r in p.ranks)).double()[0] for p in problems]

@@ -1,5 +1,6 @@
 """The ops that methods are written in: one file each, one call for all modules of a group."""
 
+from . import library
 from .all_finite import all_finite
 from .apply import apply
 from .apply_decouple import apply_decouple
@@ -19,6 +20,7 @@ __all__ = [
     "entry_merge",
     "entry_sums",
     "gram",
+    "library",
     "orthogonalize",
     "orthogonalize_factors",
     "truncate",

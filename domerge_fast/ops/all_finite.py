@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import _library
+from ._backend import implementation
 
 
 def all_finite(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[bool]:
     """One bool a tensor. It depends on the values, so it is no torch.library op."""
-    return _library.implementation(backend, tensors).all_finite(tensors)
+    return implementation(backend, tensors).all_finite(tensors)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.side import Side, check_sides
-from . import _library
+from ._backend import implementation
 
 
 def apply(
@@ -27,27 +27,4 @@ def apply(
     for c, p in zip(coefficients, problems, strict=True):
         if c is not None and (c.ndim != 2 or c.shape[1] != p.rank):
             raise ValueError(f"C must be [K, {p.rank}], got {tuple(c.shape)}")
-    return _apply(list(coefficients), *_library.flatten(problems), out_dtype, backend)
-
-
-def _run(coefficients, blocks, counts, scales, out_dtype, backend):
-    problems = _library.unflatten(blocks, counts, scales)
-    return _library.implementation(backend, blocks).apply(coefficients, problems, out_dtype)
-
-
-def _fake(coefficients, blocks, counts, scales, out_dtype, backend):
-    results = []
-    for c, p in zip(coefficients, _library.unflatten(blocks, counts, scales)):
-        rows = p.rank if c is None else c.shape[0]
-        shape = (p.d, rows) if p.in_columns else (rows, p.d)
-        result = p.blocks[0].new_empty(shape, dtype=out_dtype)
-        results.append(result.T if p.in_columns else result)
-    return results
-
-
-_apply = _library.define(
-    "apply",
-    f"(Tensor?[] coefficients, {_library.PROBLEMS}, ScalarType out_dtype, str backend) -> Tensor[]",
-    _run,
-    _fake,
-)
+    return implementation(backend, problems).apply(coefficients, problems, out_dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.side import Side, check_sides
-from . import _library
+from ._backend import implementation
 
 
 def apply_decouple(
@@ -42,40 +42,8 @@ def apply_decouple(
     for p, k, w in zip(problems, blocks, omegas, strict=True):
         if k.numel() != sum(r * r for r in p.ranks) or len(w) != len(p.ranks):
             raise ValueError(f"blocks or omegas do not fit the ranks {p.ranks}")
-    results = _apply_decouple(
-        list(coefficients),
-        *_library.flatten(problems),
-        list(blocks),
-        [w for problem in omegas for w in problem],
-        scale,
-        out_dtype,
-        list(full or []),
-        backend,
-    )
-    return results[: len(problems)], results[len(problems) :]
-
-
-def _run(coefficients, x, counts, scales, blocks, omegas, scale, out_dtype, full, backend):
-    problems = _library.unflatten(x, counts, scales)
-    weights = iter(omegas)
-    grouped = [[next(weights) for _ in range(count)] for count in counts]
-    module = _library.implementation(backend, x)
+    module = implementation(backend, problems)
     a, norms = module.apply_decouple(
-        coefficients, problems, blocks, grouped, scale, out_dtype, full or None
+        coefficients, problems, blocks, omegas, scale, out_dtype, full or None
     )
-    return [*a, *norms]
-
-
-def _fake(coefficients, x, counts, scales, blocks, omegas, scale, out_dtype, full, backend):
-    problems = _library.unflatten(x, counts, scales)
-    a = [p.blocks[0].new_empty(p.rank, p.d, dtype=out_dtype) for p in problems]
-    return [*a, *(p.blocks[0].new_empty(len(p.ranks), dtype=torch.float64) for p in problems)]
-
-
-_apply_decouple = _library.define(
-    "apply_decouple",
-    f"(Tensor?[] coefficients, {_library.PROBLEMS}, Tensor[] grams, float[] omegas, float scale, "
-    "ScalarType out_dtype, Tensor[] full, str backend) -> Tensor[]",
-    _run,
-    _fake,
-)
+    return a, norms

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from . import _library
+from ._backend import implementation
 
 
 def block_products(
@@ -25,20 +24,4 @@ def block_products(
     for m in (*x, *y):
         if m.shape != size:
             raise ValueError(f"a matrix of {tuple(m.shape)} does not fit the ranks {tuple(ranks)}")
-    return _block_products(list(x), list(y), list(ranks), backend)
-
-
-def _run(x, y, ranks, backend):
-    return _library.implementation(backend, x).block_products(x, y, ranks)
-
-
-def _fake(x, y, ranks, backend):
-    return x[0].new_empty(len(x), len(ranks), len(ranks), dtype=torch.float64)
-
-
-_block_products = _library.define(
-    "block_products",
-    "(Tensor[] x, Tensor[] y, int[] ranks, str backend) -> Tensor",
-    _run,
-    _fake,
-)
+    return implementation(backend, x).block_products(x, y, ranks)

@@ -8,14 +8,11 @@ the derivation and the step rule are in docs/algorithm.md.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from ..algebra.side import Side, check_sides
-from ..backends.descent import STATS
-from . import _library
+from ._backend import implementation
 
 PENALTIES = ("squared", "frobenius")
 
@@ -39,9 +36,8 @@ def orthogonalize(
     for g, r in zip(grams, ranks, strict=True):
         if g.shape != (sum(r), sum(r)) or min(r) < 1:
             raise ValueError(f"a Gram of {tuple(g.shape)} does not fit the ranks {tuple(r)}")
-    flat = [rank for r in ranks for rank in r]
-    counts = [len(r) for r in ranks]
-    *c, stats = _orthogonalize(list(grams), flat, counts, penalty, gamma, steps, tol, backend)
+    module = implementation(backend, grams)
+    c, stats = module.orthogonalize(grams, ranks, penalty, gamma, steps, tol)
     return c, stats
 
 
@@ -58,49 +54,6 @@ def orthogonalize_factors(
     The same descent as `orthogonalize`, at O(R d^2) instead of O(R^3) a step.
     """
     check_sides(problems)
-    *x, stats = _orthogonalize_factors(*_library.flatten(problems), gamma, steps, tol, backend)
-    return x, stats
-
-
-def _split(ranks: Sequence[int], counts: Sequence[int]) -> list[tuple[int, ...]]:
-    ends = list(accumulate(counts))
-    return [tuple(ranks[end - count : end]) for end, count in zip(ends, counts)]
-
-
-def _run(grams, ranks, counts, penalty, gamma, steps, tol, backend):
-    module = _library.implementation(backend, grams)
-    c, stats = module.orthogonalize(grams, _split(ranks, counts), penalty, gamma, steps, tol)
-    return [*c, stats]
-
-
-def _fake(grams, ranks, counts, penalty, gamma, steps, tol, backend):
-    stats = grams[0].new_empty(len(grams), len(STATS), dtype=torch.float64)
-    return [*(torch.empty_like(g) for g in grams), stats]
-
-
-def _run_factors(blocks, counts, scales, gamma, steps, tol, backend):
-    problems = _library.unflatten(blocks, counts, scales)
-    module = _library.implementation(backend, blocks)
+    module = implementation(backend, problems)
     x, stats = module.orthogonalize_factors(problems, gamma, steps, tol)
-    return [*x, stats]
-
-
-def _fake_factors(blocks, counts, scales, gamma, steps, tol, backend):
-    problems = _library.unflatten(blocks, counts, scales)
-    stats = blocks[0].new_empty(len(problems), len(STATS), dtype=torch.float64)
-    return [*(p.blocks[0].new_empty(p.rank, p.d, dtype=torch.float32) for p in problems), stats]
-
-
-_orthogonalize = _library.define(
-    "orthogonalize",
-    "(Tensor[] grams, int[] ranks, int[] counts, str penalty, float gamma, int steps, float tol, "
-    "str backend) -> Tensor[]",
-    _run,
-    _fake,
-)
-_orthogonalize_factors = _library.define(
-    "orthogonalize_factors",
-    f"({_library.PROBLEMS}, float gamma, int steps, float tol, str backend) -> Tensor[]",
-    _run_factors,
-    _fake_factors,
-)
+    return x, stats

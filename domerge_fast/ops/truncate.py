@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import _library
+from ._backend import implementation
 
 
 def truncate(
@@ -31,5 +31,5 @@ def truncate(
     for a, b in pairs:
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(f"A {tuple(a.shape)} and B {tuple(b.shape)} do not multiply as B A")
-    module = _library.implementation(backend, [a for a, _ in pairs])
+    module = implementation(backend, [a for a, _ in pairs])
     return module.truncate(pairs, rank, energy, out_dtype)
