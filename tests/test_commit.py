@@ -456,6 +456,25 @@ def test_the_command_line_tells_it_in_one_line(tmp_path, stuck, capsys):
     assert len(Sequential.open(tmp_path / "state").state.steps) == 2
 
 
+def test_an_old_output_that_cannot_be_looked_at_after_the_swap(tmp_path, monkeypatch):
+    write(tmp_path / "out", "old")
+    swap, exists = output_folder._swap, Path.exists
+
+    def fail(path: Path) -> bool:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def swapped(fresh: Path, target: Path) -> None:
+        swap(fresh, target)
+        monkeypatch.setattr(Path, "exists", fail)
+
+    monkeypatch.setattr(output_folder, "_swap", swapped)
+    with pytest.warns(OutputWarning, match="was written, but .* cannot be removed"):
+        write(tmp_path / "out", "new")
+    monkeypatch.setattr(Path, "exists", exists)
+    assert content(tmp_path / "out") == "new"
+    assert content(hidden(tmp_path / "out") / "new") == "old"
+
+
 def test_a_folder_that_cannot_be_flushed_after_the_swap(tmp_path, monkeypatch):
     write(tmp_path / "out", "old")
     swap, sync = output_folder._swap, output_folder._sync

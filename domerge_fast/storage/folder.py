@@ -229,8 +229,9 @@ class _Writing:
         told as a warning. again: after Ctrl-C in it."""
         global last_written
         last_written = self._target
-        old = self._replaced()
+        old = None
         try:
+            old = self._replaced()
             if not again or self._work.retake():
                 self._clear_away()
         except OSError as error:
