@@ -16,7 +16,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .adapters import Adapter
-    from .api import inspect, list_backends, list_methods, merge
+    from .api import inspect, list_backends, list_formats, list_methods, merge
     from .errors import (
         AdapterError,
         DomergeError,
@@ -46,6 +46,7 @@ _HOME = {
     "from_tensors": "formats",
     "inspect": "api",
     "list_backends": "api",
+    "list_formats": "api",
     "list_methods": "api",
     "load": "formats",
     "merge": "api",
@@ -67,6 +68,7 @@ __all__ = [
     "from_tensors",
     "inspect",
     "list_backends",
+    "list_formats",
     "list_methods",
     "load",
     "merge",

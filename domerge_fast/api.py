@@ -25,12 +25,10 @@ from .engine.interference import InterferenceSums
 from .engine.progress_bar import shown
 from .engine.work import Cut, Work
 from .errors import OptionError
-from .formats import load, tokenizer
-from .formats.deltas import DeltaFolder
-from .formats.merge_folder import MergeFolder
-from .formats.model.checkpoint import Checkpoint, open_checkpoint
+from .formats import FORMATS, load, tokenizer
+from .formats.format import Format
+from .formats.model.checkpoint import open_checkpoint
 from .formats.model.fit import originals
-from .formats.model.write import ModelFolder
 from .formats.peft import write as peft
 from .formats.target import Target
 from .merged import Merged
@@ -38,19 +36,17 @@ from .methods import TABLE, choose
 from .methods.base import Chosen, Method, ScaleRule, Settings
 from .methods.steps import POST, PRE
 from .methods.steps.base import PostStep, PreStep
-from .results.report import Interference, ModuleReport, Report
+from .registry import Registry, Row
+from .results.report import Interference, Report
 from .storage.lazy import dtype_name
 
 Source = str | os.PathLike[str] | Adapter
 Progress = bool | Callable[[int, int], None]
 
-S = TypeVar("S")
+S = TypeVar("S", bound=Row)
 
 DTYPES = ("float32", "bfloat16", "float16")
-FORMS = ("adapter", "deltas", "model")
 AUTO, SVC = "auto", "svc"
-PRE_STEPS = tuple(PRE)
-POST_STEPS = (SVC, *POST)
 
 
 def merge(
@@ -99,9 +95,9 @@ def merge(
     ragged: write every module with its own rank and rank_pattern, which PEFT reads right and
         several servers do not. By default a written adapter has one rank, by rows of zeros; in
         memory nothing is padded. `energy` implies it.
-    pre: steps on the adapters before the method, in order, of `PRE_STEPS`; e.g. ["canonicalize"].
-    post: steps on the merge after it, of `POST_STEPS`; e.g. ["norm_match"]. "svc" comes first, and
-        before a truncation of factors; it brings the merge to the adapters, and "auto" to that.
+    pre: steps on the adapters before the method, in order, of `steps.PRE`; e.g. ["canonicalize"].
+    post: steps on the merge after it, of `steps.POST`; e.g. ["norm_match"]. "svc" comes first,
+        and before a truncation of factors; it brings the merge to the adapters, and "auto" to that.
     backend, device: where the ops run; "auto" takes the fastest backend for the device, and the
         device the factors are on (files: the CPU). Factors of a merge in memory stay there.
     max_device_memory: bytes (or "4GiB") of that device that groups of modules may take at once,
@@ -137,10 +133,10 @@ def merge(
     check_scale(1.0 if scale in (None, AUTO) else scale)
     cut = _cut(rank, energy)
     ragged = options.check("ragged", ragged, bool) or energy is not None
-    _check_form(form, output, base)
+    written = _form(form, output, base)
     options.text("base_model", base_model)
     check_policy(whole)
-    if ragged and form != "adapter" and energy is None:
+    if ragged and written.dense and energy is None:
         raise OptionError("ragged", f"{form!r} has no ranks", "leave it out")
     loaded, renamed = _load(adapters, base_model, weights)
     plan = Plan.make(loaded, _weights(weights, len(loaded)))
@@ -156,7 +152,7 @@ def merge(
         chosen, calibrated, said = taken.chosen, calibrated or taken.calibrated, (taken.what,)
     factor, rule = _scale(scale, chosen, plan, after)
     settings = Settings(factor, out_dtype, running)
-    work = _work(plan, chosen, settings, cut, before, after, deltas=form != "adapter")
+    work = _work(plan, chosen, settings, cut, before, after, deltas=written.dense)
     work = dataclasses.replace(work, rule=rule, calibrated=calibrated, alone=alone)
     checkpoint = None if base is None else open_checkpoint(Path(base))
     origin = (
@@ -168,6 +164,7 @@ def merge(
     if kept.owner is not None:
         whole = f"from:{loaded.index(kept.owner) + 1}"  # the recipe has no paths
     target, notes = _target(plan, out_dtype, base_model, kept, work.ranks(plan), ragged)
+    target = dataclasses.replace(target, base=checkpoint)
     if work.restores_norms:
         said = (*said, "auto: every module has the norm that it had before the cut")
     notes = (*said, *renamed, *notes)
@@ -190,7 +187,7 @@ def merge(
             modules=modules,
             interference=sums.result() if len(loaded) <= engine.MOST_COMPARED else None,
             seconds=time.perf_counter() - started,
-            notes=(*notes, *_told(target, modules)) if form == "adapter" else notes,
+            notes=(*notes, *written.notes(target, [m.rank for m in modules.values()])),
         )
 
     def run(sink: engine.Sink, to_host: bool) -> Report:
@@ -207,7 +204,8 @@ def merge(
         target.check_inputs()
         return Merged(report, target, results)
     path = options.folder("output", output)
-    with _folder(form, path, target, checkpoint, overwrite, force) as folder:
+    assert written.write
+    with written.write(path, target, overwrite, force) as folder:
         report = run(folder.add, True)
         report = dataclasses.replace(report, notes=(*report.notes, *folder.notes))
         folder.finish(report)
@@ -246,13 +244,15 @@ def inspect(
 class MethodInfo:
     """A merge method in a few words each: what it does, what it returns ("exact" factors of rank
     R, factors cut to a "rank", "dense" ΔW, "inner": what the method inside it returns), what it
-    costs a module, what it needs besides adapters, and where it is from."""
+    costs a module, what it needs besides adapters, where it is from, and why it cannot be used
+    here, if it cannot."""
 
     summary: str
     returns: str
     cost: str
     needs: str
     source: str
+    why_not: str | None
 
 
 def list_methods() -> dict[str, MethodInfo]:
@@ -263,7 +263,26 @@ def list_methods() -> dict[str, MethodInfo]:
 def _info(row: Method) -> MethodInfo:
     returns = "rank" if row.truncates else "dense" if row.dense else "exact"
     returns = "inner" if row.dense is None else returns
-    return MethodInfo(row.summary, returns, row.cost, row.needs, row.source)
+    return MethodInfo(row.summary, returns, row.cost, row.needs, row.source, row.why_not())
+
+
+@dataclass(frozen=True)
+class FormatInfo:
+    """A format in a few words: what it is, whether adapters are read from it, whether merges are
+    written in it (`form`), and why it cannot be used here, if it cannot."""
+
+    summary: str
+    reads: bool
+    writes: bool
+    why_not: str | None
+
+
+def list_formats() -> dict[str, FormatInfo]:
+    """The formats of files by name."""
+    return {
+        name: FormatInfo(row.summary, row.read is not None, row.write is not None, row.why_not())
+        for name, row in FORMATS.items()
+    }
 
 
 def list_backends() -> dict[str, registry.BackendStatus]:
@@ -363,30 +382,17 @@ def check_weights(
     return [options.check(each, w, float) for w in weights]
 
 
-def _check_form(form: str, output: Any, base: Any) -> None:
-    options.choose("form", form, FORMS)
+def _form(form: str, output: Any, base: Any) -> Format:
+    """The format that a merge of this form is written in."""
+    row = FORMATS.choose("form", form, lambda row: row.write is not None)
     known = base is None or isinstance(base, (str, os.PathLike))
     if not known or "\0" in os.fspath(base or ""):
         raise OptionError("base", f"{base!r} is no folder", "give the path of the base model")
-    if form == "model" and base is None:
-        raise OptionError("form", "'model' needs the base model", "give its folder as base")
-    if form == "model" and output is None:
-        raise OptionError("form", "'model' is written, not kept in memory", "give an output")
-
-
-def _folder(
-    form: str,
-    path: Path,
-    target: Target,
-    base: Checkpoint | None,
-    overwrite: bool,
-    force: bool,
-) -> MergeFolder:
-    if form == "adapter":
-        return peft.PeftFolder(path, target, overwrite, force)
-    if form == "deltas" or base is None:
-        return DeltaFolder(path, target, overwrite, force)
-    return ModelFolder(path, target, base, overwrite, force)
+    if row.needs_base and base is None:
+        raise OptionError("form", f"{form!r} needs the base model", "give its folder as base")
+    if row.needs_base and output is None:
+        raise OptionError("form", f"{form!r} is written, not kept in memory", "give an output")
+    return row
 
 
 def _target(
@@ -404,17 +410,12 @@ def _target(
     return dataclasses.replace(target, copied=files), (*kept.notes, *notes)
 
 
-def _told(target: Target, modules: Mapping[str, ModuleReport]) -> tuple[str, ...]:
-    """What whoever serves the adapter has to know."""
-    return peft.notes(target, [module.rank for module in modules.values()])
-
-
-def _steps(option: str, names: Sequence[str], table: Mapping[str, S]) -> tuple[S, ...]:
+def _steps(option: str, names: Sequence[str], table: Registry[S]) -> tuple[S, ...]:
     if isinstance(names, str):
         raise OptionError(option, "is one name, not a list", f"say [{names!r}]")
     if not isinstance(names, Iterable):
         raise OptionError(option, f"{names!r} is no list of names", "give one, or leave it out")
-    return tuple(table[options.choose(option, name, table)] for name in names)
+    return tuple(table.choose(option, name) for name in names)
 
 
 def _recipe(

@@ -13,9 +13,8 @@ from torch import Tensor
 from .adapters import Adapter
 from .algebra import powers
 from .errors import OptionError
-from .formats import load
-from .formats.deltas import DeltaFolder
-from .formats.peft.write import PeftFolder
+from .formats import FORMATS, load
+from .formats.format import Format
 from .formats.target import Target
 from .options import folder, suggest
 from .results.report import Report
@@ -41,11 +40,11 @@ class Merged:
         """A [R, n] and B [m, R] with ΔW = B A, in the output dtype; scaling is 1.
 
         Read from the written file where the merge was streamed. OptionError for an unknown name,
-        or a merge of another form than "adapter".
+        or a merge of a form that holds none.
         """
         self._check(name)
-        if self._form != "adapter":
-            problem = f"the merge has the form {self._form!r}, which has no factors"
+        if self._form.dense:
+            problem = f"the merge has the form {self._form.name!r}, which has no factors"
             raise OptionError("form", problem, "merge with form='adapter'")
         if self.path is None:
             a, b = self.results[name]
@@ -53,8 +52,8 @@ class Merged:
         return self._written.factors(name)
 
     @property
-    def _form(self) -> str:
-        return str(self.report.options.get("form", "adapter"))
+    def _form(self) -> Format:
+        return FORMATS[str(self.report.options.get("form", "adapter"))]
 
     def _check(self, name: str) -> None:
         if name not in self.report.modules:
@@ -73,7 +72,7 @@ class Merged:
         DomergeError where float32 holds the factors but not their product.
         """
         self._check(name)
-        if self._form == "deltas" and self.path is None:
+        if self._form.dense and self.path is None:
             return self.results[name][0]
         a, b = self.factors(name)
         return powers.product(name, a, b)
@@ -81,15 +80,11 @@ class Merged:
     def save(
         self, output: str | os.PathLike[str], overwrite: bool = False, force: bool = False
     ) -> None:
-        """Write the folder of the merge's form, a PEFT adapter or dense deltas: whole or not at
+        """Write the folder of the merge's form, as a PEFT adapter or dense deltas: whole or not at
         all. overwrite, force: as for `merge`. OutputError if it cannot be."""
-        if self._form == "deltas":
-            with DeltaFolder(folder("output", output), self.target, overwrite, force) as deltas:
-                for name in self.names:
-                    deltas.add(name, self.delta(name))
-                deltas.finish(self.report)
-            return
-        with PeftFolder(folder("output", output), self.target, overwrite, force) as written:
+        form = self._form
+        assert form.write
+        with form.write(folder("output", output), self.target, overwrite, force) as written:
             for name in self.names:
-                written.add(name, *self.factors(name))
+                written.add(name, *([self.delta(name)] if form.dense else self.factors(name)))
             written.finish(self.report)

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -349,7 +348,7 @@ def test_doctor_shows_versions_and_every_backend(capsys, monkeypatch):
 
 def test_doctor_says_why_a_backend_is_off_and_what_the_environment_chose(capsys, monkeypatch):
     broken = dataclasses.replace(registry.TABLE["cpu"], why_not=lambda: "it does not import")
-    monkeypatch.setattr(registry, "TABLE", MappingProxyType({**registry.TABLE, "cpu": broken}))
+    monkeypatch.setitem(registry.TABLE.own, "cpu", broken)
     monkeypatch.setenv(registry.ENVIRONMENT, "reference")
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -360,7 +359,7 @@ def test_doctor_says_why_a_backend_is_off_and_what_the_environment_chose(capsys,
 
 WRONG = {
     "": "the following arguments are required: COMMAND; see 'domerge-fast --help'",
-    "merg a b -o out": "invalid choice: 'merg' (choose from 'merge', 'inspect', 'sequential',",
+    "merg a b -o out": "option 'command': 'merg' is not known; did you mean 'merge'? use one of:",
     "merge a b": "-o/--output; see 'domerge-fast merge --help'",
     "merge -o out": "required: ADAPTER; see 'domerge-fast merge --help'",
     "merge a b -o out --gama 2": "'--gama' is not understood, did you mean '--gamma'?",
@@ -441,6 +440,16 @@ def test_wrong_options_are_told_without_torch():
     done = python("-c", code)
     assert done.returncode == 2
     assert "did you mean '--gamma'?" in done.stderr
+
+
+def test_formats_lists_what_is_read_and_written(capsys):
+    assert cli.main(["formats", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {name: dataclasses.asdict(row) for name, row in dm.list_formats().items()}
+    assert [name for name, row in found.items() if row["reads"]] == ["adapter"]
+    assert cli.main(["formats"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line[0] != " "] == ["format", *found]
 
 
 def test_what_is_stored_of_methods_is_what_the_tables_say():

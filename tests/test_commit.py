@@ -27,6 +27,7 @@ from support.processes import forked
 import domerge_fast as dm
 from domerge_fast import OptionError, OutputError, OutputWarning, Sequential
 from domerge_fast.cli import main as cli
+from domerge_fast.cli.shared import Command
 from domerge_fast.formats.model import write as model_output
 from domerge_fast.storage import flush, stream, workplace
 from domerge_fast.storage import folder as output_folder
@@ -549,7 +550,8 @@ def test_a_hangup_that_is_ignored_stays_ignored(usual, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGHUP)
         return 0
 
-    monkeypatch.setitem(cli.COMMANDS, "doctor", ("", lambda parser: None, hang_up))
+    row = Command("doctor", "", lambda parser: None, hang_up)
+    monkeypatch.setitem(cli.COMMANDS.own, "doctor", row)
     before = signal.signal(signal.SIGHUP, usual)
     try:
         ignored = usual == signal.SIG_IGN

@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.merges import at_one
+from support.merges import at_one, of_base
 from support.processes import forked
 from test_memory import memory
 
 import domerge_fast as dm
 from domerge_fast.formats.deltas import DeltaFolder
-from domerge_fast.formats.model.checkpoint import open_checkpoint
 from domerge_fast.formats.model.write import ModelFolder
 
 SIZE, COUNT = 1024, 24
@@ -34,9 +33,7 @@ def measure(folder: Path, form: str, pipe: Connection) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the kernel starts VmHWM again
     before = memory()["VmHWM"]
     if form == "model":
-        writing = ModelFolder(
-            folder / "out", merged.target, open_checkpoint(folder / "base"), False
-        )
+        writing = ModelFolder(folder / "out", of_base(merged.target, folder / "base"), False)
     else:
         writing = DeltaFolder(folder / "out", merged.target, False)
     with writing as out:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from support.close import assert_close
 from support.files import PAGE, small_disk, unchanged
 from support.make import random_factors, write_adapter
-from support.merges import at_one
+from support.merges import at_one, of_base
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -38,7 +38,6 @@ from domerge_fast import DomergeError, Merged, OptionError, OutputError
 from domerge_fast.formats import deltas
 from domerge_fast.formats.deltas import DeltaFolder
 from domerge_fast.formats.model import write as model_output
-from domerge_fast.formats.model.checkpoint import open_checkpoint
 from domerge_fast.formats.model.write import ModelFolder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -142,9 +141,7 @@ def prepared(case: str, tmp_path: Path, **options: Any) -> SimpleNamespace:
 def write_model(case: SimpleNamespace, reverse: bool = False, **replacing: bool) -> None:
     names = reversed(case.merged.names) if reverse else case.merged.names
     replacing = {"overwrite": False} | replacing
-    with ModelFolder(
-        case.out, case.merged.target, open_checkpoint(case.base), **replacing
-    ) as folder:
+    with ModelFolder(case.out, of_base(case.merged.target, case.base), **replacing) as folder:
         for name in names:
             folder.add(name, case.merged.delta(name))
         folder.finish(case.merged.report)
@@ -541,9 +538,7 @@ def add_some(folder: Any, merged: Merged, then: Callable[[], object]) -> None:
 
 
 def test_a_base_that_changes_meanwhile_is_noticed(gpt2_case, tmp_path):
-    folder = ModelFolder(
-        gpt2_case.out, gpt2_case.merged.target, open_checkpoint(gpt2_case.base), False
-    )
+    folder = ModelFolder(gpt2_case.out, of_base(gpt2_case.merged.target, gpt2_case.base), False)
     with pytest.raises(OptionError, match=r"changed since it was loaded; start again"):
         add_some(
             folder,
@@ -557,7 +552,7 @@ def test_sums_that_do_not_fit_are_refused(gpt2_case, tmp_path):
     case = gpt2_case
     edit_weights(case.base, lambda stored: stored.update({k: v.half() for k, v in stored.items()}))
     name = case.merged.names[0]
-    folder = ModelFolder(case.out, case.merged.target, open_checkpoint(case.base), False)
+    folder = ModelFolder(case.out, of_base(case.merged.target, case.base), False)
     message = rf"'{name}': the result has values that are not finite in float16; .* wider dtype"
     with unchanged(tmp_path), pytest.raises(DomergeError, match=message), folder:
         folder.add(name, case.merged.delta(name) + 1e5)
@@ -570,9 +565,7 @@ def in_bfloat16(stored: dict[str, Tensor]) -> None:
 def test_an_update_that_the_base_rounds_away_is_refused(gpt2_case, tmp_path):
     edit_weights(gpt2_case.base, in_bfloat16)
     name = gpt2_case.merged.names[0]
-    folder = ModelFolder(
-        gpt2_case.out, gpt2_case.merged.target, open_checkpoint(gpt2_case.base), False
-    )
+    folder = ModelFolder(gpt2_case.out, of_base(gpt2_case.merged.target, gpt2_case.base), False)
     message = rf"'{name}': the update is lost in the rounding of the base's bfloat16 .* float32$"
     with unchanged(tmp_path), pytest.raises(DomergeError, match=message), folder:
         folder.add(name, 1e-7 * gpt2_case.merged.delta(name))
@@ -582,9 +575,7 @@ def test_what_the_base_rounds_away_in_part_is_said(gpt2_case):
     edit_weights(gpt2_case.base, in_bfloat16)
     merged, notes = gpt2_case.merged, {}
     for size in (1.0, 3e-5):
-        folder = ModelFolder(
-            gpt2_case.out, merged.target, open_checkpoint(gpt2_case.base), size != 1.0
-        )
+        folder = ModelFolder(gpt2_case.out, of_base(merged.target, gpt2_case.base), size != 1.0)
         with folder:
             for name in merged.names:
                 change = size * merged.delta(name)
@@ -613,7 +604,7 @@ def test_dense_updates_below_float16_are_refused(gpt2_case, tmp_path):
 def test_an_interrupted_write_leaves_nothing(form, error, gpt2_case, tmp_path):
     merged, out = gpt2_case.merged, tmp_path / "new/out"
     if form == "model":
-        folder: Any = ModelFolder(out, merged.target, open_checkpoint(gpt2_case.base), False)
+        folder: Any = ModelFolder(out, of_base(merged.target, gpt2_case.base), False)
     else:
         folder = DeltaFolder(out, merged.target, False)
     written = []

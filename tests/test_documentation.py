@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import os
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 
 import pytest
 import torch
@@ -19,11 +22,15 @@ from support.shapes import CASES
 from test_composition import INNER, smallest_kept, total
 
 import domerge_fast as dm
-from domerge_fast import api
+from domerge_fast import OptionError, OutputError
+from domerge_fast.api import FormatInfo
+from domerge_fast.backends import registry
 from domerge_fast.cli import main as cli
+from domerge_fast.cli.commands import COMMANDS
+from domerge_fast.formats import FORMATS
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Method
-from domerge_fast.methods.steps import PRE
+from domerge_fast.methods.steps import POST, PRE
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods.md"
@@ -68,8 +75,8 @@ def test_a_method_s_options_and_source_are_those_it_has(name):
 def test_steps_and_forms_are_those_there_are():
     text = METHODS.read_text(encoding="utf-8")
     assert [cells[0].strip("`") for cells in rows(text, "`pre`")] == list(PRE)
-    assert [cells[0].strip("`") for cells in rows(text, "`post`")] == list(api.POST_STEPS)
-    assert [cells[0].strip('"') for cells in rows(text, "`form`")] == list(api.FORMS)
+    assert [cells[0].strip("`") for cells in rows(text, "`post`")] == ["svc", *POST]
+    assert [cells[0].strip('"') for cells in rows(text, "`form`")] == list(FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -106,32 +113,55 @@ def test_the_readme_s_first_python_block_runs_as_shown(tmp_path, monkeypatch):
 
 # CONTRIBUTING
 
+ROOMS = {
+    "strong": "methods.spectral",
+    "vote": "methods.entrywise",
+    "factors": "formats",
+    "wide": "backends",
+    "steps": "methods.steps",
+    "modules": "cli",
+}
+"""Where the blocks go that the document shows, in its order."""
 
-def blocks() -> list[str]:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    found = re.findall(r"^ *```python\n(.*?)^ *```$", text, re.M | re.S)
-    return [textwrap.dedent(block) for block in found]
 
-
-def added(block: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Method:
-    """The block as a file among the methods, and its entry in the table."""
-    file = folder / "new_method.py"
-    file.write_text(block, encoding="utf-8")
-    name = "domerge_fast.methods.new_method"
-    spec = importlib.util.spec_from_file_location(name, file)
+def written(name: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> ModuleType:
+    """The block as a file of the package."""
+    file = folder / f"{name}.py"
+    file.write_text(block(name), encoding="utf-8")
+    full = f"domerge_fast.{ROOMS[name]}.{name}"
+    spec = importlib.util.spec_from_file_location(full, file)
     assert spec
     assert spec.loader
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, full, module)
     spec.loader.exec_module(module)
-    table = MappingProxyType({**TABLE, module.METHOD.name: module.METHOD})
-    for home in (api, sys.modules["domerge_fast.methods"]):
-        monkeypatch.setattr(home, "TABLE", table)
-    return module.METHOD
+    return module
 
 
-def test_the_method_in_r_by_r_coordinates(monkeypatch, tmp_path):
-    row = added(blocks()[0], monkeypatch, tmp_path)
+def block(name: str) -> str:
+    return dict(zip(ROOMS, shown("python"), strict=True))[name]
+
+
+def shown(language: str) -> list[str]:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    found = re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.M | re.S)
+    return [textwrap.dedent(each) for each in found]
+
+
+@pytest.fixture
+def method(monkeypatch, tmp_path) -> Callable[[str], Method]:
+    """A method of the document, with its entry in the table."""
+
+    def added(name: str) -> Method:
+        row = written(name, monkeypatch, tmp_path).METHOD
+        monkeypatch.setitem(TABLE.own, row.name, row)
+        return row
+
+    return added
+
+
+def test_the_method_in_r_by_r_coordinates(method):
+    row = method("strong")
     assert dm.list_methods()[row.name].summary == row.summary
     merged = at_one(adapters({"x": CASE}), row.name, share=0.5, weights=CASE.weights)
     u, s, vh = torch.linalg.svd(INNER["linear"](CASE.deltas(), CASE.weights))
@@ -141,8 +171,8 @@ def test_the_method_in_r_by_r_coordinates(monkeypatch, tmp_path):
     assert merged.report["x"].rank == k
 
 
-def test_the_method_that_is_a_rule_for_entries(monkeypatch, tmp_path):
-    row = added(blocks()[1], monkeypatch, tmp_path)
+def test_the_method_that_is_a_rule_for_entries(method):
+    row = method("vote")
     given = {"density": 0.3, "weights": CASE.weights, "form": "deltas", "backend": "torch"}
     merged = at_one(adapters({"x": CASE}), row.name, **given)
     deltas = CASE.deltas()
@@ -154,14 +184,77 @@ def test_the_method_that_is_a_rule_for_entries(monkeypatch, tmp_path):
     assert distance(merged.delta("x").double(), expected) < 1e-6
 
 
-def test_a_new_method_has_its_flags_and_works_inside_others(monkeypatch, tmp_path, capsys):
-    row = added(blocks()[0], monkeypatch, tmp_path)
+def folders_of_case(folder: Path) -> list[str]:
     for name, a, b in zip("pqr", CASE.a, CASE.b, strict=True):
-        write_adapter(tmp_path / name, {"x": (a, b)})
-    folders = [str(tmp_path / name) for name in "pqr"]
-    out = str(tmp_path / "out")
+        write_adapter(folder / name, {"x": (a, b)})
+    return [str(folder / name) for name in "pqr"]
+
+
+def test_a_new_method_has_its_flags_and_works_inside_others(method, tmp_path):
+    row = method("strong")
+    folders, out = folders_of_case(tmp_path), str(tmp_path / "out")
     arguments = ["--method", "core", "--inner", row.name, "--share", "0.5"]
     assert cli.main(["merge", *folders, "-o", out, *arguments]) == 0
     written = dm.load(out).factors("x")
     expected = dm.merge(folders, "core", inner=row.name, share=0.5).factors("x")
     assert all(map(torch.equal, written, expected))
+
+
+def test_a_new_format_is_read_and_written(monkeypatch, tmp_path):
+    row = written("factors", monkeypatch, tmp_path).FORMAT
+    monkeypatch.setitem(FORMATS.own, row.name, row)
+    assert dm.list_formats()[row.name] == FormatInfo(row.summary, True, True, None)
+    folders, out = folders_of_case(tmp_path), str(tmp_path / "out")
+    assert cli.main(["merge", *folders, "-o", out, "--method", "linear", "--form", row.name]) == 0
+    assert sorted(os.listdir(out)) == ["README.md", "factors.pt"]
+    expected = dm.merge(folders, "linear")
+    assert all(map(torch.equal, dm.load(out).factors("x"), expected.factors("x")))
+    again = dm.merge([out], "linear", output=tmp_path / "again", form=row.name)
+    assert all(map(torch.equal, again.factors("x"), expected.factors("x")))
+    with pytest.raises(OutputError):
+        dm.merge([out], "linear", output=out, form=row.name, overwrite=True)
+
+
+def test_a_new_backend_runs_the_ops(monkeypatch, tmp_path):
+    module = written("wide", monkeypatch, tmp_path)
+    monkeypatch.setitem(registry.TABLE.own, module.BACKEND.name, module.BACKEND)
+    assert dm.list_backends()["wide"].available
+    assert [
+        op for op in registry.OPS if not callable(getattr(registry.load("wide"), op, None))
+    ] == []
+    taken = []
+    usual = module.gram
+    monkeypatch.setattr(
+        module, "gram", lambda *args, **given: taken.append(1) or usual(*args, **given)
+    )
+    merged = dm.merge(adapters({"x": CASE}), "tsvm", backend="wide")
+    assert merged.report.backend == "wide"
+    assert taken
+    expected = dm.merge(adapters({"x": CASE}), "tsvm", backend="torch")
+    assert distance(dense(merged, "x"), dense(expected, "x")) < 1e-5
+    with pytest.raises(OptionError, match="'wide' runs on cpu, not on cuda"):
+        registry.choose("wide", "cuda")
+
+
+def test_new_steps_come_before_and_after_every_method(monkeypatch, tmp_path):
+    module = written("steps", monkeypatch, tmp_path)
+    monkeypatch.setitem(PRE.own, module.BEFORE.name, module.BEFORE)
+    monkeypatch.setitem(POST.own, module.AFTER.name, module.AFTER)
+    given = adapters({"x": CASE})
+    plain = dense(at_one(given, "linear"), "x")
+    halved = dense(at_one(given, "linear", pre=["halve"]), "x")
+    assert distance(2 * halved, plain) < 1e-6
+    both = dense(at_one(given, "linear", pre=["halve"], post=["double"]), "x")
+    assert distance(both, plain) < 1e-6
+
+
+def test_a_new_command_has_its_help_and_runs(monkeypatch, tmp_path, capsys):
+    row = written("modules", monkeypatch, tmp_path).COMMAND
+    monkeypatch.setitem(COMMANDS.own, row.name, row)
+    folder = folders_of_case(tmp_path)[0]
+    assert cli.main(["modules", folder]) == 0
+    assert capsys.readouterr().out == "x\n"
+    assert cli.main(["modules", folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"modules": ["x"]}
+    assert cli.main(["--help"]) == 0
+    assert "list the modules of an adapter" in capsys.readouterr().out

@@ -15,10 +15,10 @@ from support.make import random_factors, write_adapter
 from support.merges import at_one
 
 import domerge_fast as dm
-from domerge_fast.api import POST_STEPS, PRE_STEPS
 from domerge_fast.engine import pipeline as engine
 from domerge_fast.errors import AdapterError, DomergeError, OptionError
 from domerge_fast.formats import load
+from domerge_fast.methods.steps import POST, PRE
 from domerge_fast.sessions.sequential import Sequential
 from domerge_fast.storage import buffers, input_file
 from domerge_fast.storage.input_file import InputFile
@@ -322,8 +322,8 @@ def test_nothing_that_outlives_its_group_lies_in_a_buffer(method, poisoned, pair
 @pytest.mark.parametrize("one", [True, False], ids=["one adapter", "two"])
 @pytest.mark.parametrize(
     "options",
-    [{"pre": [step], "method": "linear"} for step in PRE_STEPS]
-    + [{"post": [step], "method": "do"} for step in POST_STEPS]
+    [{"pre": [step], "method": "linear"} for step in PRE]
+    + [{"post": [step], "method": "do"} for step in ("svc", *POST)]
     + [{"method": "linear", "form": "deltas"}, {"method": "ties", "form": "deltas"}],
     ids=str,
 )

@@ -13,7 +13,17 @@ import domerge_fast
 
 ROOT = Path(domerge_fast.__file__).parent
 ROOMS = (
-    *("_version", "errors", "aliases", "options", "storage", "algebra", "adapters", "backends"),
+    *(
+        "_version",
+        "errors",
+        "aliases",
+        "options",
+        "registry",
+        "storage",
+        "algebra",
+        "adapters",
+        "backends",
+    ),
     *("ops", "results", "methods", "formats", "merged", "engine", "api", "sessions"),
     *("integrations", "bench", "cli", "__main__"),
 )

@@ -1,7 +1,7 @@
 """Which backends there are, which can run here, and why not.
 
 A backend is a module with one function an op (`OPS`), all with the same signatures. One asked
-for by name that cannot run is an error; only "auto" chooses.
+for by name that cannot run is an error; only "auto" chooses, and takes the first of the table.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 
 import torch
 
 from .. import options
 from ..errors import OptionError
+from ..registry import Registry, usable
 
 OPS = (
     "gram",
@@ -39,12 +40,14 @@ INSTRUCTIONS = "DOMERGE_CPU_ISA"
 
 @dataclass(frozen=True)
 class Backend:
-    """A row of the table: `devices` gives torch device types, empty for any."""
+    """A row of the table. module: the full name of the one that has the ops, imported when the
+    backend first runs. devices: gives torch device types, empty for any."""
 
-    module: str
+    name: str
     summary: str
+    module: str
     devices: Callable[[], tuple[str, ...]]
-    why_not: Callable[[], str | None]
+    why_not: Callable[[], str | None] = usable
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,6 @@ class BackendStatus:
     @property
     def available(self) -> bool:
         return self.why_not is None
-
-
-def _always() -> None:
-    return None
 
 
 def _anywhere() -> tuple[str, ...]:
@@ -132,30 +131,46 @@ def torch_cuda_missing() -> str | None:
     return None
 
 
-TABLE = MappingProxyType(
-    {
-        "cpu": Backend("cpu", "C++ kernels, vectorised and threaded", _cpu, _extension_missing),
-        "cuda": Backend(
-            "gpu.cuda", "CUDA C++ kernels, all modules in one launch", _cuda_devices, _cuda_missing
+TABLE = Registry(
+    "backend",
+    Backend,
+    (
+        Backend(
+            "cpu",
+            "C++ kernels, vectorised and threaded",
+            f"{__package__}.cpu",
+            _cpu,
+            _extension_missing,
         ),
-        "triton": Backend(
-            "gpu.triton",
+        Backend(
+            "cuda",
+            "CUDA C++ kernels, all modules in one launch",
+            f"{__package__}.gpu.cuda",
+            _cuda_devices,
+            _cuda_missing,
+        ),
+        Backend(
+            "triton",
             "Triton kernels, all modules in one launch",
+            f"{__package__}.gpu.triton",
             _triton_devices,
             _triton_missing,
         ),
-        "torch": Backend("torch", "factor space in plain PyTorch", _anywhere, _always),
-        "reference": Backend(
-            "reference", "literal and dense in float64: the oracle", _anywhere, _always
+        Backend("torch", "factor space in plain PyTorch", f"{__package__}.torch", _anywhere),
+        Backend(
+            "reference",
+            "literal and dense in float64: the oracle",
+            f"{__package__}.reference",
+            _anywhere,
         ),
-    }
+    ),
 )
 
 
 def check_environment() -> None:
     """OptionError where a variable of the environment asks for what there is not."""
     name = os.environ.get(ENVIRONMENT)
-    if name:
+    if name and name not in TABLE:
         options.choose(ENVIRONMENT, name, ["auto", *TABLE])
     wanted = os.environ.get(INSTRUCTIONS)
     if wanted and not _extension_missing():
@@ -181,19 +196,14 @@ def choose(name: str, device_type: str) -> str:
     check_environment()
     name = name if name != "auto" else os.environ.get(ENVIRONMENT) or "auto"
     if name == "auto":
-        usable = (n for n, row in TABLE.items() if _runs_on(row, device_type))
-        return next(n for n in usable if not TABLE[n].why_not())
-    options.choose("backend", name, ["auto", *TABLE])
-    row = TABLE[name]
-    if not _runs_on(row, device_type):
-        where = " or ".join(row.devices())
+        rows = (row for row in TABLE.values() if _runs_on(row, device_type))
+        return next(row.name for row in rows if not row.why_not())
+    if name in TABLE and not _runs_on(TABLE[name], device_type):
+        where = " or ".join(TABLE[name].devices())
         raise OptionError(
             "backend", f"{name!r} runs on {where}, not on {device_type}", "use 'torch' there"
         )
-    reason = row.why_not()
-    if reason:
-        raise OptionError("backend", f"{name!r} cannot run", reason)
-    return name
+    return TABLE.choose("backend", name, besides=["auto"]).name
 
 
 def _runs_on(row: Backend, device_type: str) -> bool:
@@ -202,4 +212,4 @@ def _runs_on(row: Backend, device_type: str) -> bool:
 
 def load(name: str) -> ModuleType:
     """The module that implements a backend named by `choose`."""
-    return importlib.import_module(f".{TABLE[name].module}", __package__)
+    return importlib.import_module(TABLE[name].module)

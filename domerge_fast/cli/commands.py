@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from . import bench, completion, doctor, inspect, merge, methods, sequential
+from ..registry import Registry
+from . import bench, completion, doctor, formats, inspect, merge, methods, sequential
 from .shared import Command
 
-COMMANDS: dict[str, Command] = {
-    m.COMMAND.name: m.COMMAND
-    for m in (merge, inspect, sequential, methods, bench, doctor, completion)
-}
+__all__ = ["COMMANDS"]
+
+COMMANDS = Registry(
+    "command",
+    Command,
+    (m.COMMAND for m in (merge, inspect, sequential, methods, formats, bench, doctor, completion)),
+)

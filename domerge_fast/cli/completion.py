@@ -50,7 +50,7 @@ def _values() -> dict[str, tuple[str, ...]]:
         "--directions": inner,
         "--pre": known.pre,
         "--post": known.post,
-        "--form": ("adapter", "deltas", "model"),
+        "--form": known.forms,
         "--dtype": ("float32", "bfloat16", "float16"),
         "--backend": ("auto", "cpu", "torch", "reference", "cuda", "triton"),
         "--device": ("auto", "cpu", "cuda"),

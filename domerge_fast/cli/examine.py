@@ -9,6 +9,7 @@ import torch
 
 from ..api import versions
 from ..backends import registry
+from ..registry import refused
 
 
 def examine() -> dict[str, str]:
@@ -24,7 +25,8 @@ def examine() -> dict[str, str]:
     forced = os.environ.get(registry.ENVIRONMENT)
     if forced:
         found[f"{registry.ENVIRONMENT} is set"] = forced
-    return found | _instruction_set() | {"CUDA kernels": _cuda(), "torch CUDA": _torch_cuda()}
+    found |= _instruction_set() | {"CUDA kernels": _cuda(), "torch CUDA": _torch_cuda()}
+    return found | {label: f"off: {reason}" for label, reason in refused().items()}
 
 
 def _instruction_set() -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""The names of methods and steps, and the methods' options, known without importing these: torch
-takes a second, help none.
+"""The names of methods, steps and forms, and the methods' options, known without importing these:
+torch takes a second, help none.
 
     python -m domerge_fast.cli.flags        # writes flags.json anew, after a method has changed
 """
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..registry import are_added
+
 STORED = Path(__file__).with_name("flags.json")
 KINDS = {"bool": bool, "float": float, "int": int, "str": str}
-GROUP = "domerge_fast"
-"""Of entry points: what others have installed beside the package is known to its tables only."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +34,18 @@ class Flag:
 
 @dataclass(frozen=True)
 class Flags:
-    """methods: their names. pre, post: those of steps."""
+    """methods: their names. pre, post: those of steps. forms: of formats that are written."""
 
     methods: tuple[str, ...]
     pre: tuple[str, ...]
     post: tuple[str, ...]
+    forms: tuple[str, ...]
     options: tuple[Flag, ...]
 
 
 def known() -> Flags:
     """What the tables say where they are loaded or longer than ours; otherwise what is stored."""
-    from importlib import metadata  # as slow as all the rest of the help
-
-    if "domerge_fast.methods" in sys.modules or metadata.entry_points(group=GROUP):
+    if "domerge_fast.methods" in sys.modules or are_added("method", "pre", "post", "format"):
         return of_tables()
     plain = json.loads(STORED.read_text(encoding="utf-8"))
     options = tuple(Flag(**x | {"choices": tuple(x["choices"])}) for x in plain.pop("options"))
@@ -54,8 +53,10 @@ def known() -> Flags:
 
 
 def of_tables() -> Flags:
-    from .. import api
+    from ..api import SVC
+    from ..formats import FORMATS
     from ..methods import TABLE
+    from ..methods.steps import POST, PRE
 
     found: dict[str, Flag] = {}
     for method in TABLE.values():
@@ -64,7 +65,8 @@ def of_tables() -> Flags:
             help, words = field.metadata["help"], tuple(field.metadata["choices"])
             new = Flag(field.name, kinds[field.name].__name__, help, words, {})
             found.setdefault(field.name, new).defaults[method.name] = field.default
-    return Flags(tuple(TABLE), api.PRE_STEPS, api.POST_STEPS, tuple(found.values()))
+    forms = tuple(name for name, row in FORMATS.items() if row.write)
+    return Flags(tuple(TABLE), tuple(PRE), (SVC, *POST), forms, tuple(found.values()))
 
 
 def store() -> None:

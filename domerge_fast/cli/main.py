@@ -163,6 +163,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     called = [word for word in arguments if not word.startswith("-")][:1]
+    for name in called:
+        COMMANDS.choose("command", name)
     args, unknown = _parser(called).parse_known_args(arguments)
     if unknown:
         flag = unknown[0].partition("=")[0]
@@ -187,7 +189,8 @@ def _parser(filled: Collection[str]) -> _Parser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     shared.add_verbose(parser)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, row in COMMANDS.items():
+    ours = filled and COMMANDS.own.keys() >= set(filled)
+    for name, row in (COMMANDS.own if ours else COMMANDS).items():
         command = commands.add_parser(name, help=row.summary, description=row.summary)
         shared.add_verbose(command)
         command.set_defaults(run=row.run, parser=command, full_parser=_full_parser)

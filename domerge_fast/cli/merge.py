@@ -24,7 +24,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
     pre, post = ", ".join(known.pre), ", ".join(known.post)
     add("--pre", nargs="+", default=(), metavar="STEP", help=f"before the method, of: {pre}")
     add("--post", nargs="+", default=(), metavar="STEP", help=f"after the method, of: {post}")
-    add("--form", default="adapter", help="adapter, deltas (ΔW), or model (default: adapter)")
+    add("--form", default="adapter", help=f"{', '.join(known.forms)} (default: adapter)")
     add("--base", metavar="FOLDER", help="the base model, e.g. for the form model")
     add("--whole", default="auto", help="of tensors saved whole: auto, drop or from:NAME")
     add("--max-device-memory", metavar="SIZE", help="of the device, e.g. 4GiB")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..registry import usable
 from . import streams
 
 
@@ -24,6 +25,7 @@ class Command:
     summary: str
     fill: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    why_not: Callable[[], str | None] = usable
 
 
 _OWN = ("run", "parser", "full_parser", "verbose", "quiet", "output", "json")

@@ -17,6 +17,7 @@ from ..errors import DomergeError
 from ..results.card import CARD, Heading
 from ..results.report import Report
 from ..storage.stream import SafetensorsWriter
+from .format import Format
 from .merge_folder import MergeFolder
 from .model import weights
 from .target import Layout, Target
@@ -122,3 +123,6 @@ def shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
         return {WEIGHTS: parts[0]}
     names = (f"deltas-{k:05d}-of-{len(parts):05d}.safetensors" for k in range(1, len(parts) + 1))
     return dict(zip(names, parts))
+
+
+DELTAS = Format("deltas", "dense updates: ΔW of every module", write=DeltaFolder, dense=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adapters import Kept, LazyTensor
 from ..storage.input_file import InputFile
+from .model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Target:
     the layout of every module, and what is kept of the tensors that adapters save whole. `inputs`
     are the folders of the adapters, which are never written to, `files` what was read of them;
     `copied` are files that are written as they are. `ragged`: whether every module is written with
-    its own rank."""
+    its own rank. base: the base model, where it was given."""
 
     config: Mapping[str, object]
     layouts: Mapping[str, Layout]
@@ -47,6 +48,7 @@ class Target:
     files: tuple[InputFile, ...] = ()
     copied: tuple[InputFile, ...] = ()
     ragged: bool = False
+    base: Checkpoint | None = None
 
     def check_inputs(self) -> None:
         """Raise AdapterError if a file of an adapter is not any more what it was when loaded."""

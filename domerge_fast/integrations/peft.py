@@ -32,7 +32,7 @@ from ..formats.peft.read import unwrapped
 from ..formats.peft.write import WHERE, rank_fields
 from ..merged import Merged
 from ..methods import TABLE
-from ..options import check, choose
+from ..options import check
 from ..results.report import Report
 
 try:
@@ -110,7 +110,7 @@ def add_weighted_adapter(
     new adapter then.
     """
     tuner = _tuner(model)
-    choose("combination_type", combination_type, TABLE)
+    TABLE.choose("combination_type", combination_type)
     _check_names(tuner, adapters, adapter_name)
     if svd_rank is not None:
         check("svd_rank", svd_rank, int, low=1)

@@ -1,14 +1,14 @@
-"""The table of merge methods. A new method is one new file and one line here."""
+"""The merge methods by name. A new method is one new file and one line here."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from .. import options
 from ..errors import OptionError
+from ..registry import Registry
 from . import auto, do, lego, opcm, robust
 from .base import Chosen, Method
 from .entrywise import breadcrumbs, dare, dare_ties, della, magnitude_prune, ties
@@ -16,15 +16,17 @@ from .nested import core_space, ctm, knots
 from .spectral import dc_merge, iso_c, iso_cts, pico, subspace_boost, svd, tsvm, wudi
 from .weighted import cat, linear, multislerp, slerp
 
-TABLE: MappingProxyType[str, Method] = MappingProxyType(
-    {
-        m.METHOD.name: m.METHOD
+TABLE = Registry(
+    "method",
+    Method,
+    (
+        m.METHOD
         for m in (
             *(auto, do, linear, cat, svd, tsvm, iso_c, iso_cts, subspace_boost, wudi, pico),
             *(slerp, multislerp, robust, lego, core_space, knots, ctm, opcm, dc_merge),
             *(ties, dare, dare_ties, della, breadcrumbs, magnitude_prune),
         )
-    }
+    ),
 )
 
 
@@ -33,7 +35,7 @@ def choose(name: str, given: Mapping[str, Any], option: str = "method") -> Chose
 
     Raises OptionError for an unknown method, option or value.
     """
-    row = TABLE[options.choose(option, name, TABLE)]
+    row = TABLE.choose(option, name)
     if row.taken:
         _check_none_of_others(name, given)
     inner = None
@@ -42,8 +44,8 @@ def choose(name: str, given: Mapping[str, Any], option: str = "method") -> Chose
     if row.inner:
         own = {f.name: f.default for f in dataclasses.fields(row.options)}
         chosen = given.get(row.inner, own[row.inner])
-        options.choose(row.inner, chosen, [n for n, m in TABLE.items() if m.taken is None])
-        known = [n for n in _names(TABLE[chosen], given) if n not in own]
+        within = TABLE.choose(row.inner, chosen, lambda m: m.taken is None)
+        known = [n for n in _names(within, given) if n not in own]
         theirs = {k: v for k, v in given.items() if k in known}
         inner = choose(chosen, theirs, row.inner)
     mine = {k: v for k, v in given.items() if k not in theirs}
@@ -64,5 +66,5 @@ def _names(row: Method, given: Mapping[str, Any]) -> list[str]:
     own = {f.name: f.default for f in dataclasses.fields(row.options)}
     if row.inner is None:
         return [*own]
-    inner = options.choose(row.inner, given.get(row.inner, own[row.inner]), TABLE)
-    return [*own, *_names(TABLE[inner], {})]
+    inner = TABLE.choose(row.inner, given.get(row.inner, own[row.inner]))
+    return [*own, *_names(inner, {})]

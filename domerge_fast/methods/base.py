@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..adapters.plan import Plan, Stack
 from ..algebra.side import Side
+from ..registry import usable
 from ..results.report import SideReport
 
 
@@ -161,7 +162,8 @@ class Method:
     row that stands for another, which it chooses for these adapters (auto.py).
     rank(ranks, options): what its factors' rank is at most, for adapters of these ranks.
     prepare(groups, options, settings): for a method that may have to see the whole model first;
-    returns the merge to use. cost, source, needs: a few words each, for people who choose.
+    returns the merge to use. cost, source, needs: a few words each, for people who choose. why_not:
+    why it cannot be used here, or None.
     """
 
     name: str
@@ -182,6 +184,7 @@ class Method:
     cost: str = ""
     source: str = ""
     needs: str = ""
+    why_not: Callable[[], str | None] = usable
 
 
 @dataclass(frozen=True)

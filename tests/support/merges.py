@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from torch import Tensor
 import domerge_fast as dm
 from domerge_fast.adapters import Adapter
 from domerge_fast.formats import from_tensors
+from domerge_fast.formats.model.checkpoint import open_checkpoint
+from domerge_fast.formats.target import Target
 
 from .shapes import Case
 
@@ -44,3 +48,8 @@ def dense(merged: dm.Merged, name: str) -> Tensor:
 def at_one(sources: Sequence[Any], method: str = "do", **given: Any) -> dm.Merged:
     """The merge as methods are defined: λ is 1 unless another is given."""
     return dm.merge(sources, method, **{"scale": 1.0, **given})
+
+
+def of_base(target: Target, base: Path) -> Target:
+    """The target with the base model in a folder."""
+    return dataclasses.replace(target, base=open_checkpoint(base))

@@ -24,10 +24,11 @@ from ...storage.lazy import LazyTensor, dtype_name, pieces
 from ...storage.safetensors_file import SafetensorsFile
 from ...storage.stream import copy_file, write, write_tensor
 from .. import tokenizer
+from ..format import Format
 from ..merge_folder import MergeFolder
 from ..target import Target
 from . import weights
-from .checkpoint import CONFIG, INDEX, Checkpoint
+from .checkpoint import CONFIG, INDEX
 from .fit import fit
 
 CHUNK_BYTES = 16 << 20
@@ -46,15 +47,16 @@ class ModelFolder(MergeFolder):
     leaves next to nothing of a module's ΔW, DomergeError (see weights.Realised).
 
     Tensors that adapters save whole take the place of the base's. Other files of the folder's top
-    level are copied, but for weights in other formats, adapters and the card. Raises OptionError
-    for a base that does not fit, before anything is written; what fits where is in fit.py.
+    level are copied, but for weights in other formats, adapters and the card. The target has the
+    base. Raises OptionError for one that does not fit, before anything is written; what fits where
+    is in fit.py.
     """
 
     heading = Heading("Model with merged LoRA adapters", "transformers")
 
-    def __init__(
-        self, path: Path, target: Target, base: Checkpoint, overwrite: bool, force: bool = False
-    ) -> None:
+    def __init__(self, path: Path, target: Target, overwrite: bool, force: bool = False) -> None:
+        assert target.base
+        base = target.base
         check_path(path)
         _check_outside(path, base.folder)
         check_apart(path, base.folder, "the base model's folder")
@@ -203,3 +205,12 @@ def _check_outside(path: Path, base: Path) -> None:
     for folder in (place, *place.parents):
         if folder == of_base or is_same(folder, of_base):
             raise OutputError(str(path), "is in the base model's folder", "give another folder")
+
+
+MODEL = Format(
+    "model",
+    "the base model's folder with ΔW added to its weights",
+    write=ModelFolder,
+    dense=True,
+    needs_base=True,
+)

@@ -10,6 +10,7 @@ written, so it is what the merge needs at most. A ragged folder has a pattern fo
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +27,10 @@ from ...results.card import CARD, Heading
 from ...results.report import Report
 from ...storage.stream import SafetensorsWriter, copy_file
 from .. import tokenizer
+from ..format import Format, holds
 from ..merge_folder import MergeFolder
 from ..target import Layout, Target
-from .read import CONFIG, WEIGHTS
+from .read import CONFIG, WEIGHTS, load_folder
 
 FILES = (CONFIG, WEIGHTS, CARD)
 
@@ -231,3 +233,13 @@ def largest(
         yield key_b, (target.dtype, (layout.m, rank_of, *ones))
     for key, tensor in target.carried.items():
         yield key, (tensor.dtype, tensor.shape)
+
+
+ADAPTER = Format(
+    "adapter",
+    "a PEFT folder: A and B of every module",
+    functools.partial(holds, file=WEIGHTS),
+    load_folder,
+    PeftFolder,
+    notes=notes,
+)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
+from ...registry import Registry
 from . import (
     canonicalize,
     equalize,
@@ -15,9 +14,7 @@ from . import (
 )
 from .base import PostStep, PreStep
 
-PRE: MappingProxyType[str, PreStep] = MappingProxyType(
-    {m.STEP.name: m.STEP for m in (orthogonalize, pico, canonicalize, equalize, smooth)}
+PRE = Registry(
+    "pre", PreStep, (m.STEP for m in (orthogonalize, pico, canonicalize, equalize, smooth))
 )
-POST: MappingProxyType[str, PostStep] = MappingProxyType(
-    {m.STEP.name: m.STEP for m in (subspace_boost, norm_match)}
-)
+POST = Registry("post", PostStep, (m.STEP for m in (subspace_boost, norm_match)))

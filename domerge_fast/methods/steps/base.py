@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ...adapters.plan import Stack
+from ...registry import usable
 from ..base import Factors, Settings
 
 
@@ -20,6 +21,7 @@ class PreStep:
     name: str
     summary: str
     run: Callable[[Sequence[Stack], Settings], list[Stack]]
+    why_not: Callable[[], str | None] = usable
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class PostStep:
     name: str
     summary: str
     run: Callable[[Sequence[Stack], Sequence[Factors], Settings], list[Factors]]
+    why_not: Callable[[], str | None] = usable
 
 
 def alike(kinds: Iterable[Hashable]) -> list[list[int]]:
