@@ -30,7 +30,8 @@ from domerge_fast.cli import main as cli
 from domerge_fast.engine import pipeline as engine
 from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE
-from domerge_fast.methods.base import Factors, Settings, grams
+from domerge_fast.methods.base import Chosen, Factors, Settings, grams
+from domerge_fast.methods.running import prepared
 from domerge_fast.methods.spectral.space import SUPPORT
 from domerge_fast.methods.steps import POST, PRE
 
@@ -515,8 +516,7 @@ def by_hand(
     for name in pre:
         stacks = PRE[name].run(stacks, settings)
     row = TABLE[method]
-    found = grams(stacks, [row.needs_grams(s, row.options()) for s in stacks], "torch")
-    merged = row.merge(stacks, *found, row.options(), settings)
+    merged = prepared(Chosen(row, row.options()), [stacks], settings)(stacks, settings)
     factors = [f for f in merged if isinstance(f, Factors)]
     for name in post:
         factors = POST[name].run(given, factors, settings)

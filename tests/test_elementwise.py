@@ -28,6 +28,7 @@ from domerge_fast.engine import pipeline as engine
 from domerge_fast.formats import from_tensors
 from domerge_fast.methods import choose
 from domerge_fast.methods.base import Settings
+from domerge_fast.methods.running import prepared
 
 WEIGHTS = [1.0, -0.5, 2.0]
 SCALE = -1.5
@@ -423,7 +424,7 @@ def test_the_order_of_modules_and_their_groups_do_not_matter(method, backend, mo
     settings = Settings(1.0, torch.float32, name)
 
     def merged(groups: list[list]) -> dict[str, Tensor]:
-        run = chosen.prepared(groups, settings)
+        run = prepared(chosen, groups, settings)
         results = [
             (s.name, made) for group in groups for s, made in zip(group, run(group, settings))
         ]

@@ -12,8 +12,9 @@ from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
 from domerge_fast.backends import registry
-from domerge_fast.methods import TABLE
+from domerge_fast.methods import choose
 from domerge_fast.methods.base import Settings
+from domerge_fast.methods.running import prepared
 from domerge_fast.methods.spectral.space import NOISE, SUPPORT
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
@@ -313,7 +314,8 @@ def test_wudi_is_the_minimum_and_its_ridge_leads_to_the_sum():
 def test_nothing_in_nothing_out(method):
     merged = at_one(adapters({"x": CASES["all zero"]}), method)
     assert not dense(merged, "x").any()
-    assert TABLE[method].merge([], [], [], TABLE[method].options(), SETTINGS) == []
+    run = prepared(choose(method, {}), [], SETTINGS)
+    assert run([], SETTINGS) == []
 
 
 @pytest.mark.parametrize("method", DENSE)

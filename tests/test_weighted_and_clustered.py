@@ -17,8 +17,9 @@ from torch import Tensor
 import domerge_fast as dm
 from domerge_fast.backends import registry
 from domerge_fast.formats import from_tensors
-from domerge_fast.methods import TABLE, lego
+from domerge_fast.methods import choose, lego
 from domerge_fast.methods.base import Settings
+from domerge_fast.methods.running import prepared
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
 METHODS = ("slerp", "multislerp", "robust", "lego")
@@ -548,7 +549,8 @@ def test_units_that_cancel_leave_nothing():
 def test_nothing_in_nothing_out(method):
     assert not dense(at_one(adapters({"x": EQUAL["all zero"]}), method), "x").any()
     settings = Settings(1.0, torch.float32, "auto")
-    assert TABLE[method].merge([], [], [], TABLE[method].options(), settings) == []
+    run = prepared(choose(method, {}), [], settings)
+    assert run([], settings) == []
 
 
 def test_multislerp_of_many_that_are_nothing_is_nothing():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,14 +11,9 @@ from ..algebra.cuts import cut
 from ..algebra.full_precision import full_precision
 from ..algebra.roots import ZERO_COLUMN, column_norms, root
 from ..algebra.side import Side
+from ..algebra.truncation import NOISE, truncated
 from . import descent
 from .torch_entries import entry_counts, entry_merge, entry_sums  # noqa: F401, the rest of the ops
-
-NOISE = 2.0**-26
-"""Singular values below this share of ||B||_F ||A||_F are rounding noise of the float64 Grams."""
-
-CANCELS = 2.0**-8
-"""Where ||B A||_F is a smaller share of ||B||_F ||A||_F, float32 products would lose its digits."""
 
 BATCH_BYTES = 64 << 20
 """What one batch of problems may hold in each of its buffers."""
@@ -217,9 +212,10 @@ def truncate_by(
     for batch in _batches([len(g) for g in grams[::2]], [2 * g.nbytes for g in grams[::2]]):
         gram_a, gram_b = (torch.stack([grams[2 * p + side] for p in batch]) for side in (0, 1))
         at = [small[p] for p in batch]
-        for p, (c_a, c_b, share) in zip(batch, _truncate_small(gram_a, gram_b, rank, energy, at)):
-            coefficients[2 * p : 2 * p + 2] = c_a, c_b
-            kept[small[p]] = share
+        for p, part in zip(batch, truncated(gram_a, gram_b, rank, energy, at)):
+            dtype = torch.float64 if part.cancels else torch.float32
+            coefficients[2 * p : 2 * p + 2] = part.a.to(dtype), part.b.to(dtype)
+            kept[small[p]] = part.kept
     factors = _products(apply, coefficients, problems, out_dtype)
     for i, a_k, bt_k in zip(small, factors[::2], factors[1::2]):
         results[i] = a_k.contiguous(), bt_k.T.contiguous()
@@ -239,51 +235,6 @@ def _products(
     found = apply([coefficients[i] for i in rest], [problems[i] for i in rest], dtype)
     results.update(zip(rest, found))
     return [results[i] for i in range(len(problems))]
-
-
-def _truncate_small(
-    gram_a: Tensor, gram_b: Tensor, rank: int | None, energy: float | None, at: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, float]]:
-    """C_A [k, R] and C_B [k, R] with A_k = C_A A and B_k^T = C_B B^T, and the energy kept.
-
-    gram_a, gram_b [P, R, R]: A A^T and B^T B. With A A^T = L_A L_A^T and B^T B = L_B L_B^T there
-    are orthonormal Q_A, Q_B such that B A = Q_B (L_B^T L_A) Q_A^T, and the core's SVD U S V^T
-    gives C_A = S^(-1/2) U^T L_B^T, C_B = S^(-1/2) V^T L_A^T: neither Q nor an inverse is needed.
-    The coefficients are in the precision that their products with the factors need. at: which of
-    the pairs these are.
-    """
-    balance, live = _balance(gram_a, gram_b)
-    pairs = live[..., None] & live[:, None]
-    upper_a = _upper(balance[..., None] * gram_a * balance[:, None] * pairs)
-    upper_b = _upper(gram_b / balance[..., None] / balance[:, None] * pairs)
-    u, s, vh = torch.linalg.svd(upper_b @ upper_a.mT)
-    sizes = upper_a.norm(dim=(1, 2)) * upper_b.norm(dim=(1, 2))
-    inverse = torch.where(s > NOISE * sizes[:, None], s.rsqrt(), 0.0)[..., None]
-    shares = torch.where(sizes > 0, s.norm(dim=1) / sizes, 1.0).tolist()
-    for k, (values, share) in enumerate(zip(s.cpu(), shares)):
-        count, kept = cut(values, rank, energy, at[k])
-        c_a = inverse[k, :count] * (u[k, :, :count].T @ upper_b[k]) * balance[k] * live[k]
-        c_b = inverse[k, :count] * (vh[k, :count] @ upper_a[k]) / balance[k] * live[k]
-        dtype = torch.float64 if share < CANCELS else torch.float32
-        yield c_a.to(dtype), c_b.to(dtype), kept
-
-
-def _balance(gram_a: Tensor, gram_b: Tensor) -> tuple[Tensor, Tensor]:
-    """What brings row k of A and column k of B to one norm, [P, R]: neither side alone may decide
-    which part of B A is rounding noise. And which rows meet no column of zeros, [P, R]: the others
-    have no part in B A, whatever their size."""
-    rows, columns = (g.diagonal(dim1=1, dim2=2) for g in (gram_a, gram_b))
-    live = (rows > 0) & (columns > 0)
-    return torch.where(live, (columns / rows) ** 0.25, 1.0), live
-
-
-def _upper(gram: Tensor) -> Tensor:
-    """L^T with L L^T = gram [P, R, R] in float64; any root where the gram is singular."""
-    lower, failed = torch.linalg.cholesky_ex(gram)
-    singular = failed > 0
-    if singular.any():
-        lower[singular] = root(gram[singular]).mT
-    return lower.mT
 
 
 def _truncate_dense(

@@ -16,9 +16,9 @@ from ..algebra import powers
 from ..algebra.full_precision import full_precision
 from ..algebra.lowrank import compress
 from ..errors import FlatCut
-from ..methods.base import Dense, Factors, Merged
+from ..methods.base import Cut, Dense, Factors, Merged
 from . import precision
-from .work import Cut, Work
+from .work import Work
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +56,14 @@ def finished(
         factors, kept, energy = compressed(work, stacks, dense)
     if calibrate:
         factors = list(calibrate(factors))
-    if cut or work.post:
+    whole = [k for k, x in enumerate(factors) if cut and not dense and x.kept is None]
+    if work.post or whole:
         # No decomposition takes what is not finite.
         _check_finite(stacks, [(x.a, x.b) for x in factors], work.settings.backend)
     if cut and not dense:
-        factors, kept, energy = _truncate(stacks, factors, cut, work)
+        factors = _truncate(stacks, factors, whole, cut, work)
+        kept = [1.0 if x.kept is None else x.kept for x in factors]
+        energy = [x.energy for x in factors]
     elif not dense and not work.deltas:
         factors = _narrowed(stacks, factors, work)
     if work.restores_norms and not (dense and calibrate):  # calibrated after the cut
@@ -116,22 +119,24 @@ def _compressed(name: str, delta: Tensor, cut: Cut) -> tuple[Tensor, Tensor, flo
 
 
 def _truncate(
-    stacks: Sequence[Stack], merged: Sequence[Factors], cut: Cut, work: Work
-) -> tuple[list[Factors], list[float], list[float]]:
-    pairs = [(f.a, f.b) for f in merged]
-    wide = work.deltas or work.post or work.restores_norms
+    stacks: Sequence[Stack], merged: Sequence[Factors], chosen: Sequence[int], cut: Cut, work: Work
+) -> list[Factors]:
+    """The chosen cut, by their factors."""
+    pairs = [(merged[k].a, merged[k].b) for k in chosen]
     try:
-        smaller, kept = ops.truncate(
+        smaller, shares = ops.truncate(
             pairs,
             rank=cut.rank,
             energy=cut.energy,
-            out_dtype=torch.float32 if wide else work.settings.dtype,
+            out_dtype=work.cut_dtype,
             backend=work.settings.backend,
         )
     except FlatCut as error:
-        raise error.of(stacks[error.at].name, work.method.method.name) from None
-    energy = [_energy(a, b) for a, b in pairs]
-    return [replace(f, a=a, b=b) for (a, b), f in zip(smaller, merged)], kept, energy
+        raise error.of(stacks[chosen[error.at]].name, work.method.method.name) from None
+    found = list(merged)
+    for k, (a, b), share, given in zip(chosen, smaller, shares, pairs):
+        found[k] = replace(merged[k], a=a, b=b, kept=share, energy=_energy(*given))
+    return found
 
 
 def _restored(stack: Stack, made: Factors, kept: float) -> Factors:

@@ -14,7 +14,9 @@ from .. import ops
 from ..adapters.plan import Stack
 from ..algebra import powers
 from ..algebra.full_precision import full_precision
-from ..methods.base import Dense, Factors, Found, Grams, Merged, Run, bare_sides, wide_grams
+from ..methods.base import UNCUT, Dense, Factors, Grams, Merged, bare_sides
+from ..methods.contract import Found
+from ..methods.running import Run
 from ..methods.spectral import calibrated, schatten, space, svc
 from ..storage.shelf import Shelf
 from .finish import compressed, finished
@@ -114,14 +116,15 @@ class Whole:
         work, method = self._work, self._method
         order = self._sums.rule.order if self._sums else None
         plain = replace(work.settings, scale=1.0, dtype=torch.float32)
-        if method.halves and not work.calibrates_factors and not (order and work.post):
+        if method.in_parts and not work.calibrates_factors and not (order and work.post):
             wanted = replace(plain, order=order, calibrated=work.calibrated)
-            found = method.find(stacks, wanted, known)
+            found = method.find(stacks, wanted, known, work.at_cut)
             return found, [x.size for x in found]
         nothing: list[None] = [None] * len(stacks)
         if not order and not work.calibrated:
             return nothing, nothing
-        merged = method(stacks, plain, known)
+        cut = UNCUT if work.calibrated else work.at_cut
+        merged = method(stacks, plain, known, cut, torch.float32)
         if work.calibrated:
             return calibrated.find(stacks, factors_of(work, given, merged), plain), nothing
         assert order
@@ -145,7 +148,7 @@ class Whole:
             [schatten.packed(g, s.a.ranks) for g, s in zip(side, given) if g is not None]
             for side in known
         )
-        if self._method.wide:
+        if self._work.wide_grams(self._method) and self._method.bare:
             b = [x * _squares(s).to(x) for x, s in zip(b, given)]
         return a, b
 
@@ -180,7 +183,7 @@ def projected(
     """||Q_B^T ΔW Q_A||_Sq, with orthonormal bases of what all B's and all A's span. The strongest
     directions of a merge lie there nearly whole, and a large q sees those alone."""
     sizes = [0.0] * len(stacks)
-    for members, _, to_a, to_b in space.coordinates(stacks, *wide_grams(stacks, backend)):
+    for members, _, to_a, to_b in space.in_coordinates(stacks, backend):
         for p, k in enumerate(members):
             bare = bare_sides([stacks[k]])[1].stack(torch.float32)
             inner = (bare @ deltas[k] @ stacks[k].a.stack(torch.float32).T).double()

@@ -17,9 +17,10 @@ from ..adapters.plan import GPU_GROUP_BYTES, GROUP_BYTES, Plan, Stack
 from ..algebra import powers
 from ..algebra.host import gather
 from ..errors import AdapterError, OptionError
-from ..methods.base import Found, Grams, Run, grams, wide_grams
+from ..methods.base import Grams, grams, wide_grams
+from ..methods.contract import Found
+from ..methods.running import Run, prepared, stacked
 from ..methods.spectral import calibrated
-from ..methods.weighted import linear
 from ..results.report import ModuleReport
 from ..storage.buffers import Buffers
 from ..storage.garbage import uncollected
@@ -71,7 +72,7 @@ def run(
     streams = _streams(plan, place)
     scaled = _Scaled.of(plan, work)
     work = scaled.work
-    method = work.method.prepared(_EveryGroup(plan, place, scaled, streams), work.inner)
+    method = prepared(work.method, _EveryGroup(plan, place, scaled, streams), work.inner)
     total = len(plan.names) * (2 if work.twice else 1)
     whole = _gone_through(plan, place, scaled, method, sums, streams, progress)
     before = total - len(plan.names)
@@ -133,7 +134,8 @@ def _looked_at(
     work = scaled.work
     compare = len(plan.adapters) <= MOST_COMPARED
     wanted = [compare or (not work.pre and method.wants_grams(s)) for s in stacks]
-    group = _measured(plan, stacks, wanted, compare, work.settings.backend, method.wide)
+    wide, bare = work.wide_grams(method), method.bare
+    group = _measured(plan, stacks, wanted, compare, work.settings.backend, wide, bare)
     return group, sums.add(group.stacks, *group.exact) if compare else group.norms
 
 
@@ -227,14 +229,15 @@ def _measured(
     compare: bool,
     backend: str,
     wide: bool = False,
+    bare: bool = False,
 ) -> _Group:
     """The group's Grams, of stacks that are brought near 1 where they are not. wide: the method
-    takes `wide_grams`, of which those of the report are made too."""
+    takes `wide_grams`, of which those of the report are made too; bare: without scalings."""
     stacks = list(stacks)
-    bare = wide_grams(stacks, backend) if wide else None
+    known = wide_grams(stacks, backend, bare) if wide else None
     found: tuple[list[Tensor | None], list[Tensor | None]]
-    if bare:
-        both = [_with_scalings(s, a, b) for s, a, b in zip(stacks, *bare)]
+    if known:
+        both = [_with_scalings(s, a, b, bare) for s, a, b in zip(stacks, *known)]
         found = [a for a, _ in both], [b for _, b in both]
     else:
         found = grams(stacks, wanted, backend)
@@ -251,25 +254,28 @@ def _measured(
         if centred is not stacks[k]:
             a, b = diagonals[k]
             stacks[k], moved[k] = centred, (a.clone(), b.clone())
-    again = wide_grams([stacks[k] for k in moved], backend)
+    bare = bare or not wide
+    again = wide_grams([stacks[k] for k in moved], backend, bare)
     for k, *pair in zip(moved, *again):
-        scaled = _with_scalings(stacks[k], pair[0], pair[1], torch.float64)
+        scaled = _with_scalings(stacks[k], pair[0], pair[1], bare, torch.float64)
         for side, (plain, gram) in enumerate(zip(pair, scaled)):
-            if bare:
-                bare[side][k] = plain
+            if known:
+                known[side][k] = plain
             if wanted[k]:
                 found[side][k] = gram.float()
                 here[side][k] = gram.float().cpu()
             if compare:
                 exact[side][k] = gram.cpu()
     _check_factors(plan, stacks, *here, backend)
-    return _Group(stacks, bare or found, exact, norms, moved)
+    return _Group(stacks, known or found, exact, norms, moved)
 
 
 def _with_scalings(
-    stack: Stack, gram_a: Tensor, gram_b: Tensor, dtype: torch.dtype = torch.float32
+    stack: Stack, gram_a: Tensor, gram_b: Tensor, bare: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """`wide_grams` with the scalings s_i in that of B."""
+    if not bare:
+        return gram_a.to(dtype), gram_b.to(dtype)
     pairs = zip(stack.b.scales, stack.b.ranks)
     gains = torch.cat([torch.full((r,), c, dtype=torch.float64) for c, r in pairs]).to(gram_b)
     return gram_a.to(dtype), (gains[:, None] * gram_b * gains).to(dtype)
@@ -338,7 +344,7 @@ class _Part:
     def _alone(self, work: Work, chosen: Sequence[int]) -> list[Result]:
         """λ w τ of stacks of one adapter, with λ = 1 where another is looked for."""
         given = [self.stacks[k] for k in chosen]
-        return finished(work, given, linear.stacked(given, work.inner))
+        return finished(work, given, stacked(given, work.inner))
 
     def _at(self, scale: float, work: Work, chosen: Sequence[int]) -> list[Result]:
         given = [self.stacks[k] for k in chosen]
@@ -346,17 +352,18 @@ class _Part:
         settings = replace(work.inner, scale=scale * work.settings.scale, projection=projection)
         stacks = work.before(given)
         found = [x for k in chosen if self.found and (x := self.found[k]) is not None]
+        cut = work.at_cut, work.cut_dtype
         if work.calibrates_factors:
             merged = self.method(stacks, replace(settings, scale=1.0))
             return finished(
                 work, given, merged, lambda x: calibrated.make(stacks, x, found, settings)
             )
         if found:
-            return finished(work, given, self.method.make(stacks, found, settings))
+            return finished(work, given, self.method.make(stacks, found, settings, *cut))
         known = None
         if not work.pre and not self.whole:
             known = [self.grams[0][k] for k in chosen], [self.grams[1][k] for k in chosen]
-        return finished(work, given, self.method(stacks, settings, known))
+        return finished(work, given, self.method(stacks, settings, known, *cut))
 
 
 def survey(

@@ -8,19 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..adapters.plan import Plan, Stack
-from ..methods.base import Chosen, ScaleRule, Settings
+from ..methods.base import UNCUT, Chosen, Cut, ScaleRule, Settings
+from ..methods.running import Run
 from ..methods.steps.base import PostStep, PreStep
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How far results are truncated; both None: not at all."""
-
-    rank: int | None = None
-    energy: float | None = None
-
-    def __bool__(self) -> bool:
-        return self.rank is not None or self.energy is not None
 
 
 @dataclass(frozen=True)
@@ -36,8 +26,8 @@ class Work:
 
     method: Chosen
     settings: Settings
-    cut: Cut = Cut()
-    usual: Cut = Cut()
+    cut: Cut = UNCUT
+    usual: Cut = UNCUT
     pre: Sequence[PreStep] = ()
     post: Sequence[PostStep] = ()
     deltas: bool = False
@@ -84,17 +74,34 @@ class Work:
     @property
     def calibrates_factors(self) -> bool:
         """Whether calibration takes the factors that the method makes at λ = 1."""
-        halves = self.method.method.halves
-        return self.calibrated and not (halves and halves.calibrates)
+        return self.calibrated and not self.method.method.takes(self.method.options).calibrates
+
+    @property
+    def at_cut(self) -> Cut:
+        """The cut that a method makes of what it finds in R x R, before anything is formed."""
+        return UNCUT if self.calibrates_factors else self.cut
+
+    @property
+    def cut_dtype(self) -> torch.dtype:
+        """Of factors that a method has cut."""
+        wide = self.post or self.deltas or self.restores_norms
+        return torch.float32 if wide else self.settings.dtype
 
     @property
     def dense(self) -> bool:
         """Whether matrices [m, n] are formed."""
         return self.deltas or self.method.dense
 
+    def wide_grams(self, method: Run) -> bool:
+        """Whether the method is given Grams in float64."""
+        sized = (
+            self.rule is not None and self.rule.order is not None and not self.calibrates_factors
+        )
+        return method.wide(bool(self.at_cut) or sized)
+
     def ranks(self, plan: Plan) -> dict[str, int]:
         """What the rank of every module's factors is at most."""
-        cut = self.cut or (self.usual if self.method.dense else Cut())
+        cut = self.cut or (self.usual if self.method.dense else UNCUT)
         most = {}
         for ranks, side in set(plan.sizes.values()):
             limits = [side, side if self.method.dense else self.method.rank(ranks)]

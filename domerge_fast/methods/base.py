@@ -14,6 +14,7 @@ from ..adapters.plan import Plan, Stack
 from ..algebra.side import Side
 from ..registry import usable
 from ..results.report import SideReport
+from .contract import Batch, Contract, Found, Needs
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Settings:
     """What every method is given: λ, the dtype of its results, where its ops run, for `prepare` the
     method that works inside this one, and the rank that results are cut to, if they are.
 
-    For `Halves`: order, the Schatten norm of the merge that is wanted with what is found; whether
-    it is to be `calibrated` (svc.py), and, for what is made, by which projection.
+    For merges in two parts: order, the Schatten norm of the merge that is wanted with what is
+    found; whether it is to be `calibrated` (svc.py), and, for what is made, by which projection.
     """
 
     scale: float
@@ -39,7 +40,8 @@ class Settings:
 class Factors:
     """A merged module: ΔW = B A with A [R, n] and B [m, R], and how it came about.
 
-    norms: ||ΔW_i||_F of the stack's adapters, where the method worked them out.
+    norms: ||ΔW_i||_F of the stack's adapters, where the method worked them out. kept, energy: the
+    share of ||ΔW||_F^2 that a cut left, and that before it, where it was cut already.
     """
 
     a: Tensor
@@ -47,6 +49,8 @@ class Factors:
     a_side: SideReport | None = None
     b_side: SideReport | None = None
     norms: Sequence[float] | None = None
+    kept: float | None = None
+    energy: float = 0.0
 
     def times(self, power_a: int, power_b: int) -> Factors:
         return replace(self, **_sized(self, power_a, power_b))
@@ -79,6 +83,9 @@ def _sized(made: Factors | Dense, power_a: int, power_b: int) -> dict[str, Any]:
     }
 
 
+Reducible = tuple[Batch, Sequence[Sequence[float]]]
+"""A batch of modules, and the weights of their adapters."""
+
 Merged = Sequence[Factors | Dense]
 Grams = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 Merge = Callable[
@@ -104,32 +111,32 @@ class ScaleRule:
 @dataclass(frozen=True)
 class Halves:
     """A merge in two parts, for what only the whole model tells: what is found from the Grams in
-    R x R matrices, at λ = 1, and the factors that are made of it.
+    R x R matrices, at λ = 1, and the factors that are made of it, in ops.
 
     find(stacks, grams_a, grams_b, options, settings) -> `Found` of every stack; make(stacks, found,
-    options, settings) -> the merge. wide: the Grams that are taken are those of A and of B^T
-    without scalings, in float64; otherwise those that `Merge` takes. calibrates: whether `find`
-    can do what settings.calibrated asks for.
+    options, settings) -> the merge. The Grams are those that `Merge` takes.
     """
 
     find: Callable[..., Sequence[Found]]
     make: Callable[..., Merged]
-    wide: bool = False
-    calibrates: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What `Halves.find` found of a module. size: the Schatten norm of its merge at λ = 1, where
-    one was wanted. overlaps: <ΔW, τ_i> and ||τ_i||^2 of every adapter, [2, T], where it was
-    calibrated."""
+@dataclass(frozen=True)
+class Cut:
+    """How far results are truncated; both None: not at all."""
 
-    size: float | None = None
-    overlaps: Tensor | None = None
+    rank: int | None = None
+    energy: float | None = None
 
-    def kept(self) -> Found:
-        """What is worth keeping until the whole model is known: what is R x R."""
-        return self
+    def __bool__(self) -> bool:
+        return self.rank is not None or self.energy is not None
+
+
+UNCUT = Cut()
+
+
+def _nothing_needed(options: Any) -> Needs:
+    return Needs()
 
 
 def _no_grams(stack: Stack, options: Any) -> bool:
@@ -152,6 +159,9 @@ def _stacked(ranks: Sequence[int], options: Any) -> int:
 class Method:
     """A row of the table of methods.
 
+    coefficients, takes(options): a method that lives in R x R, and what it needs for that;
+    reduce(batches, options): what it has to know of the whole model first, from the Grams and the
+    weights of all of its modules. merge: any other, written in ops.
     truncates: with neither rank nor energy given, cut to the largest rank of the adapters. dense:
     whether it makes Dense results; None: if its inner method does. inner: the option that names
     another method, which works inside this one; that one's options are given along with these.
@@ -161,15 +171,18 @@ class Method:
     adapters by rule(options, inner) (scaling.py). None: as for its inner method. taken(plan): for a
     row that stands for another, which it chooses for these adapters (auto.py).
     rank(ranks, options): what its factors' rank is at most, for adapters of these ranks.
-    prepare(groups, options, settings): for a method that may have to see the whole model first;
-    returns the merge to use. cost, source, needs: a few words each, for people who choose. why_not:
+    prepare(groups, options, settings): for a `merge` that may have to see the whole model first;
+    returns the one to use. cost, source, needs: a few words each, for people who choose. why_not:
     why it cannot be used here, or None.
     """
 
     name: str
     summary: str
     options: type
-    merge: Merge
+    merge: Merge | None = None
+    coefficients: Contract | None = None
+    takes: Callable[[Any], Needs] = _nothing_needed
+    reduce: Callable[[Iterable[Reducible], Any], Any] | None = None
     needs_grams: Callable[[Stack, Any], bool] = _no_grams
     truncates: bool = False
     dense: bool | None = False
@@ -230,59 +243,6 @@ class Chosen:
             return self.inner.rank(ranks)
         return self.method.rank(ranks, self.options)
 
-    def prepared(self, groups: Iterable[Sequence[Stack]], settings: Settings) -> Run:
-        """The method as a function of stacks and their Grams. groups: of the whole model, gone
-        through as often as need be."""
-        row = self.method
-        settings = replace(settings, inner=self.inner)
-        merge = row.prepare(groups, self.options, settings) if row.prepare else row.merge
-        return Run(self, merge, row.halves if merge is row.merge else None)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A method that has seen what it has to see, and merges group by group; in two parts, where it
-    can be had so."""
-
-    chosen: Chosen
-    merge: Merge
-    halves: Halves | None = None
-
-    @property
-    def wide(self) -> bool:
-        """Whether it takes Grams in float64, of all stacks."""
-        return self.halves is not None and self.halves.wide
-
-    def wants_grams(self, stack: Stack) -> bool:
-        return self.wide or self.chosen.method.needs_grams(stack, self.chosen.options)
-
-    def find(
-        self, stacks: Sequence[Stack], settings: Settings, known: Grams | None = None
-    ) -> Sequence[Found]:
-        """The first part. known: the stacks' Grams, where they are there already."""
-        assert self.halves
-        found = self._grams(stacks, settings) if known is None else known
-        return self.halves.find(stacks, *found, self.chosen.options, settings)
-
-    def make(self, stacks: Sequence[Stack], found: Sequence[Found], settings: Settings) -> Merged:
-        """The second part."""
-        assert self.halves
-        return self.halves.make(stacks, found, self.chosen.options, settings)
-
-    def __call__(
-        self, stacks: Sequence[Stack], settings: Settings, known: Grams | None = None
-    ) -> Merged:
-        """Merge the stacks. known: their Grams, where they are there already."""
-        if self.halves:
-            return self.make(stacks, self.find(stacks, settings, known), settings)
-        found = self._grams(stacks, settings) if known is None else known
-        return self.merge(stacks, *found, self.chosen.options, settings)
-
-    def _grams(self, stacks: Sequence[Stack], settings: Settings) -> Grams:
-        if self.wide:
-            return wide_grams(stacks, settings.backend)
-        return grams(stacks, [self.wants_grams(s) for s in stacks], settings.backend)
-
 
 def bare_sides(stacks: Sequence[Stack]) -> list[Side]:
     """A of every stack, then B^T of every stack without scalings."""
@@ -290,9 +250,12 @@ def bare_sides(stacks: Sequence[Stack]) -> list[Side]:
     return [*(s.a for s in stacks), *bare]
 
 
-def wide_grams(stacks: Sequence[Stack], backend: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Grams of A and of B^T without scalings in float64."""
-    found = ops.gram(bare_sides(stacks), dtype=torch.float64, backend=backend)
+def wide_grams(
+    stacks: Sequence[Stack], backend: str, bare: bool = True
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Grams of A and of B^T in float64; bare: without scalings."""
+    sides = bare_sides(stacks) if bare else [*(s.a for s in stacks), *(s.b for s in stacks)]
+    found = ops.gram(sides, dtype=torch.float64, backend=backend)
     return found[: len(stacks)], found[len(stacks) :]
 
 

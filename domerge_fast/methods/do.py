@@ -30,8 +30,9 @@ from ..ops.orthogonalize import PENALTIES
 from ..options import option
 from ..results.report import SideReport
 from .base import Chosen, Factors, Found, Halves, Merge, Method, Settings, grams
+from .contract import Needs, alike
 from .nested import directions
-from .spectral import schatten, space
+from .spectral import schatten
 from .weighted.combination import of_grams
 
 ABOVE = 1.15
@@ -141,7 +142,7 @@ def _sizes(
     assert settings.order
     hats = [_moved(side, known, settings.backend) for side, known in zip((a, b), grams)]
     sizes = [0.0] * len(stacks)
-    for members in space.alike(stacks):
+    for members in alike(stacks):
         ranks = stacks[members[0]].a.ranks
         of_a, of_b = (torch.stack([side[k] for k in members]) for side in hats)
         gains = torch.tensor([stacks[k].omegas for k in members], dtype=torch.float64).to(of_b)
@@ -372,7 +373,7 @@ METHOD = Method(
     "DO-Merging: orthogonalize, then merge directions and magnitudes apart",
     DoOptions,
     merge,
-    lambda stack, options: (
+    needs_grams=lambda stack, options: (
         options.orthogonalize and not (_is_wide(stack.a, options) and _is_wide(stack.b, options))
     ),
     dense=None,
@@ -380,6 +381,7 @@ METHOD = Method(
     by_ratio=lambda options: True,
     prepare=prepare,
     halves=Halves(find, make),
+    takes=lambda options: Needs(torch.float32),
     cost="two reads, 2 R^2 (m + n) flops, R x R steps",
     source="arXiv 2505.15875",
 )

@@ -29,13 +29,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..adapters.plan import Stack
-from ..algebra.host import gather
 from ..options import option
-from .base import Factors, Method, Settings
+from .base import Method
+from .contract import Batch, Coefficients, Needs, State
 from .entrywise import elementwise
-from .spectral.space import BATCH_BYTES, SUPPORT
+from .spectral.space import SUPPORT
 
 
 @dataclass(frozen=True)
@@ -47,68 +45,38 @@ class LegoOptions:
     seed: int = elementwise.seed()
 
 
-def merge(
-    stacks: Sequence[Stack],
-    grams_a: Sequence[Tensor | None],
-    grams_b: Sequence[Tensor | None],
-    options: LegoOptions,
-    settings: Settings,
-) -> list[Factors]:
-    count = len(stacks)
-    problems = [*(s.a for s in stacks), *(s.b for s in stacks)]
-    grams = gather(ops.gram(problems, dtype=torch.float64, backend=settings.backend))
-    coefficients: list[Tensor | None] = [None] * len(problems)
-    for clusters, members in _alike(stacks, options):
-        gram_a = torch.stack([grams[k] for k in members])
-        gram_b = torch.stack([grams[count + k] for k in members])
-        gain_a, gain_b = _gains([stacks[k] for k in members], gram_a, gram_b, options.balance)
-        x = gain_a[:, :, None] * gram_a * gain_a[:, None]
-        units_b = gain_b if options.balance else gain_b * _powers([stacks[k] for k in members])
-        x += units_b[:, :, None] * gram_b * units_b[:, None]
-        means = centroids(x, clusters, options.seed)
-        for p, k in enumerate(members):
-            factor = settings.scale * math.sqrt(max(stacks[k].a.ranks) / clusters)
-            kept = means[p][_present(means[p])]
-            device = stacks[k].a.device
-            coefficients[k] = (kept * gain_a[p]).float().to(device)
-            coefficients[count + k] = (factor * kept * gain_b[p]).float().to(device)
-    found = ops.apply(coefficients, problems, settings.dtype, backend=settings.backend)
-    return [Factors(a, bt.T) for a, bt in zip(found, found[count:])]
+def coefficients(
+    grams: Batch, state: State, weights: Sequence[Sequence[float]], options: LegoOptions
+) -> list[Coefficients]:
+    clusters = _most_clusters(grams.ranks, options)
+    gain_a, gain_b = _gains(grams, weights, options.balance)
+    x = gain_a[:, :, None] * grams.a * gain_a[:, None]
+    units_b = gain_b if options.balance else gain_b * _powers(grams)
+    x += units_b[:, :, None] * grams.b * units_b[:, None]
+    factor = math.sqrt(max(grams.ranks) / clusters)
+    found = []
+    for means, rows, columns in zip(centroids(x, clusters, options.seed), gain_a, gain_b):
+        kept = means[_present(means)]
+        found.append(Coefficients(a=kept * rows, b=factor * kept * columns))
+    return found
 
 
-def _alike(stacks: Sequence[Stack], options: LegoOptions) -> list[tuple[int, list[int]]]:
-    """Numbers of clusters, and positions of stacks with as many and as many units, in batches."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for k, s in enumerate(stacks):
-        found.setdefault((s.rank, _most_clusters(s.a.ranks, options)), []).append(k)
-    batches = []
-    for (rank, number), members in found.items():
-        most = max(1, BATCH_BYTES // (8 * rank**2))
-        batches += [(number, members[at : at + most]) for at in range(0, len(members), most)]
-    return batches
-
-
-def _gains(
-    stacks: Sequence[Stack], gram_a: Tensor, gram_b: Tensor, balance: bool
-) -> tuple[Tensor, Tensor]:
+def _gains(grams: Batch, given: Sequence[Sequence[float]], balance: bool) -> tuple[Tensor, Tensor]:
     """What the rows of A_i and of s_i B_i^T are multiplied by in their units, [P, R] each."""
-    weights = torch.tensor(
-        [[w for w, r in zip(s.weights, s.a.ranks) for _ in range(r)] for s in stacks],
-        dtype=torch.float64,
-    )
+    rows = [[w for w, r in zip(own, grams.ranks) for _ in range(r)] for own in given]
+    weights = torch.tensor(rows, dtype=torch.float64)
     if not balance:
         return torch.ones_like(weights), weights
-    length_a = gram_a.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-    length_b = gram_b.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt() * weights.abs()
+    length_a = grams.a.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    length_b = grams.b.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt() * weights.abs()
     present = length_a * length_b > 0
     ratio = torch.where(present, length_b / length_a, 0.0).sqrt()
     return ratio, torch.where(present, weights / ratio, 0.0)
 
 
-def _powers(stacks: Sequence[Stack]) -> Tensor:
-    """What brings the stacks' B to the size it has beside their A, [P, 1]."""
-    found = [[2.0 ** (s.powers[1] - s.powers[0])] for s in stacks]
-    return torch.tensor(found, dtype=torch.float64)
+def _powers(grams: Batch) -> Tensor:
+    """What brings the modules' B to the size it has beside their A, [P, 1]."""
+    return torch.tensor([[2.0 ** (b - a)] for a, b in grams.powers], dtype=torch.float64)
 
 
 def centroids(gram: Tensor, clusters: int, seed: int) -> Tensor:
@@ -184,7 +152,8 @@ METHOD = Method(
     "lego",
     "LoRA-LEGO: clusters of the adapters' rank-1 parts, one rank each",
     LegoOptions,
-    merge,
+    coefficients=coefficients,
+    takes=lambda options: Needs(torch.float64, host=True),
     rank=_most_clusters,
     own_scale=True,
     cost="two reads of the factors, 2 R^2 (m + n) flops, k-means on R x R",

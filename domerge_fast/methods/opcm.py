@@ -37,9 +37,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adapters.plan import Stack
 from ..options import option
-from .base import Merge, Merged, Settings, wide_grams
+from .base import Reducible
+from .contract import Batch, Coefficients, State
 from .spectral import space
 
 Triplets = tuple[Tensor, Tensor, Tensor]
@@ -86,19 +86,19 @@ SUM = space.method(
 """S_T: adding to a running sum S is merging the two "adapters" S and τ."""
 
 
-def survey(groups: Iterable[Sequence[Stack]], options: OpcmOptions, settings: Settings) -> float:
+def reduce(batches: Iterable[Reducible], options: OpcmOptions) -> float:
     """g = mean_i ||τ_i|| / ||S_T|| of the whole model; 1 where S_T is zero."""
     energy = 0.0
     energies: dict[int, float] = {}
-    for stacks in groups:
-        for members, x, _, _ in space.coordinates(stacks, *wide_grams(stacks, settings.backend)):
-            left, right = core(x, options)
-            true = [2.0 ** sum(stacks[k].powers) for k in members]
-            sizes = torch.tensor(true, dtype=torch.float64, device=x.a.device)
-            energy += float((sizes * space.norm(left.mT, right)).square().sum())
-            for k, norms in zip(members, (sizes[:, None] * x.norms).square().tolist()):
-                for i, own in zip(stacks[k].adapters, norms):
-                    energies[i] = energies.get(i, 0.0) + own
+    for grams, weights in batches:
+        x, _, _ = space.coordinates(grams, weights)
+        left, right = core(x, options)
+        true = [2.0 ** sum(powers) for powers in grams.powers]
+        sizes = torch.tensor(true, dtype=torch.float64, device=x.a.device)
+        energy += float((sizes * space.norm(left.mT, right)).square().sum())
+        for adapters, norms in zip(grams.adapters, (sizes[:, None] * x.norms).square().tolist()):
+            for i, own in zip(adapters, norms):
+                energies[i] = energies.get(i, 0.0) + own
     return gain([math.sqrt(e) for e in energies.values()], math.sqrt(energy))
 
 
@@ -107,40 +107,20 @@ def gain(norms: Sequence[float], total: float) -> float:
     return math.fsum(norms) / len(norms) / total if total else 1.0
 
 
-def prepare(groups: Iterable[Sequence[Stack]], options: OpcmOptions, settings: Settings) -> Merge:
+def coefficients(
+    grams: Batch, state: State, weights: Sequence[Sequence[float]], options: OpcmOptions
+) -> list[Coefficients]:
     """S_T times the gain that the whole model gives it."""
-    found = survey(groups, options, settings)
-
-    def merge(
-        stacks: Sequence[Stack],
-        grams_a: Sequence[Tensor | None],
-        grams_b: Sequence[Tensor | None],
-        options: OpcmOptions,
-        settings: Settings,
-    ) -> Merged:
-        scaled = dataclasses.replace(settings, scale=settings.scale * found)
-        return SUM.merge(stacks, grams_a, grams_b, options, scaled)
-
-    return merge
-
-
-def _alone(
-    stacks: Sequence[Stack],
-    grams_a: Sequence[Tensor | None],
-    grams_b: Sequence[Tensor | None],
-    options: OpcmOptions,
-    settings: Settings,
-) -> Merged:
-    """Of a model that consists of these modules."""
-    return prepare([stacks], options, settings)(stacks, grams_a, grams_b, options, settings)
+    found = space.coefficients(core, grams, state, weights, options)
+    return [dataclasses.replace(x, b=state.whole * x.b.double()) for x in found]
 
 
 METHOD = dataclasses.replace(
     SUM,
     summary="one after the other, each off the spectrum of the merge so far",
-    merge=_alone,
-    halves=None,
-    prepare=prepare,
+    coefficients=coefficients,
+    takes=lambda options: dataclasses.replace(space.NEEDS, calibrates=False),
+    reduce=reduce,
     own_scale=True,
     cost="three reads of the factors, 6 R^2 (m + n) flops, 2 T SVDs of R x R",
     source="arXiv 2501.09522",

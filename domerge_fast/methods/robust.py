@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ..adapters.plan import Stack
 from ..errors import DomergeError
+from . import running
 from .base import Factors, Method, Settings
 from .entrywise import elementwise
-from .weighted.combination import combine
 
 GAIN = 2.0
 """The authors' factor on the sum of the A's, and on that of the B's."""
@@ -52,7 +52,7 @@ def merge(
     return [
         _merge(s, options.density, settings)
         if len(s.adapters) > 1
-        else combine([s], [s.weights], settings)[0]
+        else running.stacked([s], settings)[0]
         for s in stacks
     ]
 

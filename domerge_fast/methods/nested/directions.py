@@ -26,7 +26,8 @@ from ...algebra.roots import column_norms, root
 from ...algebra.side import Side
 from ...results.report import SideReport
 from ..base import Dense, Factors, Merge, Merged, Settings
-from ..weighted.combination import inner_products
+from ..running import prepared
+from ..weighted.combination import of_stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ def prepare(
     """The merge by `settings.inner`. groups: the directions of the whole model."""
     assert settings.inner
     plain = Settings(1.0, torch.float32, settings.backend, rank=settings.rank)
-    inner = settings.inner.prepared(_Again(groups), plain)
+    inner = prepared(settings.inner, _Again(groups), plain)
 
     def merge(
         stacks: Sequence[Stack],
@@ -107,7 +108,7 @@ class _Again:
 def _sums(stacks: Sequence[Stack], backend: str) -> list[float]:
     """||sum_i ω_i D_i||_F of every stack."""
     found = []
-    for s, inner in zip(stacks, inner_products(stacks, backend)):
+    for s, inner in zip(stacks, of_stacks(stacks, backend)):
         weights = torch.tensor(s.weights, dtype=inner.dtype)
         found.append(float((weights @ inner @ weights).clamp_min(0).sqrt()))
     return found

@@ -25,12 +25,11 @@ from ..base import (
     Factors,
     Merge,
     Method,
-    Run,
     ScaleRule,
     Settings,
     bare_sides,
-    wide_grams,
 )
+from ..running import Run, prepared
 from ..spectral import space
 
 Spectra = Callable[[Tensor, Tensor, tuple[int, ...], Any, Settings], tuple[Tensor, Tensor | None]]
@@ -48,7 +47,7 @@ def method(name: str, summary: str, options: type, spectra: Spectra, **row: Any)
         def reduce(stacks: Sequence[Stack]) -> list[_Small]:
             return _reduce(name, stacks, spectra, options, settings)
 
-        inner = settings.inner.prepared(_Reduced(groups, reduce), settings)
+        inner = prepared(settings.inner, _Reduced(groups, reduce), settings)
         return lambda stacks, grams_a, grams_b, options, settings: _merge(
             inner, reduce(stacks), stacks, settings
         )
@@ -109,8 +108,7 @@ def _reduce(
 ) -> list[_Small]:
     """name: of the method, for its errors."""
     found: dict[int, _Small] = {}
-    grams = wide_grams(stacks, settings.backend)
-    for members, x, to_a, to_b in space.coordinates(stacks, *grams):
+    for members, x, to_a, to_b in space.in_coordinates(stacks, settings.backend):
         gains = torch.tensor([_scalings(stacks[k]) for k in members], dtype=torch.float64)
         b = gains[..., None].to(x.bare) * x.bare
         try:

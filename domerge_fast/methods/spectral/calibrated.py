@@ -12,23 +12,24 @@ from collections.abc import Sequence
 
 from ...adapters.plan import Stack
 from ...algebra.side import Side
-from ..base import Factors, Found, Settings, wide_grams
+from .. import running
+from ..base import Factors, Found, Settings
+from ..contract import Coefficients
 from . import space, svc
 
 
 def find(
     stacks: Sequence[Stack], merged: Sequence[Factors], settings: Settings
-) -> list[space.Coefficients]:
+) -> list[Coefficients]:
     """Of the stacks with their merges."""
-    found: dict[int, space.Coefficients] = {}
+    found: dict[int, Coefficients] = {}
     together = beside(stacks, merged)
-    grams = wide_grams(together, settings.backend)
-    for members, x, to_a, to_b in space.coordinates(together, *grams):
+    for members, x, to_a, to_b in space.in_coordinates(together, settings.backend):
         *tasks, (b, a) = x.tasks()
         left, right, *measured = svc.measured(tasks, b.mT, a)
         for p, k in enumerate(members):
             more = measured[0][p], measured[1][p]
-            found[k] = space.coefficients(left[p], right[p], to_a[p], to_b[p], measured=more)
+            found[k] = space.balanced(left[p], right[p], to_a[p], to_b[p], measured=more)
     return [found[k] for k in range(len(stacks))]
 
 
@@ -39,8 +40,8 @@ def make(
     settings: Settings,
 ) -> list[Factors]:
     """λ times the calibrated merges, with the reports of those given, which are at λ = 1."""
-    known = [x for x in found if isinstance(x, space.Coefficients)]
-    new = space.make(beside(stacks, merged), known, None, settings)
+    known = [x for x in found if isinstance(x, Coefficients)]
+    new = running.factors(beside(stacks, merged), known, settings, bare=True)
     return [dataclasses.replace(f, a=x.a, b=x.b) for f, x in zip(merged, new)]
 
 

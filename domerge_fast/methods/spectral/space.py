@@ -13,26 +13,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import ops
 from ...adapters.plan import Stack
-from ...errors import FlatCut
-from ..base import (
-    Factors,
-    Found,
-    Halves,
-    Merged,
-    Method,
-    Settings,
-    bare_sides,
-    wide_grams,
-)
+from ..base import Method, wide_grams
+from ..contract import Batch, Coefficients, Needs, State, alike, batch
 from . import schatten, svc
 
 SUPPORT = 1e-6
@@ -41,9 +31,6 @@ the digits of float64, as it is found from a Gram)."""
 
 NOISE = 2.0**-24
 """A singular value below this share of the norm of what it was computed from is rounding noise."""
-
-BATCH_BYTES = 64 << 20
-"""What the R x R matrices of one kind may take in a batch of modules."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,24 +65,15 @@ Core = Callable[[Coordinates, Any], tuple[Tensor, Tensor]]
 """(coordinates, options) -> left [P, K_B, q], right [P, q, K_A]: ΔW = Q_B left right Q_A^T."""
 
 
-@dataclass(frozen=True, eq=False)
-class Coefficients(Found):
-    """A merge at λ = 1 as A' = a A and B'^T = b B^T, B without its scalings: [k, R] in float32.
-
-    strengths: where it is calibrated, s_i^r of every adapter and row, [T, k] (svc.py).
-    """
-
-    a: Tensor = field(kw_only=True)
-    b: Tensor = field(kw_only=True)
-    strengths: Tensor | None = field(default=None, kw_only=True)
+NEEDS = Needs(torch.float64, bare=True, calibrates=True)
 
 
 def method(name: str, summary: str, options: type, core: Core, **row: Any) -> Method:
     """The row of a method that is `core` in orthonormal coordinates."""
     row.setdefault("cost", "two reads, R x R decompositions")
-    halves = Halves(functools.partial(find, core), make, wide=True, calibrates=True)
-    alone = functools.partial(merge, halves)
-    return Method(name, summary, options, alone, halves=halves, **row)
+    row.setdefault("takes", lambda options: NEEDS)
+    found = functools.partial(coefficients, core)
+    return Method(name, summary, options, coefficients=found, **row)
 
 
 def norm(b: Tensor, a: Tensor) -> Tensor:
@@ -139,34 +117,26 @@ def level(s: Tensor) -> Tensor:
     return (s.sum(1) / count)[:, None, None]
 
 
-def find(
-    core: Core,
-    stacks: Sequence[Stack],
-    grams_a: Sequence[Tensor],
-    grams_b: Sequence[Tensor],
-    options: Any,
-    settings: Settings,
-) -> list[Coefficients]:
-    """What `core` makes of every stack, as coefficients. grams_a, grams_b: `wide_grams`."""
-    found: dict[int, Coefficients] = {}
-    for members, x, to_a, to_b in coordinates(stacks, grams_a, grams_b):
-        try:
-            left, right = core(x, options)
-        except FlatCut as error:
-            raise error.of(stacks[members[error.at]].name) from None
-        measured = None
-        if settings.calibrated:
-            left, right, *measured = svc.measured(x.tasks(), left, right)
-        sizes = [None] * len(members)
-        if settings.order:
-            sizes = schatten.of_triplets(left, right, settings.order).tolist()
-        for p, k in enumerate(members):
-            more = (measured[0][p], measured[1][p]) if measured else None
-            found[k] = coefficients(left[p], right[p], to_a[p], to_b[p], sizes[p], more)
-    return [found[k] for k in range(len(stacks))]
-
-
 def coefficients(
+    core: Core, grams: Batch, state: State, weights: Sequence[Sequence[float]], options: Any
+) -> list[Coefficients]:
+    """What `core` makes of every module."""
+    x, to_a, to_b = coordinates(grams, weights)
+    left, right = core(x, options)
+    measured = None
+    if state.calibrated:
+        left, right, *measured = svc.measured(x.tasks(), left, right)
+    sizes = [None] * len(left)
+    if state.order:
+        sizes = schatten.of_triplets(left, right, state.order).tolist()
+    found = []
+    for p, size in enumerate(sizes):
+        more = (measured[0][p], measured[1][p]) if measured else None
+        found.append(balanced(left[p], right[p], to_a[p], to_b[p], size, more))
+    return found
+
+
+def balanced(
     left: Tensor,
     right: Tensor,
     to_a: Tensor,
@@ -174,8 +144,8 @@ def coefficients(
     size: float | None = None,
     measured: tuple[Tensor, Tensor] | None = None,
 ) -> Coefficients:
-    """Q_B left right Q_A^T of a module. measured: its s_i^r and overlaps, where it is in singular
-    triplets."""
+    """Q_B left right Q_A^T of a module, in float32: what is kept of it until it is applied.
+    measured: its s_i^r and overlaps, where it is in singular triplets."""
     kept, columns, rows = _balanced(left, right)
     a, b = (rows @ to_a).float(), (columns @ to_b).float()
     if measured is None:
@@ -184,54 +154,27 @@ def coefficients(
     return Coefficients(size, overlaps, a=a, b=b, strengths=strengths[:, kept])
 
 
-def make(
-    stacks: Sequence[Stack], found: Sequence[Coefficients], options: Any, settings: Settings
-) -> list[Factors]:
-    """The factors that coefficients stand for."""
-    count = len(stacks)
-    sides: list[Tensor | None] = [x.a for x in found]
-    for x in found:
-        gains = svc.gains(x.strengths, settings.projection) if x.strengths is not None else 1.0
-        sides.append((settings.scale * gains * x.b.double()).float())
-    merged = ops.apply(sides, bare_sides(stacks), settings.dtype, backend=settings.backend)
-    return [Factors(a, bt.T) for a, bt in zip(merged, merged[count:])]
-
-
-def merge(
-    halves: Halves,
-    stacks: Sequence[Stack],
-    grams_a: Sequence[Tensor | None],
-    grams_b: Sequence[Tensor | None],
-    options: Any,
-    settings: Settings,
-) -> Merged:
-    found = halves.find(stacks, *wide_grams(stacks, settings.backend), options, settings)
-    return halves.make(stacks, found, options, settings)
-
-
 def coordinates(
-    stacks: Sequence[Stack], grams_a: Sequence[Tensor], grams_b: Sequence[Tensor]
+    grams: Batch, weights: Sequence[Sequence[float]]
+) -> tuple[Coordinates, Tensor, Tensor]:
+    """The modules' coordinates, and E_A, E_B [P, K, R] with Q_A^T = E_A A and Q_B^T = E_B B^T (B
+    without scalings)."""
+    a, to_a = _side(grams.a, grams.sides[0])
+    b, to_b = _side(grams.b, grams.sides[1])
+    rows = [_gains(*pair, grams.ranks) for pair in zip(weights, grams.scales)]
+    gains = torch.tensor(rows, dtype=torch.float64)
+    return Coordinates(a, b, gains[..., None].to(b.device), grams.ranks), to_a, to_b
+
+
+def in_coordinates(
+    stacks: Sequence[Stack], backend: str
 ) -> Iterator[tuple[list[int], Coordinates, Tensor, Tensor]]:
-    """Batches of positions of stacks with their coordinates, and E_A, E_B [P, K, R] with
-    Q_A^T = E_A A and Q_B^T = E_B B^T (B without scalings). grams_a, grams_b: `wide_grams`."""
+    """Batches of positions of stacks with their `coordinates`."""
+    grams_a, grams_b = wide_grams(stacks, backend)
     for members in alike(stacks):
-        first = stacks[members[0]]
-        a, to_a = _side(torch.stack([grams_a[k] for k in members]), first.a.d)
-        b, to_b = _side(torch.stack([grams_b[k] for k in members]), first.b.d)
-        gains = torch.tensor([_gains(stacks[k]) for k in members], dtype=torch.float64)
-        yield members, Coordinates(a, b, gains[..., None].to(b.device), first.a.ranks), to_a, to_b
-
-
-def alike(stacks: Sequence[Stack]) -> list[list[int]]:
-    """Positions of stacks whose coordinates have the same shapes, in batches."""
-    found: dict[tuple, list[int]] = {}
-    for k, s in enumerate(stacks):
-        found.setdefault((s.a.ranks, min(s.rank, s.a.d), min(s.rank, s.b.d)), []).append(k)
-    batches = []
-    for (ranks, *_), members in found.items():
-        most = max(1, BATCH_BYTES // (8 * sum(ranks) ** 2))
-        batches += [members[at : at + most] for at in range(0, len(members), most)]
-    return batches
+        chosen = [stacks[k] for k in members]
+        grams = batch(chosen, [grams_a[k] for k in members], [grams_b[k] for k in members])
+        yield members, *coordinates(grams, [s.weights for s in chosen])
 
 
 def _side(grams: Tensor, d: int) -> tuple[Tensor, Tensor]:
@@ -250,10 +193,9 @@ def _side(grams: Tensor, d: int) -> tuple[Tensor, Tensor]:
     return x, (unit * vectors * scales).mT
 
 
-def _gains(stack: Stack) -> list[float]:
-    """w_i s_i of every row of the stack."""
-    pairs = zip(stack.weights, stack.b.scales, stack.b.ranks)
-    return [w * scale for w, scale, rank in pairs for _ in range(rank)]
+def _gains(weights: Sequence[float], scales: Sequence[float], ranks: Sequence[int]) -> list[float]:
+    """w_i s_i of every row."""
+    return [w * scale for w, scale, rank in zip(weights, scales, ranks) for _ in range(rank)]
 
 
 def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:

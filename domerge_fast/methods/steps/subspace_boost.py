@@ -14,20 +14,17 @@ from typing import cast
 
 from ...adapters.plan import Stack
 from ...algebra.side import Side
-from ..base import Factors, Settings
+from ..base import Chosen, Factors, Settings
+from ..running import prepared
 from ..spectral import subspace_boost
 from .base import PostStep
 
 
 def run(stacks: Sequence[Stack], merged: Sequence[Factors], settings: Settings) -> list[Factors]:
-    nothing = [None] * len(merged)
-    boosted = subspace_boost.METHOD.merge(
-        [_alone(s, f) for s, f in zip(stacks, merged)],
-        nothing,
-        nothing,
-        subspace_boost.SubspaceBoostOptions(),
-        dataclasses.replace(settings, scale=1.0),
-    )
+    chosen = Chosen(subspace_boost.METHOD, subspace_boost.SubspaceBoostOptions())
+    boost = prepared(chosen, [], settings)
+    given = [_alone(s, f) for s, f in zip(stacks, merged)]
+    boosted = boost(given, dataclasses.replace(settings, scale=1.0))
     factors = cast("list[Factors]", boosted)
     return [dataclasses.replace(f, a=x.a, b=x.b) for f, x in zip(merged, factors)]
 

@@ -7,46 +7,41 @@ is the sum of G_B o G_A over block (i, j), so no update is formed. The result is
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ... import ops
 from ...adapters.plan import Stack, near_one
 from ...algebra.host import gather
 from ...errors import OptionError
-from ..base import Factors, Settings
+from ..base import wide_grams
+from ..contract import Batch, Needs
 from ..spectral.space import NOISE
-from . import linear
+
+NEEDS = Needs(torch.float64, host=True)
 
 
-def inner_products(stacks: Sequence[Stack], backend: str) -> list[Tensor]:
-    """<τ_i, τ_j> of the τ_i = s_i B_i A_i of every stack, [T, T] in float64 in the host's memory.
+def inner_products(grams: Batch) -> list[Tensor]:
+    """<τ_i, τ_j> of the τ_i = s_i B_i A_i of every module, [T, T] in float64.
 
     An update that is rounding noise of its parts of rank 1 is zero.
     """
-    problems = [*(s.a for s in stacks), *(s.b for s in stacks)]
-    grams = ops.gram(problems, dtype=torch.float64, backend=backend)
-    pairs = zip(grams, grams[len(stacks) :])
-    return gather([of_grams(a, b, s.a.ranks) for (a, b), s in zip(pairs, stacks)])
+    return [of_grams(a, b, grams.ranks) for a, b in zip(grams.a, grams.b)]
 
 
-def combine(
-    stacks: Sequence[Stack], coefficients: Sequence[Sequence[float]], settings: Settings
-) -> list[Factors]:
-    """λ sum_i c_i τ_i of every stack, with c_i in the place of the weights."""
-    found = [dataclasses.replace(s, weights=tuple(c)) for s, c in zip(stacks, coefficients)]
-    return linear.stacked(found, settings)
+def of_stacks(stacks: Sequence[Stack], backend: str) -> list[Tensor]:
+    """`inner_products` of stacks, in the host's memory."""
+    pairs = zip(*wide_grams(stacks, backend, bare=False), stacks)
+    return gather([of_grams(a, b, s.a.ranks) for a, b, s in pairs])
 
 
-def shares(stack: Stack) -> list[float]:
+def shares(name: str, weights: Sequence[float]) -> list[float]:
     """w_i / sum w of the adapters that have the module; OptionError where the sum is zero."""
-    weights = near_one(stack.weights)
+    weights = near_one(weights)
     total = sum(weights)
     if abs(total) <= NOISE * sum(map(abs, weights)):
-        problem = f"those of the adapters that have module {stack.name!r} add up to zero"
+        problem = f"those of the adapters that have module {name!r} add up to zero"
         raise OptionError("weights", problem, "give others: each adapter gets its share of the sum")
     return [w / total for w in weights]
 

@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from ... import ops
-from ...adapters.plan import Stack
-from ...algebra.side import Side
-from ..base import Factors, Merged, Method, Settings
+from ..base import Method
+from ..contract import Batch, Coefficients, Needs, State
 from ..spectral import power, space
 
 
@@ -32,37 +31,29 @@ def core(x: space.Coordinates, options: LinearOptions) -> tuple[Tensor, Tensor]:
     return u * power.raised(s, options.power)[:, None], v.mT
 
 
-RAISED = space.method("linear", "the sum with its spectrum to a power", LinearOptions, core)
+def takes(options: LinearOptions) -> Needs:
+    return Needs() if options.power == 1 else space.NEEDS
 
 
-def merge(
-    stacks: Sequence[Stack],
-    grams_a: Sequence[Tensor | None],
-    grams_b: Sequence[Tensor | None],
-    options: LinearOptions,
-    settings: Settings,
-) -> Merged:
+def coefficients(
+    grams: Batch, state: State, weights: Sequence[Sequence[float]], options: LinearOptions
+) -> list[Coefficients]:
     if options.power == 1:
-        return stacked(stacks, settings)
-    return RAISED.merge(stacks, grams_a, grams_b, options, settings)
+        return combined(weights)
+    return space.coefficients(core, grams, state, weights, options)
 
 
-def stacked(stacks: Sequence[Stack], settings: Settings) -> list[Factors]:
-    """λ sum_i w_i τ_i of every stack."""
-    weighted = [
-        Side(s.b.blocks, tuple(settings.scale * w * c for w, c in zip(s.weights, s.b.scales)))
-        for s in stacks
-    ]
-    problems = [*(s.a for s in stacks), *weighted]
-    found = ops.apply([None] * len(problems), problems, settings.dtype, backend=settings.backend)
-    return [Factors(a, bt.T) for a, bt in zip(found, found[len(stacks) :])]
+def combined(weights: Sequence[Sequence[float]]) -> list[Coefficients]:
+    """sum_i c_i τ_i of every module: the A's as they are, and the B's times c_i."""
+    return [Coefficients(a=None, b=torch.tensor(c, dtype=torch.float64)) for c in weights]
 
 
 METHOD = Method(
     "linear",
     "exact weighted sum of the updates, rank R (task arithmetic)",
     LinearOptions,
-    merge,
+    coefficients=coefficients,
+    takes=takes,
     own_scale=True,
     cost="one copy of the factors",
     source="arXiv 2212.04089",

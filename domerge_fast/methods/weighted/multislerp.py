@@ -24,10 +24,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...adapters.plan import Stack
 from ...errors import OptionError
-from ..base import Factors, Method, Settings
-from .combination import combine, inner_products, shares
+from ..base import Method
+from ..contract import Batch, Coefficients, State
+from .combination import NEEDS, inner_products, shares
+from .linear import combined
 
 CANCELLED = 1e-6
 """A mean of unit vectors of at most this length is rounding noise."""
@@ -38,26 +39,22 @@ class MultislerpOptions:
     """`multislerp` has no options of its own."""
 
 
-def merge(
-    stacks: Sequence[Stack],
-    grams_a: Sequence[Tensor | None],
-    grams_b: Sequence[Tensor | None],
-    options: MultislerpOptions,
-    settings: Settings,
-) -> list[Factors]:
-    found = inner_products(stacks, settings.backend)
-    return combine(stacks, [_coefficients(s, inner) for s, inner in zip(stacks, found)], settings)
+def coefficients(
+    grams: Batch, state: State, weights: Sequence[Sequence[float]], options: MultislerpOptions
+) -> list[Coefficients]:
+    rows = zip(grams.names, weights, inner_products(grams))
+    return combined([_coefficients(*row) for row in rows])
 
 
-def _coefficients(stack: Stack, inner: Tensor) -> list[float]:
-    weights = torch.tensor(shares(stack), dtype=torch.float64)
+def _coefficients(name: str, given: Sequence[float], inner: Tensor) -> list[float]:
+    weights = torch.tensor(shares(name, given), dtype=torch.float64)
     norms = inner.diagonal().sqrt()
     direction = torch.where(norms > 0, weights / norms, 0.0)
     length = (direction @ inner @ direction).clamp_min(0).sqrt()
     if length > CANCELLED * weights.abs().sum():
         return (weights @ norms / length * direction).tolist()
     if len(weights) > 2 and norms.any():
-        problem = f"the updates of module {stack.name!r} cancel out: they have no mean direction"
+        problem = f"the updates of module {name!r} cancel out: they have no mean direction"
         raise OptionError("weights", problem, "give others, or use 'linear'")
     return weights.tolist()
 
@@ -66,7 +63,8 @@ METHOD = Method(
     "multislerp",
     "the mean of the updates' directions, of their mean length",
     MultislerpOptions,
-    merge,
+    coefficients=coefficients,
+    takes=lambda options: NEEDS,
     by_ratio=lambda options: True,
     own_scale=True,
     cost="two reads of the factors, 2 R^2 (m + n) flops",

@@ -18,12 +18,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ...adapters.plan import Stack
 from ...errors import OptionError
-from ..base import Factors, Method, Settings
-from .combination import combine, inner_products, shares
+from ..base import Method
+from ..contract import Batch, Coefficients, State
+from .combination import NEEDS, inner_products, shares
+from .linear import combined
 
 PARALLEL = 0.9995
 """|cos θ| above which interpolation is linear."""
@@ -34,24 +33,17 @@ class SlerpOptions:
     """`slerp` has no options of its own."""
 
 
-def merge(
-    stacks: Sequence[Stack],
-    grams_a: Sequence[Tensor | None],
-    grams_b: Sequence[Tensor | None],
-    options: SlerpOptions,
-    settings: Settings,
-) -> list[Factors]:
-    pairs = [s for s in stacks if len(s.adapters) > 1]
-    for s in pairs:
-        if len(s.adapters) > 2:
-            problem = f"slerp is between two adapters, and {len(s.adapters)} have {s.name!r}"
-            raise OptionError("method", problem, "use 'multislerp', or give two adapters")
-    found = iter(inner_products(pairs, settings.backend))
-    coefficients = [
-        _coefficients(next(found).tolist(), shares(s)) if len(s.adapters) > 1 else [1.0]
-        for s in stacks
-    ]
-    return combine(stacks, coefficients, settings)
+def coefficients(
+    grams: Batch, state: State, weights: Sequence[Sequence[float]], options: SlerpOptions
+) -> list[Coefficients]:
+    count = len(grams.ranks)
+    if count > 2:
+        problem = f"slerp is between two adapters, and {count} have {grams.names[0]!r}"
+        raise OptionError("method", problem, "use 'multislerp', or give two adapters")
+    if count == 1:
+        return combined([[1.0]] * len(weights))
+    rows = zip(inner_products(grams), grams.names, weights)
+    return combined([_coefficients(x.tolist(), shares(name, w)) for x, name, w in rows])
 
 
 def _coefficients(inner: list[list[float]], ends: list[float]) -> list[float]:
@@ -67,7 +59,8 @@ METHOD = Method(
     "slerp",
     "two adapters, along the arc between their updates",
     SlerpOptions,
-    merge,
+    coefficients=coefficients,
+    takes=lambda options: NEEDS,
     by_ratio=lambda options: True,
     own_scale=True,
     cost="two reads of the factors, 2 R^2 (m + n) flops",
