@@ -37,13 +37,9 @@ auto on_cpu(Result (*f)(const domerge::Kernels&, Args...)) {
 
 PYBIND11_MODULE(_C, m) {
     domerge::check_signals = raise_signals;
-    using Numbers = std::vector<int64_t>;
     py::class_<domerge::Problems>(m, "Problems")
-        .def(py::init<const domerge::Addresses&, const Numbers&, const Numbers&,
-                      const std::vector<int>&, const std::vector<double>&, const Numbers&,
-                      const Numbers&, const std::vector<bool>&>(),
-             py::arg("data"), py::arg("ranks"), py::arg("pitches"), py::arg("dtypes"),
-             py::arg("scales"), py::arg("counts"), py::arg("dims"), py::arg("columns"));
+        .def(py::init<std::string_view, std::string_view, std::string_view>(),
+             py::arg("addresses"), py::arg("heads"), py::arg("rows"));
     m.def("isa", [] { return std::string(domerge::choose_kernels().name); });
     m.def("isas", domerge::supported_isas);
     m.def("gram", on_cpu(domerge::gram));

@@ -1,4 +1,4 @@
-"""The C++ extension. Addresses are `tensor.data_ptr()`; dtypes are the codes of backends/cpu.py.
+"""The C++ extension. Addresses are `tensor.data_ptr()`; dtypes are the codes of algebra/side.py.
 
 Nothing is checked here: callers pass contiguous CPU memory of the sizes that the names imply and
 keep it alive. `DOMERGE_CPU_ISA` chooses the instruction set, by default the best one; RuntimeError
@@ -9,24 +9,10 @@ they answer signals: what a handler raises is raised once no thread works any mo
 from collections.abc import Sequence
 
 class Problems:
-    """Blocks of all problems one after the other, `counts` of them a problem.
+    """As algebra/side.py packs them: addresses of all blocks, heads of all problems, rows of all
+    blocks. ValueError where their numbers do not agree."""
 
-    data, ranks, pitches, dtypes, scales: one a block (a pitch is the distance in elements between
-    two rows of its memory). dims (d) and columns (a block's memory is row-major
-    [d, r_i] instead of [r_i, d]): one a problem.
-    """
-
-    def __init__(
-        self,
-        data: Sequence[int],
-        ranks: Sequence[int],
-        pitches: Sequence[int],
-        dtypes: Sequence[int],
-        scales: Sequence[float],
-        counts: Sequence[int],
-        dims: Sequence[int],
-        columns: Sequence[bool],
-    ) -> None: ...
+    def __init__(self, addresses: bytes, heads: bytes, rows: bytes) -> None: ...
 
 def isa() -> str:
     """The instruction set in use: avx512, avx2 or baseline."""

@@ -1,7 +1,7 @@
 """The CUDA extension: one launch an op. backends/gpu.py (`Kernels`) and gpu_entries.py
 (`EntryKernels`) say what each does.
 
-Addresses are `tensor.data_ptr()`, dtypes the codes of backends/layout.py, a stream is its
+Addresses are `tensor.data_ptr()`, dtypes the codes of algebra/side.py, a stream is its
 `cuda_stream`. A table is the addresses of its blocks, owner and problems, and its dtype; a list of
 rows is its address and its length. Nothing is checked here: callers keep the memory alive and make
 the device current. The GIL is released; RuntimeError where CUDA refuses a launch, ValueError for

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
+#include <stdexcept>
 
 #include "threads.h"
 
@@ -110,6 +112,14 @@ std::vector<T*> pointers(const Addresses& addresses) {
     return list;
 }
 
+// What lies in these bytes, one after the other.
+template <class T>
+std::vector<T> list_of(std::string_view bytes) {
+    std::vector<T> list(bytes.size() / sizeof(T));
+    std::memcpy(list.data(), bytes.data(), list.size() * sizeof(T));
+    return list;
+}
+
 // Memory and descriptors of the square roots that apply_decouple needs.
 struct Roots {
     std::vector<float> data;
@@ -176,19 +186,19 @@ double* copy_diagonal_blocks(const Problem& problem, const double* gram, double*
 
 }  // namespace
 
-Problems::Problems(const std::vector<uint64_t>& data, const std::vector<int64_t>& ranks,
-                   const std::vector<int64_t>& pitches, const std::vector<int>& dtypes,
-                   const std::vector<double>& scales, const std::vector<int64_t>& counts,
-                   const std::vector<int64_t>& dims, const std::vector<bool>& columns) {
+Problems::Problems(std::string_view addresses, std::string_view heads, std::string_view rows) {
+    const std::vector<uint64_t> data = list_of<uint64_t>(addresses);
+    const std::vector<Row> given = list_of<Row>(rows);
+    if (data.size() != given.size()) throw std::invalid_argument("one address a row is wanted");
     for (size_t b = 0; b < data.size(); ++b)
-        blocks_.push_back(Block{at<const void>(data[b]), ranks[b], pitches[b], scales[b],
-                                static_cast<DType>(dtypes[b])});
-    const Block* next = blocks_.data();
-    for (size_t p = 0; p < counts.size(); ++p) {
-        int64_t rank = 0;
-        for (int64_t b = 0; b < counts[p]; ++b) rank += next[b].rank;
-        problems_.push_back(Problem{next, counts[p], rank, dims[p], columns[p]});
-        next += counts[p];
+        blocks_.push_back(Block{at<const void>(data[b]), given[b].rank, given[b].pitch,
+                                given[b].scale, static_cast<DType>(given[b].dtype)});
+    size_t first = 0;
+    for (const Head& head : list_of<Head>(heads)) {
+        if (first + head.count > blocks_.size()) throw std::invalid_argument("too few rows");
+        problems_.push_back(
+            Problem{&blocks_[first], head.count, head.rank, head.d, head.columns != 0});
+        first += head.count;
     }
 }
 

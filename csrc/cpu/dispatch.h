@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "kernels.h"
@@ -12,15 +13,26 @@ namespace domerge {
 // Owns the descriptors; the data stays with the caller. Addresses are integers, as Python has them.
 class Problems {
  public:
-    Problems(const std::vector<uint64_t>& data, const std::vector<int64_t>& ranks,
-             const std::vector<int64_t>& pitches, const std::vector<int>& dtypes,
-             const std::vector<double>& scales, const std::vector<int64_t>& counts,
-             const std::vector<int64_t>& dims, const std::vector<bool>& columns);
+    // Bytes as domerge_fast/algebra/side.py packs them: the addresses of all blocks, a `Head` for
+    // every problem, a `Row` for every block.
+    Problems(std::string_view addresses, std::string_view heads, std::string_view rows);
     const Problem& operator[](int64_t i) const { return problems_[i]; }
     int64_t size() const { return static_cast<int64_t>(problems_.size()); }
     const std::vector<Problem>& list() const { return problems_; }
 
  private:
+    struct Head {
+        int64_t count;
+        int64_t rank;
+        int64_t d;
+        int64_t columns;
+    };
+    struct Row {
+        int64_t rank;
+        int64_t pitch;
+        int64_t dtype;
+        double scale;
+    };
     std::vector<Block> blocks_;
     std::vector<Problem> problems_;
 };

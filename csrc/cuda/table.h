@@ -16,7 +16,7 @@ enum class DType : int {
     float32 = 0,
     bfloat16 = 1,
     float16 = 2
-};  // as backends/layout.py has them
+};  // as algebra/side.py has them
 
 template <class T>
 T* at(Address address) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,11 +51,16 @@ class Stack:
         return self.a.rank
 
     @property
-    def omegas(self) -> list[float]:
+    def omegas(self) -> tuple[float, ...]:
         """ω_i = w_i / sum |w| over the adapters that have the module."""
-        weights = near_one(self.weights)
-        total = sum(map(abs, weights))
-        return [w / total for w in weights]
+        return _shares(self.weights)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _shares(weights: tuple[float, ...]) -> tuple[float, ...]:
+    sizes = near_one(weights)
+    total = sum(map(abs, sizes))
+    return tuple([w / total for w in sizes])
 
 
 def near_one(weights: Sequence[float]) -> list[float]:
@@ -91,7 +97,7 @@ class Plan:
 
     def rank(self, name: str) -> int:
         """R, the stacked rank of a module."""
-        return sum(module.rank for module in self.modules(name))
+        return sum(self.sizes[name][0])
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -157,7 +163,16 @@ class Plan:
 
     def read_bytes(self, names: Sequence[str]) -> int:
         """What a buffer for the factors of a group has to hold."""
-        return group_bytes(x for pair in self._pairs(names) for x in pair)
+        return sum([self._rooms[name] for name in names])
+
+    @cached_property
+    def _rooms(self) -> dict[str, int]:
+        """What every module's factors take of a buffer."""
+        stored = [adapter.stored for adapter in self.adapters]
+        return {
+            name: group_bytes([x for i in owners for x in stored[i][name]])
+            for name, owners in self.owners.items()
+        }
 
     def stacks(self, names: Sequence[str], buffers: Buffers) -> list[Stack]:
         """Modules' factors from every adapter that has them, where they are; those of files are
@@ -172,14 +187,16 @@ class Plan:
         return [self.adapters[i].stored[name] for name in names for i in self.owners[name]]
 
     def _stack(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Stack:
-        owners = self.owners[name]
-        scaling = tuple(module.scaling for module in self.modules(name))
+        owners, modules = self.owners[name], self.modules(name)
+        ranks = tuple([module.rank for module in modules])
+        scaling = tuple([module.scaling for module in modules])
+        first = modules[0]
         return Stack(
             name,
             owners,
-            Side(tuple(a for a, _ in pairs), (1.0,) * len(pairs)),
-            Side(tuple(b.T for _, b in pairs), scaling),
-            tuple(self.weights[i] for i in owners),
+            Side.of([a for a, _ in pairs], (1.0,) * len(pairs), ranks, first.n),
+            Side.of([b for _, b in pairs], scaling, ranks, first.m, transposed=True),
+            tuple([self.weights[i] for i in owners]),
         )
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import _C
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
-from ..algebra.side import Side
+from ..algebra.side import CODES, Side, squares, table
 from . import torch as library
-from .layout import DTYPES, addresses, arrange, dense, matrices
+from .layout import addresses, dense, matrices, together
 from .torch import orthogonalize_factors
 
 __all__ = [
@@ -43,24 +43,23 @@ MAX_DESCENT_RANK = 1024
 
 def gram(problems: Sequence[Side], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """X X^T [R, R] of every problem, products and sums in `dtype` (float32 or float64)."""
-    table, _alive = _describe(problems)
-    out = [torch.empty(p.rank, p.rank, dtype=dtype) for p in problems]
-    _C.gram(table, addresses(out), dtype == torch.float64, torch.get_num_threads())
+    given, _alive = _described(problems)
+    out, at = _results([(p.rank, p.rank) for p in problems], dtype)
+    _C.gram(given, at, dtype == torch.float64, torch.get_num_threads())
     return out
 
 
 def block_gram(problems: Sequence[Side]) -> list[Tensor]:
     """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
-    table, _alive = _describe(problems)
-    out = [torch.empty(sum(r * r for r in p.ranks), dtype=torch.float64) for p in problems]
-    _C.block_gram(table, addresses(out), torch.get_num_threads())
+    given, _alive = _described(problems)
+    out, at = _results([(squares(p.ranks),) for p in problems], torch.float64)
+    _C.block_gram(given, at, torch.get_num_threads())
     return out
 
 
 def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
     """Sums of x_ij y_ij over the block of every two adapters: [P, T, T] in float64."""
-    left = [m.float().contiguous() for m in x]
-    right = [m.float().contiguous() for m in y]
+    left, right = matrices(x), matrices(y)
     out = torch.empty(len(x), len(ranks), len(ranks), dtype=torch.float64)
     threads = torch.get_num_threads()
     _C.block_products(addresses(left), addresses(right), list(ranks), out.data_ptr(), threads)
@@ -76,35 +75,44 @@ def orthogonalize(
     tol: float = 1e-3,
 ) -> tuple[list[Tensor], Tensor]:
     """C [R, R] of every problem and the descent's statistics [P, 5] (see descent.STATS)."""
-    stats = torch.zeros(len(grams), 5, dtype=torch.float64)
+    small = [i for i, r in enumerate(ranks) if sum(r) <= MAX_DESCENT_RANK]
+    if len(small) == len(grams):
+        return _orthogonalize(grams, ranks, penalty, gamma, steps, tol)
     results: list[Tensor] = list(grams)
-    small = [i for i, g in enumerate(grams) if g.shape[0] <= MAX_DESCENT_RANK]
-    large = [i for i, g in enumerate(grams) if g.shape[0] > MAX_DESCENT_RANK]
-    if large:
-        chosen = [grams[i] for i in large]
-        found, stats[large] = library.orthogonalize(
-            chosen, [ranks[i] for i in large], penalty, gamma, steps, tol
-        )
-        for i, c in zip(large, found):
+    stats = torch.zeros(len(grams), 5, dtype=torch.float64)
+    large = sorted({*range(len(grams))} - {*small})
+    for run, chosen in ((_orthogonalize, small), (library.orthogonalize, large)):
+        part = [grams[i] for i in chosen], [ranks[i] for i in chosen]
+        found, stats[chosen] = run(*part, penalty, gamma, steps, tol)
+        for i, c in zip(chosen, found):
             results[i] = c
-    inputs = [grams[i].float().contiguous() for i in small]
-    outputs = [torch.empty_like(g) for g in inputs]
-    rows = torch.zeros(len(small), 5, dtype=torch.float64)
+    return results, stats
+
+
+def _orthogonalize(
+    grams: Sequence[Tensor],
+    ranks: Sequence[tuple[int, ...]],
+    penalty: str,
+    gamma: float,
+    steps: int,
+    tol: float,
+) -> tuple[list[Tensor], Tensor]:
+    inputs = matrices(grams)
+    sizes = [sum(r) for r in ranks]
+    results, at = _results([(size, size) for size in sizes], torch.float32)
+    stats = torch.zeros(len(grams), 5, dtype=torch.float64)
     _C.orthogonalize(
         addresses(inputs),
-        [r for i in small for r in ranks[i]],
-        [len(ranks[i]) for i in small],
-        addresses(outputs),
-        rows.data_ptr(),
+        [rank for r in ranks for rank in r],
+        [len(r) for r in ranks],
+        at,
+        stats.data_ptr(),
         penalty == "frobenius",
         gamma,
         steps,
         tol,
         torch.get_num_threads(),
     )
-    stats[small] = rows
-    for i, c in zip(small, outputs):
-        results[i] = c
     return results, stats
 
 
@@ -112,7 +120,7 @@ def apply(
     coefficients: Sequence[Tensor | None], problems: Sequence[Side], out_dtype: torch.dtype
 ) -> list[Tensor]:
     """C X [K, d] of every problem (None: X itself), in the memory layout of its first block."""
-    table, _alive = _describe(problems)
+    given, _alive = _described(problems)
     cs = matrices(coefficients)
     rows = [p.rank if c is None else c.shape[0] for c, p in zip(cs, problems)]
     out = [
@@ -121,8 +129,8 @@ def apply(
         else torch.empty(k, p.d, dtype=out_dtype)
         for k, p in zip(rows, problems)
     ]
-    code, threads = DTYPES[out_dtype], torch.get_num_threads()
-    _C.apply(table, addresses(cs), rows, addresses(out), code, threads)
+    code, threads = CODES[out_dtype], torch.get_num_threads()
+    _C.apply(given, addresses(cs), rows, addresses(out), code, threads)
     return out
 
 
@@ -136,22 +144,22 @@ def apply_decouple(
     full: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A' [R, n] and the adapters' norms ||B_i A_i||_F [T] in float64, of every problem."""
-    table, _alive = _describe(problems, rows_only=True)
+    given, _alive = _described(problems, rows_only=True)
     cs = matrices(coefficients)
     packed = [k.contiguous() for k in blocks]
     whole = [h.contiguous() for h in full or ()]
     out = [torch.empty(p.rank, p.d, dtype=out_dtype) for p in problems]
-    norms = [torch.empty(len(p.blocks), dtype=torch.float64) for p in problems]
+    norms, at = _results([(len(p.ranks),) for p in problems], torch.float64)
     _C.apply_decouple(
-        table,
+        given,
         addresses(cs),
         addresses(packed),
         [w for omega in omegas for w in omega],
         scale,
         addresses(whole),
         addresses(out),
-        DTYPES[out_dtype],
-        addresses(norms),
+        CODES[out_dtype],
+        at,
         torch.get_num_threads(),
     )
     return out, norms
@@ -174,7 +182,7 @@ def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
     A tensor that is no dense piece of memory is copied first; a transposed one is not.
     """
     pieces = [dense(x) for x in tensors]
-    codes = [DTYPES[x.dtype] for x in pieces]
+    codes = [CODES[x.dtype] for x in pieces]
     counts = [x.numel() for x in pieces]
     return _C.all_finite(addresses(pieces), counts, codes, torch.get_num_threads())
 
@@ -225,10 +233,10 @@ def entry_merge(
     return merged
 
 
-def _sides(a: Side, b: Side) -> tuple[tuple[_C.Problems, _C.Problems], list[Tensor]]:
-    """The kernels' tables of A and of B, and the tensors to keep alive."""
-    table_a, alive_a = _describe([a], rows_only=True)
-    table_b, alive_b = _describe([b])
+def _sides(a: Side, b: Side) -> tuple[tuple[_C.Problems, _C.Problems], list[Side]]:
+    """The kernels' tables of A and of B, and the sides to keep alive."""
+    table_a, alive_a = _described([a], rows_only=True)
+    table_b, alive_b = _described([b])
     return (table_a, table_b), alive_a + alive_b
 
 
@@ -239,25 +247,16 @@ def _rules(
     return numbers, [t.rescale for t in trims], draw.seed, draw.module, list(draw.adapters)
 
 
-def _describe(
-    problems: Sequence[Side], rows_only: bool = False
-) -> tuple[_C.Problems, list[Tensor]]:
-    """The kernels' table of problems, and the tensors to keep alive while it is used."""
-    alive: list[Tensor] = []
-    pitches: list[int] = []
-    columns = [p.in_columns and not rows_only for p in problems]
-    for p, in_columns in zip(problems, columns):
-        arranged, steps = arrange(p, in_columns)
-        alive += arranged
-        pitches += steps
-    table = _C.Problems(
-        addresses(alive),
-        [r for p in problems for r in p.ranks],
-        pitches,
-        [DTYPES[block.dtype] for block in alive],
-        [scale for p in problems for scale in p.scales],
-        [len(p.blocks) for p in problems],
-        [p.d for p in problems],
-        columns,
-    )
-    return table, alive
+def _described(problems: Sequence[Side], rows_only: bool = False) -> tuple[_C.Problems, list[Side]]:
+    """The kernels' table of problems, and the sides to keep alive while it is used."""
+    given = table(problems, rows_only)
+    return _C.Problems(given.addresses, given.heads, given.rows), given.sides
+
+
+def _results(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+) -> tuple[list[Tensor], list[int]]:
+    """Memory for results, and its addresses."""
+    results, places = together(shapes, dtype)
+    first = results[0].data_ptr() if results else 0
+    return results, [first + at * dtype.itemsize for at in places]

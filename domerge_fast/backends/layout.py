@@ -1,43 +1,15 @@
-"""How the memory of a problem's blocks is laid out for kernels that read addresses."""
+"""How the memory of tensors is laid out for kernels that read addresses."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..algebra.side import Side
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The numbers by which csrc/common/problem.h knows them."""
-
-
-def arrange(
-    problem: Side, in_columns: bool, dtype: torch.dtype | None = None
-) -> tuple[list[Tensor], list[int]]:
-    """The problem's blocks in one layout, and the distance from one row of memory to the next.
-
-    Rows: element (r, c) of X_i [r_i, d] lies at r * pitch + c; columns: at c * pitch + r. A block
-    laid out otherwise is copied, a slice of a larger matrix is not. dtype: what all blocks are
-    brought to; None leaves each as it is, but for float64, which becomes float32.
-    """
-    blocks, pitches = [], []
-    d = problem.d
-    for block, rank in zip(problem.blocks, problem.ranks):
-        wanted = dtype or (block.dtype if block.dtype in DTYPES else torch.float32)
-        if block.dtype != wanted:
-            block = block.to(wanted)
-        pitch, step = block.stride()
-        if in_columns:
-            pitch, step = step, pitch
-        width = rank if in_columns else d
-        if step != 1 or pitch < width:
-            block = block.T.contiguous().T if in_columns else block.contiguous()
-            pitch = width
-        blocks.append(block)
-        pitches.append(pitch)
-    return blocks, pitches
+GAP = 64
+"""Results that share an allocation begin at multiples of this many elements."""
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
@@ -53,3 +25,26 @@ def dense(x: Tensor) -> Tensor:
 def matrices(coefficients: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Float32, row-major."""
     return [None if c is None else c.float().contiguous() for c in coefficients]
+
+
+def together(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device | None = None
+) -> tuple[list[Tensor], list[int]]:
+    """Row-major results of an op in one allocation, and where each begins in it, in elements. For
+    what lives no longer than its group: one of them keeps the memory of all, and is saved with
+    it."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for k, shape in enumerate(shapes):
+        alike.setdefault(tuple(shape), []).append(k)
+    steps = {shape: -(-math.prod(shape) // GAP) * GAP for shape in alike}
+    total = sum(steps[shape] * len(members) for shape, members in alike.items())
+    memory = torch.empty(total, dtype=dtype, device=device)
+    results, places, first = [memory] * len(shapes), [0] * len(shapes), 0
+    for shape, members in alike.items():
+        step = steps[shape]
+        strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
+        views = memory.as_strided((len(members), *shape), (step, *strides), first).unbind()
+        for k, view in zip(members, views):
+            results[k], places[k] = view, first
+            first += step
+    return results, places

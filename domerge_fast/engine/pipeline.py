@@ -381,7 +381,9 @@ def survey(
 
 def _streams(plan: Plan, place: Place) -> list[torch.cuda.Stream]:
     """The caller's streams where the factors are and where the merge runs."""
-    homes = (device for adapter in plan.adapters for device in adapter.devices)
+    homes = set()
+    if torch.cuda.is_initialized():  # else no factors are on a GPU
+        homes = {device for adapter in plan.adapters for device in adapter.devices}
     return transfer.current_streams([place.device, *homes])
 
 

@@ -67,9 +67,9 @@ def _own_stream(device: torch.device, way: str) -> torch.cuda.Stream:
 
 def upload(stacks: list[Stack], device: torch.device) -> Upload:
     """The stacks with every block on the device; those that are there already stay."""
-    away = [block for block in _blocks(stacks) if block.device != device]
-    if not away:
+    if all(s.a.is_on(device) and s.b.is_on(device) for s in stacks):
         return Upload(stacks)
+    away = [block for block in _blocks(stacks) if block.device != device]
     if device.type != "cuda":
         return Upload(_replaced(stacks, {id(x): x.to(device) for x in away}))
     sources = [dense(x.cpu()) for x in away]

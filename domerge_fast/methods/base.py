@@ -246,7 +246,7 @@ class Chosen:
 
 def bare_sides(stacks: Sequence[Stack]) -> list[Side]:
     """A of every stack, then B^T of every stack without scalings."""
-    bare = [Side(s.b.blocks, (1.0,) * len(s.b.blocks)) for s in stacks]
+    bare = [s.b.scaled((1.0,) * len(s.b.scales)) for s in stacks]
     return [*(s.a for s in stacks), *bare]
 
 

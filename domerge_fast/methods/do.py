@@ -198,7 +198,7 @@ class Moved:
         """Every adapter's Xhat_i times its own factor."""
         if self.c is None:
             scales = tuple(g * scale for g, scale in zip(gains, self.problem.scales))
-            return replace(self, problem=Side(self.problem.blocks, scales))
+            return replace(self, problem=self.problem.scaled(scales))
         rows = [g for g, r in zip(gains, self.problem.ranks) for _ in range(r)]
         return replace(self, c=torch.tensor(rows, device=self.c.device)[:, None] * self.c)
 
@@ -281,8 +281,7 @@ def orthogonalize(
     if wide:
         x, stats = ops.orthogonalize_factors([problems[i] for i in wide], backend=backend, **rule)
         for i, moved, row in zip(wide, x, stats.tolist()):
-            blocks = moved.split_with_sizes(problems[i].ranks)
-            problem = Side(blocks, (1.0,) * len(blocks))
+            problem = Side.split(moved, problems[i].ranks)
             sides[i] = Moved(problem, None, SideReport(int(row[0]), *row[1:]))
     return sides
 
@@ -299,9 +298,7 @@ def _decouple(
     options: DoOptions,
     settings: Settings,
 ) -> tuple[list[Tensor], list[Sequence[float] | None]]:
-    merged_b = [
-        Side(x.split_with_sizes(s.b.ranks), (1.0,) * len(s.adapters)) for s, x in zip(stacks, b_hat)
-    ]
+    merged_b = [Side.split(x, s.b.ranks) for s, x in zip(stacks, b_hat)]
     full = None
     if options.renormalize:
         whole = [Side((x,), (1.0,)) for x in b_hat]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..algebra.side import Side, check_sides
+from ..algebra.side import Side
 from ._backend import implementation
 
 
@@ -23,7 +23,6 @@ def apply(
     Computed in float32. Where the first block is the transpose of a row-major [d, r] matrix, so
     is the result: B sides come out as the transposes of row-major [m, K] matrices.
     """
-    check_sides(problems)
     for c, p in zip(coefficients, problems, strict=True):
         if c is not None and (c.ndim != 2 or c.shape[1] != p.rank):
             raise ValueError(f"C must be [K, {p.rank}], got {tuple(c.shape)}")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..algebra.side import Side, check_sides
+from ..algebra.side import Side, squares
 from ._backend import implementation
 
 
@@ -38,9 +38,8 @@ def apply_decouple(
     (`block_gram`). omegas: one weight an adapter. full: B^T B [R, R] in float64 of every problem
     to renormalize the merged direction, or None.
     """
-    check_sides(problems)
     for p, k, w in zip(problems, blocks, omegas, strict=True):
-        if k.numel() != sum(r * r for r in p.ranks) or len(w) != len(p.ranks):
+        if k.numel() != squares(p.ranks) or len(w) != len(p.ranks):
             raise ValueError(f"blocks or omegas do not fit the ranks {p.ranks}")
     module = implementation(backend, problems)
     a, norms = module.apply_decouple(

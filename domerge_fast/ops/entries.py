@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..algebra.entry_rules import Draw, Election, Trim
-from ..algebra.side import Side, check_sides
+from ..algebra.side import Side
 from ._backend import implementation
 
 
@@ -63,7 +63,6 @@ def entry_merge(
 
 
 def _check(a: Side, b: Side) -> None:
-    check_sides([a, b])
     if a.ranks != b.ranks:
         raise ValueError(f"ranks of A {a.ranks} and of B {b.ranks} differ")
 

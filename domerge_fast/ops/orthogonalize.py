@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..algebra.side import Side, check_sides
+from ..algebra.side import Side
 from ._backend import implementation
 
 PENALTIES = ("squared", "frobenius")
@@ -53,7 +53,6 @@ def orthogonalize_factors(
 
     The same descent as `orthogonalize`, at O(R d^2) instead of O(R^3) a step.
     """
-    check_sides(problems)
     module = implementation(backend, problems)
     x, stats = module.orthogonalize_factors(problems, gamma, steps, tol)
     return x, stats

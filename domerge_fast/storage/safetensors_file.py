@@ -231,7 +231,9 @@ def _room(x: LazyTensor) -> int:
 
 
 def _in_memory(x: LazyTensor) -> torch.Tensor:
-    return x.read().flatten(1).contiguous()
+    tensor = x.read()
+    plain = tensor.ndim == 2 and tensor.is_contiguous()
+    return tensor if plain else tensor.flatten(1).contiguous()
 
 
 def _matrix(

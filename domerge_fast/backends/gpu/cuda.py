@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _cuda
 from ...algebra.entry_rules import Election
-from ..layout import DTYPES
+from ...algebra.side import CODES
 from .entries import MEANS, SIGNS, GpuEntries, Updates
 from .host import Gpu
 from .tables import Table
@@ -61,7 +61,7 @@ class _Kernels:
         )
 
     def apply(self, table: Table, size: int, tiles: Tensor, work: Tensor, out: Tensor) -> None:
-        code = DTYPES[out.dtype]
+        code = CODES[out.dtype]
         _cuda.apply(_numbers(table), size, *_rows(tiles), _at(work), _at(out), code, _stream(out))
 
     def roots(self, work: Tensor, out: Tensor, norms: Tensor) -> None:
@@ -92,13 +92,13 @@ class _Kernels:
             energies=_at(energies),
             slots=energies.shape[1],
         )
-        code = DTYPES[out.dtype]
+        code = CODES[out.dtype]
         _cuda.apply_decouple(
             _numbers(table), size, *_rows(tiles), numbers, _at(out), code, _stream(out)
         )
 
     def all_finite(self, dtype: torch.dtype, tiles: Tensor, flags: Tensor) -> None:
-        _cuda.all_finite(DTYPES[dtype], *_rows(tiles), _at(flags), _stream(flags))
+        _cuda.all_finite(CODES[dtype], *_rows(tiles), _at(flags), _stream(flags))
 
     def entry_counts(self, updates: Updates, prefixes: Tensor | None, out: Tensor) -> None:
         behind = 0 if prefixes is None else _at(prefixes)
@@ -145,7 +145,7 @@ def _rows(table: Tensor) -> tuple[int, int]:
 
 
 def _numbers(table: Table) -> tuple[int, int, int, int]:
-    return _at(table.blocks), _at(table.owner), _at(table.problems), DTYPES[table.dtype]
+    return _at(table.blocks), _at(table.owner), _at(table.problems), CODES[table.dtype]
 
 
 def _updates(updates: Updates) -> tuple[tuple[int, int, int, int], _cuda.Updates]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...algebra.side import Side
 from .. import torch as library
 from ..descent import STATS
-from ..layout import addresses, dense, matrices
+from ..layout import addresses, dense, matrices, together
 from . import tables
 from .tables import Table
 
@@ -141,7 +141,7 @@ class Gpu:
         kernels = self.load()
         with region("gram", problems[0].device) as device:
             host = tables.describe(problems)
-            grams, offsets = _results([(p.rank, p.rank) for p in problems], torch.float32, device)
+            grams, offsets = together([(p.rank, p.rank) for p in problems], torch.float32, device)
             plans = [
                 (size, *tables.gram_tiles(problems, members, offsets, size, GRAM_CHUNK))
                 for size, members in _by_rank(problems, kernels.sizes("gram")).items()
@@ -160,7 +160,7 @@ class Gpu:
         with region("block_gram", problems[0].device) as device:
             host = tables.describe(problems)
             sizes = [(sum(r * r for r in p.ranks),) for p in problems]
-            packed, offsets = _results(sizes, torch.float64, device)
+            packed, offsets = together(sizes, torch.float64, device)
             work: list[int] = []
             block = 0
             for k, (p, at) in enumerate(zip(problems, offsets)):
@@ -201,7 +201,7 @@ class Gpu:
                 )
                 for i, c in zip(large, found):
                     results[i] = c
-            cs, offsets = _results([g.shape for g in small.values()], torch.float32, device)
+            cs, offsets = together([g.shape for g in small.values()], torch.float32, device)
             starts: list[int] = []
             work: dict[int, tuple[int, ...]] = {}
             for (i, g), at in zip(small.items(), offsets):
@@ -331,8 +331,8 @@ class Gpu:
                     results[0],
                     energies,
                 )
-            counts = [len(p.blocks) for p in problems]
-            sizes = torch.ops.aten.split_with_sizes_copy(energies.sum(1).sqrt(), counts)
+            counts = [len(p.ranks) for p in problems]
+            sizes = energies.sum(1).sqrt().split_with_sizes(counts)
         return results, list(sizes)
 
     def truncate(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
 
-from ...algebra.side import Side
-from ..layout import addresses, arrange
+from ...algebra.side import Side, table
 
 ALIGNMENT = 16
 """What shares an allocation starts at multiples of this many elements."""
@@ -27,18 +26,22 @@ class Table:
     blocks [N, 4]: address, pitch in elements, first row within its problem, scale (the bits of a
     float64). owner [rows]: the block of every stacked row, all problems one after the other.
     problems [P, 6]: first row in owner, R, d, first block, blocks, 1 for the layout in columns
-    (see layout.arrange). dtype: that of all blocks. alive: what the addresses point into.
+    (see Side.ready). dtype: that of all blocks. largest: the largest r_i. even: how many neighbours
+    of every block, in either layout, one read can take: 16 bytes or 1. alive: what the addresses
+    point into.
     """
 
     blocks: Tensor
     owner: Tensor
     problems: Tensor
     dtype: torch.dtype
-    alive: list[Tensor]
+    largest: int
+    even: int
+    alive: list[Side]
 
     def to(self, blocks: Tensor, owner: Tensor, problems: Tensor) -> Table:
         """The same table with its numbers elsewhere."""
-        return Table(blocks, owner, problems, self.dtype, self.alive)
+        return replace(self, blocks=blocks, owner=owner, problems=problems)
 
 
 def describe(problems: Sequence[Side], rows_only: bool = False) -> Table:
@@ -47,28 +50,27 @@ def describe(problems: Sequence[Side], rows_only: bool = False) -> Table:
     for p in problems:
         if p.device != device:
             raise ValueError(f"problems on {device} and {p.device} in one call")
-    dtypes = {block.dtype for p in problems for block in p.blocks}
+    given = table(problems, rows_only)
+    dtypes = {dtype for layout in {x.layout for x in given.sides} for dtype in layout.dtypes}
+    if len(dtypes) > 1:
+        given = table(problems, rows_only, torch.float32)
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    dtype = torch.float32 if dtype == torch.float64 else dtype
-    alive: list[Tensor] = []
-    pitches: list[int] = []
-    heads: list[int] = []
-    ranks: list[int] = []
-    starts: list[int] = []
-    first_row = 0
-    for p in problems:
-        in_columns = p.in_columns and not rows_only
-        heads += (first_row, p.rank, p.d, len(alive), len(p.blocks), in_columns)
-        arranged, steps = arrange(p, in_columns, dtype)
-        alive += arranged
-        pitches += steps
-        ranks += p.ranks
-        starts += accumulate(p.ranks[:-1], initial=0)
-        first_row += p.rank
-    scales = float_bits([scale for p in problems for scale in p.scales])
-    blocks = [numbers(addresses(alive)), numbers(pitches), numbers(starts), scales]
-    owner = torch.repeat_interleave(numbers(ranks))
-    return Table(torch.stack(blocks, 1), owner, numbers(heads, 6), dtype, alive)
+    addresses, heads, rows_of = map(_int64, given[:3])
+    counts, rank, d, columns = heads.view(-1, 4).unbind(1)
+    ranks, pitches, _, scales = rows_of.view(-1, 4).unbind(1)
+    first_row, first_block = rank.cumsum(0) - rank, counts.cumsum(0) - counts
+    starts = ranks.cumsum(0) - ranks - first_row.repeat_interleave(counts)
+    blocks = torch.stack([addresses, pitches, starts, scales], 1)
+    heads = torch.stack([first_row, rank, d, first_block, counts, columns], 1)
+    owner = torch.repeat_interleave(ranks)
+    count = 16 // dtype.itemsize
+    odd = [addresses % 16, ranks % count, pitches % count, d % count]
+    even = 1 if any(bool(x.any()) for x in odd) else count
+    return Table(blocks, owner, heads, dtype, int(ranks.max()), even, given.sides)
+
+
+def _int64(packed: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(packed), dtype=torch.int64)
 
 
 def numbers(values: Iterable[int], width: int | None = None) -> Tensor:

@@ -63,7 +63,7 @@ def apart(
         stack.adapters,
         Side(tuple(r * c for r, c in zip(rows, inverse)), ones),
         Side(columns, ones),
-        tuple(stack.omegas),
+        stack.omegas,
     )
     shares = torch.tensor(stack.omegas).abs().to(magnitudes)
     norms = magnitudes.double().norm(dim=1).tolist()

@@ -15,7 +15,6 @@ import dataclasses
 from collections.abc import Sequence
 
 from ...adapters.plan import Stack
-from ...algebra.side import Side
 from ..base import Settings
 from .base import PreStep
 from .norms import norms
@@ -29,7 +28,7 @@ def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
 def _equalized(stack: Stack, sizes: Sequence[float]) -> Stack:
     mean = sum(sizes) / len(sizes)
     scales = [c * mean / size if size else c for c, size in zip(stack.b.scales, sizes)]
-    return dataclasses.replace(stack, b=Side(stack.b.blocks, tuple(scales)))
+    return dataclasses.replace(stack, b=stack.b.scaled(tuple(scales)))
 
 
 STEP = PreStep("equalize", "scale a module's updates to one norm, their mean", run)

@@ -23,11 +23,11 @@ from .base import PreStep, alike
 
 
 def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
-    bare = [Side(s.b.blocks, (1.0,) * len(s.b.blocks)) for s in stacks]
+    bare = [s.b.scaled((1.0,) * len(s.b.scales)) for s in stacks]
     coefficients = ops.gram(bare, dtype=torch.float64, backend=settings.backend)
-    for members in alike((p.rank, len(p.blocks)) for p in bare):
+    for members in alike((p.rank, len(p.ranks)) for p in bare):
         grams = torch.stack([coefficients[k] for k in members])
-        for k, c in zip(members, pico.calibration(grams, len(bare[members[0]].blocks)).float()):
+        for k, c in zip(members, pico.calibration(grams, len(bare[members[0]].ranks)).float()):
             coefficients[k] = c
     calibrated = ops.apply(coefficients, bare, torch.float32, backend=settings.backend)
     return [

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tables import Table
-from .tiles import ELEMENTS, cast, find_rows, load_tile, vector
+from .tiles import ELEMENTS, cast, find_rows, load_tile
 
 SIZES = (16, 32, 64, 128)
 COLUMNS = {16: 256, 32: 128, 64: 128, 128: 128}
@@ -118,6 +118,6 @@ def apply(table: Table, size: int, tiles: Tensor, work: Tensor, out: Tensor) -> 
         COLUMNS=COLUMNS[size],
         CHUNK=CHUNK,
         ELEMENT=ELEMENTS[table.dtype],
-        VECTOR=vector(table),
+        VECTOR=table.even,
         num_warps=WARPS[size],
     )

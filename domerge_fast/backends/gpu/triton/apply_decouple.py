@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import torch as library
 from ..tables import Table
 from .apply import CHUNK, multiply
-from .tiles import ELEMENTS, cast, vector
+from .tiles import ELEMENTS, cast
 
 SIZES = (16, 32, 64, 256)
 COLUMNS = 128
@@ -152,7 +152,6 @@ def apply_decouple(
     """See Kernels.apply_decouple."""
     programs = min(len(tiles), _programs(out.device))
     workspace = torch.empty(programs, 2 * size * COLUMNS, device=out.device)
-    largest = max(len(block) for block in table.alive)
     apply_decouple_kernel[(programs,)](
         table.blocks,
         table.owner,
@@ -173,9 +172,9 @@ def apply_decouple(
         ROWS=ROWS[size],
         COLUMNS=COLUMNS,
         CHUNK=CHUNK,
-        ROOT_ROWS=min(MAX_ROOT_ROWS, max(16, triton.next_power_of_2(largest))),
+        ROOT_ROWS=min(MAX_ROOT_ROWS, max(16, triton.next_power_of_2(table.largest))),
         ELEMENT=ELEMENTS[table.dtype],
-        VECTOR=vector(table),
+        VECTOR=table.even,
         num_warps=8,
         num_stages=2,
     )

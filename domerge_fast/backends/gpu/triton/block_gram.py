@@ -84,7 +84,7 @@ def block_gram_kernel(
 
 def block_gram(table: Table, work: Tensor, out: Tensor) -> None:
     """See Kernels.block_gram."""
-    tiles = -(-max(len(block) for block in table.alive) // SIZE)
+    tiles = -(-table.largest // SIZE)
     block_gram_kernel[(len(work), tiles, tiles)](
         table.blocks,
         table.problems,

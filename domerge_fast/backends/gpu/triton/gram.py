@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tables import Table
-from .tiles import ELEMENTS, find_rows, load_tile, vector
+from .tiles import ELEMENTS, find_rows, load_tile
 
 SIZES = (16, 32, 64, 128)
 COLUMNS = {16: 256, 32: 128, 64: 64, 128: 64}
@@ -134,7 +134,7 @@ def gram(table: Table, size: int, tiles: Tensor, sums: Tensor, parts: Tensor, ou
         SIZE=size,
         COLUMNS=COLUMNS[size] * 2 // table.dtype.itemsize,
         ELEMENT=ELEMENTS[table.dtype],
-        VECTOR=vector(table),
+        VECTOR=table.even,
         num_warps=WARPS[size],
     )
     if len(sums):

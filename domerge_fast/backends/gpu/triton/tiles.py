@@ -12,21 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..tables import Table
-
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-def vector(table: Table) -> int:
-    """How many neighbours of every block, in either layout, one read can take: 16 bytes or 1."""
-    count = 16 // table.dtype.itemsize
-    whole = all(
-        x.data_ptr() % 16 == 0 and all(n % count == 0 for n in (*x.shape, max(x.stride())))
-        for x in table.alive
-    )
-    return count if whole else 1
 
 
 @triton.jit
