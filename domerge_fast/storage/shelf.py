@@ -6,10 +6,22 @@ import pickle
 import tempfile
 from typing import IO, Any
 
+from torch import Tensor
+
 from ..errors import OutputError
 
 MOST_BYTES = 256 << 20
 """What is kept in memory."""
+
+
+class _Pickler(pickle.Pickler):
+    """Writes of tensors that share memory each one's own part: pickle alone would write all of it
+    with every one."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        if isinstance(thing, Tensor) and thing.untyped_storage().nbytes() > thing.nbytes:
+            return thing.clone().__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        return NotImplemented
 
 
 class Shelf:
@@ -32,7 +44,7 @@ class Shelf:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="domerge-")  # noqa: SIM115
             self._there[name] = self._file.seek(0, 2)
-            pickle.dump(thing, self._file)
+            _Pickler(self._file).dump(thing)
             self._file.flush()
         except OSError as error:
             problem = f"no room for intermediate results ({error.strerror})"
