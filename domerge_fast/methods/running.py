@@ -242,7 +242,7 @@ def _scaled(stack: Stack, x: Coefficients, settings: Settings, bare: bool) -> Pr
     if x.b.dim() == 1:
         gains = [settings.scale * c for c in x.b.tolist()]
         scales = tuple(g * c for g, c in zip(gains, stack.b.scales))
-        return (x.a, stack.a), (None, Side(stack.b.blocks, scales))
+        return (x.a, stack.a), (None, stack.b.scaled(scales))
     a, b = _sides(stack, bare)
     c_b = settings.scale * _gains(x, settings) * x.b.double()
     return (_on(x.a, a), a), (_on(c_b.float(), b), b)
