@@ -11,7 +11,8 @@ from domerge_fast.bench import bounds
 from domerge_fast.bench.bounds import NOTHING, Rates, Work
 from domerge_fast.bench.cases import is_wide
 from domerge_fast.bench.workloads import Workload
-from domerge_fast.results.report import Report, SideReport
+from domerge_fast.methods.side_report import SideReport
+from domerge_fast.results.report import Report
 
 
 def least(workload: Workload, report: Report, rates: Rates) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .adapters import Adapter
-    from .api import inspect, list_backends, list_formats, list_methods, merge
+    from .api import estimate, inspect, list_backends, list_formats, list_methods, merge, run
     from .errors import (
         AdapterError,
         DomergeError,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from .formats import from_model, from_tensors, load
     from .merged import Merged
+    from .recipe import Recipe
     from .results.report import Interference, Report
     from .sessions.sequential import Sequential
 
@@ -40,8 +41,10 @@ _HOME = {
     "OptionError": "errors",
     "OutputError": "errors",
     "OutputWarning": "errors",
+    "Recipe": "recipe",
     "Report": "results.report",
     "Sequential": "sessions.sequential",
+    "estimate": "api",
     "from_model": "formats",
     "from_tensors": "formats",
     "inspect": "api",
@@ -50,6 +53,7 @@ _HOME = {
     "list_methods": "api",
     "load": "formats",
     "merge": "api",
+    "run": "api",
 }
 
 __all__ = [
@@ -62,8 +66,10 @@ __all__ = [
     "OptionError",
     "OutputError",
     "OutputWarning",
+    "Recipe",
     "Report",
     "Sequential",
+    "estimate",
     "from_model",
     "from_tensors",
     "inspect",
@@ -72,6 +78,7 @@ __all__ = [
     "list_methods",
     "load",
     "merge",
+    "run",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,25 +12,30 @@ from pathlib import Path
 from torch import Tensor
 
 from .adapters import Adapter
+from .adapters.adapter import called
 from .algebra import powers
-from .errors import OptionError
+from .errors import AdapterError, OptionError
 from .formats import FORMATS, load
 from .formats.format import Format
 from .formats.target import Target
 from .options import folder, suggest
+from .recipe import Input
 from .results.report import Report
+from .storage.digests import sha256
 
 
 @dataclass(frozen=True, eq=False)
 class Merged:
     """A merge. `results` holds A [R, n] and B [m, R] of every module, or ΔW [m, n] alone where it
     was kept dense, or nothing where the merge was streamed to `path`. R is the module's own rank;
-    files are padded to one rank (formats/peft/write.py)."""
+    files are padded to one rank (formats/peft/write.py). sources: what was merged, where the result
+    is in memory."""
 
     report: Report
     target: Target
     results: Mapping[str, tuple[Tensor, ...]]
     path: Path | None = None
+    sources: tuple[Adapter, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -53,7 +59,7 @@ class Merged:
 
     @property
     def _form(self) -> Format:
-        return FORMATS[str(self.report.options.get("form", "adapter"))]
+        return FORMATS[self.report.recipe.form]
 
     def _check(self, name: str) -> None:
         if name not in self.report.modules:
@@ -82,9 +88,23 @@ class Merged:
     ) -> None:
         """Write the folder of the merge's form, as a PEFT adapter or dense deltas: whole or not at
         all. overwrite, force: as for `merge`. OutputError if it cannot be."""
-        form = self._form
+        report, form = self._with_sums(), self._form
         assert form.write
         with form.write(folder("output", output), self.target, overwrite, force) as written:
             for name in self.names:
                 written.add(name, *([self.delta(name)] if form.dense else self.factors(name)))
-            written.finish(self.report)
+            written.finish(report)
+
+    def _with_sums(self) -> Report:
+        """The report with the sums of the files that were merged, where these are as they were."""
+        if not self.sources:
+            return self.report
+        found, notes = [], list(self.report.notes)
+        for k, adapter in enumerate(self.sources):
+            try:
+                found.append(Input(adapter.name, {f.path.name: sha256(f) for f in adapter.inputs}))
+            except AdapterError:
+                found.append(Input(adapter.name))
+                notes.append(f"{called(k, adapter)}: its files have changed, and have no sums here")
+        recipe = dataclasses.replace(self.report.recipe, adapters=tuple(found))
+        return dataclasses.replace(self.report, recipe=recipe, notes=tuple(notes))

@@ -85,8 +85,8 @@ def test_what_is_taken_is_said_and_done(regime, options):
         expected.report.scale,
         expected.report.scales,
     )
-    assert found.report.auto == ("scale" not in options)
-    assert found.report.method == "auto"
+    assert (found.report.recipe.scale == "auto") == ("scale" not in options)
+    assert found.report.recipe.method == "auto"
 
 
 @every_regime
@@ -218,7 +218,7 @@ def test_the_card_says_it_and_its_recipe_repeats_the_merge(regime, options, tmp_
         assert f"{report.scale:g}, found from the adapters" in text
     recipe = json.loads(re.search(r"```json\n(.*?)\n```", text, re.DOTALL).group(1))
     assert (recipe["method"], recipe["scale"]) == ("auto", options.get("scale", "auto"))
-    dm.merge(recipe.pop("adapters"), output="again", **recipe)
+    dm.run(dm.Recipe.read("out", under="."), output="again")
     assert load_bytes(tmp_path / "again") == load_bytes(tmp_path / "out")
 
 

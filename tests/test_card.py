@@ -96,12 +96,11 @@ def test_no_path_of_this_machine_is_told(tmp_path, monkeypatch):
     dm.merge(folders, output=tmp_path / "out")
     front, text, recipe = card_of(tmp_path / "out")
     assert front["base_model"] == "base"
-    assert recipe["adapters"] == ["first/final", "second/final"]
+    assert [x["name"] for x in recipe["adapters"]] == ["first/final", "second/final"]
     assert str(tmp_path) not in (tmp_path / "out" / CARD).read_text()
     assert "`first/final`" in text
     monkeypatch.chdir(tmp_path)
-    again = {k: v for k, v in recipe.items() if k != "adapters"}
-    dm.merge(recipe["adapters"], output="again", **again)
+    dm.run(dm.Recipe.read("out", under="."), output="again")
     weights = [Path(f, "adapter_model.safetensors").read_bytes() for f in ("out", "again")]
     assert weights[0] == weights[1]
 
@@ -135,5 +134,5 @@ def test_a_folder_of_any_bytes_is_named_in_utf8(tmp_path):
     os.rename(folder, odd)
     dm.merge([os.fsdecode(odd)], output=tmp_path / "out")
     _, _, recipe = card_of(tmp_path / "out")
-    (name,) = recipe["adapters"]
-    assert name.startswith("odd")
+    (adapter,) = recipe["adapters"]
+    assert adapter["name"].startswith("odd")

@@ -287,7 +287,7 @@ def test_a_shared_basis_in_another():
     small = turn @ ties([turn.T @ x for x in parts], WEIGHTS)
     merged = at_one(adapters({"x": case}), "core", inner="knots", weights=WEIGHTS, **TORCH)
     assert distance(dense(merged, "x"), u @ small @ v.T) < 1e-5
-    given = merged.report.options
+    given = merged.report.recipe.options
     assert (given["inner"], given["density"]) == ("knots", 0.2)
 
 
@@ -528,7 +528,7 @@ def test_steps_before_a_merge_are_taken_in_order(pre):
     case = CASES["odd d"]
     merged = at_one(adapters({"x": case}), "linear", weights=case.weights, pre=pre, **TORCH)
     assert distance(dense(merged, "x"), by_hand(case, "linear", pre, ())) < 1e-6
-    assert merged.report.options["pre"] == list(pre)
+    assert merged.report.recipe.pre == tuple(pre)
     if set(pre) == {"equalize", "pico"}:
         assert distance(dense(merged, "x"), by_hand(case, "linear", pre[::-1], ())) > 1e-3
 
@@ -542,7 +542,7 @@ def test_steps_after_a_merge_are_taken_in_order(post, method):
     merged = at_one(adapters({"x": case}), method, **given, **TORCH)
     result = dense(merged, "x")
     assert distance(result, by_hand(case, method, ["canonicalize"], post, -0.3)) < 1e-5
-    assert merged.report.options["post"] == list(post)
+    assert merged.report.recipe.post == tuple(post)
     norms = [abs(w) * float(d.norm()) for w, d in zip(case.weights, case.deltas(), strict=True)]
     wanted = 0.3 * sum(norms) / 3
     assert (float(result.norm()) == pytest.approx(wanted, rel=1e-5)) == (post[-1] == "norm_match")
@@ -723,10 +723,9 @@ def test_the_report_s_options_repeat_the_merge(method, given):
     first = at_one(loaded, method, weights=WEIGHTS, scale=0.7, **given, **TORCH)
     report = first.report
     told = json.loads(json.dumps(report.to_dict()))
-    assert given.items() <= told["options"].items()
-    recipe = {k: told[k] for k in ("method", "weights", "scale", "backend", "dtype")}
-    again = at_one(loaded, **recipe, **told["options"])
-    assert again.report.options == report.options
+    assert given.items() <= told["recipe"].items()
+    again = dm.run(dm.Recipe.of_plain(told["recipe"]), loaded)
+    assert again.report.recipe == report.recipe
     for name in first.names:
         assert torch.equal(again.delta(name), first.delta(name))
         assert again.report[name] == report[name]

@@ -228,7 +228,7 @@ def test_a_new_backend_runs_the_ops(monkeypatch, tmp_path):
         module, "gram", lambda *args, **given: taken.append(1) or usual(*args, **given)
     )
     merged = dm.merge(adapters({"x": CASE}), "tsvm", backend="wide")
-    assert merged.report.backend == "wide"
+    assert merged.report.recipe.backend == "wide"
     assert taken
     expected = dm.merge(adapters({"x": CASE}), "tsvm", backend="torch")
     assert distance(dense(merged, "x"), dense(expected, "x")) < 1e-5

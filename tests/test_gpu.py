@@ -77,7 +77,7 @@ def test_factors_on_the_gpu_stay_there():
         for s in range(2)
     ]
     merged = at_one(given)
-    assert merged.report.backend == registry.choose("auto", "cuda") != "cpu"
+    assert merged.report.recipe.backend == registry.choose("auto", "cuda") != "cpu"
     a, b = merged.factors(merged.names[0])
     assert a.device == b.device == torch.device("cuda", torch.cuda.current_device())
 

@@ -274,15 +274,15 @@ def test_ours_find_their_scale_and_peft_s_names_are_at_1():
     model = pair()
     given = model, ["a0", "a1"], [1.0, 1.0]
     report = live.add_weighted_adapter(*given, "new")
-    assert (report.method, report.auto) == ("auto", True)
+    assert (report.recipe.method, report.recipe.scale) == ("auto", "auto")
     expected = deltas_of(model, ["a0", "a1"], method="auto", scale="auto")
     check_deltas(peft_deltas(model, "new").__getitem__, expected, 1e-6)
     report = live.add_weighted_adapter(*given, "iso", "iso_c")
-    assert report.auto
+    assert report.recipe.scale == "auto"
     assert report.scale != 1
     for kind in ("linear", "svd", "ties", "magnitude_prune"):
         report = live.add_weighted_adapter(*given, kind, kind)
-        assert (report.scale, report.auto) == (1.0, False)
+        assert (report.scale, report.recipe.scale) == (1.0, 1.0)
     assert live.add_weighted_adapter(*given, "ties auto", "ties", scale="auto").auto
 
 
@@ -290,7 +290,7 @@ def test_options_are_those_of_the_method_and_of_merge():
     model = pair()
     options = {"gamma": 0.1, "steps": 3, "scale": -2.0, "energy": 0.9, "backend": "torch"}
     report = live.add_weighted_adapter(model, ["a0", "a1"], [1.0, 1.0], "new", "do", **options)
-    assert (report.scale, report.backend) == (-2.0, "torch")
+    assert (report.scale, report.recipe.backend) == (-2.0, "torch")
     expected = deltas_of(model, ["a0", "a1"], method="do", **options)
     check_deltas(peft_deltas(model, "new").__getitem__, expected, 1e-5)
 

@@ -261,7 +261,7 @@ def test_an_adapter_of_weight_zero_is_absent(method, backend):
     for name in with_zero.names:
         assert all(map(torch.equal, with_zero.factors(name), without.factors(name)))
         assert with_zero.report[name] == without.report[name]
-    assert with_zero.report.weights == (1.0, 0.0, 2.0, -1.0)
+    assert with_zero.report.recipe.weights == (1.0, 0.0, 2.0, -1.0)
 
 
 @every_method(GENERAL)
@@ -415,10 +415,12 @@ def test_the_report_tells_the_recipe():
         dtype="float16",
     )
     report = merged.report
-    assert (report.method, report.backend, report.device) == ("do", "torch", "cpu")
-    assert (report.scale, report.weights, report.dtype) == (0.7, (1.0, -0.5, 2.0), "float16")
     assert report.adapters == ("adapter-0", "adapter-1", "adapter-2")
-    assert report.options == {
+    assert report.recipe.plain() == {
+        "method": "do",
+        "adapters": ["adapter-0", "adapter-1", "adapter-2"],
+        "weights": [1.0, -0.5, 2.0],
+        "scale": 0.7,
         "power": 1.0,
         "orthogonalize": True,
         "decouple": True,
@@ -430,13 +432,12 @@ def test_the_report_tells_the_recipe():
         "renormalize": False,
         "directions": "linear",
         "rank": 3,
-        "energy": None,
         "ragged": False,
-        "pre": [],
-        "post": [],
         "form": "adapter",
-        "base": None,
         "whole": "auto",
+        "backend": "torch",
+        "device": "cpu",
+        "dtype": "float16",
     }
     assert json.loads(json.dumps(report.to_dict()))["modules"]["x"]["rank"] == 3
     summary = dict(report.summary())

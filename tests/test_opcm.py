@@ -210,7 +210,7 @@ def test_weights(tmp_path):
     for adapter, weight in zip(adapters({"x": case}), case.weights, strict=True):
         growing.add(adapter, weight)
     check(growing.merged(), at_once(tasks({"x": case}, case.weights), 0.3))
-    assert growing.merged().report.weights == tuple(case.weights)
+    assert growing.merged().report.recipe.weights == tuple(case.weights)
 
 
 @pytest.mark.parametrize("name", ["zero factors", "all zero", "d below R", "d is 1", "duplicated"])

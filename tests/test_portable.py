@@ -151,7 +151,7 @@ def test_ragged_adapters_have_own_ranks_and_the_largest_is_stated(given, tmp_pat
     assert config["rank_pattern"] == config["alpha_pattern"] != {}
     for name, update in updates(tmp_path / "out")["PEFT"].items():
         assert torch.equal(update, merged.delta(name))
-    assert merged.report.options["ragged"] is True
+    assert merged.report.recipe.ragged is True
     assert any("(ragged)" in note for note in merged.report.notes)
     at_one(adapters, "linear", **given).save(tmp_path / "saved")
     assert config_of(tmp_path / "saved") == config

@@ -101,10 +101,10 @@ def refusal(method):
         return str(error)
 
 print(json.dumps({
-    "backend": merged.report.backend,
+    "backend": merged.report.recipe.backend,
     "rows": [list(dm.list_methods()), list(dm.list_formats()), list(dm.list_backends())],
     "refusals": [refusal(method) for method in ("gone", "wrong", "strung")],
-    "do": dm.merge(["one", "two"], "do").report.method,
+    "do": dm.merge(["one", "two"], "do").report.recipe.method,
 }))
 """
 

@@ -223,7 +223,7 @@ def test_the_merge_goes_as_far_as_the_adapters_do(method, options, definition, w
     expected = by_norms(cases, weights, merges(definition, cases, weights), [*cases])
     expected *= constant(method, options)
     assert found.report.scale == pytest.approx(expected, rel=1e-5)
-    assert found.report.auto
+    assert found.report.recipe.scale == "auto"
     assert found.report.scales == {2: found.report.scale}
     plain = at_one(adapters(cases), method, weights=weights, **options)
     check_scaled(found, plain, found.report.scale)
@@ -292,7 +292,7 @@ def test_the_printed_scale_given_back_is_the_same_merge(method, options, size):
     assert re.fullmatch(r"[0-9.]+, found from the adapters", text)
     again = auto(cases, method, **options, scale=float(text.split(",")[0]))
     assert same_bytes(found, again)
-    assert not again.report.auto
+    assert again.report.recipe.scale != "auto"
     assert (again.report.scale, again.report.scales) == (found.report.scale, {})
 
 
@@ -312,7 +312,7 @@ def test_a_sum_and_what_sets_its_norm_are_at_1_unless_a_scale_is_asked_for(metho
         del cases["y"]
     given = {"rank": 99} if method == "svd" else {}
     plain = dm.merge(adapters(cases), method, **given)
-    assert (plain.report.scale, plain.report.auto, plain.report.scales) == (1, False, {})
+    assert (plain.report.scale, plain.report.recipe.scale, plain.report.scales) == (1, 1, {})
     found = auto(cases, method, **given)
     expected = by_norms(cases, [1, 1], {name: dense(plain, name) for name in cases}, [*cases])
     assert found.report.scale == pytest.approx(expected, rel=1e-5)
@@ -323,7 +323,7 @@ def test_a_sum_and_what_sets_its_norm_are_at_1_unless_a_scale_is_asked_for(metho
 def test_a_method_with_a_sum_inside(method):
     inner = {"do": "directions"}.get(method, "inner")
     report = dm.merge(adapters(model()), method, **{inner: "linear"}).report
-    assert report.auto == (method == "do")
+    assert (report.recipe.scale == "auto") == (method == "do")
 
 
 # Which modules count

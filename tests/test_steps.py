@@ -16,9 +16,9 @@ from domerge_fast.adapters.plan import Stack
 from domerge_fast.backends import reference, registry
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Factors, Settings, grams
+from domerge_fast.methods.side_report import SideReport
 from domerge_fast.methods.spectral.space import NOISE
 from domerge_fast.methods.steps import POST, PRE
-from domerge_fast.results.report import SideReport
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
 GROUP = ("odd d", "d below R", "duplicated", "mixed sizes")

@@ -101,7 +101,7 @@ def test_it_is_its_dense_definition(method, options, model, weights):
     expected = calibrated(cases, weights, triplets(cases, method, weights, options))
     for name in cases:
         assert_close(dense(found, name), expected[name], 1e-4, name=name)
-    assert found.report.options["post"] == ["svc"]
+    assert found.report.recipe.post == ("svc",)
 
 
 @every_method
@@ -111,7 +111,7 @@ def test_a_scale_is_a_factor_on_what_is_calibrated(method, options):
         at_one(adapters(cases), method, post=["svc"], scale=scale, **options)
         for scale in (1.0, -2.5e12)
     )
-    assert (found.report.scale, found.report.auto) == (-2.5e12, False)
+    assert (found.report.scale, found.report.recipe.scale) == (-2.5e12, -2.5e12)
     for name in cases:
         assert_close(dense(found, name), -2.5e12 * dense(one, name), 1e-5, name=name)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -72,21 +72,39 @@ def near_one(weights: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The modules of a merge in order. Adapters of weight zero are left out of every stack."""
+    """The modules of a merge in order. Adapters of weight zero are left out of every stack. own:
+    the weights of modules that have others."""
 
     adapters: Sequence[Adapter]
     weights: Sequence[float]
     names: tuple[str, ...]
     owners: dict[str, tuple[int, ...]]
+    own: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, adapters: Sequence[Adapter], weights: Sequence[float]) -> Plan:
+    def make(
+        cls,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float],
+        own: Mapping[str, Sequence[float]] | None = None,
+    ) -> Plan:
+        own = own or {}
         owners: dict[str, list[int]] = {}
         for i, adapter in enumerate(adapters):
-            for name in adapter.modules if weights[i] != 0 else ():
-                owners.setdefault(name, []).append(i)
+            for name in adapter.modules:
+                if own.get(name, weights)[i] != 0:
+                    owners.setdefault(name, []).append(i)
         frozen = {name: tuple(members) for name, members in owners.items()}
-        return cls(adapters, weights, tuple(owners), frozen)
+        return cls(adapters, weights, tuple(owners), frozen, own)
+
+    def only(self, names: Sequence[str]) -> Plan:
+        """The plan of these modules."""
+        return replace(self, names=tuple(names), owners={n: self.owners[n] for n in names})
+
+    @property
+    def every_weight(self) -> list[float]:
+        """The weights of all modules, in no order."""
+        return [*self.weights, *(w for name in self.names for w in self.own.get(name, ()))]
 
     def module(self, name: str) -> Module:
         """The module as its first owner describes it (rank and scaling are that adapter's)."""
@@ -190,13 +208,13 @@ class Plan:
         owners, modules = self.owners[name], self.modules(name)
         ranks = tuple([module.rank for module in modules])
         scaling = tuple([module.scaling for module in modules])
-        first = modules[0]
+        first, weights = modules[0], self.own.get(name, self.weights)
         return Stack(
             name,
             owners,
             Side.of([a for a, _ in pairs], (1.0,) * len(pairs), ranks, first.n),
             Side.of([b for _, b in pairs], scaling, ranks, first.m, transposed=True),
-            tuple([self.weights[i] for i in owners]),
+            tuple([weights[i] for i in owners]),
         )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from .. import api, options
+from .. import options
 from ..adapters.plan import Plan
 from ..backends import registry
-from ..errors import OptionError, OutputError
+from ..errors import OptionError
+from ..job import choose_device, read
+from ..storage import side_file
 from . import measure, plot
 from .measure import Result, Say
 from .workloads import WORKLOADS
@@ -44,11 +45,11 @@ def bench(
     repeat = options.check("repeat", repeat, int, low=5)
     for path in (to_json, to_plot, profile):
         if path is not None:
-            _check_file(path)
+            side_file.check(path)
     if to_plot is not None:
         plot.figure()
-    loaded = api._load(adapters, None)[0] if adapters else []
-    where = api.choose_device(device, loaded)
+    loaded = read(adapters, None)[0] if adapters else []
+    where = choose_device(device, loaded)
     chosen = [registry.choose(name, where.type) for name in backends] or measure.usable(where)
     if loaded:
         source = "adapters"
@@ -75,27 +76,9 @@ def bench(
         say,
     )
     if to_json is not None:
-        with _told(to_json):
+        with side_file.told(to_json):
             Path(to_json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     if to_plot is not None:
-        with _told(to_plot):
+        with side_file.told(to_plot):
             plot.draw(result, Path(to_plot))
     return result
-
-
-@contextlib.contextmanager
-def _told(path: str) -> Iterator[None]:
-    """Raise OutputError where the system cannot write the file."""
-    try:
-        yield
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror or error})"
-        raise OutputError(path, problem, "free space, or give another file") from error
-
-
-def _check_file(path: str) -> None:
-    """Raise OutputError for a folder, or a file in one that is not there."""
-    if Path(path).is_dir():
-        raise OutputError(path, "is a folder", "give the name of a file")
-    if not Path(path).absolute().parent.is_dir():
-        raise OutputError(path, "its folder does not exist", "make it first")

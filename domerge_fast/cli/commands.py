@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from ..registry import Registry
-from . import bench, completion, doctor, formats, inspect, merge, methods, sequential
+from . import (
+    bench,
+    completion,
+    doctor,
+    formats,
+    inspect,
+    merge,
+    methods,
+    recipe,
+    run,
+    sequential,
+)
 from .shared import Command
 
 __all__ = ["COMMANDS"]
@@ -11,5 +22,11 @@ __all__ = ["COMMANDS"]
 COMMANDS = Registry(
     "command",
     Command,
-    (m.COMMAND for m in (merge, inspect, sequential, methods, formats, bench, doctor, completion)),
+    (
+        m.COMMAND
+        for m in (
+            *(merge, run, recipe, inspect, sequential, methods, formats),
+            *(bench, doctor, completion),
+        )
+    ),
 )

@@ -7,8 +7,8 @@ import platform
 
 import torch
 
-from ..api import versions
 from ..backends import registry
+from ..job import versions
 from ..registry import refused
 
 

@@ -53,10 +53,10 @@ def known() -> Flags:
 
 
 def of_tables() -> Flags:
-    from ..api import SVC
     from ..formats import FORMATS
     from ..methods import TABLE
     from ..methods.steps import POST, PRE
+    from ..recipe import SVC
 
     found: dict[str, Flag] = {}
     for method in TABLE.values():

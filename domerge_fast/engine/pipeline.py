@@ -188,7 +188,7 @@ class _Scaled:
 
     @classmethod
     def of(cls, plan: Plan, work: Work) -> _Scaled:
-        of_weights = precision.of_weights(plan.weights, work.by_ratio)
+        of_weights = precision.of_weights(plan.every_weight, work.by_ratio)
         return cls(work, of_weights, 0)._without(powers.extreme(work.settings.scale))
 
     def _without(self, power: int) -> _Scaled:
@@ -377,6 +377,16 @@ def survey(
         for _ in stacks:
             done += 1
             progress(done, len(plan.names))
+
+
+def memory(plan: Plan, place: Place, work: Work) -> int:
+    """Bytes that the largest group of the plan takes while another is read and one is written."""
+
+    def needed(name: str) -> int:
+        dense = 2 * plan.dense_bytes(name) if work.dense else 0
+        return plan.device_bytes(name, work.settings.dtype) + dense
+
+    return max(sum(map(needed, group)) for group in _groups(plan, place, work))
 
 
 def _streams(plan: Plan, place: Place) -> list[torch.cuda.Stream]:

@@ -13,8 +13,8 @@ from .. import ops
 from ..adapters.plan import Plan, Stack
 from ..algebra.side import Side
 from ..registry import usable
-from ..results.report import SideReport
 from .contract import Batch, Contract, Found, Needs
+from .side_report import SideReport
 
 
 @dataclass(frozen=True)

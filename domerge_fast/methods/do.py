@@ -28,10 +28,10 @@ from ..algebra.side import Side
 from ..errors import OptionError
 from ..ops.orthogonalize import PENALTIES
 from ..options import option
-from ..results.report import SideReport
 from .base import Chosen, Factors, Found, Halves, Merge, Method, Settings, grams
 from .contract import Needs, alike
 from .nested import directions
+from .side_report import SideReport
 from .spectral import schatten
 from .weighted.combination import of_grams
 

@@ -6,15 +6,17 @@ no absolute path stands there.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 
+from ..recipe import CARD as CARD
+from ..recipe import Recipe
 from .report import Interference, Report
 
-CARD = "README.md"
 _TAGS = "tags: [lora, merge, domerge_fast]"
 
 
@@ -43,7 +45,7 @@ def model_card(heading: Heading, report: Report, base_model: str | None) -> str:
         f"# {heading.title}",
         " ".join([made, heading.note]).strip(),
         "## Recipe",
-        _fenced("json", json.dumps(recipe(report), indent=2, ensure_ascii=False)),
+        _fenced("json", json.dumps(published(report.recipe).plain(), indent=2, ensure_ascii=False)),
         "## Result",
         _table(("", ""), [(label, _text(text)) for label, text in report.summary()]),
     ]
@@ -53,21 +55,16 @@ def model_card(heading: Heading, report: Report, base_model: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def recipe(report: Report) -> dict[str, object]:
-    """Everything needed to repeat the merge, given the folders of these names."""
-    options = dict(report.options)
-    if options.get("base"):
-        options["base"] = _names([options["base"]])[0]
-    return {
-        "method": report.method,
-        "adapters": _names(report.adapters),
-        "weights": list(report.weights),
-        "scale": "auto" if report.auto else report.scale,
-        **options,
-        "backend": report.backend,
-        "device": report.device,
-        "dtype": report.dtype,
-    }
+def published(recipe: Recipe) -> Recipe:
+    """The recipe with names in place of paths: what has these files is found by their sums."""
+    names = _names([x.name for x in recipe.adapters])
+    adapters = tuple(dataclasses.replace(x, name=n) for x, n in zip(recipe.adapters, names))
+    base, model = recipe.base, recipe.base_model
+    if base:
+        base = dataclasses.replace(base, name=_names([base.name])[0])
+    if model:
+        model = _names([model])[0]
+    return dataclasses.replace(recipe, adapters=adapters, base=base, base_model=model)
 
 
 def _interference(found: Interference) -> list[str]:

@@ -9,27 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-
-@dataclass(frozen=True)
-class SideReport:
-    """The descent on one side (A or B) of a module.
-
-    cross_left is the share of the cross-adapter Gram energy sum_{i != j} ||X_i X_j^T||_F^2 that
-    is left; change is ||Xhat - X||_F / ||X||_F.
-    """
-
-    steps: int
-    objective_before: float
-    objective_after: float
-    cross_left: float
-    change: float
-
-    def times(self, power: int) -> SideReport:
-        """Of factors that are 2^power times as large."""
-        before, after = (
-            math.ldexp(f, 2 * power) for f in (self.objective_before, self.objective_after)
-        )
-        return dataclasses.replace(self, objective_before=before, objective_after=after)
+from ..methods.side_report import SideReport
+from ..recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -76,29 +57,27 @@ class Interference:
 
 @dataclass(frozen=True)
 class Report:
-    """The recipe and its outcome; `modules` by module name, in order.
+    """What was asked of a merge, and its outcome; `modules` by module name, in order.
 
-    scale: λ. auto: whether it was found from the adapters; scales: what was found, by the number
-    of adapters that a module has, of which `scale` is that of the most.
-    notes: what a user has to know besides, a sentence each: decisions nobody asked for, and what
-    was left out.
+    recipe: all that was asked, and what was taken where nothing was: it repeats the merge. scale:
+    λ. scales: what was found, by the number of adapters that a module has, of which `scale` is that
+    of the most. notes: what a user has to know besides, a sentence each: decisions nobody asked
+    for, and what was left out.
     """
 
-    method: str
-    adapters: tuple[str, ...]
-    weights: tuple[float, ...]
+    recipe: Recipe
     scale: float
-    options: Mapping[str, Any]
-    backend: str
-    device: str
-    dtype: str
     versions: Mapping[str, str]
     modules: Mapping[str, ModuleReport]
     interference: Interference | None
     seconds: float
     notes: tuple[str, ...] = ()
-    auto: bool = False
     scales: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters."""
+        return tuple(x.name for x in self.recipe.adapters)
 
     def __getitem__(self, name: str) -> ModuleReport:
         return self.modules[name]
@@ -114,7 +93,7 @@ class Report:
         ranks = sorted({m.rank for m in modules})
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         lines = [
-            ("method", self.method),
+            ("method", self.recipe.method),
             ("adapters", str(len(self.adapters))),
             ("modules", str(len(modules))),
             ("rank", span),
@@ -132,7 +111,7 @@ class Report:
         return [*lines, *(("note", note) for note in self.notes)]
 
     def _scale(self) -> str:
-        if not self.auto:
+        if self.recipe.scale != "auto" and not self.scales:
             return f"{self.scale:g}"
         others = (
             f"{scale:g} where {count} adapters have a module"
@@ -147,6 +126,7 @@ class Report:
         plain = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {
             **plain,
+            "recipe": self.recipe.plain(),
             "modules": modules,
             "interference": self.interference and self.interference.to_dict(),
             "energy_kept": self.energy_kept,

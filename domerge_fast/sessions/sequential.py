@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import api, options
+from .. import options
 from ..adapters import Adapter, Kept, check_compatible, keep, one_spelling
 from ..adapters.adapter import called
 from ..adapters.plan import Plan, Stack
@@ -39,9 +39,11 @@ from ..formats.peft import write as peft
 from ..formats.peft.assemble import assemble
 from ..formats.peft.config import read_config
 from ..formats.target import Target
+from ..job import Progress, choose_device, versions
 from ..merged import Merged
 from ..methods import opcm
 from ..methods.base import Chosen, Settings
+from ..recipe import DTYPES, Input, Recipe, check_scale, check_weights
 from ..results.report import ModuleReport, Report, energy_kept
 from ..storage.folder import Replacing, recover, whole_folder
 from ..storage.lazy import dtype_name
@@ -106,7 +108,7 @@ class Sequential:
         *,
         backend: str = "auto",
         device: str = "auto",
-        progress: api.Progress = False,
+        progress: Progress = False,
     ) -> Step:
         """Add an adapter, off the spectrum of what there is; afterwards the folder is up to date,
         also with what others have added to it since it was opened.
@@ -125,7 +127,7 @@ class Sequential:
         *,
         backend: str = "auto",
         device: str = "auto",
-        progress: api.Progress = False,
+        progress: Progress = False,
     ) -> list[Step]:
         """Add adapters in order as `add` does, all or none of them. weights: None is 1 for each."""
         if isinstance(adapters, (str, os.PathLike, Adapter)):
@@ -133,7 +135,7 @@ class Sequential:
         loaded = [x if isinstance(x, Adapter) else load(x) for x in adapters]
         if not loaded:
             raise OptionError("adapters", "there are none", "give at least one")
-        weights = api.check_weights(weights, len(loaded), each="weight")
+        weights = check_weights(weights, len(loaded), each="weight")
         if 0 in weights:
             raise OptionError("weight", "0 adds nothing", "give another, or leave the adapter out")
         run = functools.partial(self._run, backend=backend, device=device, progress=progress)
@@ -200,7 +202,7 @@ class Sequential:
             norm=math.sqrt(sink.energy),
             config=target.config,
             steps=(*state.steps, step),
-            versions=api.versions(),
+            versions=versions(),
         )
 
     def merged(self, *, scale: float = 1.0, dtype: str | None = None) -> Merged:
@@ -246,9 +248,9 @@ class Sequential:
         sink: engine.Sink,
         backend: str,
         device: str,
-        progress: api.Progress,
+        progress: Progress,
     ) -> Mapping[str, ModuleReport]:
-        place = engine.Place(api.choose_device(device, plan.adapters))
+        place = engine.Place(choose_device(device, plan.adapters))
         settings = Settings(1.0, torch.float32, registry.choose(backend, place.device.type))
         chosen = Chosen(opcm.SUM, opcm.OpcmOptions(self.state.alpha))
         work = Work(chosen, settings, Cut(self.state.rank))
@@ -258,30 +260,31 @@ class Sequential:
     def _result(self, scale: float, dtype: str | None) -> tuple[Report, Target, _Scaled]:
         """g λ S: its factors are read from the folder when they are asked for."""
         started = time.perf_counter()
-        scale = api.check_scale(scale)
+        scale = check_scale(scale)
         running, steps = self._running(self.state, self.folder), self.state.steps
         if not running:
             problem = f"nothing was added to {str(self.folder)!r} yet"
             raise OptionError("folder", problem, "add an adapter first")
-        word = options.choose("dtype", dtype or self.state.dtype, api.DTYPES)
+        word = options.choose("dtype", dtype or self.state.dtype, DTYPES)
         plan = Plan.make(running, [1.0])
         kept = keep(running, plan.weights)
         target = peft.target(plan, getattr(torch, word), self.state.base_model, kept)
         gain = scale * opcm.gain([step.norm for step in steps], self.state.norm)
         report = Report(
-            method="opcm",
-            adapters=tuple(step.adapter for step in steps),
-            weights=tuple(step.weight for step in steps),
+            recipe=Recipe(
+                method="opcm",
+                options={"alpha": self.state.alpha},
+                adapters=tuple(Input(step.adapter) for step in steps),
+                weights=tuple(step.weight for step in steps),
+                scale=scale,
+                rank=self.state.rank,
+                backend="torch",
+                device="cpu",
+                dtype=word,
+                base_model=self.state.base_model,
+            ),
             scale=scale,
-            options={
-                "alpha": self.state.alpha,
-                "rank": self.state.rank,
-                "energy_kept": [step.energy_kept for step in steps],
-            },
-            backend="torch",
-            device="cpu",
-            dtype=word,
-            versions=api.versions(),
+            versions=versions(),
             modules={
                 name: ModuleReport(name, plan.rank(name), None, None, {}, 1.0, 0.0)
                 for name in plan.names

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import api, options
+from .. import options
 from ..adapters.whole import AUTO, check_policy
 from ..errors import OptionError, is_text
+from ..job import versions
 from ..methods import opcm
+from ..recipe import DTYPES
 from ..storage import json_file
 from ..storage.input_file import InputFile
 
@@ -55,7 +57,7 @@ class State:
     norm: float = 0.0
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     steps: tuple[Step, ...] = ()
-    versions: Mapping[str, str] = dataclasses.field(default_factory=api.versions)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
 
     def write(self, folder: Path) -> None:
         plain = {"format": FORMAT, **dataclasses.asdict(self)}
@@ -100,9 +102,7 @@ def _state(plain: Mapping[str, Any]) -> State:
         rank=None if plain["rank"] is None else options.check("rank", plain["rank"], int, low=1),
         base_model=options.text("base_model", plain["base_model"]),
         whole=check_policy(plain["whole"]),
-        dtype=None
-        if plain["dtype"] is None
-        else options.choose("dtype", plain["dtype"], api.DTYPES),
+        dtype=None if plain["dtype"] is None else options.choose("dtype", plain["dtype"], DTYPES),
         norm=options.check("norm", plain["norm"], float, low=0.0),
         config=_mapping("config", plain["config"]),
         steps=tuple(_step(f"steps[{k}]", step) for k, step in enumerate(steps)),

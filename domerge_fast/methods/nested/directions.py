@@ -24,9 +24,9 @@ from ...adapters.plan import Stack
 from ...algebra.full_precision import full_precision
 from ...algebra.roots import column_norms, root
 from ...algebra.side import Side
-from ...results.report import SideReport
 from ..base import Dense, Factors, Merge, Merged, Settings
 from ..running import prepared
+from ..side_report import SideReport
 from ..weighted.combination import of_stacks
 
 

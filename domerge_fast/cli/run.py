@@ -1,0 +1,39 @@
+"""domerge-fast run: the merge that a recipe says, or a card."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from ..errors import OptionError
+from . import merge, shared
+
+
+def fill(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("recipe", metavar="RECIPE", help="YAML or JSON, a merge's card, or the folder of a merge")
+    add("--adapters", metavar="DIR", help="below which adapters are found by their files' sums")
+    add("--base", metavar="FOLDER", help="the base model, in place of the recipe's")
+    add("-o", "--output", metavar="OUT", help="folder to write")
+    shared.add_replacing(parser)
+    add("--backend", help="in place of the recipe's")
+    add("--device", help="in place of the recipe's")
+    add("--max-device-memory", metavar="SIZE", help="of the device, e.g. 4GiB")
+    add("-q", "--quiet", action="store_true", help="no progress, no summary")
+    merge.add_dry_run(parser)
+    shared.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..recipe import Recipe
+
+    if args.output is None and not args.dry_run:
+        raise OptionError("output", "is not given", "say where to write (-o OUT), or --dry-run")
+    recipe = Recipe.read(args.recipe, args.adapters, args.base)
+    given = {name: getattr(args, name) for name in ("backend", "device")}
+    recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
+    return merge.merged(args, recipe, None)
+
+
+SUMMARY = "merge as a recipe says, or the card of another merge"
+COMMAND = shared.Command("run", SUMMARY, fill, run)

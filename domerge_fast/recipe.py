@@ -1,0 +1,473 @@
+"""What is asked of a merge, in one object that is checked once: from keyword arguments, a command
+line, YAML or JSON, or the model card of a merge.
+
+In a text it is one mapping with the names of the API's arguments, a method's own options beside
+them, and `adapters`: paths, or names with the SHA-256 of their files (storage/find.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from . import aliases, options
+from .adapters.whole import check_policy
+from .errors import OptionError
+from .methods import choose
+from .methods.base import Chosen
+from .methods.steps import POST, PRE
+from .registry import Registry
+from .storage import json_file, yaml_file
+from .storage.find import find, has
+from .storage.input_file import InputFile
+
+DTYPES = ("float32", "bfloat16", "float16")
+AUTO, SVC = "auto", "svc"
+CARD = "README.md"
+MOST_BYTES = 1_000_000
+"""Of a recipe, and of a card with one."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An adapter, or the base model: its path, or its name where a path would tell too much, and
+    the SHA-256 of its files by their names ({} where it has none, or they are not known)."""
+
+    name: str
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def plain(self) -> Any:
+        return {"name": self.name, "files": dict(self.files)} if self.files else self.name
+
+    def absolute(self) -> Input:
+        return dataclasses.replace(self, name=os.path.abspath(self.name))
+
+    @classmethod
+    def of(cls, option: str, plain: Any) -> Input:
+        """From a path, or a mapping of `name` and `files`. OptionError."""
+        if isinstance(plain, cls):
+            return plain
+        if isinstance(plain, (str, os.PathLike)):
+            plain = {"name": os.fspath(plain)}
+        if not isinstance(plain, Mapping) or not plain.keys() <= {"name", "files"}:
+            raise OptionError(option, f"{str(plain)[:40]!r} is no path", "give one")
+        name, files = plain.get("name"), plain.get("files", {})
+        if not isinstance(name, str) or not name or "\0" in name:
+            raise OptionError(option, f"{str(name)[:40]!r} is no folder", "give its path")
+        if not isinstance(files, Mapping) or not all(map(_is_sum, files.items())):
+            problem = f"the files of {name!r} are no names with their SHA-256"
+            raise OptionError(option, problem, "leave 'files' out, or restore it")
+        return cls(name, dict(files))
+
+
+def _is_sum(item: tuple[Any, Any]) -> bool:
+    name, digest = item
+    is_name = isinstance(name, str) and os.path.basename(name) == name != ""
+    return is_name and bool(re.fullmatch("[0-9a-f]{64}", str(digest)))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is asked of modules whose names match a pattern ("*" any characters, "?" one, "[ab]" one
+    of these); None: what is asked of all."""
+
+    modules: str
+    leave_out: bool = False
+    weights: tuple[float, ...] | None = None
+    rank: int | None = None
+    energy: float | None = None
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def asks(self) -> dict[str, Any]:
+        """What it sets, by name; a method goes with its options."""
+        method = (self.method, dict(self.options)) if self.method else None
+        found = {
+            "leave_out": self.leave_out or None,
+            "weights": self.weights,
+            "rank": self.rank,
+            "energy": self.energy,
+            "method": method,
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def plain(self) -> dict[str, Any]:
+        asks = self.asks | ({"method": self.method, **self.options} if self.method else {})
+        return {"modules": self.modules} | {k: _listed(v) for k, v in asks.items()}
+
+    @classmethod
+    def of(cls, plain: Any) -> Rule:
+        """From a mapping with `modules` and what is asked. OptionError."""
+        if not isinstance(plain, Mapping) or not isinstance(plain.get("modules"), str):
+            problem = f"{str(plain)[:60]!r} names no modules"
+            raise OptionError("rules", problem, "give 'modules', a pattern of their names")
+        given = dict(plain)
+        modules = given.pop("modules")
+        leave_out = options.check("leave_out", given.pop("leave_out", False), bool)
+        weights, (rank, energy) = given.pop("weights", None), _cut(given)
+        if weights is not None:
+            weights = tuple(_numbers(weights))
+            if not any(weights):
+                problem = f"all weights of {modules!r} are zero"
+                raise OptionError("rules", problem, "say leave_out")
+        method = given.pop("method", None)
+        if method is None and given:
+            problem = f"{next(iter(given))!r} of {modules!r} is no part of a rule"
+            known = "leave_out, weights, rank, energy, or a method with its options"
+            raise OptionError("rules", problem, f"give {known}")
+        if method is not None:
+            given = all_options(choose(method, given))
+        made = cls(modules, leave_out, weights, rank, energy, method, given)
+        if not made.asks:
+            raise OptionError("rules", f"nothing is asked of {modules!r}", "say what")
+        return made
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is asked; the fields are the arguments of `merge`. options: the method's own, all of
+    them. adapters: empty where they are given beside it. scale, dtype and weights: None is what
+    `merge` says it is. rules: of modules by name, in any order."""
+
+    method: str = AUTO
+    options: Mapping[str, Any] = field(default_factory=dict)
+    adapters: tuple[Input, ...] = ()
+    weights: tuple[float, ...] | None = None
+    scale: float | str | None = None
+    rank: int | None = None
+    energy: float | None = None
+    ragged: bool = False
+    pre: tuple[str, ...] = ()
+    post: tuple[str, ...] = ()
+    form: str = "adapter"
+    base: Input | None = None
+    whole: str = AUTO
+    backend: str = AUTO
+    device: str = AUTO
+    dtype: str | None = None
+    base_model: str | None = None
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def make(cls, **given: Any) -> Recipe:
+        """From keyword arguments, a method's own options among them. OptionError."""
+        own = {f.name for f in dataclasses.fields(cls)} - {"options"}
+        asked = {name: value for name, value in given.items() if name in own}
+        theirs = {name: value for name, value in given.items() if name not in own}
+        chosen = choose(asked.setdefault("method", AUTO), theirs)
+        return cls(**asked | _checked(asked), options=all_options(chosen))
+
+    @property
+    def chosen(self) -> Chosen:
+        """The method with its options."""
+        return choose(self.method, self.options)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the merge itself is brought to the adapters (svc)."""
+        return self.post[:1] == (SVC,)
+
+    def of_modules(self, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """What the rules ask of modules, by name; those without a rule are left out. OptionError
+        for a pattern without a module, and for two that ask otherwise of one."""
+        found: dict[str, dict[str, Any]] = {}
+        for rule in self.rules:
+            matching = [name for name in names if fnmatchcase(name, rule.modules)]
+            if not matching:
+                remedy = f"there is, for one, {names[0]!r}" if names else "leave the rule out"
+                raise OptionError("rules", f"{rule.modules!r} matches no module", remedy)
+            for name in matching:
+                _add(found.setdefault(name, {}), rule, name)
+        return found
+
+    def plain(self) -> dict[str, Any]:
+        """One mapping of numbers, strings, lists and mappings, without what was not asked."""
+        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        given = own.pop("options")
+        own["adapters"] = [x.plain() for x in self.adapters]
+        own["base"] = self.base.plain() if self.base else None
+        own["rules"] = [x.plain() for x in self.rules]
+        head = ("method", "adapters", "weights", "scale")
+        ordered = {k: own.pop(k) for k in head} | dict(given) | own
+        return {k: _listed(v) for k, v in ordered.items() if v not in (None, (), [])}
+
+    @classmethod
+    def read(
+        cls,
+        path: str | os.PathLike[str],
+        under: str | os.PathLike[str] | None = None,
+        base: str | os.PathLike[str] | None = None,
+    ) -> Recipe:
+        """From a file: YAML, JSON, or a model card; or the folder with the card. OptionError.
+
+        under: where adapters are looked for, by their files' sums or else by their names. None:
+        these are paths, as the base's is, from the file's folder. base: the folder of the base,
+        in place of the one that is named.
+        """
+        made = cls.of_plain(plain_of(path))
+        if base is not None and made.base:
+            here = dataclasses.replace(made.base, name=os.path.abspath(base))
+            made = dataclasses.replace(made, base=here)
+        beside = Path(path) if os.path.isdir(path) else Path(path).parent
+        folder = None if under is None else Path(under)
+        adapters = tuple(_located(x, beside, folder) for x in made.adapters)
+        found = made.base and _located(made.base, beside, folder if base is None else None)
+        return dataclasses.replace(made, adapters=adapters, base=found)
+
+    @classmethod
+    def of_plain(cls, plain: Any) -> Recipe:
+        """From what `plain` returns, or mergekit's shape of it. OptionError."""
+        if not isinstance(plain, Mapping) or not all(isinstance(k, str) for k in plain):
+            raise OptionError("recipe", "is no mapping of names to values", "give one")
+        if "merge_method" in plain:
+            plain = mergekit(plain)
+        return cls.make(**plain)
+
+    def absolute(self) -> Recipe:
+        """With paths that mean the same from anywhere."""
+        adapters = tuple(x.absolute() for x in self.adapters)
+        return dataclasses.replace(self, adapters=adapters, base=self.base and self.base.absolute())
+
+
+def plain_of(path: str | os.PathLike[str]) -> Any:
+    """What a file holds, or the card in a folder. OptionError."""
+    place, name = Path(path), os.fspath(path)
+    place = place / CARD if place.is_dir() else place
+    return parse(InputFile(place, functools.partial(_refusal, name)).read(MOST_BYTES), name)
+
+
+def _located(x: Input, beside: Path, under: Path | None) -> Input:
+    place = (under or beside) / x.name
+    if x.files and under is None and not has(place, x.files):
+        problem = f"{x.name!r} is not here as the recipe's files were"
+        raise OptionError("adapters", problem, "say below which folder they are (--adapters DIR)")
+    if x.files and under is not None:
+        place = find(x.name, x.files, under)
+    return dataclasses.replace(x, name=os.fspath(place))
+
+
+def all_options(chosen: Chosen) -> dict[str, Any]:
+    """A method's options, those of the one inside it among them."""
+    found: dict[str, Any] = {}
+    one: Chosen | None = chosen
+    while one:
+        found = dataclasses.asdict(one.options) | found
+        one = one.inner
+    return found
+
+
+def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of what was given, each by itself."""
+    rank, energy = _cut(dict(given))
+    ragged = options.check("ragged", given.get("ragged", False), bool) or energy is not None
+    scale, dtype = given.get("scale"), given.get("dtype")
+    found = {
+        "adapters": _inputs(given.get("adapters", ())),
+        "weights": None if given.get("weights") is None else tuple(_numbers(given["weights"])),
+        "scale": scale if scale in (None, AUTO) else check_scale(scale),
+        "rank": rank,
+        "energy": energy,
+        "ragged": ragged,
+        "pre": _steps("pre", given.get("pre", ()), PRE),
+        "post": _post(given.get("post", ())),
+        "form": options.text("form", given.get("form", "adapter")) or "adapter",
+        "base": None if given.get("base") is None else Input.of("base", given["base"]),
+        "whole": check_policy(given.get("whole", AUTO)),
+        "dtype": dtype if dtype is None else options.choose("dtype", dtype, DTYPES),
+        "base_model": options.text("base_model", given.get("base_model")),
+        "rules": _rules(given.get("rules", ())),
+    }
+    return found
+
+
+def _inputs(given: Any) -> tuple[Input, ...]:
+    if isinstance(given, (str, os.PathLike)):
+        raise OptionError("adapters", "is one adapter, not a list", "put it in a list: [adapter]")
+    if not isinstance(given, Iterable):
+        raise OptionError("adapters", f"{given!r} is no list", "give the paths of some")
+    return tuple(Input.of("adapters", x) for x in given)
+
+
+def _rules(given: Any) -> tuple[Rule, ...]:
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+        raise OptionError("rules", "is no list", 'give one of {"modules": PATTERN, …}')
+    return tuple(x if isinstance(x, Rule) else Rule.of(x) for x in given)
+
+
+def _cut(given: dict[str, Any]) -> tuple[int | None, float | None]:
+    """Takes rank and energy out of what was given."""
+    rank, energy = given.pop("rank", None), given.pop("energy", None)
+    if rank is not None:
+        rank = options.check("rank", rank, int, low=1)
+    if energy is not None:
+        energy = options.check("energy", energy, float)
+        if not 0 < energy <= 1:
+            raise OptionError("energy", f"{energy!r} is not a share", "give one in (0, 1]")
+    return rank, energy
+
+
+def _add(to: dict[str, Any], rule: Rule, name: str) -> None:
+    for what, value in rule.asks.items():
+        if to.setdefault(what, value) != value:
+            problem = f"two rules set another {what} for {name!r}"
+            raise OptionError("rules", problem, f"let {rule.modules!r} or the other not match it")
+
+
+def check_scale(given: float | str) -> float:
+    scale: float = options.check("scale", given, float)
+    if scale == 0:
+        raise OptionError("scale", "0 leaves nothing of the merge", "give another factor")
+    return scale
+
+
+def check_weights(
+    weights: Sequence[float] | None, count: int, each: str = "weights"
+) -> list[float]:
+    """One for each of `count` adapters; None is 1 for each. each: the option that one is of."""
+    if weights is None:
+        return [1.0] * count
+    found = _numbers(weights, each)
+    if len(found) != count:
+        problem = f"{len(found)} weights for {count} adapters"
+        raise OptionError("weights", problem, "give one number for each adapter, in order")
+    return found
+
+
+def _numbers(given: Any, each: str = "weights") -> list[float]:
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        problem = f"{str(given)[:40]!r} is no list of numbers"
+        raise OptionError("weights", problem, "give one number for each adapter, in order")
+    return [options.check(each, w, float) for w in given]
+
+
+def _post(names: Any) -> tuple[str, ...]:
+    found = _steps("post", names, POST, (SVC,))
+    if SVC in found[1:]:
+        raise OptionError("post", f"{SVC!r} works on the merge itself", "put it first, once")
+    return found
+
+
+def _steps(
+    option: str, names: Any, table: Registry[Any], besides: Sequence[str] = ()
+) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise OptionError(option, "is one name, not a list", f"say [{names!r}]")
+    if not isinstance(names, Iterable):
+        raise OptionError(option, f"{names!r} is no list of names", "give one, or leave it out")
+    found = tuple(names)
+    for name in found:
+        if name not in besides:
+            table.choose(option, name, besides=besides)
+    return found
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _refusal(path: str, problem: str, remedy: str) -> OptionError:
+    return OptionError("recipe", f"{path!r}: {problem}", remedy)
+
+
+def parse(data: bytes, name: str) -> Any:
+    """What a text holds: JSON, YAML, or Markdown with a recipe in it. OptionError."""
+    try:
+        if found := re.search(rb"^## Recipe\n\n(```+)json\n(.*?)\n\1$", data, re.M | re.S):
+            return json_file.parse(found[2])
+        return json_file.parse(data) if data.lstrip()[:1] == b"{" else yaml_file.parse(data)
+    except (json_file.BadJson, yaml_file.BadYaml) as error:
+        raise _refusal(name, f"cannot be read ({error})", "correct it") from error
+
+
+_MERGEKIT = {
+    "linear": ("linear", True, {}),
+    "task_arithmetic": ("linear", False, {}),
+    "ties": ("ties", True, {"conventions": "mergekit"}),
+    "dare_linear": ("dare", False, {"conventions": "mergekit"}),
+    "dare_ties": ("dare_ties", False, {"conventions": "mergekit"}),
+}
+"""Methods that mean the same there: the name here, whether weights are normalized where nothing is
+said, and the options here."""
+
+
+def mergekit(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe of mergekit's shape as ours. OptionError, in one line, where it means something that
+    a merge of adapters does not."""
+    plain = dict(given)
+    name, models = plain.pop("merge_method"), plain.pop("models", None)
+    if name not in _MERGEKIT:
+        known = ", ".join(_MERGEKIT)
+        hint = options.meant(str(name), [], aliases.METHODS)
+        remedy = f"write it with 'method' ({hint})" if hint else "write it with 'method'"
+        raise OptionError("merge_method", f"{name!r} is read of {known} only", remedy)
+    method, normalizes, extra = _MERGEKIT[name]
+    base, dtype = plain.pop("base_model", None), plain.pop("dtype", None)
+    parameters = _mapping("parameters", plain.pop("parameters", {}))
+    for key in plain:
+        problem = "of mergekit's recipes has no meaning for adapters"
+        raise OptionError(key, problem, "leave it out")
+    listed = [_model(x, parameters) for x in models] if isinstance(models, list) else []
+    chosen = [(path, own) for path, own in listed if path != base or own != parameters]
+    if not chosen:
+        raise OptionError("models", "there are none", "give a list of {model, parameters}")
+    weights = [_number(own, "weight") for _, own in chosen]
+    if _shared(chosen, "normalize", normalizes) is not normalizes:
+        raise OptionError("normalize", f"{name!r} is here as by default", "leave it out")
+    if name == "linear":
+        total = sum(weights)
+        weights = [w / total for w in weights] if total else weights
+    density = _shared(chosen, "density", None)
+    if density is not None:
+        extra = extra | {"density": density}
+    scale = _shared(chosen, "lambda", 1.0)
+    adapters = [path.rpartition("+")[2] for path, _ in chosen]
+    found = {"method": method, "adapters": adapters, "weights": weights, "scale": scale, **extra}
+    return found | {k: v for k, v in (("base_model", base), ("dtype", dtype)) if v is not None}
+
+
+_KNOWN = ("weight", "density", "normalize", "lambda", "int8_mask")
+
+
+def _model(plain: Any, shared: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The path of a model, and its parameters."""
+    entry = dict(_mapping("models", plain))
+    path, own = entry.pop("model", None), _mapping("parameters", entry.pop("parameters", {}))
+    if not isinstance(path, str) or entry:
+        raise OptionError("models", f"{str(plain)[:60]!r} is no model with parameters", "give one")
+    found = {**shared, **own}
+    for key, value in found.items():
+        if key not in _KNOWN:
+            raise OptionError("parameters", f"{key!r} is not read", f"use {', '.join(_KNOWN)}")
+        if isinstance(value, (list, dict)):
+            problem = f"{key!r} differs by layer or by name"
+            raise OptionError("parameters", problem, "write it with 'rules'")
+    return path, found
+
+
+def _mapping(name: str, plain: Any) -> Mapping[str, Any]:
+    if not isinstance(plain, Mapping):
+        raise OptionError(name, f"{str(plain)[:40]!r} is no mapping", "give one")
+    return plain
+
+
+def _number(own: Mapping[str, Any], name: str) -> float:
+    if name not in own:
+        raise OptionError("parameters", f"a model has no {name!r}", "give one")
+    value: float = options.check(name, own[name], float)
+    return value
+
+
+def _shared(chosen: Sequence[tuple[str, Mapping[str, Any]]], name: str, usual: Any) -> Any:
+    """A parameter that is one for all models here."""
+    values = [own.get(name, usual) for _, own in chosen]
+    if any(value != values[0] for value in values):
+        raise OptionError("parameters", f"{name!r} differs between models", "give one for all")
+    return values[0]

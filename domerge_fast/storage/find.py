@@ -1,0 +1,48 @@
+"""Where a folder is of which the SHA-256 of some files is known."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ..errors import OptionError
+from .digests import sha256
+from .input_file import InputFile
+
+
+def find(name: str, files: Mapping[str, str], under: Path) -> Path:
+    """The folder with these sums by file name: what is called so under a folder, or any below it.
+    OptionError if there is none."""
+    if not under.is_dir():
+        raise OptionError("adapters", f"{str(under)!r} is no folder", "check the path")
+    for folder in _candidates(name, files, under):
+        if has(folder, files):
+            return folder
+    problem = f"nothing under {str(under)!r} has the files of {name!r}"
+    raise OptionError("adapters", problem, "download it again, or give another folder")
+
+
+def has(folder: Path, files: Mapping[str, str]) -> bool:
+    """Whether these files are in a folder with these sums; the small ones are looked at first."""
+    places = [folder / name for name in files]
+    if not all(map(os.path.isfile, places)):
+        return False
+    return all(_sum(x) == files[x.name] for x in sorted(places, key=os.path.getsize))
+
+
+def _candidates(name: str, files: Mapping[str, str], under: Path) -> Iterator[Path]:
+    yield under / name
+    for folder, inside, there in os.walk(under):
+        inside.sort()
+        if files.keys() <= set(there):
+            yield Path(folder)
+
+
+def _sum(path: Path) -> str:
+    return sha256(InputFile(path, functools.partial(_refusal, path)))
+
+
+def _refusal(path: Path, problem: str, remedy: str) -> OptionError:
+    return OptionError("adapters", f"{str(path)!r}: {problem}", remedy)
