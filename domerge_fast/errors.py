@@ -8,6 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+__all__ = [
+    "AdapterError",
+    "DomergeError",
+    "FlatCut",
+    "OptionError",
+    "OutputError",
+    "OutputWarning",
+    "is_text",
+    "printable",
+    "some",
+]
+
 MOST = 340
 """Characters of a message."""
 

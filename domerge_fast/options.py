@@ -21,6 +21,8 @@ from typing import Any, TypeVar
 from . import aliases
 from .errors import OptionError, is_text
 
+__all__ = ["build", "check", "choose", "folder", "meant", "option", "size", "suggest", "text"]
+
 T = TypeVar("T")
 
 

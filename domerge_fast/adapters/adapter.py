@@ -16,6 +16,8 @@ from ..storage.input_file import InputFile
 from ..storage.lazy import LazyTensor, MemoryTensor
 from ..storage.safetensors_file import SafetensorsFile
 
+__all__ = ["Adapter", "AdapterConfig", "Kind", "Module", "called", "without_paths"]
+
 Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d"]
 
 

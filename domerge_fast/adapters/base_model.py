@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from ..errors import AdapterError
 from .adapter import Adapter
 
+__all__ = ["check_base", "states_base"]
+
 
 def check_base(adapters: Sequence[Adapter], base_model: str | None) -> None:
     """AdapterError unless all that state a base model, and a revision, state the same.

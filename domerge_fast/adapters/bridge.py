@@ -22,6 +22,8 @@ from .names import EMBEDDINGS, HEADS, PREFIX
 from .stems import Core, core_of, is_below, joined, outer_of, split, within
 from .whole import NEW_HEADS, parameter
 
+__all__ = ["one_spelling"]
+
 _ONE_CLASS = "load both with one class of the model and save them again"
 
 

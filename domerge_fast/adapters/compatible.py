@@ -9,6 +9,8 @@ from ..storage.garbage import uncollected
 from .adapter import Adapter, Module
 from .base_model import check_base
 
+__all__ = ["check_compatible"]
+
 
 @uncollected()
 def check_compatible(adapters: Sequence[Adapter], base_model: str | None = None) -> None:

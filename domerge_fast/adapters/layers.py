@@ -11,6 +11,8 @@ from .adapter import Adapter
 from .names import PREFIX
 from .stems import Core, core_of, split
 
+__all__ = ["Rests", "Trees", "check_layers", "check_parts", "children_of", "trees_of"]
+
 Signature = tuple[object, ...]
 """Of a module or tensor: two of one name have the same."""
 

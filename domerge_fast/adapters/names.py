@@ -6,6 +6,17 @@ import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+__all__ = [
+    "AROUND",
+    "EMBEDDINGS",
+    "HEADS",
+    "PREFIX",
+    "Spelling",
+    "in_peft",
+    "is_of_tokens",
+    "is_saved",
+]
+
 PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 AROUND = ("module", *_WRAPPERS)

@@ -7,6 +7,8 @@ import functools
 import re
 from collections import Counter
 
+__all__ = ["NEUTRAL", "Core", "core_of", "is_below", "joined", "outer_of", "split", "within"]
+
 NEUTRAL = frozenset(
     (
         *("albert", "backbone", "base_model", "beit", "bert", "clip", "deberta", "deit", "dinov2"),

@@ -27,6 +27,25 @@ from ..storage.lazy import LazyTensor, dtype_name, in_step
 from .adapter import Adapter, AdapterConfig, called
 from .names import PREFIX, is_of_tokens, is_saved
 
+__all__ = [
+    "AUTO",
+    "COPY",
+    "DROP",
+    "FROM",
+    "NEW_HEADS",
+    "WITH_HEAD",
+    "Kept",
+    "Sum",
+    "change",
+    "check_policy",
+    "equal",
+    "is_named",
+    "keep",
+    "lacks_head",
+    "listed",
+    "parameter",
+]
+
 AUTO, DROP, FROM = "auto", "drop", "from:"
 COPY = ".base_layer."
 # A model of these tasks gets a head beside its base model's weights: PEFT saves it without being

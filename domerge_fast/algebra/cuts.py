@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..errors import FlatCut
 
+__all__ = ["check_cut", "check_cuts", "cut"]
+
 EQUAL = 2.0**-20
 """Of a singular value, how near the next one counts as equal. Values that `iso_c` makes equal are
 within 9e-7 of it in float32; between those of sums of adapters the smallest gaps we saw, over all

@@ -18,6 +18,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+__all__ = ["HIGH_BITS", "LOW_BITS", "Draw", "Election", "Trim"]
+
 HIGH_BITS, LOW_BITS = 16, 15
 """|τ| in float32 has 31 bits; they order as |τ| does. Selection reads them in two passes."""
 

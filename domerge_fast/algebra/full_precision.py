@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+__all__ = ["full_precision"]
+
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:

@@ -8,6 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+__all__ = ["gather"]
+
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 
 

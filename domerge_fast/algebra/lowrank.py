@@ -16,6 +16,8 @@ from torch import Tensor
 from .cuts import check_cut, cut
 from .full_precision import full_precision
 
+__all__ = ["compress"]
+
 OVERSAMPLING = 10
 POWERS = 2
 FIRST_RANK = 32

@@ -11,6 +11,20 @@ from ..errors import DomergeError
 from ..storage.lazy import dtype_name
 from .side import Side
 
+__all__ = [
+    "MOST",
+    "USUAL",
+    "check_rounding",
+    "exponent",
+    "exponents",
+    "extreme",
+    "fitted",
+    "product",
+    "refusal",
+    "scaled",
+    "times",
+]
+
 USUAL = 2.0**-50, 2.0**50
 """What the squared norm of a row may be without being centred."""
 

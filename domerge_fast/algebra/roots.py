@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["ZERO_COLUMN", "column_norms", "root"]
+
 ZERO_COLUMN = 1e-6
 """A column of B_i A_i below this share of ||B_i|| ||a|| is rounding noise: its direction is 0."""
 

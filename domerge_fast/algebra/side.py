@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = ["CODES", "Side", "squares", "table"]
+
 FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 CODES = {dtype: code for code, dtype in enumerate(FACTOR_DTYPES)}

@@ -24,6 +24,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+__all__ = ["EPSILON", "NEGLIGIBLE", "STATS", "in_factor_form", "in_gram_form"]
+
 EPSILON = 1e-3
 FIRST_BRACKET = 1.0 / 64
 MAX_DOUBLINGS = 60

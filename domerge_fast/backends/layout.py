@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = ["addresses", "dense", "matrices", "together"]
+
 GAP = 64
 """Results that share an allocation begin at multiples of this many elements."""
 

@@ -18,7 +18,23 @@ from torch import Tensor
 
 from ..algebra.cuts import check_cut
 from ..algebra.side import Side
-from .reference_entries import entry_counts, entry_merge, entry_sums  # noqa: F401, more ops
+from .reference_entries import entry_counts, entry_merge, entry_sums
+
+__all__ = [
+    "all_finite",
+    "apply",
+    "apply_decouple",
+    "block_gram",
+    "block_products",
+    "do_merging",
+    "entry_counts",
+    "entry_merge",
+    "entry_sums",
+    "gram",
+    "orthogonalize",
+    "orthogonalize_factors",
+    "truncate",
+]
 
 EPSILON = 1e-3
 ZERO_COLUMN = 1e-6

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..algebra.side import Side
 
+__all__ = ["entry_counts", "entry_merge", "entry_sums"]
+
 WORD = 0xFFFFFFFF
 
 

@@ -20,6 +20,20 @@ from .. import options
 from ..errors import OptionError
 from ..registry import Registry, usable
 
+__all__ = [
+    "ENVIRONMENT",
+    "OPS",
+    "TABLE",
+    "Backend",
+    "BackendStatus",
+    "backends",
+    "check_environment",
+    "choose",
+    "cuda_extension",
+    "load",
+    "torch_cuda_missing",
+]
+
 OPS = (
     "gram",
     "block_gram",

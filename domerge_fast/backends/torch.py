@@ -13,7 +13,23 @@ from ..algebra.roots import ZERO_COLUMN, column_norms, root
 from ..algebra.side import Side
 from ..algebra.truncation import NOISE, truncated
 from . import descent
-from .torch_entries import entry_counts, entry_merge, entry_sums  # noqa: F401, the rest of the ops
+from .torch_entries import entry_counts, entry_merge, entry_sums
+
+__all__ = [
+    "all_finite",
+    "apply",
+    "apply_decouple",
+    "block_gram",
+    "block_products",
+    "entry_counts",
+    "entry_merge",
+    "entry_sums",
+    "gram",
+    "orthogonalize",
+    "orthogonalize_factors",
+    "truncate",
+    "truncate_by",
+]
 
 BATCH_BYTES = 64 << 20
 """What one batch of problems may hold in each of its buffers."""

@@ -11,6 +11,8 @@ from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..algebra.full_precision import full_precision
 from ..algebra.side import Side
 
+__all__ = ["entry_counts", "entry_merge", "entry_sums"]
+
 TILE_BYTES = 2 << 20
 """What a tile of rows of one τ_i may take in float32."""
 

@@ -16,6 +16,20 @@ from torch import Tensor
 from ..algebra.side import Side
 from . import timing
 
+__all__ = [
+    "NOTHING",
+    "Rates",
+    "Work",
+    "apply",
+    "apply_decouple",
+    "block_gram",
+    "gram",
+    "measure",
+    "orthogonalize",
+    "orthogonalize_factors",
+    "truncate",
+]
+
 PASSES = {
     "16-bit": {"bfloat16": 1, "tf32": 1, "float32": 1},
     "mixed": {"bfloat16": 3, "tf32": 3, "float32": 1},

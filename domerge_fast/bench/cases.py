@@ -17,6 +17,8 @@ from ..methods.do import DoOptions
 from . import bounds
 from .bounds import Work
 
+__all__ = ["BESIDE", "TRUNCATED", "Case", "is_wide", "merge", "record", "runner", "stack"]
+
 Call = Callable[..., Any]
 BESIDE = ("all_finite", "block_products", "truncate")
 """Ops that are recorded and are no part of the compute of a merge."""

@@ -18,6 +18,8 @@ from ..methods.do import DoOptions
 from . import cases
 from .cases import Case
 
+__all__ = ["MOST_ADAPTERS", "Checks"]
+
 TOLERANCE = 1e-5
 """Relative error of a result in float32 or float64; a 16-bit one may be off by a rounding too."""
 

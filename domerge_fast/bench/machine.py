@@ -11,6 +11,8 @@ import torch
 from .._version import __version__
 from ..engine import transfer
 
+__all__ = ["describe", "free_bytes"]
+
 
 def describe(device: torch.device) -> dict[str, object]:
     """Processor, cores, threads and versions; the GPU and torch's CUDA where one is used."""

@@ -26,6 +26,8 @@ from .cases import Case
 from .checks import Checks
 from .timing import Call
 
+__all__ = ["Result", "Row", "Say", "modules_that_fit", "run", "usable"]
+
 MERGE = "merge"
 CAPTURED = ("gram", "orthogonalize", "apply", "block_gram", "apply_decouple", MERGE)
 """Ops of the CUDA and Triton backends that wait for nothing."""

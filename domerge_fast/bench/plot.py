@@ -9,6 +9,8 @@ from typing import Any
 from ..errors import DomergeError
 from .measure import Result, Row
 
+__all__ = ["draw", "figure"]
+
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+__all__ = ["Call", "captured", "seconds", "take_turns"]
+
 Call = Callable[[], object]
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 from ..adapters import Adapter
 from ..formats import from_tensors
 
+__all__ = ["WORKLOADS", "Member", "Shape", "Workload"]
+
 MAGNITUDE_SPREAD = 6.0
 SCALING = 2
 """lora_alpha / r of every adapter."""

@@ -12,6 +12,8 @@ from . import shared, streams
 if typing.TYPE_CHECKING:
     from ..bench.measure import Result
 
+__all__ = ["COMMAND"]
+
 DISAGREES = 1
 
 

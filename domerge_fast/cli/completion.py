@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 
 from . import flags, shared
 
+__all__ = ["COMMAND"]
+
 SHELLS = ("bash", "zsh", "fish")
 Words = Mapping[str, tuple[str, ...]]
 """By what stands before: a command, or a command and an action, and "" at first."""

@@ -6,6 +6,8 @@ import argparse
 
 from . import shared, streams
 
+__all__ = ["COMMAND"]
+
 
 def run(args: argparse.Namespace) -> int:
     from .examine import examine

@@ -12,6 +12,8 @@ from . import shared, streams
 if typing.TYPE_CHECKING:
     from ..api import FormatInfo
 
+__all__ = ["COMMAND"]
+
 
 def run(args: argparse.Namespace) -> int:
     from .. import api

@@ -12,6 +12,8 @@ from . import shared, streams
 if typing.TYPE_CHECKING:
     from ..results.report import Interference
 
+__all__ = ["COMMAND"]
+
 
 def fill(parser: argparse.ArgumentParser) -> None:
     shared.add_sources(parser, "no progress")

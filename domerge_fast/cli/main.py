@@ -21,6 +21,8 @@ from ..storage import folder
 from . import shared, streams
 from .commands import COMMANDS
 
+__all__ = ["main"]
+
 FAILED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130

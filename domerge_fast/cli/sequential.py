@@ -8,6 +8,8 @@ import dataclasses
 from ..errors import printable
 from . import shared, streams
 
+__all__ = ["COMMAND"]
+
 
 def fill(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION", parser_class=type(parser))

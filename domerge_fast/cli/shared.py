@@ -12,6 +12,19 @@ from typing import Any
 from ..registry import usable
 from . import streams
 
+__all__ = [
+    "Command",
+    "add_json",
+    "add_output",
+    "add_replacing",
+    "add_sources",
+    "add_verbose",
+    "given",
+    "notes",
+    "show",
+    "shows_progress",
+]
+
 
 @dataclass(frozen=True)
 class Command:

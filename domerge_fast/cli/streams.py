@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
+__all__ = ["Unprintable", "matrix", "show", "table", "tell", "usable", "wrap"]
+
 WIDTH = 80
 """Columns of what is no terminal."""
 

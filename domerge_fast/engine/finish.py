@@ -20,6 +20,8 @@ from ..methods.base import Cut, Dense, Factors, Merged
 from . import precision
 from .work import Work
 
+__all__ = ["Result", "compressed", "finished", "in_range"]
+
 
 @dataclass(frozen=True, eq=False)
 class Result:

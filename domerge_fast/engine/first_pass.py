@@ -23,6 +23,8 @@ from .finish import compressed, finished
 from .scaling import Sums, rounded
 from .work import Work
 
+__all__ = ["Diagonals", "Whole"]
+
 Diagonals = tuple[Tensor, Tensor]
 
 

@@ -15,6 +15,8 @@ from ..adapters.plan import Stack
 from ..algebra.host import gather
 from ..results.report import Interference
 
+__all__ = ["InterferenceSums", "own_norms"]
+
 
 class InterferenceSums:
     """Running sums over modules for `adapters` named adapters."""

@@ -37,6 +37,8 @@ from ..algebra.powers import MOST, USUAL, exponent, exponents, extreme, times
 from ..algebra.side import Side
 from ..errors import AdapterError, OptionError
 
+__all__ = ["centred", "fits", "of_weights", "unusual", "weighted"]
+
 CENTRE = 25
 """log2 of the largest entries that are left as they are."""
 

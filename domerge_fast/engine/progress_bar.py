@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+__all__ = ["shown"]
+
 
 @contextlib.contextmanager
 def shown(

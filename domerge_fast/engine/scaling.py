@@ -35,6 +35,8 @@ from ..methods.base import ScaleRule
 from ..methods.spectral import schatten
 from ..methods.steps.base import alike
 
+__all__ = ["Sums", "rounded"]
+
 DIGITS = 6
 """Of λ, so that it is what is printed, and sums in another order find the same one."""
 

@@ -18,6 +18,8 @@ from ..adapters.plan import Stack
 from ..algebra.side import Side
 from ..backends.layout import dense
 
+__all__ = ["Upload", "current_streams", "download", "free_bytes", "on", "ready_event", "upload"]
+
 ALIGNMENT = 256
 """Every tensor starts at a multiple of this many bytes, as one of its own would."""
 

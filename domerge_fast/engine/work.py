@@ -12,6 +12,8 @@ from ..methods.base import UNCUT, Chosen, Cut, ScaleRule, Settings
 from ..methods.running import Run
 from ..methods.steps.base import PostStep, PreStep
 
+__all__ = ["Cut", "Work"]
+
 
 @dataclass(frozen=True)
 class Work:

@@ -22,6 +22,8 @@ from .merge_folder import MergeFolder
 from .model import weights
 from .target import Layout, Target
 
+__all__ = ["DELTAS"]
+
 WEIGHTS = "deltas.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 FILES = (WEIGHTS, "deltas-*-of-*.safetensors", INDEX, CARD)

@@ -10,6 +10,8 @@ from typing import Any
 from ..storage.input_file import Refuse
 from ..storage.safetensors_file import SafetensorsFile
 
+__all__ = ["of_config", "of_file", "of_folder", "of_key"]
+
 Told = tuple[str, str]  # problem, remedy
 
 _CONVERT = "convert it to a PEFT folder, or pass its factors by from_tensors"

@@ -16,6 +16,8 @@ from ..storage.folder import Replacing, check_apart, check_path, whole_folder
 from ..storage.marker import all_marked
 from .target import Target
 
+__all__ = ["MergeFolder"]
+
 Folder = TypeVar("Folder", bound="MergeFolder")
 
 

@@ -14,6 +14,8 @@ from ..adapters import Kept, LazyTensor
 from ..storage.input_file import InputFile
 from .model.checkpoint import Checkpoint
 
+__all__ = ["Layout", "Target"]
+
 
 @dataclass(frozen=True)
 class Layout:

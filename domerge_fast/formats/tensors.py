@@ -12,6 +12,8 @@ from ..errors import AdapterError, is_text
 from ..storage.lazy import MemoryTensor
 from .peft.assemble import assemble
 
+__all__ = ["from_tensors"]
+
 
 def from_tensors(
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],

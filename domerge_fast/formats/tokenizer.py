@@ -18,6 +18,8 @@ from ..errors import AdapterError
 from ..storage import json_file
 from ..storage.input_file import InputFile
 
+__all__ = ["FILES", "beside", "files"]
+
 _FAST = "tokenizer.json"
 VOCABULARY = (
     *(_FAST, "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json"),

@@ -35,6 +35,8 @@ from ..methods import TABLE
 from ..options import check
 from ..results.report import Report
 
+__all__ = ["PEFT_TYPES", "add_weighted_adapter", "install", "uninstall"]
+
 try:
     from peft import LoraConfig, LoraModel, PeftModel
     from peft.tuners.lora import LoraLayer

@@ -16,6 +16,8 @@ from .nested import core_space, ctm, knots
 from .spectral import dc_merge, iso_c, iso_cts, pico, subspace_boost, svd, tsvm, wudi
 from .weighted import cat, linear, multislerp, slerp
 
+__all__ = ["TABLE", "choose"]
+
 TABLE = Registry(
     "method",
     Method,

@@ -24,6 +24,8 @@ from .base import Chosen, Method
 from .spectral import tsvm
 from .steps.norms import norms
 
+__all__ = ["METHOD"]
+
 POWER = 0.5
 """Of the spectrum of `tsvm`."""
 

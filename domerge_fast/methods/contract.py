@@ -19,6 +19,18 @@ from torch import Tensor
 
 from ..adapters.plan import Stack
 
+__all__ = [
+    "BATCH_BYTES",
+    "Batch",
+    "Coefficients",
+    "Contract",
+    "Found",
+    "Needs",
+    "State",
+    "alike",
+    "batch",
+]
+
 BATCH_BYTES = 64 << 20
 """What the R x R matrices of one kind may take in a batch of modules."""
 

@@ -35,6 +35,8 @@ from .contract import Batch, Coefficients, Needs, State
 from .entrywise import elementwise
 from .spectral.space import SUPPORT
 
+__all__ = ["METHOD"]
+
 
 @dataclass(frozen=True)
 class LegoOptions:

@@ -28,6 +28,8 @@ from . import running
 from .base import Factors, Method, Settings
 from .entrywise import elementwise
 
+__all__ = ["METHOD"]
+
 GAIN = 2.0
 """The authors' factor on the sum of the A's, and on that of the B's."""
 

@@ -35,6 +35,8 @@ from .base import (
 from .contract import BATCH_BYTES, Batch, Coefficients, Needs, State, alike, batch
 from .spectral import schatten, svc
 
+__all__ = ["Run", "factors", "prepared", "stacked"]
+
 WideGrams = tuple[list[Tensor], list[Tensor]]
 NOTHING: WideGrams = [], []
 

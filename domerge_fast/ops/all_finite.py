@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ._backend import implementation
 
+__all__ = ["all_finite"]
+
 
 def all_finite(tensors: Sequence[Tensor], *, backend: str = "auto") -> list[bool]:
     """One bool a tensor. It depends on the values, so it is no torch.library op."""

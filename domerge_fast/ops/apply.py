@@ -10,6 +10,8 @@ from torch import Tensor
 from ..algebra.side import Side
 from ._backend import implementation
 
+__all__ = ["apply"]
+
 
 def apply(
     coefficients: Sequence[Tensor | None],

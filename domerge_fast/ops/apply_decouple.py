@@ -20,6 +20,8 @@ from torch import Tensor
 from ..algebra.side import Side, squares
 from ._backend import implementation
 
+__all__ = ["apply_decouple"]
+
 
 def apply_decouple(
     coefficients: Sequence[Tensor | None],

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ._backend import implementation
 
+__all__ = ["block_products"]
+
 
 def block_products(
     x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int], *, backend: str = "auto"

@@ -15,6 +15,8 @@ from ..algebra.entry_rules import Draw, Election, Trim
 from ..algebra.side import Side
 from ._backend import implementation
 
+__all__ = ["entry_counts", "entry_merge", "entry_sums"]
+
 
 def entry_counts(
     a: Side, b: Side, prefixes: Sequence[int] | None = None, *, backend: str = "auto"

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..algebra.side import Side
 from ._backend import implementation
 
+__all__ = ["block_gram", "gram"]
+
 
 def gram(
     problems: Sequence[Side], *, dtype: torch.dtype = torch.float32, backend: str = "auto"

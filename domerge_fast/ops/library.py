@@ -24,6 +24,8 @@ from .entries import entry_counts, entry_merge, entry_sums
 from .gram import block_gram, gram
 from .orthogonalize import orthogonalize, orthogonalize_factors
 
+__all__: list[str] = []
+
 NAMESPACE = "domerge_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 SIDES = "Tensor[] blocks, int[] counts, float[] scales"

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..algebra.side import Side
 from ._backend import implementation
 
+__all__ = ["PENALTIES", "orthogonalize", "orthogonalize_factors"]
+
 PENALTIES = ("squared", "frobenius")
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ._backend import implementation
 
+__all__ = ["truncate"]
+
 
 def truncate(
     pairs: Sequence[tuple[Tensor, Tensor]],

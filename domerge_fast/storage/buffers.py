@@ -10,6 +10,8 @@ import weakref
 import torch
 from torch import Tensor
 
+__all__ = ["Buffers", "aligned", "bytes_of"]
+
 ALIGNMENT = 64
 """Every tensor starts at a multiple of this many bytes: a cache line, and the widest vector."""
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from io import FileIO
 
+__all__ = ["STEP_BYTES", "begin_flush"]
+
 STEP_BYTES = 64 << 20
 """Written to a file between two calls."""
 

@@ -23,6 +23,16 @@ from .. import options
 from ..errors import OutputError, OutputWarning
 from .workplace import Workplace
 
+__all__ = [
+    "Replacing",
+    "check_apart",
+    "check_path",
+    "is_same",
+    "last_written",
+    "recover",
+    "whole_folder",
+]
+
 NEW, OLD = "new", "old"
 """In the hidden folder: what is written, which the old output is exchanged for; and the old output
 while its name is free, where names cannot be exchanged."""

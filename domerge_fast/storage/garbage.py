@@ -6,6 +6,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+__all__ = ["uncollected"]
+
 
 @contextmanager
 def uncollected() -> Iterator[None]:

@@ -16,6 +16,8 @@ from typing import TypeAlias
 
 from ..errors import DomergeError
 
+__all__ = ["InputFile", "Refuse"]
+
 Refuse: TypeAlias = Callable[[str, str], DomergeError]
 """(problem, remedy) -> the error in the words of whoever the file belongs to."""
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from .input_file import InputFile
 
+__all__ = ["CONFIG_BYTES", "INDEX_BYTES", "BadJson", "parse", "read_object"]
+
 CONFIG_BYTES = 10_000_000
 INDEX_BYTES = 100_000_000
 """Of an index, a header or a state, which names every tensor of a model."""

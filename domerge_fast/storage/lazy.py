@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+__all__ = ["LazyTensor", "MemoryTensor", "dtype_name", "in_step", "pieces"]
+
 PIECE_BYTES = 16 << 20
 """Of a tensor that goes from file to file."""
 

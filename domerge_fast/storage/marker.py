@@ -13,6 +13,8 @@ from .._version import __version__
 from . import json_file
 from .safetensors_file import METADATA
 
+__all__ = ["MARK", "all_marked", "marked"]
+
 MARK = {"domerge_fast": __version__}
 
 

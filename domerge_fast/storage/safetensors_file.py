@@ -23,6 +23,8 @@ from .buffers import Buffers, aligned, bytes_of
 from .input_file import InputFile, Refuse
 from .lazy import LazyTensor
 
+__all__ = ["DTYPES", "METADATA", "FileTensor", "SafetensorsFile", "group_bytes", "read_group"]
+
 METADATA = "__metadata__"
 """What a header has beside its tensors, if anything: a map of texts."""
 

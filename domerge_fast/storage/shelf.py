@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..errors import OutputError
 
+__all__ = ["Shelf"]
+
 MOST_BYTES = 256 << 20
 """What is kept in memory."""
 

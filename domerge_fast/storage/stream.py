@@ -24,6 +24,8 @@ from .lazy import LazyTensor, pieces
 from .marker import MARK
 from .safetensors_file import DTYPES, METADATA
 
+__all__ = ["SafetensorsWriter", "copy_file", "write", "write_tensor"]
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = f'"{METADATA}":{json.dumps({"format": "pt"} | MARK)}'
 

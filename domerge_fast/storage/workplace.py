@@ -19,6 +19,8 @@ from pathlib import Path
 
 from ..errors import OutputError
 
+__all__ = ["Workplace"]
+
 WAIT_SECONDS = 60.0
 """For another one who writes the same output."""
 

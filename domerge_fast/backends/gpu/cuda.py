@@ -12,6 +12,21 @@ from .entries import MEANS, SIGNS, GpuEntries, Updates
 from .host import Gpu
 from .tables import Table
 
+__all__ = [
+    "all_finite",
+    "apply",
+    "apply_decouple",
+    "block_gram",
+    "block_products",
+    "entry_counts",
+    "entry_merge",
+    "entry_sums",
+    "gram",
+    "orthogonalize",
+    "orthogonalize_factors",
+    "truncate",
+]
+
 
 class _Kernels:
     """gpu.Kernels and gpu_entries.EntryKernels by the launches of the extension."""

@@ -21,6 +21,8 @@ from . import tables
 from .host import region, upload_table
 from .tables import Table
 
+__all__ = ["MEANS", "SIGNS", "GpuEntries", "Updates"]
+
 SIGNS = {"none": 0, "total": 1, "frequency": 2}
 MEANS = {"sum": 0, "count": 1, "weight": 2}
 """The numbers by which the kernels know what an Election says."""

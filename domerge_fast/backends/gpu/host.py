@@ -26,6 +26,8 @@ from ..layout import addresses, dense, matrices, together
 from . import tables
 from .tables import Table
 
+__all__ = ["MAX_RANK", "Gpu", "region", "upload_table"]
+
 GRAM_CHUNK = 4096
 """Columns of X that are summed at a stretch."""
 

@@ -12,6 +12,20 @@ from torch import Tensor
 
 from ...algebra.side import Side, table
 
+__all__ = [
+    "Table",
+    "buckets",
+    "describe",
+    "float_bits",
+    "gram_tiles",
+    "grid",
+    "largest_first",
+    "numbers",
+    "places",
+    "rows",
+    "upload",
+]
+
 ALIGNMENT = 16
 """What shares an allocation starts at multiples of this many elements."""
 

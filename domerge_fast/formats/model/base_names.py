@@ -14,6 +14,8 @@ from collections.abc import Collection, Mapping
 from ...adapters.stems import NEUTRAL, core_of, is_below, outer_of, split
 from .checkpoint import Checkpoint, refusal
 
+__all__ = ["OTHER_BASE", "Renaming", "nearest"]
+
 Shapes = Collection[tuple[int, ...]]
 Family = tuple[bool, str]  # whether it is a list of layers; its stem, or what is before last names
 

@@ -15,6 +15,8 @@ from ...storage import json_file
 from ...storage.input_file import InputFile
 from ...storage.safetensors_file import FileTensor, SafetensorsFile
 
+__all__ = ["CONFIG", "INDEX", "TIED", "Checkpoint", "open_checkpoint", "parts", "refusal"]
+
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"

@@ -23,6 +23,8 @@ from .vocabulary import (
     settle,
 )
 
+__all__ = ["fit", "originals"]
+
 _RESIZED = "save the adapters with save_embedding_layers=True, or resize the base and save it"
 
 

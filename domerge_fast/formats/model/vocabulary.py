@@ -22,6 +22,8 @@ from ...storage.lazy import dtype_name
 from ..target import Layout, Target
 from .checkpoint import TIED, Checkpoint, parts, refusal
 
+__all__ = ["FLOATS", "Vocabulary", "check_replaceable", "check_twins", "is_token_layout", "settle"]
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZE = "vocab_size"
 _UNTIE = f"save the base with two weights and {TIED}=false, or write an adapter"

@@ -12,6 +12,8 @@ from ...errors import DomergeError
 from ...storage.lazy import dtype_name
 from ..target import Layout, Target
 
+__all__ = ["Realised", "check_no_replication", "is_turned", "rounded", "stored", "stored_shape"]
+
 
 def is_turned(layout: Layout, target: Target) -> bool:
     """Whether the base stores the weight as [n, m]: embeddings do, and GPT-2's Conv1D, which PEFT

@@ -31,6 +31,8 @@ from . import weights
 from .checkpoint import CONFIG, INDEX
 from .fit import fit
 
+__all__ = ["MODEL"]
+
 CHUNK_BYTES = 16 << 20
 """Of a weight in float32, added and rounded at once."""
 

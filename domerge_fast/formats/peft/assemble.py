@@ -21,6 +21,8 @@ from ...storage.safetensors_file import SafetensorsFile
 from .. import foreign
 from .padding import unpadded_ranks
 
+__all__ = ["assemble"]
+
 # A live model, and what consolidates its shards, have the adapter's name after the side.
 _FACTOR = re.compile(
     r"(.+)\.lora_(?:([AB])(?:\.(.+))?\.weight"

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
+__all__ = ["Automaton", "BadPattern", "parse"]
+
 Test: TypeAlias = Callable[[str], bool]
 Node: TypeAlias = tuple
 """("test", Test), ("start",), ("end",), ("all", nodes), ("any", nodes), ("repeat", node, low, high)

@@ -19,6 +19,8 @@ from ...errors import AdapterError
 from ..foreign import of_config
 from .patterns import BadPattern, Patterns
 
+__all__ = ["read_config", "scalings"]
+
 _CHECKED = {
     "peft_type",
     "bias",

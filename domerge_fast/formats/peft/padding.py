@@ -17,6 +17,8 @@ from torch import Tensor
 from ...storage.lazy import LazyTensor, MemoryTensor
 from ...storage.safetensors_file import FileTensor, SafetensorsFile
 
+__all__ = ["unpadded_ranks"]
+
 HEAD_BYTES = 64
 """Of A's last row, read of every module: in a trained one they are hardly ever all zeros."""
 

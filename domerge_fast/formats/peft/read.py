@@ -29,6 +29,8 @@ from .. import foreign
 from .assemble import assemble
 from .config import read_config, scalings
 
+__all__ = ["CONFIG", "WEIGHTS", "from_model", "load_folder", "unwrapped"]
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 Scaling = Callable[[str, int], float]

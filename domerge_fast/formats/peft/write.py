@@ -32,6 +32,8 @@ from ..merge_folder import MergeFolder
 from ..target import Layout, Target
 from .read import CONFIG, WEIGHTS, load_folder
 
+__all__ = ["ADAPTER", "WHERE", "PeftFolder", "keys", "largest", "notes", "rank_fields", "target"]
+
 FILES = (CONFIG, WEIGHTS, CARD)
 
 WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")

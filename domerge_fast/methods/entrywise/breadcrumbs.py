@@ -14,6 +14,8 @@ from ...algebra.entry_rules import Election
 from ...options import option
 from . import elementwise
 
+__all__ = ["METHOD"]
+
 
 @dataclass(frozen=True)
 class BreadcrumbsOptions:

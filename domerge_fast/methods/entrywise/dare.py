@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from ...algebra.entry_rules import Election
 from . import elementwise
 
+__all__ = ["METHOD", "rescale"]
+
 
 @dataclass(frozen=True)
 class DareOptions:

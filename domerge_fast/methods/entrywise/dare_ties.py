@@ -14,6 +14,8 @@ from ...algebra.entry_rules import Election
 from . import elementwise
 from .dare import rescale
 
+__all__ = ["METHOD"]
+
 
 @dataclass(frozen=True)
 class DareTiesOptions:

@@ -18,6 +18,8 @@ from ...options import option
 from . import elementwise
 from .dare import rescale
 
+__all__ = ["METHOD"]
+
 
 @dataclass(frozen=True)
 class DellaOptions:

@@ -24,6 +24,17 @@ from ...errors import OptionError
 from ...options import option
 from ..base import Dense, Merge, Method, ScaleRule, Settings
 
+__all__ = [
+    "Rule",
+    "conventions",
+    "density",
+    "largest",
+    "majority_sign_method",
+    "method",
+    "scope",
+    "seed",
+]
+
 CONVENTIONS = ("paper", "peft", "mergekit")
 SIGNS = ("total", "frequency")
 SCOPES = ("auto", "tensor", "model")

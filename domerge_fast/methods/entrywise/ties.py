@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from ...algebra.entry_rules import Election
 from . import elementwise
 
+__all__ = ["METHOD"]
+
 
 @dataclass(frozen=True)
 class TiesOptions:

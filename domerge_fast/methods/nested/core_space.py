@@ -21,6 +21,8 @@ from ...options import option
 from ..base import Settings
 from . import shared_basis
 
+__all__ = ["METHOD"]
+
 
 @dataclass(frozen=True)
 class CoreOptions:

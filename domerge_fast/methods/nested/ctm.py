@@ -31,6 +31,8 @@ from ...options import option
 from ..base import Settings
 from . import shared_basis
 
+__all__ = ["METHOD"]
+
 CHANGE = 1e-6
 """Of the relative error in a turn, at which the iteration stops."""
 

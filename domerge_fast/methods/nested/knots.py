@@ -23,6 +23,8 @@ from ...options import option
 from ..base import Settings
 from . import shared_basis
 
+__all__ = ["METHOD"]
+
 
 @dataclass(frozen=True)
 class KnotsOptions:

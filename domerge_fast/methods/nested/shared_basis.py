@@ -32,6 +32,8 @@ from ..base import (
 from ..running import Run, prepared
 from ..spectral import space
 
+__all__ = ["method"]
+
 Spectra = Callable[[Tensor, Tensor, tuple[int, ...], Any, Settings], tuple[Tensor, Tensor | None]]
 """(b [P, R, K_B] with the scalings s_i, a [P, R, K_A], ranks, options, settings) -> symmetric
 [P, K_B, K_B] and [P, K_A, K_A] (None: A stays) whose eigenvectors are the bases, in orthonormal

@@ -17,6 +17,8 @@ from ..base import Factors, Found, Settings
 from ..contract import Coefficients
 from . import space, svc
 
+__all__ = ["find", "make"]
+
 
 def find(
     stacks: Sequence[Stack], merged: Sequence[Factors], settings: Settings

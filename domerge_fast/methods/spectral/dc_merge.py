@@ -28,6 +28,8 @@ from torch import Tensor
 from ...options import option
 from . import space
 
+__all__ = ["METHOD"]
+
 EQUAL = 1e-9
 """Of the smallest entry kept, within what others count as equal to it."""
 

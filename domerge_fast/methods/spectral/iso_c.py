@@ -17,6 +17,8 @@ from torch import Tensor
 
 from . import space
 
+__all__ = ["METHOD"]
+
 
 @dataclass(frozen=True)
 class IsoCOptions:

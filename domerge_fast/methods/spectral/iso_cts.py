@@ -22,6 +22,8 @@ from ...algebra.cuts import check_cuts
 from ...options import option
 from . import space
 
+__all__ = ["METHOD"]
+
 
 @dataclass(frozen=True)
 class IsoCtsOptions:

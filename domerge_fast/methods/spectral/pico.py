@@ -19,6 +19,8 @@ from torch import Tensor
 
 from . import space
 
+__all__ = ["METHOD", "calibration"]
+
 
 @dataclass(frozen=True)
 class PicoOptions:

@@ -16,6 +16,8 @@ from torch import Tensor
 from ...options import option
 from .space import NOISE
 
+__all__ = ["are_orthonormal", "field", "raised"]
+
 ORTHONORMAL = 1e-9
 """Within what the squared lengths of a polar factor's columns are 1, where they are orthonormal."""
 

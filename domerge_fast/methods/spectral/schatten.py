@@ -17,6 +17,8 @@ from torch import Tensor
 from ... import ops
 from ...algebra.side import Side
 
+__all__ = ["of_adapters", "of_products", "of_triplets", "packed", "schatten"]
+
 ORTHOGONAL = 1e-10
 """Of the largest squared length, what inner products of orthogonal vectors stay below."""
 

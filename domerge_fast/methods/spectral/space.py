@@ -25,6 +25,23 @@ from ..base import Method, wide_grams
 from ..contract import Batch, Coefficients, Needs, State, alike, batch
 from . import schatten, svc
 
+__all__ = [
+    "NEEDS",
+    "NOISE",
+    "SUPPORT",
+    "Coordinates",
+    "balanced",
+    "coefficients",
+    "coordinates",
+    "in_coordinates",
+    "inverse",
+    "level",
+    "method",
+    "norm",
+    "polar",
+    "svd",
+]
+
 SUPPORT = 1e-6
 """A direction that unit vectors hold less of than this share of the most is rounding noise (half
 the digits of float64, as it is found from a Gram)."""

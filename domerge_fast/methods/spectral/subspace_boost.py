@@ -19,6 +19,8 @@ from torch import Tensor
 from ...options import option
 from . import space
 
+__all__ = ["METHOD", "SubspaceBoostOptions"]
+
 
 @dataclass(frozen=True)
 class SubspaceBoostOptions:

@@ -25,6 +25,8 @@ from torch import Tensor
 from ...errors import DomergeError
 from ..base import ScaleRule
 
+__all__ = ["SCALE", "gains", "measured", "projection"]
+
 SCALE = ScaleRule(None, 1.25)
 """How λ is found after it. On seven trainings the best λ was .9 to 1.7 times d."""
 

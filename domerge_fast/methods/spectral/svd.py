@@ -11,6 +11,8 @@ import dataclasses
 
 from ..weighted import linear
 
+__all__ = ["METHOD"]
+
 METHOD = dataclasses.replace(
     linear.METHOD,
     name="svd",

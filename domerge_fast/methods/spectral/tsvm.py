@@ -22,6 +22,8 @@ from torch import Tensor
 from ..base import ScaleRule
 from . import power, space
 
+__all__ = ["METHOD", "TsvmOptions"]
+
 
 @dataclass(frozen=True)
 class TsvmOptions:

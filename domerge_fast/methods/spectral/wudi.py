@@ -20,6 +20,8 @@ from torch import Tensor
 from ...options import option
 from . import space
 
+__all__ = ["METHOD"]
+
 
 @dataclass(frozen=True)
 class WudiOptions:

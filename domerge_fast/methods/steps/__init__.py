@@ -14,6 +14,8 @@ from . import (
 )
 from .base import PostStep, PreStep
 
+__all__ = ["POST", "PRE"]
+
 PRE = Registry(
     "pre", PreStep, (m.STEP for m in (orthogonalize, pico, canonicalize, equalize, smooth))
 )

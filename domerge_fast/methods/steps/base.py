@@ -9,6 +9,8 @@ from ...adapters.plan import Stack
 from ...registry import usable
 from ..base import Factors, Settings
 
+__all__ = ["PostStep", "PreStep", "alike"]
+
 
 @dataclass(frozen=True)
 class PreStep:

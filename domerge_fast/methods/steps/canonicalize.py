@@ -30,6 +30,8 @@ from ..base import Settings
 from ..spectral.space import NOISE
 from .base import PreStep, alike
 
+__all__ = ["STEP", "balanced"]
+
 Spectrum = Callable[[Tensor], Tensor]
 """Singular values [P, r], zero where they are noise -> others, zero there too."""
 

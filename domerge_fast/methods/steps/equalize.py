@@ -19,6 +19,8 @@ from ..base import Settings
 from .base import PreStep
 from .norms import norms
 
+__all__ = ["STEP"]
+
 
 def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
     found = norms([s.a for s in stacks], [s.b for s in stacks], settings.backend)

@@ -19,6 +19,8 @@ from ..base import Factors, Settings
 from .base import PostStep
 from .norms import norms
 
+__all__ = ["STEP"]
+
 
 def run(stacks: Sequence[Stack], merged: Sequence[Factors], settings: Settings) -> list[Factors]:
     given = norms([s.a for s in stacks], [s.b for s in stacks], settings.backend)

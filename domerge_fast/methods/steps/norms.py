@@ -12,6 +12,8 @@ from ...algebra.host import gather
 from ...algebra.side import Side
 from .base import alike
 
+__all__ = ["norms"]
+
 NOISE = 1e-6
 """B A below this share of sum_k ||b_k|| ||a_k||, over its parts of rank 1, is rounding noise (half
 the digits of float64, as its norm is found from Grams)."""

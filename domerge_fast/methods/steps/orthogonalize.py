@@ -19,6 +19,8 @@ from .. import do
 from ..base import Settings, grams
 from .base import PreStep
 
+__all__ = ["STEP"]
+
 
 def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
     options, backend = do.DoOptions(), settings.backend

@@ -21,6 +21,8 @@ from ..base import Settings
 from ..spectral import pico
 from .base import PreStep, alike
 
+__all__ = ["STEP"]
+
 
 def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
     bare = [s.b.scaled((1.0,) * len(s.b.scales)) for s in stacks]

@@ -19,6 +19,8 @@ from ..spectral.space import level
 from . import canonicalize
 from .base import PreStep
 
+__all__ = ["STEP"]
+
 
 def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
     return canonicalize.balanced(stacks, settings, mean)

@@ -19,6 +19,8 @@ from ..running import prepared
 from ..spectral import subspace_boost
 from .base import PostStep
 
+__all__ = ["STEP"]
+
 
 def run(stacks: Sequence[Stack], merged: Sequence[Factors], settings: Settings) -> list[Factors]:
     chosen = Chosen(subspace_boost.METHOD, subspace_boost.SubspaceBoostOptions())

@@ -6,6 +6,8 @@ import dataclasses
 
 from . import linear
 
+__all__ = ["METHOD"]
+
 METHOD = dataclasses.replace(
     linear.METHOD, name="cat", summary="linear, under PEFT's name: factors concatenated"
 )

@@ -19,6 +19,8 @@ from ..base import wide_grams
 from ..contract import Batch, Needs
 from ..spectral.space import NOISE
 
+__all__ = ["NEEDS", "inner_products", "of_grams", "of_stacks", "shares"]
+
 NEEDS = Needs(torch.float64, host=True)
 
 

@@ -20,6 +20,8 @@ from ..base import Method
 from ..contract import Batch, Coefficients, Needs, State
 from ..spectral import power, space
 
+__all__ = ["METHOD", "combined"]
+
 
 @dataclass(frozen=True)
 class LinearOptions:

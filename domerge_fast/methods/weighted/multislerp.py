@@ -30,6 +30,8 @@ from ..contract import Batch, Coefficients, State
 from .combination import NEEDS, inner_products, shares
 from .linear import combined
 
+__all__ = ["METHOD"]
+
 CANCELLED = 1e-6
 """A mean of unit vectors of at most this length is rounding noise."""
 

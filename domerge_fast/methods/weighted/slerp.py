@@ -24,6 +24,8 @@ from ..contract import Batch, Coefficients, State
 from .combination import NEEDS, inner_products, shares
 from .linear import combined
 
+__all__ = ["METHOD"]
+
 PARALLEL = 0.9995
 """|cos θ| above which interpolation is linear."""
 

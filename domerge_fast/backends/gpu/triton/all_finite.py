@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+__all__ = ["all_finite"]
+
 BLOCK = 4096
 FORMS = {
     torch.float32: (tl.int32, 0x7F800000),

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..tables import Table
 from .tiles import ELEMENTS, cast, find_rows, load_tile
 
+__all__ = ["CHUNK", "COLUMNS", "SIZES", "apply", "multiply"]
+
 SIZES = (16, 32, 64, 128)
 COLUMNS = {16: 256, 32: 128, 64: 128, 128: 128}
 WARPS = {16: 4, 32: 4, 64: 4, 128: 8}

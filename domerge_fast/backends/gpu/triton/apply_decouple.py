@@ -21,6 +21,8 @@ from ..tables import Table
 from .apply import CHUNK, multiply
 from .tiles import ELEMENTS, cast
 
+__all__ = ["COLUMNS", "SIZES", "apply_decouple"]
+
 SIZES = (16, 32, 64, 256)
 COLUMNS = 128
 ROWS = {16: 16, 32: 32, 64: 64, 256: 64}

@@ -13,6 +13,8 @@ from torch import Tensor
 from ..tables import Table
 from .tiles import ELEMENTS
 
+__all__ = ["block_gram"]
+
 SIZE = 16
 COLUMNS = 64
 WARPS = 8

@@ -13,6 +13,8 @@ from ....algebra.entry_rules import LOW_BITS, Election
 from ..entries import MEANS, SIGNS, Updates
 from .tiles import ELEMENTS
 
+__all__ = ["entry_counts", "entry_merge", "entry_sums"]
+
 ROWS = 32
 COLUMNS = 64
 PARTS = tl.constexpr(16)  # in which a row is summed: its columns, one chunk after the other

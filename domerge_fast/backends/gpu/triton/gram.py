@@ -14,6 +14,8 @@ from torch import Tensor
 from ..tables import Table
 from .tiles import ELEMENTS, find_rows, load_tile
 
+__all__ = ["SIZES", "gram"]
+
 SIZES = (16, 32, 64, 128)
 COLUMNS = {16: 256, 32: 128, 64: 64, 128: 64}
 """Columns that are multiplied at a time, of 16-bit values; half as many of float32."""

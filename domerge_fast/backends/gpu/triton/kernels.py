@@ -13,6 +13,8 @@ from . import (
     roots,
 )
 
+__all__ = ["TritonKernels"]
+
 
 class TritonKernels:
     """See backends.gpu.Kernels and backends.gpu_entries.EntryKernels."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+__all__ = ["BLOCK", "best_step", "point"]
+
 BLOCK = tl.constexpr(512)
 """Pairs of adapters that are evaluated at a time."""
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from ... import descent
 from .line_search import BLOCK, best_step, point
 
+__all__ = ["SIZES", "orthogonalize"]
+
 SIZES = (16, 32, 64, 128, 256)
 TILE = {16: 16, 32: 32, 64: 32, 128: 64, 256: 64}
 CHUNK = {16: 16, 32: 32, 64: 32, 128: 32, 256: 32}

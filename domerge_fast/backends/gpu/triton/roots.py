@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+__all__ = ["roots"]
+
 SMALL = 32
 LARGE = 256
 CHUNK = 32

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+__all__ = ["ELEMENTS", "cast", "find_rows", "load_tile"]
+
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
