@@ -112,7 +112,10 @@ def coefficients(
 ) -> list[Coefficients]:
     """S_T times the gain that the whole model gives it."""
     found = space.coefficients(core, grams, state, weights, options)
-    return [dataclasses.replace(x, b=state.whole * x.b.double()) for x in found]
+    return [
+        dataclasses.replace(x, b=state.whole * x.b.double(), size=x.size and state.whole * x.size)
+        for x in found
+    ]
 
 
 METHOD = dataclasses.replace(
