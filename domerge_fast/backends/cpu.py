@@ -123,15 +123,10 @@ def apply(
     given, _alive = _described(problems)
     cs = matrices(coefficients)
     rows = [p.rank if c is None else c.shape[0] for c, p in zip(cs, problems)]
-    out = [
-        torch.empty(p.d, k, dtype=out_dtype).T
-        if p.in_columns
-        else torch.empty(k, p.d, dtype=out_dtype)
-        for k, p in zip(rows, problems)
-    ]
-    code, threads = CODES[out_dtype], torch.get_num_threads()
-    _C.apply(given, addresses(cs), rows, addresses(out), code, threads)
-    return out
+    shapes = [(p.d, k) if p.in_columns else (k, p.d) for k, p in zip(rows, problems)]
+    out, at = _results(shapes, out_dtype)
+    _C.apply(given, addresses(cs), rows, at, CODES[out_dtype], torch.get_num_threads())
+    return [x.T if p.in_columns else x for x, p in zip(out, problems)]
 
 
 def apply_decouple(
@@ -148,8 +143,8 @@ def apply_decouple(
     cs = matrices(coefficients)
     packed = [k.contiguous() for k in blocks]
     whole = [h.contiguous() for h in full or ()]
-    out = [torch.empty(p.rank, p.d, dtype=out_dtype) for p in problems]
-    norms, at = _results([(len(p.ranks),) for p in problems], torch.float64)
+    out, at = _results([(p.rank, p.d) for p in problems], out_dtype)
+    norms, at_norms = _results([(len(p.ranks),) for p in problems], torch.float64)
     _C.apply_decouple(
         given,
         addresses(cs),
@@ -157,9 +152,9 @@ def apply_decouple(
         [w for omega in omegas for w in omega],
         scale,
         addresses(whole),
-        addresses(out),
-        CODES[out_dtype],
         at,
+        CODES[out_dtype],
+        at_norms,
         torch.get_num_threads(),
     )
     return out, norms

@@ -32,9 +32,8 @@ def matrices(coefficients: Sequence[Tensor | None]) -> list[Tensor | None]:
 def together(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device | None = None
 ) -> tuple[list[Tensor], list[int]]:
-    """Row-major results of an op in one allocation, and where each begins in it, in elements. For
-    what lives no longer than its group: one of them keeps the memory of all, and is saved with
-    it."""
+    """Row-major results of an op in one allocation, and where each begins in it, in elements. Small
+    ones cost more to allocate than to compute. One of them keeps the memory of all."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for k, shape in enumerate(shapes):
         alike.setdefault(tuple(shape), []).append(k)
