@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -432,3 +433,29 @@ def test_what_means_something_else_there_is_refused(old, new, words, capsys):
     assert cli.main(["run", "kit.yml", "-o", "out"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+# docs/recipes.md
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+
+
+def test_the_recipes_shown_are_run(tmp_path, capsys):
+    names = ("model.layers.0.mlp.up", "model.layers.2.mlp.up", "model.layers.2.q", "model.lm_head")
+    for seed, name in enumerate(("math", "code")):
+        factors = random_factors(dict.fromkeys(names, (40, 48)), 4, seed=seed)
+        write_adapter(tmp_path / "adapters" / name, factors)
+    texts = re.findall(r"^```yaml\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+    assert len(texts) == 2
+    for text in reversed(texts):
+        Path("recipe.yml").write_text(text)
+        assert cli.main(["run", "recipe.yml", "-o", "merged", "--overwrite"]) == 0
+    assert list(dm.load("merged").modules) == list(names[:3])
+    shown = re.findall(r"^    domerge-fast (.*?)(?:  +#.*)?$", PAGE.read_text("utf-8"), re.M)
+    assert len(shown) == 5
+    for line in shown:
+        line = line.replace("adapters/*", "adapters/math adapters/code")
+        words = [*line.split(), *(["--overwrite"] if "-o" in line.split() else [])]
+        assert cli.main(words) == 0, line
+    assert capsys.readouterr().err == ""
