@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["ALWAYS", "OPTIONS", "TABLES", "Meanings", "plain"]
+__all__ = ["ALWAYS", "METHODS", "OPTIONS", "TABLES", "Meanings", "plain"]
 
 Meanings = Mapping[str, tuple[str | None, str]]
 """A word -> the name here, or None, and a remark."""

@@ -27,6 +27,18 @@ from .methods.base import Method
 from .recipe import Recipe
 from .results.report import Interference
 
+__all__ = [
+    "FormatInfo",
+    "MethodInfo",
+    "estimate",
+    "inspect",
+    "list_backends",
+    "list_formats",
+    "list_methods",
+    "merge",
+    "run",
+]
+
 
 def merge(
     adapters: Iterable[Source],

@@ -18,6 +18,8 @@ from .engine.interference import InterferenceSums
 from .formats.peft.write import largest
 from .job import Job, Part
 
+__all__ = ["Estimate", "estimate"]
+
 SAMPLE_BYTES = 32 << 20
 """Of factors that are merged to see how long it takes."""
 

@@ -43,6 +43,8 @@ from .results.report import ModuleReport, Report
 from .storage.digests import Digests
 from .storage.lazy import dtype_name
 
+__all__ = ["Job", "Part", "Progress", "Source", "choose_device", "read", "versions"]
+
 Source = str | os.PathLike[str] | Adapter
 Progress = bool | Callable[[int, int], None]
 

@@ -23,6 +23,8 @@ from .recipe import Input
 from .results.report import Report
 from .storage.digests import sha256
 
+__all__ = ["Merged"]
+
 
 @dataclass(frozen=True, eq=False)
 class Merged:

@@ -28,6 +28,18 @@ from .storage import json_file, yaml_file
 from .storage.find import find, has
 from .storage.input_file import InputFile
 
+__all__ = [
+    "AUTO",
+    "CARD",
+    "DTYPES",
+    "SVC",
+    "Input",
+    "Recipe",
+    "check_scale",
+    "check_weights",
+    "plain_of",
+]
+
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO, SVC = "auto", "svc"
 CARD = "README.md"

@@ -36,8 +36,8 @@ def modules() -> dict[str, ast.Module]:
 TREES = modules()
 
 
-def imports(name: str, node: ast.ImportFrom) -> Iterator[str]:
-    """The modules of the package that a relative import names."""
+def imports(name: str, node: ast.ImportFrom) -> Iterator[tuple[ast.alias, str, bool]]:
+    """The modules of the package that a relative import names, and whether it takes them whole."""
     is_package = (ROOT / name.replace(".", "/")).is_dir()
     parts = name.split(".") if is_package else name.split(".")[:-1]
     parts = parts[: len(parts) - node.level + 1] + (node.module or "").split(".")
@@ -46,13 +46,13 @@ def imports(name: str, node: ast.ImportFrom) -> Iterator[str]:
         full = f"{stem}.{alias.name}".lstrip(".")
         found = full if full in TREES else stem
         if found:
-            yield found
+            yield alias, found, found == full
 
 
 def relative(name: str, tree: ast.AST) -> Iterator[tuple[ast.ImportFrom, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
-            for found in imports(name, node):
+            for _, found, _ in imports(name, node):
                 yield node, found
 
 
@@ -85,3 +85,57 @@ def test_no_two_modules_need_each_other():
     for name in [n for n in needs if any(other.startswith(f"{n}.") for other in needs)]:
         needs[name] = {other for other in needs[name] if not other.startswith(f"{name}.")}
     list(graphlib.TopologicalSorter(needs).static_order())
+
+
+def defined(tree: ast.Module) -> set[str]:
+    """The names that a module gives to its own functions, classes and values."""
+    found = {x.name for x in tree.body if isinstance(x, (ast.FunctionDef, ast.ClassDef))}
+    values = [x for x in tree.body if isinstance(x, (ast.Assign, ast.AnnAssign))]
+    return found | {
+        x.id
+        for value in values
+        for x in ast.walk(value)
+        if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
+    }
+
+
+def listed(tree: ast.Module) -> set[str] | None:
+    """What `__all__` names, or None where there is none."""
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value:
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if ast.unparse(target) == "__all__":
+                return set(ast.literal_eval(node.value))
+    return None
+
+
+def taken() -> Iterator[tuple[str, str]]:
+    """Modules with the names that others import from them, or reach by a module's own name."""
+    for name, tree in TREES.items():
+        modules: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                for alias, found, whole in imports(name, node):
+                    if whole:
+                        modules[alias.asname or alias.name] = found
+                    else:
+                        yield found, alias.name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                found = modules.get(node.value.id, name)
+                if found != name and node.attr in defined(TREES[found]):
+                    yield found, node.attr
+
+
+TAKEN = set(taken())
+
+
+def test_a_public_module_lists_what_others_take_from_it():
+    public = {n: tree for n, tree in TREES.items() if "._" not in f".{n}" and tree.body[1:]}
+    lacking = {
+        name: sorted(names)
+        for name, tree in public.items()
+        if (names := {x for at, x in TAKEN if at == name} - (listed(tree) or set()))
+        or listed(tree) is None
+    }
+    assert lacking == {}

@@ -16,6 +16,8 @@ from ..storage.buffers import Buffers
 from ..storage.safetensors_file import group_bytes, read_group
 from . import Adapter, LazyTensor, Module
 
+__all__ = ["GPU_GROUP_BYTES", "GROUP_BYTES", "Plan", "Stack", "near_one"]
+
 GROUP_BYTES = 64 << 20
 """Factor bytes in a group of modules: small enough for the cache, large enough for all cores."""
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from .cuts import cut
 from .roots import root
 
+__all__ = ["NOISE", "truncated"]
+
 NOISE = 2.0**-26
 """Singular values below this share of ||B||_F ||A||_F are rounding noise of the float64 Grams."""
 

@@ -16,6 +16,8 @@ from . import measure, plot
 from .measure import Result, Say
 from .workloads import WORKLOADS
 
+__all__ = ["bench"]
+
 USUAL = "llama3-8b-8"
 
 

@@ -11,6 +11,8 @@ from ..backends import registry
 from ..job import versions
 from ..registry import refused
 
+__all__ = ["examine"]
+
 
 def examine() -> dict[str, str]:
     """Labels and findings, in the order to show them; OptionError as in a merge for what the

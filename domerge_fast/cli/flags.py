@@ -17,6 +17,8 @@ from typing import Any
 
 from ..registry import are_added
 
+__all__ = ["add_method_options", "known"]
+
 STORED = Path(__file__).with_name("flags.json")
 KINDS = {"bool": bool, "float": float, "int": int, "str": str}
 

@@ -15,6 +15,8 @@ from . import flags, shared, streams
 if typing.TYPE_CHECKING:
     from ..recipe import Recipe
 
+__all__ = ["COMMAND", "add_dry_run", "merged"]
+
 
 def fill(parser: argparse.ArgumentParser) -> None:
     known = flags.known()

@@ -6,6 +6,8 @@ import argparse
 
 from . import shared
 
+__all__ = ["COMMAND"]
+
 
 def fill(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION", parser_class=type(parser))

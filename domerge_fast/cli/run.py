@@ -8,6 +8,8 @@ import dataclasses
 from ..errors import OptionError
 from . import merge, shared
 
+__all__ = ["COMMAND"]
+
 
 def fill(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument

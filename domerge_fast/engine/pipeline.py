@@ -30,6 +30,8 @@ from .first_pass import Diagonals, Whole
 from .interference import InterferenceSums, own_norms
 from .work import Work
 
+__all__ = ["MOST_COMPARED", "Place", "Sink", "memory", "run", "survey"]
+
 MOST_COMPARED = 64
 """Adapters up to which every merge also measures their pairwise interference."""
 

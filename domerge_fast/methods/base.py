@@ -16,6 +16,26 @@ from ..registry import usable
 from .contract import Batch, Contract, Found, Needs
 from .side_report import SideReport
 
+__all__ = [
+    "UNCUT",
+    "Chosen",
+    "Cut",
+    "Dense",
+    "Factors",
+    "Found",
+    "Grams",
+    "Halves",
+    "Merge",
+    "Merged",
+    "Method",
+    "Reducible",
+    "ScaleRule",
+    "Settings",
+    "bare_sides",
+    "grams",
+    "wide_grams",
+]
+
 
 @dataclass(frozen=True)
 class Settings:

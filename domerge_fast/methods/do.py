@@ -35,6 +35,8 @@ from .side_report import SideReport
 from .spectral import schatten
 from .weighted.combination import of_grams
 
+__all__ = ["METHOD", "DoOptions", "orthogonalize"]
+
 ABOVE = 1.15
 """How far norms with one magnitude an adapter are above those with one a column: 1.08 to 1.18 in
 the trained adapters that we have."""

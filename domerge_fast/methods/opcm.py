@@ -42,6 +42,8 @@ from .base import Reducible
 from .contract import Batch, Coefficients, State
 from .spectral import space
 
+__all__ = ["METHOD", "SUM", "OpcmOptions", "gain"]
+
 Triplets = tuple[Tensor, Tensor, Tensor]
 
 

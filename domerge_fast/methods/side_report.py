@@ -6,6 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+__all__ = ["SideReport"]
+
 
 @dataclass(frozen=True)
 class SideReport:

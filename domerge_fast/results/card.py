@@ -17,6 +17,8 @@ from ..recipe import CARD as CARD
 from ..recipe import Recipe
 from .report import Interference, Report
 
+__all__ = ["CARD", "Heading", "model_card"]
+
 _TAGS = "tags: [lora, merge, domerge_fast]"
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from ..methods.side_report import SideReport
 from ..recipe import Recipe
 
+__all__ = ["Interference", "ModuleReport", "Report", "energy_kept"]
+
 
 @dataclass(frozen=True)
 class ModuleReport:

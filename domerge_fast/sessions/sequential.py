@@ -52,6 +52,8 @@ from ..storage.safetensors_file import SafetensorsFile
 from ..storage.stream import SafetensorsWriter
 from .state import STATE, State, Step
 
+__all__ = ["Sequential"]
+
 FACTORS = "running_sum.safetensors"
 FILES = (STATE, FACTORS)
 

@@ -20,6 +20,8 @@ from ..recipe import DTYPES
 from ..storage import json_file
 from ..storage.input_file import InputFile
 
+__all__ = ["STATE", "State", "Step"]
+
 STATE = "sequential.json"
 FORMAT = 1
 

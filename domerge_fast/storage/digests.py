@@ -12,6 +12,8 @@ from types import TracebackType
 
 from .input_file import InputFile
 
+__all__ = ["Digests", "sha256"]
+
 PIECE_BYTES = 1 << 20
 MOST_THREADS = 4
 

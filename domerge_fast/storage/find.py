@@ -11,6 +11,8 @@ from ..errors import OptionError
 from .digests import sha256
 from .input_file import InputFile
 
+__all__ = ["find", "has"]
+
 
 def find(name: str, files: Mapping[str, str], under: Path) -> Path:
     """The folder with these sums by file name: what is called so under a folder, or any below it.

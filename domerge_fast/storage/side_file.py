@@ -8,6 +8,8 @@ from pathlib import Path
 
 from ..errors import OutputError
 
+__all__ = ["check", "told"]
+
 
 def check(path: str) -> None:
     """Raise OutputError for a folder, or a file in one that is not there."""

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+__all__ = ["BadYaml", "parse", "text"]
+
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+")
 
 

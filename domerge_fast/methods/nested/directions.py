@@ -29,6 +29,8 @@ from ..running import prepared
 from ..side_report import SideReport
 from ..weighted.combination import of_stacks
 
+__all__ = ["Apart", "apart", "prepare"]
+
 
 @dataclass(frozen=True, eq=False)
 class Apart:
