@@ -69,8 +69,8 @@ def merge(
     """Merge LoRA adapters of one base model into one adapter.
 
     adapters: PEFT folders, or adapters from `load`, `from_model` or `from_tensors`.
-    method: one of `methods()`; its own options are keyword arguments. "auto" looks at how large the
-        updates are and takes what keeps most of such; a note in the report says what.
+    method: one of `list_methods()`; its own options are keyword arguments. "auto" looks at how
+        large the updates are and takes what keeps most of such; a note in the report says what.
     weights: one number an adapter, negative to subtract, 0 to leave out; None is 1 for each.
         "do" uses w_i / sum |w| over the adapters that have a module, "slerp" and "multislerp"
         w_i / sum w; all others use the weights as they are, or as proportions where λ is found.
@@ -153,7 +153,7 @@ def run(
     folder)` finds them by their files' sums; the merge is then bitwise what the card stands beside,
     on the same backend and instruction set.
     """
-    if FORMATS.choose("form", recipe.form).needs_base and output is None:
+    if FORMATS.choose("form", recipe.form).needs_base and recipe.base and output is None:
         problem = f"{recipe.form!r} is written, not kept in memory"
         raise OptionError("form", problem, "give an output")
     sources = [x.name for x in recipe.adapters] if adapters is None else adapters

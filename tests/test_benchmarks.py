@@ -113,7 +113,7 @@ def test_later_stages_run_after_a_failure_until_the_time_is_up(capsys):
     assert outcomes[1].note == "no-such-program is not on PATH"
     assert outcomes[3].note.startswith("stopped after ")
     assert outcomes[4].note == "no time was left for it"
-    assert "broken …\n  failed after 0 s" in capsys.readouterr().out
+    assert re.search(r"broken …\n  failed after \d s", capsys.readouterr().out)
 
 
 def bench_report() -> dict:
@@ -377,7 +377,11 @@ def test_no_figure_of_a_backend_that_is_wrong(method, quick, tmp_path, monkeypat
         quick("--no-rivals")
     # An error that only a whole merge shows is seen too.
     monkeypatch.setattr(checks.Checks, "check", lambda *given: Verdict({}, None))
-    with pytest.raises(SystemExit, match=f"cpu disagrees .* ΔW of {method} is off by 2.0e.00"):
+    if method == "svd":  # both its factors come from here
+        apply = cpu.apply
+        monkeypatch.setattr(cpu, "apply", lambda *given: [3 * x for x in apply(*given)])
+    off = 2 if method == "do" else 8
+    with pytest.raises(SystemExit, match=f"cpu disagrees .* ΔW of {method} is off by {off}.0e.00"):
         quick("--no-rivals")
     assert not (tmp_path / "result.json").exists()
 

@@ -539,7 +539,7 @@ def test_an_interrupt_after_the_commit_says_so(tmp_path, monkeypatch, capsys):
     assert cli.main(["merge", *inputs, "-o", str(tmp_path / "out")]) == cli.INTERRUPTED
     expected = f"domerge-fast: interrupted; {str(tmp_path / 'out')!r} was written\n"
     assert capsys.readouterr().err == expected
-    monkeypatch.setattr("domerge_fast.api.merge", interrupt)
+    monkeypatch.setattr("domerge_fast.api.run", interrupt)
     assert cli.main(["merge", *inputs, "-o", str(tmp_path / "out")]) == cli.INTERRUPTED
     assert capsys.readouterr().err == "domerge-fast: interrupted; nothing was written\n"
 

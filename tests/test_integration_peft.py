@@ -283,7 +283,8 @@ def test_ours_find_their_scale_and_peft_s_names_are_at_1():
     for kind in ("linear", "svd", "ties", "magnitude_prune"):
         report = live.add_weighted_adapter(*given, kind, kind)
         assert (report.scale, report.recipe.scale) == (1.0, 1.0)
-    assert live.add_weighted_adapter(*given, "ties auto", "ties", scale="auto").auto
+    report = live.add_weighted_adapter(*given, "ties auto", "ties", scale="auto")
+    assert report.recipe.scale == "auto"
 
 
 def test_options_are_those_of_the_method_and_of_merge():

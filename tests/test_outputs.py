@@ -180,10 +180,9 @@ def test_the_card_says_how_to_repeat_the_merge(pair, tmp_path, monkeypatch):
     assert card.startswith('---\nbase_model: "base"\n')
     recipe = json.loads(card.partition("```json\n")[2].partition("```")[0])
     assert {key: recipe[key] for key in given} == given
-    adapters = recipe.pop("adapters")
-    assert adapters == [folder.name for folder in pair]
-    monkeypatch.chdir(pair[0].parent)
-    at_one(adapters, output=tmp_path / "again", **recipe)
+    assert [adapter["name"] for adapter in recipe["adapters"]] == [folder.name for folder in pair]
+    found = dm.Recipe.read(tmp_path / "out" / CARD, pair[0].parent)
+    dm.run(found, output=tmp_path / "again")
     assert load_bytes(tmp_path / "again") == load_bytes(tmp_path / "out")
     found = dm.inspect(pair)
     for value in (found.rows[0][1], found.columns[0][1], found.cosine[0][1]):

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from domerge_fast.adapters.plan import Stack
 from domerge_fast.backends import reference, registry
-from domerge_fast.methods import TABLE
-from domerge_fast.methods.base import Factors, Settings, grams
+from domerge_fast.methods import choose
+from domerge_fast.methods.base import Factors, Settings
+from domerge_fast.methods.running import prepared
 from domerge_fast.methods.side_report import SideReport
 from domerge_fast.methods.spectral.space import NOISE
 from domerge_fast.methods.steps import POST, PRE
@@ -40,9 +41,8 @@ def stack(name: str, case: Case, dtype: torch.dtype = torch.float32) -> Stack:
 
 
 def merge(method: str, stacks: Sequence[Stack], given: Settings, **options: Any) -> list[Factors]:
-    row = TABLE[method]
-    found = grams(stacks, [True] * len(stacks), given.backend)
-    return row.merge(stacks, *found, row.options(**options), given)
+    found = prepared(choose(method, options), [stacks], given)(stacks, given)
+    return [x for x in found if isinstance(x, Factors)]
 
 
 def stacks_of_all() -> list[Stack]:

@@ -1,6 +1,6 @@
 """The ops that methods are written in: one file each, one call for all modules of a group."""
 
-from . import library
+from . import library  # noqa: F401, registers torch.ops.domerge_fast
 from .all_finite import all_finite
 from .apply import apply
 from .apply_decouple import apply_decouple
@@ -20,7 +20,6 @@ __all__ = [
     "entry_merge",
     "entry_sums",
     "gram",
-    "library",
     "orthogonalize",
     "orthogonalize_factors",
     "truncate",

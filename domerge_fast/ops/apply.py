@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..algebra.side import Side
-from ._backend import implementation
+from ._backend import implementation, op
 
 __all__ = ["apply"]
 
 
+@op
 def apply(
     coefficients: Sequence[Tensor | None],
     problems: Sequence[Side],

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ..algebra.side import Side, squares
-from ._backend import implementation
+from ._backend import implementation, op
 
 __all__ = ["apply_decouple"]
 
 
+@op
 def apply_decouple(
     coefficients: Sequence[Tensor | None],
     problems: Sequence[Side],

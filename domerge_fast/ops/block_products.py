@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._backend import implementation
+from ._backend import implementation, op
 
 __all__ = ["block_products"]
 
 
+@op
 def block_products(
     x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int], *, backend: str = "auto"
 ) -> Tensor:

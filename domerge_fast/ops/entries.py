@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..algebra.entry_rules import Draw, Election, Trim
 from ..algebra.side import Side
-from ._backend import implementation
+from ._backend import implementation, op
 
 __all__ = ["entry_counts", "entry_merge", "entry_sums"]
 
 
+@op
 def entry_counts(
     a: Side, b: Side, prefixes: Sequence[int] | None = None, *, backend: str = "auto"
 ) -> Tensor:
@@ -32,6 +33,7 @@ def entry_counts(
     return implementation(backend, [a]).entry_counts(a, b, prefixes)
 
 
+@op
 def entry_sums(
     a: Side, b: Side, trims: Sequence[Trim], draw: Draw, *, backend: str = "auto"
 ) -> Tensor:
@@ -44,6 +46,7 @@ def entry_sums(
     return implementation(backend, [a]).entry_sums(a, b, trims, draw)
 
 
+@op
 def entry_merge(
     a: Side,
     b: Side,

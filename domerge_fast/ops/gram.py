@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ..algebra.side import Side
-from ._backend import implementation
+from ._backend import implementation, op
 
 __all__ = ["block_gram", "gram"]
 
 
+@op
 def gram(
     problems: Sequence[Side], *, dtype: torch.dtype = torch.float32, backend: str = "auto"
 ) -> list[Tensor]:
@@ -20,6 +21,7 @@ def gram(
     return implementation(backend, problems).gram(problems, dtype)
 
 
+@op
 def block_gram(problems: Sequence[Side], *, backend: str = "auto") -> list[Tensor]:
     """K_i = X_i X_i^T of every adapter, accumulated in float64, packed [sum r_i^2] a problem.
 

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..algebra.side import Side
-from ._backend import implementation
+from ._backend import implementation, op
 
 __all__ = ["PENALTIES", "orthogonalize", "orthogonalize_factors"]
 
 PENALTIES = ("squared", "frobenius")
 
 
+@op
 def orthogonalize(
     grams: Sequence[Tensor],
     ranks: Sequence[Sequence[int]],
@@ -43,6 +44,7 @@ def orthogonalize(
     return c, stats
 
 
+@op
 def orthogonalize_factors(
     problems: Sequence[Side],
     *,

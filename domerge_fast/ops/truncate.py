@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._backend import implementation
+from ._backend import implementation, op
 
 __all__ = ["truncate"]
 
 
+@op
 def truncate(
     pairs: Sequence[tuple[Tensor, Tensor]],
     *,
