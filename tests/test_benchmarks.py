@@ -375,13 +375,11 @@ def test_no_figure_of_a_backend_that_is_wrong(method, quick, tmp_path, monkeypat
     monkeypatch.setattr(cpu, op, wrong)
     with pytest.raises(SystemExit, match=f"cpu disagrees .*: {op} is off by 2.0e.00"):
         quick("--no-rivals")
+    if method == "svd":  # a merge cuts in R x R, without this op
+        return
     # An error that only a whole merge shows is seen too.
     monkeypatch.setattr(checks.Checks, "check", lambda *given: Verdict({}, None))
-    if method == "svd":  # both its factors come from here
-        apply = cpu.apply
-        monkeypatch.setattr(cpu, "apply", lambda *given: [3 * x for x in apply(*given)])
-    off = 2 if method == "do" else 8
-    with pytest.raises(SystemExit, match=f"cpu disagrees .* ΔW of {method} is off by {off}.0e.00"):
+    with pytest.raises(SystemExit, match=r"cpu disagrees .* ΔW of do is off by 2.0e.00"):
         quick("--no-rivals")
     assert not (tmp_path / "result.json").exists()
 

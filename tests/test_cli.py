@@ -450,7 +450,7 @@ def test_formats_lists_what_is_read_and_written(capsys):
     assert cli.main(["formats", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == {name: dataclasses.asdict(row) for name, row in dm.list_formats().items()}
-    assert [name for name, row in found.items() if row["reads"]] == ["adapter"]
+    assert found["adapter"]["reads"]
     assert cli.main(["formats"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line[0] != " "] == ["format", *found]

@@ -76,7 +76,9 @@ def test_steps_and_forms_are_those_there_are():
     text = METHODS.read_text(encoding="utf-8")
     assert [cells[0].strip("`") for cells in rows(text, "`pre`")] == list(PRE)
     assert [cells[0].strip("`") for cells in rows(text, "`post`")] == ["svc", *POST]
-    assert [cells[0].strip('"') for cells in rows(text, "`form`")] == list(FORMATS)
+    assert [cells[0].strip('"') for cells in rows(text, "`form`")] == [
+        name for name, row in FORMATS.items() if row.write
+    ]
 
 
 @pytest.mark.parametrize(

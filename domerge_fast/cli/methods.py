@@ -28,7 +28,8 @@ def _lines(found: Mapping[str, MethodInfo]) -> list[str]:
     rows = [("method", "returns", "what it does")]
     for name, row in found.items():
         needs = f"; needs {row.needs}" if row.needs else ""
-        rows.append((name, row.returns, f"{row.summary} ({row.source}); {row.cost}{needs}"))
+        source = f" ({row.source})" if row.source else ""
+        rows.append((name, row.returns, f"{row.summary}{source}; {row.cost}{needs}"))
     return streams.table(rows)
 
 
