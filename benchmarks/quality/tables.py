@@ -453,7 +453,7 @@ TRIED = """\
   defined.
 - `tsvm` with power .25 and `svc`: no better than power .5 where A's were drawn apart, behind
   it where they were one.
-- `ties`: behind the plain mean, both at their best λ, on all four first trainings of encoders.
+- `ties`: behind the plain mean, both at their best λ, on all first trainings of encoders.
 - `ctm`, merging in spaces of one adapter's rank: behind a cut of the merge.
 - One constant on the Schatten norms for models of 3 and of 30 layers: what keeps most of `do`
   on one keeps little on the other. The damping by how far the adapters move the whole model is
