@@ -10,6 +10,7 @@ Nothing heavy is imported before a name is used.
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__ as __version__
@@ -80,6 +81,9 @@ __all__ = [
     "merge",
     "run",
 ]
+
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent, unless it is asked for
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import os
 import platform
 import time
@@ -44,6 +45,8 @@ from .storage.digests import Digests
 from .storage.lazy import dtype_name
 
 __all__ = ["Job", "Part", "Progress", "Source", "choose_device", "read", "versions"]
+
+LOG = logging.getLogger(__name__)
 
 Source = str | os.PathLike[str] | Adapter
 Progress = bool | Callable[[int, int], None]
@@ -97,6 +100,11 @@ class Job:
         most = options.size("max_device_memory", max_device_memory)
         place = engine.Place(choose_device(asked.device, loaded), most)
         backend = registry.choose(asked.backend, place.device.type)
+        why = "asked for"
+        if asked.backend == AUTO:
+            forced = os.environ.get(registry.ENVIRONMENT)
+            why = f"{registry.ENVIRONMENT} names it" if forced else "the first that runs there"
+        LOG.info("backend %s on %s: %s", backend, place.device, why)
         parts = tuple(_parts(asked, plan, of_modules, dtype, backend))
         checkpoint = None if asked.base is None else open_checkpoint(Path(asked.base.name))
         kept = _kept(asked, plan, checkpoint)
@@ -166,6 +174,9 @@ class Job:
             before = 0
             for part in self.parts:
                 tell = _shifted(show, before, total)
+                names, memory = part.plan.names, engine.memory(part.plan, self.place, part.work)
+                method = part.work.method.method.name
+                LOG.info("%d modules by %s, in %.0f MB of memory", len(names), method, memory / 1e6)
                 outcome = engine.run(part.plan, part.work, self.place, sums, sink, to_host, tell)
                 modules |= outcome.modules
                 found.append(outcome.scales)

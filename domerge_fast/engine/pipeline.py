@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,6 +32,8 @@ from .interference import InterferenceSums, own_norms
 from .work import Work
 
 __all__ = ["MOST_COMPARED", "Place", "Sink", "memory", "run", "survey"]
+
+LOG = logging.getLogger(__name__)
 
 MOST_COMPARED = 64
 """Adapters up to which every merge also measures their pairwise interference."""
@@ -95,11 +98,19 @@ def run(
             ready = transfer.ready_event(place.device) if to_host else None
             tensors = [r.tensors for r in results]
             written = writer.submit(_write, sink, [s.name for s in stacks], tensors, ready, streams)
+            _log(plan, stacks, "merged", len(reports))
             for done in range(len(reports) - len(stacks), len(reports)):
                 progress(before + done + 1, total)
         if written:
             written.result()
     return Outcome(reports, whole.scales if whole else {})
+
+
+def _log(plan: Plan, stacks: Sequence[Stack], what: str, done: int) -> None:
+    if LOG.isEnabledFor(logging.DEBUG):
+        read = plan.read_bytes([s.name for s in stacks]) / 1e6
+        counts = len(stacks), what, read, done, len(plan.names)
+        LOG.debug("%d modules %s, %.1f MB of factors; %d of %d are done", *counts)
 
 
 def _gone_through(
@@ -122,6 +133,7 @@ def _gone_through(
         given = scaled.weighted(group.stacks)
         seen = [(own, group.moved.get(k)) for k, own in enumerate(norms)]
         whole.add(work.before(given), given, group.grams, seen)
+        _log(plan, stacks, "looked at", done + len(stacks))
         for _ in stacks:
             done += 1
             progress(done, 2 * len(plan.names))
