@@ -38,8 +38,8 @@ auto on_cpu(Result (*f)(const domerge::Kernels&, Args...)) {
 PYBIND11_MODULE(_C, m) {
     domerge::check_signals = raise_signals;
     py::class_<domerge::Problems>(m, "Problems")
-        .def(py::init<std::string_view, std::string_view, std::string_view>(),
-             py::arg("addresses"), py::arg("heads"), py::arg("rows"));
+        .def(py::init<std::string_view, std::string_view, std::string_view>(), py::arg("addresses"),
+             py::arg("heads"), py::arg("rows"));
     m.def("isa", [] { return std::string(domerge::choose_kernels().name); });
     m.def("isas", domerge::supported_isas);
     m.def("gram", on_cpu(domerge::gram));

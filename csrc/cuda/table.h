@@ -12,11 +12,7 @@
 
 namespace domerge {
 
-enum class DType : int {
-    float32 = 0,
-    bfloat16 = 1,
-    float16 = 2
-};  // as algebra/side.py has them
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };  // as algebra/side.py has them
 
 template <class T>
 T* at(Address address) {
