@@ -174,9 +174,7 @@ class Job:
             before = 0
             for part in self.parts:
                 tell = _shifted(show, before, total)
-                names, memory = part.plan.names, engine.memory(part.plan, self.place, part.work)
-                method = part.work.method.method.name
-                LOG.info("%d modules by %s, in %.0f MB of memory", len(names), method, memory / 1e6)
+                self._log(part)
                 outcome = engine.run(part.plan, part.work, self.place, sums, sink, to_host, tell)
                 modules |= outcome.modules
                 found.append(outcome.scales)
@@ -194,6 +192,12 @@ class Job:
             seconds=time.perf_counter() - self.started,
             notes=(*self.notes, *_of_parts(self.parts[1:], found[1:]), *told),
         )
+
+    def _log(self, part: Part) -> None:
+        if LOG.isEnabledFor(logging.INFO):
+            names, memory = part.plan.names, engine.memory(part.plan, self.place, part.work)
+            method = part.work.method.method.name
+            LOG.info("%d modules by %s, in %.0f MB of memory", len(names), method, memory / 1e6)
 
 
 def _told_scale(asked: Recipe, parts: Sequence[Part]) -> float | str | None:
