@@ -14,8 +14,8 @@ import domerge_fast
 ROOT = Path(domerge_fast.__file__).parent
 ROOMS = (
     *("_version", "errors", "aliases", "options", "registry", "storage", "algebra"),
-    *("adapters", "backends"),
-    *("ops", "methods", "recipe", "results", "formats", "merged", "engine", "job", "dry_run"),
+    *("adapters", "backends", "ops", "methods", "mergekit_recipe", "recipe", "results"),
+    *("formats", "merged", "engine", "job", "dry_run"),
     *("api", "sessions", "integrations", "bench", "cli", "__main__"),
 )
 """The folders and files of the package, each of which may import what stands before it."""

@@ -110,10 +110,12 @@ def headline(result: Figures) -> str:
     entries = [e for name, _, e in _complete(result) if SETS[name].regime == PRETRAINED]
     default, do, mean, *rivals, _, _ = (statistics.fmean(x) for x in zip(*map(_kept, entries)))
     best = max(zip(rivals, RIVALS))
+    each = [_kept(entry)[0] for entry in entries]
     names = ", ".join(f"`{x}`" for x in RIVALS)
     text = (
         f"On {len(entries)} trainings of ten tasks on pretrained encoders it kept {default:.2f} of "
-        f"what every adapter gains on its own task, with nothing tuned; DO-Merging at the scale "
+        f"what every adapter gains on its own task ({min(each):.2f} to {max(each):.2f}, by "
+        f"training), with nothing tuned; DO-Merging at the scale "
         f"found for it {do:.2f}, the plain mean {mean:.2f}, and the best of {names} with its scale "
         f"tuned on data {best[0]:.2f} (`{best[1]}`)."
     )
