@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from support.close import assert_close, distance
-from support.merges import adapters, at_one, dense, merge_all
+from support.merges import LEVELLING, adapters, at_one, dense, merge_all
 from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
@@ -325,7 +325,7 @@ def test_opposite_adapters_leave_no_noise_behind(method):
     merged = at_one([loaded[0], loaded[0]], method, weights=[1, -1], dtype="float32")
     size = float(CASES["one adapter"].deltas()[0].norm())
     assert float(dense(merged, "x").norm()) < 1e-6 * size
-    if method in ("iso_c", "iso_cts", "subspace_boost"):
+    if method in LEVELLING:
         assert merged.report["x"].rank == 1
 
 

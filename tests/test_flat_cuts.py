@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.close import distance
 from support.make import random_factors, write_adapter
-from support.merges import at_one, dense
+from support.merges import LEVELLING, at_one, dense
 
 import domerge_fast as dm
 from domerge_fast import FlatCut, ops
@@ -19,7 +19,6 @@ from domerge_fast.cli import main as cli
 from domerge_fast.methods import TABLE
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
-LEVELLING = ("iso_c", "iso_cts", "subspace_boost")
 BY_ORDER = ("opcm", "dare", "dare_ties", "della")  # in order; draws keyed by position
 SHAPES = {"q": (48, 32), "up": (30, 40)}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.close import assert_close, distance
-from support.merges import adapters, at_one, dense, merge_all
+from support.merges import LEVELLING, adapters, at_one, dense, merge_all
 from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
@@ -25,7 +25,6 @@ AVAILABLE = [name for name, status in registry.backends().items() if status.avai
 FAST = [name for name in AVAILABLE if name != "reference"]
 GROUP = ("odd d", "d below R", "duplicated", "mixed sizes")  # of three adapters each
 WEIGHTS = [1.0, -0.5, 2.0]
-LEVELLING = ("iso_c", "iso_cts", "subspace_boost")  # these change the spectrum of one adapter too
 # Two adapters, or equal ranks: tests/test_weighted_and_clustered.py asks the same of these.
 ENTRIES = [m for m, row in TABLE.items() if row.dense]  # test_elementwise.py
 APART = ("slerp", "robust", "opcm")  # two adapters; equal ranks; in order, over the whole model

@@ -18,6 +18,9 @@ from domerge_fast.formats.target import Target
 
 from .shapes import Case
 
+LEVELLING = ("iso_c", "iso_cts", "subspace_boost")
+"""Methods that change the spectrum of one adapter too, and make singular values equal or nearly."""
+
 
 def adapters(cases: dict[str, Case], dtype: torch.dtype | None = None) -> list[Adapter]:
     """One adapter for each block of the cases, which are its modules; rounded to a dtype.
