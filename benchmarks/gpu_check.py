@@ -4,7 +4,8 @@
 
 Needs torch and what the tests need in that Python, and nvcc; no network. What is built lies under
 build/gpu. Every stage is a process with a time limit; one that fails is recorded, and the next
-ones still run. A table is printed at the end and kept, with a JSON, under benchmarks/results/GPU.
+ones still run. A table and a JSON are kept under benchmarks/results/GPU, anew after every stage;
+the table is printed at the end.
 Exit code 0: every stage passed; 1: one did not; 2: there is no GPU.
 """
 
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -124,14 +125,19 @@ def _read(path: Path | None) -> tuple[dict | None, str]:
     return json.loads(path.read_text()), ""
 
 
-def run_all(stages: Iterable[Stage], seconds: float) -> list[Outcome]:
-    """All stages in order, within so many seconds together."""
+def run_all(
+    stages: Iterable[Stage],
+    seconds: float,
+    keep: Callable[[Sequence[Outcome]], None] = lambda outcomes: None,
+) -> list[Outcome]:
+    """All stages in order, within so many seconds together; `keep` gets those so far after each."""
     end = time.monotonic() + seconds
-    outcomes = []
+    outcomes: list[Outcome] = []
     for stage in stages:
         print(f"{stage.name} …", flush=True)
         outcomes.append(run(stage, end - time.monotonic()))
         print(f"  {outcomes[-1].state} after {outcomes[-1].seconds:.0f} s", flush=True)
+        keep(outcomes)
     return outcomes
 
 
@@ -164,18 +170,8 @@ def stages(architecture: str) -> list[Stage]:
     flags = {"DOMERGE_CUDA": "1", "DOMERGE_CUDA_ARCHS": architecture}
 
     def tests(name: str, limit: float, chosen: str) -> Stage:
-        command = [
-            python,
-            "-m",
-            "pytest",
-            "-q",
-            "-m",
-            "gpu",
-            "-k",
-            chosen,
-            "-p",
-            "no:cacheprovider",
-        ]
+        command = [python, "-m", "pytest", "-q", "-m", "gpu", "-k", chosen]
+        command += ["-p", "no:cacheprovider"]
         command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
         files = ("test_gpu.py", "test_ops.py", "test_library.py", "test_bench.py")
         files += ("test_entries.py", "test_entries_exact.py", "test_entries_gpu.py")
@@ -183,19 +179,20 @@ def stages(architecture: str) -> list[Stage]:
         return Stage(name, command, limit, environment=installed)
 
     data = ["--data", str(BUILD / "data")]
-    all_three = ["cuda", "triton", "torch"]
-    # What says most comes first. Triton compiles a kernel for every size and dtype that is tried,
-    # so that its tests are a few of each and its sanitizing is last.
+    # What says most comes first: whether the CUDA kernels are right and how fast they are, then
+    # whether they race. Triton compiles a kernel for every size and dtype that is tried: its tests
+    # are a few of each, its sanitizing is last.
     few = "triton and (usual or odd or whole or merges or groups or graph or stream)"
     return [
         Stage("build", build, 200, folder=ROOT, environment=flags),
+        bench("bench llama3-8b-8 cuda", "llama3-8b-8", ["cuda"]),
         tests("tests", 100, "not triton"),
-        bench("bench llama3-8b-8", "llama3-8b-8", all_three),
-        bench("bench llama3-8b-64", "llama3-8b-64", all_three),
-        bench("bench moe-30b-4 part", "moe-30b-4", all_three, "--modules", "256"),
-        sanitize("memcheck", "cuda"),
         sanitize("racecheck", "cuda"),
+        bench("bench moe-30b-4 part", "moe-30b-4", ["cuda"], "--modules", "256"),
+        sanitize("memcheck", "cuda"),
+        bench("bench llama3-8b-8 others", "llama3-8b-8", ["triton", "torch"]),
         script("files to files", 150, "run.py", "--no-rivals", *data),
+        bench("bench llama3-8b-64", "llama3-8b-64", ["cuda"]),
         script("rivals", 90, "rivals.py", "--budget", "12"),
         tests("tests triton", 150, few),
         sanitize("memcheck", "triton"),
@@ -345,8 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for s in stages(architecture)
         if not args.only or s.name == "build" or any(word in s.name for word in args.only)
     ]
-    outcomes = run_all(chosen, args.seconds)
-    write(folder, machine, outcomes)
+    outcomes = run_all(chosen, args.seconds, lambda so_far: write(folder, machine, so_far))
     print(f"\n{machine['gpu']}; kept in {folder}\n\n{compact(outcomes)}")
     return 1 if any(o.state == FAILED for o in outcomes) else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,21 +39,23 @@ def do_work(workload: Workload, report: Report) -> Work:
     total = NOTHING
     for shape in workload.modules:
         done = report.modules[shape.name]
-        a = _problem(ranks[shape.name], shape.n, workload.dtype)
-        b = _problem(ranks[shape.name], shape.m, workload.dtype)
+        a = problem(ranks[shape.name], shape.n, workload.dtype)
+        b = problem(ranks[shape.name], shape.m, workload.dtype)
         total += _side(a, done.a) + _side(b, done.b)
-        total += bounds.apply([_coefficients(b)], [b], workload.dtype)
+        total += bounds.apply([coefficients(b)], [b], workload.dtype)
         total += bounds.block_gram([b])
-        total += bounds.apply_decouple([_coefficients(a)], [a], workload.dtype)
+        total += bounds.apply_decouple([coefficients(a)], [a], workload.dtype)
     return Work(2 * workload.factor_bytes, total.flops_in)
 
 
-def _problem(ranks: list[int], d: int, dtype: torch.dtype) -> Side:
+def problem(ranks: Sequence[int], d: int, dtype: torch.dtype) -> Side:
+    """A side of these shapes, without numbers."""
     blocks = tuple(torch.empty(r, d, dtype=dtype, device="meta") for r in ranks)
     return Side(blocks, (1.0,) * len(blocks))
 
 
-def _coefficients(p: Side) -> torch.Tensor | None:
+def coefficients(p: Side) -> torch.Tensor | None:
+    """C [R, R] without numbers; None where the descent moves the factors themselves."""
     return None if is_wide(p) else torch.empty(p.rank, p.rank, device="meta")
 
 

@@ -9,13 +9,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from domerge_fast import job, ops
+from domerge_fast import ops, reading
 from domerge_fast.adapters.plan import Plan
 from domerge_fast.formats.peft.write import PeftFolder
 
 REST = "Python and waiting"
 TIMED = [
-    (job, "load", "open"),
+    (reading, "load", "open"),
     (Plan, "stacks", "read"),
     (PeftFolder, "add", "write"),
     (PeftFolder, "finish", "write"),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from files import FLOOR, SVD
-from rivals import LITERAL, PEFT_SVD, QR_SVD
+from rivals import LITERAL, PEFT_SVD
 
 Result = Mapping[str, Any]
 HEADLINE = "llama3-8b-8"
@@ -205,39 +206,27 @@ def methods(result: Result) -> str:
 
 
 def headline(result: Result) -> str:
-    """The few rows for README.md, and the machine they come from."""
+    """The few figures for README.md, in sentences, and the machine they come from."""
     first = first_backend(result)
-    chosen: Sequence[tuple[str, str]] = (
-        (FLOOR, "reading and writing the same bytes with safetensors"),
-        (first, "**domerge_fast**, DO-Merging"),
-        ("torch", "the same in plain PyTorch, in factor space"),
-        (LITERAL, "the method as printed, with dense matrices, in memory"),
-        (f"{first} {SVD}", f"**domerge_fast**, `svd` to rank {result['rank']}"),
-        (QR_SVD, "the same in plain PyTorch, by QR, in memory"),
-        (PEFT_SVD, f"PEFT's `svd` to rank {result['rank']}, in memory"),
-        ("mergekit task_arithmetic", "mergekit: task arithmetic on full models, LoRA extracted"),
-    )
-    found = {key: row for key, row in rows(result).items() if row.seconds is not None}
-    best = found[first].seconds
+    found = {key: row.seconds for key, row in rows(result).items() if row.seconds is not None}
+    best = found[first]
+    rivals = {
+        "torch": "the same in plain PyTorch, in factor space",
+        LITERAL: "the method as printed, with dense matrices",
+        PEFT_SVD: f"PEFT's `svd` to rank {result['rank']}",
+        "mergekit task_arithmetic": "mergekit's task arithmetic on full models",
+    }
+    others = [f"{what}: {_ratio(found[x] / best)}" for x, what in rivals.items() if x in found]
     peaks = result["peak_bytes"]
-    rounds = len(result["seconds"][first])
-    lines = [
-        f"{result['adapters']} rank-{result['rank']} adapters of a Llama-3-8B (all projections of "
-        f"32 layers, {result['factor_bytes'] / 1e9:.2f} GB of bfloat16 factors), files to files in "
-        f"{(peaks['do'] - peaks['idle']) >> 20} MiB of memory; {where(result['machine'])}; medians "
-        f"of {rounds}:",
-        "",
-        "| | seconds | × domerge_fast |",
-        "|---|---|---|",
-    ]
-    for key, label in chosen:
-        if key not in found:
-            continue
-        total = found[key].seconds
-        label += " (extrapolated)" if "extrapolated" in found[key].how else ""
-        shown = f"**{digits(total)}**" if key == first else digits(total)
-        lines.append(f"| {label} | {shown} | {_ratio(total / best)} |")
-    return "\n".join(lines)
+    text = (
+        f"DO-Merging of {result['adapters']} rank-{result['rank']} adapters of a Llama-3-8B (all "
+        f"projections of 32 layers, {result['factor_bytes'] / 1e9:.2f} GB of bfloat16 factors), "
+        f"files to files, took {digits(best)} s and {(peaks['do'] - peaks['idle']) >> 20} MiB of "
+        f"memory; reading and writing the same bytes took {digits(found[FLOOR])} s. So many times "
+        f"as long took others (all but the first extrapolated), {'; '.join(others)}. "
+        f"{where(result['machine'])}; medians of {len(result['seconds'][first])}."
+    )
+    return textwrap.fill(text, 100)
 
 
 def _label(key: str, result: Result) -> str:

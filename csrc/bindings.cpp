@@ -45,10 +45,13 @@ PYBIND11_MODULE(_C, m) {
     m.def("gram", on_cpu(domerge::gram));
     m.def("block_gram", on_cpu(domerge::block_gram));
     m.def("orthogonalize", on_cpu(domerge::orthogonalize));
+    m.def("orthogonalize_factors", on_cpu(domerge::orthogonalize_factors));
+    m.def("half_products", on_cpu(domerge::half_products));
     m.def("apply", on_cpu(domerge::apply));
     m.def("apply_decouple", on_cpu(domerge::apply_decouple));
     m.def("block_products", on_cpu(domerge::block_products));
-    m.def("all_finite", on_cpu(domerge::all_finite));
+    m.def("largest", on_cpu(domerge::largest));
+    m.def("block_largest", on_cpu(domerge::block_largest));
     m.def("entry_counts", on_cpu(domerge::entry_counts));
     m.def("entry_sums", on_cpu(domerge::entry_sums));
     m.def("entry_merge", on_cpu(domerge::entry_merge));

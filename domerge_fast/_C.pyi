@@ -41,6 +41,25 @@ def orthogonalize(
 ) -> None:
     """grams, out: float32 [R, R] a problem; stats: float64 [P, 5]."""
 
+def orthogonalize_factors(
+    problems: Problems,
+    out: Sequence[int],
+    stats: int,
+    half: bool,
+    gamma: float,
+    steps: int,
+    tol: float,
+    threads: int,
+    /,
+) -> None:
+    """Blocks in rows. out: float32 [R, d] a problem; stats: float64 [P, 7], those of
+    factor_descent.FACTOR_STATS and the least share of the sum over all pairs that was of two
+    adapters. half: products of bfloat16, where `half_products`.
+    """
+
+def half_products() -> bool:
+    """Whether the instruction set in use multiplies bfloat16 numbers faster."""
+
 def apply(
     problems: Problems,
     coefficients: Sequence[int],
@@ -72,10 +91,19 @@ def block_products(
 ) -> None:
     """x, y: float32 [R, R] a problem, all of the same ranks; out: float64 [P, T, T]."""
 
-def all_finite(
-    data: Sequence[int], counts: Sequence[int], dtypes: Sequence[int], threads: int, /
-) -> list[bool]:
-    """Whether each array of `counts` numbers holds neither NaN nor Inf."""
+def largest(
+    data: Sequence[int],
+    counts: Sequence[int],
+    dtypes: Sequence[int],
+    out: int,
+    threads: int,
+    /,
+) -> None:
+    """out [N] = the largest magnitude of each array of `counts` numbers, in float64: of dtypes by
+    CODES, and 3 for float64."""
+
+def block_largest(problems: Problems, out: int, threads: int, /) -> None:
+    """The same of every block of the problems, whose scale is left out."""
 
 def entry_counts(
     a: Problems, b: Problems, prefixes: Sequence[int], out: int, threads: int, /

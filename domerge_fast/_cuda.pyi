@@ -1,4 +1,4 @@
-"""The CUDA extension: one launch an op. backends/gpu.py (`Kernels`) and gpu_entries.py
+"""The CUDA extension: one launch an op. backends/gpu/kernels.py (`Kernels`) and gpu/entries.py
 (`EntryKernels`) say what each does.
 
 Addresses are `tensor.data_ptr()`, dtypes the codes of algebra/side.py, a stream is its
@@ -29,6 +29,10 @@ def serves(archs: str, capability: int, /) -> bool:
 def set_backwards(value: bool, /) -> None:
     """The order in which threads and blocks run on the host; RuntimeError on a device."""
 
+def set_extra_bits(value: int, /) -> None:
+    """How tensor cores add on the host: -1, exactly; else they cut so many bits after float32's
+    last, as those of GPUs do. RuntimeError on a device."""
+
 def set_shared_bytes(value: int, /) -> None:
     """The shared memory that a block may have on the host; RuntimeError on a device."""
 
@@ -40,6 +44,9 @@ def apply_columns(size: int, /) -> int: ...
 def apply_decouple_columns(size: int, /) -> int: ...
 def orthogonalize_scratch(size: int, problems: int, frobenius: bool, /) -> int:
     """Bytes of scratch memory for a launch on the current device."""
+
+def apply_decouple_scratch(size: int, tiles: int, rank: int, /) -> int:
+    """The same of apply_decouple; rank: the largest R."""
 
 class Decoupling:
     """Addresses of what apply_decouple reads besides tables, and of the energies [N, slots]."""
@@ -54,6 +61,7 @@ class Decoupling:
         scale: float,
         energies: int,
         slots: int,
+        scratch: int,
     ) -> None: ...
 
 def gram(
@@ -101,6 +109,7 @@ def roots(work: int, count: int, out: int, norms: int, scratch: int, stream: int
 def apply_decouple(
     table: _Table,
     size: int,
+    rank: int,
     tiles: int,
     tile_count: int,
     numbers: Decoupling,
@@ -109,7 +118,7 @@ def apply_decouple(
     stream: int,
     /,
 ) -> None: ...
-def all_finite(dtype: int, tiles: int, count: int, flags: int, stream: int, /) -> None: ...
+def largest(dtype: int, tiles: int, count: int, tops: int, stream: int, /) -> None: ...
 
 class Updates:
     """The updates of one module: the address and number of their rows, and their shape."""

@@ -38,6 +38,7 @@ METHODS: Meanings = {
     "compress_then_merge": ("ctm", ""),
     "concat": ("cat", ""),
     "dcmerge": ("dc_merge", ""),
+    "doge_ta": ("doge", ""),
     "domerging": ("do", ""),
     "iso": ("iso_c", ""),
     "knots_ties": ("knots", "with inner 'ties'"),
@@ -62,6 +63,9 @@ OPTIONS: Meanings = {
     "adapter_weights": ("weights", ""),
     "combination_type": ("method", ""),
     "cuda": ("device", ""),
+    "engine": ("runtime", ""),
+    "for": ("runtime", ""),
+    "for_": ("runtime", ""),
     "gamma": ("outliers", ""),  # of mergekit's breadcrumbs; ours of that name is another method's
     "int8_mask": (None, "nothing here needs it"),
     "k": ("rank", ""),
@@ -82,7 +86,9 @@ OPTIONS: Meanings = {
     "save_path": ("output", ""),
     "sign_method": ("majority_sign_method", ""),
     "svd_rank": ("rank", ""),
+    "serve_with": ("runtime", ""),
     "t": ("weights", "of both, which add up to 1"),
+    "target": ("runtime", ""),
     "top_k": ("density", "the share to keep"),
     "topk": ("density", "the share to keep"),
     "weight": ("weights", "one an adapter"),
@@ -97,7 +103,12 @@ TABLES: Mapping[str, Meanings] = {
 }
 """By the option whose value the word is."""
 
-ALWAYS = frozenset(("adapters", "device", "dtype", "method", "output", "rank", "scale", "weights"))
+ALWAYS = frozenset(
+    (
+        *("adapters", "device", "dtype", "method", "output", "rank", "runtime", "scale"),
+        "weights",
+    )
+)
 """Arguments of every merge, beside a method's own options."""
 
 

@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
+from .adapters.differences import NO_CHANGES
 from .adapters.plan import Plan
-from .engine import pipeline as engine
-from .engine.interference import InterferenceSums
 from .formats.peft.write import largest
 from .job import Job, Part
 
@@ -78,30 +77,38 @@ def estimate(job: Job) -> Estimate:
         adapters={n: (r[0], statistics.median(r), r[-1]) for n, r in ranks.items() if r},
         read=sum(part.passes * _factor_bytes(part.plan) for part in job.parts) + _whole(job),
         written=_written(job),
-        memory=max(engine.memory(part.plan, job.place, part.work) for part in job.parts),
+        memory=max(part.memory(job.budget) for part in job.parts),
         sampled=sum(nbytes for nbytes, _ in of_samples),
         seconds=math.fsum(seconds for _, seconds in of_samples),
     )
 
 
 def _factor_bytes(plan: Plan) -> int:
-    return plan.read_bytes(plan.names) or sum(map(plan.factor_bytes, plan.names))
+    return max(plan.read_bytes(plan.names), sum(map(plan.factor_bytes, plan.names)))
 
 
 def _whole(job: Job) -> int:
     """Bytes of the tensors that are copied."""
-    base = job.target.base.tensors.values() if job.target.base and job.form.needs_base else ()
+    base = job.target.base.tensors.values() if job.target.base and job.format.needs_base else ()
     return sum(x.nbytes for x in (*job.target.carried.values(), *base))
 
 
 def _written(job: Job) -> int:
-    if job.form.needs_base:
+    if job.format.needs_base:
         return _whole(job)
     size = job.target.dtype.itemsize
-    if job.form.dense:
+    if job.format.dense:
         dense = sum(job.plan.dense_bytes(name) // 4 * size for name in job.plan.names)
         return dense + _whole(job)
-    tensors = (x for _, x in largest(job.target, job.target.rank))
+    layouts = job.target.layouts
+    thin = {name: layout for name, layout in layouts.items() if not layout.dense}
+    target = dataclasses.replace(job.target, layouts=thin)
+    changes = target.changes if job.format.holds.changes else NO_CHANGES
+    if changes.names:
+        target = dataclasses.replace(target, changes=NO_CHANGES)
+    tensors = [x for _, x in largest(target, target.rank)]
+    tensors += [(target.dtype, (x.m, *x.inputs)) for x in layouts.values() if x.dense]
+    tensors += [(x.dtype, x.shape) for x in changes.tensors(target.dtype).values()]
     return sum(dtype.itemsize * math.prod(shape) for dtype, shape in tensors)
 
 
@@ -125,11 +132,10 @@ def _first(plan: Plan) -> Iterator[str]:
 
 
 def _run(job: Job, part: Part, names: list[str]) -> None:
-    sums = InterferenceSums([a.name for a in job.plan.adapters])
-    plan = part.plan.only(names)
+    part = dataclasses.replace(part, plan=part.plan.only(names))
     with torch.no_grad():
-        engine.run(plan, part.work, job.place, sums, _drop, True, lambda done, total: None)
+        part.run(job.budget, job.sums(), _drop, True, lambda done, total: None)
 
 
-def _drop(name: str, *tensors: torch.Tensor) -> None:
+def _drop(batches: object) -> None:
     return None

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 __all__ = [
     "AdapterError",
     "DomergeError",
+    "Elsewhere",
     "FlatCut",
+    "Infeasible",
     "OptionError",
     "OutputError",
     "OutputWarning",
+    "Unmet",
     "is_text",
     "printable",
     "some",
@@ -91,6 +94,10 @@ class AdapterError(DomergeError):
     def __init__(self, adapter: str, module: str | None, problem: str, remedy: str):
         super().__init__(adapter, module, problem, remedy)
 
+    @property
+    def module(self) -> str | None:
+        return self.args[1]
+
     def __str__(self) -> str:
         adapter, module, problem, remedy = self.args
         where = f"adapter {adapter!r}" + (f", module {module!r}" if module else "")
@@ -116,10 +123,45 @@ class OptionError(_Named, DomergeError):
     kind = "option"
 
 
+class Unmet(DomergeError):
+    """What is to be written is not what a runtime takes. ``str(error)`` is a line for each of the
+    misses, which are (problem, remedy)."""
+
+    def __init__(self, runtime: str, misses: Sequence[tuple[str, str]]):
+        super().__init__(runtime, misses)
+
+    @property
+    def misses(self) -> Sequence[tuple[str, str]]:
+        return self.args[1]
+
+    def __str__(self) -> str:
+        runtime, misses = self.args
+        return "\n".join(_one_line(f"runtime {runtime!r}", *miss) for miss in misses)
+
+
+class Infeasible(DomergeError):
+    """A search has no candidate that was shown to be within its constraints. trials: all of it."""
+
+    def __init__(self, problem: str, remedy: str, trials: Sequence[object]):
+        super().__init__(problem, remedy, trials)
+
+    @property
+    def trials(self) -> Sequence[object]:
+        return self.args[2]
+
+    def __str__(self) -> str:
+        problem, remedy, _ = self.args
+        return _one_line("search", problem, remedy)
+
+
 class OutputError(_Named, DomergeError):
     """The output cannot be written, and what was there is as it was."""
 
     kind = "output"
+
+
+class Elsewhere(DomergeError):
+    """Another process of the same job was refused something, and has said so: its line."""
 
 
 class OutputWarning(_Named, UserWarning):
@@ -141,10 +183,10 @@ class FlatCut(DomergeError):
     def __init__(self, at: int, rank: int, value: float, module: str = "", method: str = ""):
         super().__init__(at, rank, value, module, method)
 
-    def of(self, module: str, method: str = "") -> FlatCut:
-        """The same of a module that is merged by this method."""
-        at, rank, value, _, _ = self.args
-        return FlatCut(at, rank, value, module, method)
+    def of(self, module: str = "", method: str = "") -> FlatCut:
+        """The same of a module that is merged by this method, where that was not said before."""
+        at, rank, value, of_module, by_method = self.args
+        return FlatCut(at, rank, value, of_module or module, by_method or method)
 
     @property
     def at(self) -> int:

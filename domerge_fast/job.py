@@ -1,54 +1,66 @@
-"""A merge that is ready to run: adapters read and checked, what is done to which module settled."""
+"""A merge that is ready to run: what is done to which module, and what is written, settled."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import json
 import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from . import options
+from . import options, runtimes
 from ._version import __version__
-from .adapters import Adapter, Kept, check_compatible, keep, one_spelling
-from .adapters.names import PREFIX
+from .adapters import Adapter, Kept, keep
+from .adapters.differences import Changes
 from .adapters.plan import Plan
-from .adapters.whole import COPY
 from .backends import registry
+from .base import Base
 from .engine import pipeline as engine
-from .engine.interference import InterferenceSums
+from .engine import streamed
+from .engine.changes import changes
+from .engine.details import DetailSums
+from .engine.interference import InterferenceSums, told
+from .engine.passes import ALONE, Passes
 from .engine.progress_bar import shown
+from .engine.reader import Budget, memory
 from .engine.work import Cut, Work
 from .errors import OptionError
-from .formats import FORMATS, load, tokenizer
+from .formats import tokenizer
+from .formats.choose import asked_for, check_holds, is_ragged, respelled
 from .formats.format import Format
-from .formats.model.checkpoint import Checkpoint, open_checkpoint
-from .formats.model.fit import originals
+from .formats.merge_folder import MergeFolder
+from .formats.model.checkpoint import Checkpoint
+from .formats.model.fit import in_numbers
+from .formats.names.refit import Refit
 from .formats.peft import write as peft
 from .formats.target import Target
-from .merged import Merged
+from .merged import Merged, Results
 from .methods import choose
 from .methods.base import Chosen, ScaleRule, Settings
 from .methods.steps import POST, PRE
-from .recipe import AUTO, Input, Recipe, check_scale, check_weights
-from .results.report import ModuleReport, Report
-from .storage.digests import Digests
+from .methods.steps.base import Beside
+from .reading import Source, read, weights_of, without
+from .recipe import AUTO, DETAILS, FULL, NORMS, Input, Recipe, check_scale, check_weights
+from .results.card import recipe_text
+from .results.report import ModuleReports, Report, StackReport
+from .runtimes.runtime import Runtime
+from .storage.digests import Digests, Sums
+from .storage.features_file import FeaturesFile
+from .storage.input_file import InputFile
 from .storage.lazy import dtype_name
 
-__all__ = ["Job", "Part", "Progress", "Source", "choose_device", "read", "versions"]
+__all__ = ["Done", "Job", "Part", "Progress", "choose_device", "target_of", "versions"]
 
 LOG = logging.getLogger(__name__)
 
-Source = str | os.PathLike[str] | Adapter
 Progress = bool | Callable[[int, int], None]
 
 
@@ -68,106 +80,201 @@ class Part:
         """How often it is gone through."""
         return 2 if self.work.twice else 1
 
+    def run(
+        self,
+        budget: Budget,
+        sums: InterferenceSums,
+        sink: engine.Sink,
+        to_host: bool,
+        progress: engine.Progress,
+        verify: bool = False,
+        passes: Passes = ALONE,
+    ) -> engine.Outcome:
+        """Merge its modules (engine/pipeline.py, or engine/streamed.py). OptionError where batches
+        of adapters are to be verified, or shared with other processes."""
+        given = self.plan, self.work, budget, sums, sink, to_host, progress
+        if not self.work.streamed:
+            return engine.run(*given, passes=passes, verify=verify)
+        if passes is not ALONE:
+            problem = "adapters are read in batches, which one process does"
+            raise OptionError("descent", problem, "merge without torchrun, or say descent='whole'")
+        if verify:
+            problem = "the reference takes all adapters at once, which are read in batches here"
+            raise OptionError("verify", problem, "leave it out, or give descent='whole'")
+        return streamed.run(*given)
+
+    def memory(self, budget: Budget) -> int:
+        """Bytes that its largest group of modules takes."""
+        if self.work.streamed:
+            return streamed.memory(self.plan)
+        return memory(self.plan, budget, self.work)
+
+
+@dataclass(frozen=True, eq=False)
+class Done:
+    """What merging the parts of a job has told: of their modules, λ by part, interference, and what
+    is to be said."""
+
+    stacks: Sequence[StackReport]
+    scales: Sequence[Mapping[int, float]]
+    sums: InterferenceSums
+    notes: Sequence[str]
+
 
 @dataclass(frozen=True)
 class Job:
     """recipe: what was asked, with all that was not filled in but the inputs' sums. parts: of the
-    plan; the first has the modules that no rule asks another merge of. started: when."""
+    plan; the first has the modules that no rule asks another merge of. refit: how what is written
+    gets its modules, where the format has others. started: when. verify: whether a sample of the
+    modules is held against the reference."""
 
     recipe: Recipe
     plan: Plan
     parts: tuple[Part, ...]
-    place: engine.Place
+    budget: Budget
     target: Target
-    form: Format
+    format: Format
+    refit: Refit | None
     notes: tuple[str, ...]
     started: float
+    features: FeaturesFile | None = None
+    verify: bool = False
 
     @classmethod
     def make(
         cls, asked: Recipe, sources: Iterable[Source], max_device_memory: int | str | None = None
     ) -> Job:
         """Reads headers and what adapters save whole; a few factors where `auto` chooses."""
-        started, written = time.perf_counter(), _form(asked)
-        loaded, renamed = read(sources, asked.base_model, asked.weights)
-        of_modules = asked.of_modules(sorted({name for a in loaded for name in a.modules}))
-        loaded = _without(loaded, {n for n, x in of_modules.items() if x.get("leave_out")})
+        started = time.perf_counter()
+        _check_form(asked)
+        asked, runtime = runtimes.settled(asked)
+        base = Base(asked)
+        loaded, renamed = read(sources, asked.base_model, asked.weights, base.whole)
+        written, of_format = runtimes.format_of(asked, loaded, runtime)
+        every = sorted({name for a in loaded for name in a.modules}) if asked.rules else []
+        of_modules = asked.of_modules(every)
+        loaded = without(loaded, {n for n, x in of_modules.items() if x.get("leave_out")})
         own = {n: _own(x["weights"], len(loaded)) for n, x in of_modules.items() if "weights" in x}
-        plan = Plan.make(loaded, _weights(asked.weights, len(loaded)), own)
+        plan = Plan.make(loaded, weights_of(asked.weights, len(loaded)), own)
         if not plan.names:
             raise OptionError("rules", "every module is left out", "let one be merged")
         dtype = plan.dtype() if asked.dtype is None else getattr(torch, asked.dtype)
         most = options.size("max_device_memory", max_device_memory)
-        place = engine.Place(choose_device(asked.device, loaded), most)
-        backend = registry.choose(asked.backend, place.device.type)
+        budget = Budget(choose_device(asked.device, loaded), most)
+        backend = registry.choose(asked.backend, budget.device.type)
         why = "asked for"
         if asked.backend == AUTO:
             forced = os.environ.get(registry.ENVIRONMENT)
             why = f"{registry.ENVIRONMENT} names it" if forced else "the first that runs there"
-        LOG.info("backend %s on %s: %s", backend, place.device, why)
-        parts = tuple(_parts(asked, plan, of_modules, dtype, backend))
-        checkpoint = None if asked.base is None else open_checkpoint(Path(asked.base.name))
-        kept = _kept(asked, plan, checkpoint)
+        LOG.info("backend %s on %s: %s", backend, budget.device, why)
+        features = _features(asked)
+        names = tuple(a.name for a in loaded)
+        beside = Beside(names, features, asked.features_energy)
+        before = tuple(PRE[name].bound(beside) for name in asked.pre)
+        made = _parts(asked, plan, of_modules, dtype, backend)
+        parts = tuple(replace(x, work=replace(x.work, pre=before)) for x in made)
+        checkpoint = base.of(written)
+        origin = base.origin(plan.described)
+        kept = keep(plan.adapters, plan.weights, asked.whole, origin)
+        works = [(part.plan, part.work) for part in parts]
+        changed = changes(plan, works, kept, origin, dtype, written.dense)
         ranks = {n: r for part in parts for n, r in part.work.ranks(part.plan).items()}
-        target, notes = _target(
-            plan, dtype, asked, kept, {n: ranks[n] for n in plan.names}, checkpoint
+        ranks = {n: ranks[n] for n in plan.names}
+        parts, matrices = _uncut(parts, written, runtime)
+        target, refit, notes = target_of(
+            plan, dtype, asked, kept, ranks, checkpoint, written, changed, matrices
         )
-        said = [note for part in parts for note in part.said]
+        target, fitted = runtimes.written_for(runtime, written, target)
+        if written.needs_base:
+            target = in_numbers(target)
+        of_parts = (note for part in parts for note in part.said)
+        said = (*of_parts, *renamed, *of_format, *notes, *fitted)
         recipe = dataclasses.replace(
             asked,
             adapters=tuple(Input(a.name) for a in loaded),
             weights=tuple(plan.weights),
             scale=_told_scale(asked, parts),
+            format=written.name,
             whole=f"from:{loaded.index(kept.owner) + 1}" if kept.owner else asked.whole,
             backend=backend,
-            device=str(place.device),
+            device=str(budget.device),
             dtype=dtype_name(dtype),
         )
-        return cls(recipe, plan, parts, place, target, written, (*said, *renamed, *notes), started)
+        target = dataclasses.replace(target, recipe_bytes=_recipe_bytes(recipe, target))
+        return cls(recipe, plan, parts, budget, target, written, refit, said, started, features)
 
     def in_memory(self, progress: Progress = False) -> Merged:
-        results: dict[str, tuple[Tensor, ...]] = {}
-
-        def collect(name: str, *tensors: Tensor) -> None:
-            results[name] = tuple(x.contiguous() for x in tensors)
-
-        report = self._run(collect, False, progress)
-        self.target.check_inputs()
-        ordered = {name: results[name] for name in report.modules}
-        return Merged(report, self.target, ordered, sources=tuple(self.plan.adapters))
+        results = Results(self.plan.names)
+        report = self.report(self.merge(results.add, False, progress))
+        self.check_inputs()
+        sources = tuple(self.plan.adapters)
+        return Merged(report, self.target, results, sources=sources, refit=self.refit)
 
     def written(
         self, path: Path, overwrite: bool, force: bool, progress: Progress = False
     ) -> Merged:
         """In a folder, which appears whole or not at all; the inputs' sums are in its card."""
-        assert self.form.write
+        assert self.format.write
         with ExitStack() as stack:
-            folder = stack.enter_context(self.form.write(path, self.target, overwrite, force))
-            sums = stack.enter_context(Digests(self._files()))
-            report = self._run(folder.add, True, progress)
-            recipe = self._with_sums(sums)
-            notes = (*report.notes, *folder.notes)
-            report = dataclasses.replace(report, recipe=recipe, notes=notes)
+            folder = stack.enter_context(self.format.write(path, self.target, overwrite, force))
+            sums = stack.enter_context(Digests(self.files))
+            add = self.refit.sink(folder.add) if self.refit else folder.add
+            done = self.merge(engine.one_by_one(self.plan, add), True, progress)
+            report = self.report_beside(folder, done, sums)
             folder.finish(report)
-            self.target.check_inputs()
-        return Merged(report, self.target, {}, path)
+            self.check_inputs()
+        return Merged(report, self.target, {}, path, refit=self.refit)
 
-    def _files(self) -> list[Any]:
-        base = self.target.base.files if self.target.base else ()
+    @property
+    def files(self) -> list[InputFile]:
+        """All that is read of adapters, and what the base is known by."""
+        base = self.target.base.known_by if self.target.base else ()
         of_adapters = [file for a in self.plan.adapters for file in a.inputs]
-        return [*dict.fromkeys(of_adapters), *(file.input for file in base)]
+        of_features = [self.features.input] if self.features else []
+        return [*dict.fromkeys(of_adapters), *base, *of_features]
 
-    def _with_sums(self, sums: Digests) -> Recipe:
+    def check_inputs(self) -> None:
+        """Refuse files that have changed meanwhile."""
+        self.target.check_inputs()
+        if self.features:
+            self.features.input.check()
+
+    def sums(self) -> InterferenceSums:
+        """For what is counted of the adapters: of those read in batches no two are compared."""
+        names = [a.name for a in self.plan.adapters]
+        report = told(self.recipe.report, len(names))
+        if report == FULL and any(part.work.streamed for part in self.parts):
+            report = NORMS
+        detailed = report == FULL and self.recipe.report == DETAILS
+        details = DetailSums.of(self.plan.names, len(names)) if detailed else None
+        return InterferenceSums(names, report, details)
+
+    def report_beside(self, folder: MergeFolder, done: Done, sums: Sums) -> Report:
+        """What is written beside the modules of a folder."""
+        report = self.report(done)
+        recipe = self.with_sums(report.recipe, sums)
+        return dataclasses.replace(report, recipe=recipe, notes=(*report.notes, *folder.notes))
+
+    def with_sums(self, recipe: Recipe, sums: Sums) -> Recipe:
+        """The recipe with the sums of these files."""
         adapters = tuple(Input(a.name, sums.of(a.inputs)) for a in self.plan.adapters)
-        base = self.recipe.base
+        base = recipe.base
         if base and self.target.base:
-            files = sums.of(file.input for file in self.target.base.files)
+            files = sums.of(self.target.base.known_by)
             base = Input(base.name, files)
-        return dataclasses.replace(self.recipe, adapters=adapters, base=base)
+        features = recipe.features
+        if features and self.features:
+            features = Input(features.name, sums.of([self.features.input]))
+        return dataclasses.replace(recipe, adapters=adapters, base=base, features=features)
 
-    def _run(self, sink: engine.Sink, to_host: bool, progress: Progress) -> Report:
-        sums = InterferenceSums([a.name for a in self.plan.adapters])
-        modules: dict[str, ModuleReport] = {}
+    def merge(
+        self, sink: engine.Sink, to_host: bool, progress: Progress, passes: Passes = ALONE
+    ) -> Done:
+        """Give all modules to the sink, or those that this process gets where it shares them with
+        others; the rest as of `engine.run`."""
+        sums = self.sums()
+        stacks: list[StackReport] = []
+        notes = [*self.notes]
         found: list[Mapping[int, float]] = []
         total = sum(part.passes * len(part.plan.names) for part in self.parts)
         with shown(progress, total) as show, torch.no_grad():
@@ -175,29 +282,37 @@ class Job:
             for part in self.parts:
                 tell = _shifted(show, before, total)
                 self._log(part)
-                outcome = engine.run(part.plan, part.work, self.place, sums, sink, to_host, tell)
-                modules |= outcome.modules
+                outcome = part.run(self.budget, sums, sink, to_host, tell, self.verify, passes)
+                stacks += outcome.modules
                 found.append(outcome.scales)
+                notes += outcome.notes
                 before += part.passes * len(part.plan.names)
-        scales = found[0]
-        several = len(self.plan.adapters) <= engine.MOST_COMPARED
-        told = self.form.notes(self.target, [m.rank for m in modules.values()])
+        return Done(stacks, found, sums, notes)
+
+    def report(self, done: Done) -> Report:
+        """Of all parts, when these are merged."""
+        scales, *others = done.scales
+        modules, details = ModuleReports(self.plan.names, done.stacks), done.sums.details
+        ranks = modules.ranks
+        said = self.format.notes(self.target, ranks)
+        of_runtimes = runtimes.notes(self.recipe.runtime, self.format, self.target, ranks)
         return Report(
             recipe=self.recipe,
             scale=scales[max(scales)] if scales else self.parts[0].work.settings.scale,
             scales=scales,
             versions=versions(),
-            modules={name: modules[name] for name in self.plan.names},
-            interference=sums.result() if several else None,
+            modules=modules,
+            interference=done.sums.result(),
             seconds=time.perf_counter() - self.started,
-            notes=(*self.notes, *_of_parts(self.parts[1:], found[1:]), *told),
+            notes=(*done.notes, *_of_parts(self.parts[1:], others), *said, *of_runtimes),
+            energies=details.merged_energies if details else None,
         )
 
     def _log(self, part: Part) -> None:
         if LOG.isEnabledFor(logging.INFO):
-            names, memory = part.plan.names, engine.memory(part.plan, self.place, part.work)
+            names, needed = part.plan.names, part.memory(self.budget)
             method = part.work.method.method.name
-            LOG.info("%d modules by %s, in %.0f MB of memory", len(names), method, memory / 1e6)
+            LOG.info("%d modules by %s, in %.0f MB of memory", len(names), method, needed / 1e6)
 
 
 def _told_scale(asked: Recipe, parts: Sequence[Part]) -> float | str | None:
@@ -207,14 +322,22 @@ def _told_scale(asked: Recipe, parts: Sequence[Part]) -> float | str | None:
     return AUTO if parts[0].auto else parts[0].work.settings.scale
 
 
-def _form(asked: Recipe) -> Format:
-    """The format that a merge of this form is written in."""
-    row = FORMATS.choose("form", asked.form, lambda row: row.write is not None)
+def _features(asked: Recipe) -> FeaturesFile | None:
+    """What layers are given, where a step takes it."""
+    if asked.features is None:
+        return None
+    if all(PRE[name].of is None for name in asked.pre):
+        raise OptionError("features", "no step takes them", "add 'osrm_project' to pre")
+    return FeaturesFile(Path(asked.features.name))
+
+
+def _check_form(asked: Recipe) -> None:
+    """What can be told before an adapter is read."""
+    row = asked_for(asked)
     if row.needs_base and asked.base is None:
         raise OptionError("form", f"{asked.form!r} needs the base model", "give its folder as base")
-    if asked.ragged and row.dense and asked.energy is None:
-        raise OptionError("ragged", f"{asked.form!r} has no ranks", "leave it out")
-    return row
+    if asked.format or row.dense:
+        is_ragged(asked, row)
 
 
 def _shifted(
@@ -232,59 +355,8 @@ def _of_parts(parts: Sequence[Part], found: Sequence[Mapping[int, float]]) -> It
         yield f"{what}: {part.work.method.method.name}, scale {scale:g}"
 
 
-def read(
-    sources: Iterable[Source], base_model: str | None, weights: Sequence[float] | None = None
-) -> tuple[list[Adapter], list[str]]:
-    """The adapters, their modules under one name each, and what is to be said of that."""
-    if isinstance(sources, (str, os.PathLike, Adapter)):
-        raise OptionError("adapters", "is one adapter, not a list", "put it in a list: [adapter]")
-    registry.check_environment()
-    found = [_one(source) for source in sources]
-    given = _weights(weights, len(found)) if found else None
-    loaded, notes = one_spelling(found, base_model, given)
-    check_compatible(loaded, base_model)
-    named: dict[str, Adapter] = {}
-    for adapter in loaded:
-        numbered = (f"{adapter.name} ({k})" for k in itertools.count(2))
-        names = itertools.chain([adapter.name], numbered)
-        name = next(n for n in names if n not in named)
-        named[name] = dataclasses.replace(adapter, name=name)
-    return list(named.values()), notes
-
-
-def _one(source: Source) -> Adapter:
-    if isinstance(source, Adapter):
-        return source
-    if isinstance(source, (str, os.PathLike)):
-        return load(source)
-    remedy = "give a folder, from_model(model, name) or from_tensors(factors)"
-    raise OptionError("adapters", f"a {type(source).__name__} is not an adapter", remedy)
-
-
-def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    checked = check_weights(weights, count)
-    if not any(checked):
-        raise OptionError("weights", "all are zero", "give at least one adapter a weight")
-    return checked
-
-
 def _own(weights: Sequence[float], count: int) -> tuple[float, ...]:
     return tuple(check_weights(weights, count))
-
-
-def _without(adapters: Sequence[Adapter], left_out: set[str]) -> list[Adapter]:
-    """The adapters without these modules; what is left is named one by one in their config."""
-    if not left_out:
-        return list(adapters)
-    return [_less(adapter, left_out) for adapter in adapters]
-
-
-def _less(adapter: Adapter, left_out: set[str]) -> Adapter:
-    modules = {n: m for n, m in adapter.modules.items() if n not in left_out}
-    copies = tuple(f"{PREFIX}{name}{COPY}" for name in left_out)
-    carried = {k: t for k, t in adapter.carried.items() if not k.startswith(copies)}
-    config = dataclasses.replace(adapter.config, target_modules=None, exclude_modules=None)
-    return dataclasses.replace(adapter, modules=modules, carried=carried, config=config)
 
 
 def _parts(
@@ -295,6 +367,10 @@ def _parts(
     backend: str,
 ) -> Iterator[Part]:
     """The modules by what is done to them, those that no rule asks another merge of first."""
+    if not of_modules:
+        cut = Cut(asked.rank, asked.energy)
+        yield _part(asked, plan, choose(asked.method, asked.options), cut, dtype, backend, ())
+        return
     members: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for name in sorted(plan.names, key=lambda n: bool(_other(of_modules.get(n, {})))):
         other = _other(of_modules.get(name, {}))
@@ -323,7 +399,6 @@ def _part(
     patterns: tuple[str, ...],
 ) -> Part:
     calibrated, said = asked.calibrated, []
-    before = tuple(PRE[name] for name in asked.pre)
     after = tuple(POST[name] for name in asked.post if name in POST)
     alone = chosen.method.taken is not None
     own_scale = chosen.own_scale
@@ -339,18 +414,24 @@ def _part(
         Settings(factor, dtype, backend, rank=cut.rank),
         cut,
         usual,
-        before,
-        after,
-        deltas=FORMATS[asked.form].dense,
+        post=after,
+        deltas=asked_for(asked).dense,
         narrowing=plan.wide,
         rule=rule,
         calibrated=calibrated,
         alone=alone,
+        streamed=chosen.method.streams(chosen, set(plan.kinds.values()), _hindrance(asked)),
     )
     if work.restores_norms:
         said.append("auto: every module has the norm that it had before the cut")
     auto = asked.scale == AUTO or (asked.scale is None and not own_scale)
     return Part(plan, work, tuple(said), auto, patterns)
+
+
+def _hindrance(asked: Recipe) -> str | None:
+    """What is asked for that takes all adapters at once."""
+    steps = (*asked.pre, *asked.post)
+    return f"the step {steps[0]!r}" if steps else None
 
 
 def _scale(
@@ -373,27 +454,54 @@ def _largest_rank(plan: Plan) -> Cut:
     return Cut(max(m.rank for name in plan.names for m in plan.modules(name)))
 
 
-def _kept(asked: Recipe, plan: Plan, checkpoint: Checkpoint | None) -> Kept:
-    """What is kept of the tensors that adapters save whole."""
-    origin = None
-    if checkpoint is not None:
-        origin = originals({n: plan.module(n) for n in plan.names}, checkpoint)
-    return keep(plan.adapters, plan.weights, asked.whole, origin)
+def _uncut(
+    parts: Sequence[Part], row: Format, runtime: Runtime | None
+) -> tuple[tuple[Part, ...], frozenset[str]]:
+    """The parts, told which modules are written as matrices, and these."""
+    if not row.holds.differences or (runtime and not runtime.differences):
+        return tuple(parts), frozenset()
+    found = []
+    for part in parts:
+        work = dataclasses.replace(part.work, matrices=part.work.uncut(part.plan))
+        found.append(dataclasses.replace(part, work=work))
+    return tuple(found), frozenset().union(*(part.work.matrices for part in found))
 
 
-def _target(
+def target_of(
     plan: Plan,
     dtype: torch.dtype,
     asked: Recipe,
     kept: Kept,
     ranks: Mapping[str, int],
     base: Checkpoint | None,
-) -> tuple[Target, tuple[str, ...]]:
-    """What the merge is written as, and what has to be said of it."""
+    row: Format,
+    changed: Changes,
+    matrices: Collection[str] = (),
+) -> tuple[Target, Refit | None, tuple[str, ...]]:
+    """What the merge is written as, how it gets its modules, and what has to be said of it.
+    matrices: the modules that are no factors there."""
     merging = [adapter for adapter, weight in zip(plan.adapters, plan.weights) if weight != 0]
     files, notes = tokenizer.files(merging, kept)
-    target = peft.target(plan, dtype, asked.base_model, kept, ranks, asked.ragged)
-    return dataclasses.replace(target, copied=files, base=base), (*kept.notes, *notes)
+    target = peft.target(plan, dtype, asked.base_model, kept, ranks, is_ragged(asked, row))
+    dense = {n: dataclasses.replace(target.layouts[n], dense=True) for n in matrices}
+    layouts = target.layouts if not dense else {**target.layouts, **dense}
+    target = dataclasses.replace(target, layouts=layouts, changes=changed)
+    target, refit, told = respelled(row, plan.adapters, target, asked.base_model)
+    check_holds(row, target)
+    styles = tuple(a.style for a in merging if a.style and a.style.format == row.name)
+    target = dataclasses.replace(target, copied=files, base=base, styles=styles)
+    return target, refit, (*kept.notes, *changed.notes, *notes, *told)
+
+
+def _recipe_bytes(recipe: Recipe, target: Target) -> int:
+    """What a recipe takes at most as a text within JSON, with the sums of its inputs, which it does
+    not have yet."""
+    of_base = target.base.known_by if target.base else []
+    names = [file.path.name for file in (*target.files, *of_base)]
+    names += [os.path.basename(recipe.features.name)] if recipe.features else []
+    sums = sum(len(json.dumps({name: "0" * 64})) + 40 for name in names)
+    bare = dataclasses.replace(recipe, base=recipe.base and Input(recipe.base.name))
+    return len(json.dumps(recipe_text(bare))) + 2 * sums
 
 
 def versions() -> dict[str, str]:

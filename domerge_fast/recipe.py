@@ -25,17 +25,26 @@ from .methods import choose
 from .methods.base import Chosen
 from .methods.steps import POST, PRE
 from .registry import Registry
-from .storage import json_file, yaml_file
+from .storage import hub, json_file, yaml_file
 from .storage.find import find, has
-from .storage.input_file import InputFile
+from .storage.gguf_file import GgufFile
+from .storage.input_file import InputFile, Refuse
+from .storage.marker import RECIPE
+from .storage.safetensors_file import SafetensorsFile
 
 __all__ = [
     "AUTO",
     "CARD",
+    "DETAILS",
     "DTYPES",
+    "FULL",
+    "NONE",
+    "NORMS",
     "SVC",
     "Input",
     "Recipe",
+    "Rule",
+    "all_options",
     "check_scale",
     "check_weights",
     "plain_of",
@@ -43,6 +52,8 @@ __all__ = [
 
 DTYPES = ("float32", "bfloat16", "float16")
 AUTO, SVC = "auto", "svc"
+DETAILS, FULL, NORMS, NONE = REPORTS = ("details", "full", "norms", "none")
+"""What a report says of the adapters: all, also by module; all; their norms alone; or nothing."""
 CARD = "README.md"
 MOST_BYTES = 1_000_000
 """Of a recipe, and of a card with one."""
@@ -60,6 +71,8 @@ class Input:
         return {"name": self.name, "files": dict(self.files)} if self.files else self.name
 
     def absolute(self) -> Input:
+        if hub.is_id(self.name):
+            return self
         return dataclasses.replace(self, name=os.path.abspath(self.name))
 
     @classmethod
@@ -147,8 +160,8 @@ class Rule:
 @dataclass(frozen=True)
 class Recipe:
     """What is asked; the fields are the arguments of `merge`. options: the method's own, all of
-    them. adapters: empty where they are given beside it. scale, dtype and weights: None is what
-    `merge` says it is. rules: of modules by name, in any order."""
+    them. adapters: empty where they are given beside it. scale, format, runtime, dtype and weights:
+    None is what `merge` says it is. rules: of modules by name, in any order."""
 
     method: str = AUTO
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -161,6 +174,8 @@ class Recipe:
     pre: tuple[str, ...] = ()
     post: tuple[str, ...] = ()
     form: str = "adapter"
+    format: str | None = None
+    runtime: str | None = None
     base: Input | None = None
     whole: str = AUTO
     backend: str = AUTO
@@ -168,15 +183,21 @@ class Recipe:
     dtype: str | None = None
     base_model: str | None = None
     rules: tuple[Rule, ...] = ()
+    report: str = FULL
+    features: Input | None = None
+    features_energy: float | None = None
 
     @classmethod
     def make(cls, **given: Any) -> Recipe:
-        """From keyword arguments, a method's own options among them. OptionError."""
+        """From keyword arguments, a method's own options among them. weights_for: rules of nothing
+        but weights, by pattern. OptionError."""
+        by_pattern = _weights_for(given.pop("weights_for", None))
         own = {f.name for f in dataclasses.fields(cls)} - {"options"}
         asked = {name: value for name, value in given.items() if name in own}
         theirs = {name: value for name, value in given.items() if name not in own}
         chosen = choose(asked.setdefault("method", AUTO), theirs)
-        return cls(**asked | _checked(asked), options=all_options(chosen))
+        made = cls(**asked | _checked(asked), options=all_options(chosen))
+        return dataclasses.replace(made, rules=(*made.rules, *by_pattern))
 
     @property
     def chosen(self) -> Chosen:
@@ -206,7 +227,8 @@ class Recipe:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         given = own.pop("options")
         own["adapters"] = [x.plain() for x in self.adapters]
-        own["base"] = self.base.plain() if self.base else None
+        for name in ("base", "features"):
+            own[name] = own[name].plain() if own[name] else None
         own["rules"] = [x.plain() for x in self.rules]
         head = ("method", "adapters", "weights", "scale")
         ordered = {k: own.pop(k) for k in head} | dict(given) | own
@@ -227,13 +249,14 @@ class Recipe:
         """
         made = cls.of_plain(plain_of(path))
         if base is not None and made.base:
-            here = dataclasses.replace(made.base, name=os.path.abspath(base))
+            here = dataclasses.replace(made.base, name=os.fspath(base)).absolute()
             made = dataclasses.replace(made, base=here)
         beside = Path(path) if os.path.isdir(path) else Path(path).parent
         folder = None if under is None else Path(under)
         adapters = tuple(_located(x, beside, folder) for x in made.adapters)
         found = made.base and _located(made.base, beside, folder if base is None else None)
-        return dataclasses.replace(made, adapters=adapters, base=found)
+        features = made.features and _located(made.features, beside, folder)
+        return dataclasses.replace(made, adapters=adapters, base=found, features=features)
 
     @classmethod
     def of_plain(cls, plain: Any) -> Recipe:
@@ -247,24 +270,53 @@ class Recipe:
     def absolute(self) -> Recipe:
         """With paths that mean the same from anywhere."""
         adapters = tuple(x.absolute() for x in self.adapters)
-        return dataclasses.replace(self, adapters=adapters, base=self.base and self.base.absolute())
+        base, features = (x and x.absolute() for x in (self.base, self.features))
+        return dataclasses.replace(self, adapters=adapters, base=base, features=features)
 
 
 def plain_of(path: str | os.PathLike[str]) -> Any:
-    """What a file holds, or the card in a folder. OptionError."""
+    """What a file holds, a merge of one file among them, or the card in a folder. OptionError."""
     place, name = Path(path), os.fspath(path)
     place = place / CARD if place.is_dir() else place
+    if place.suffix in (".safetensors", ".gguf"):
+        return parse(_of_merge(place, name), name)
     return parse(InputFile(place, functools.partial(_refusal, name)).read(MOST_BYTES), name)
+
+
+def _of_merge(path: Path, name: str) -> bytes:
+    """The recipe in a merge that is one file."""
+    recipe = _metadata(path, functools.partial(_refusal, name)).get(RECIPE)
+    if not isinstance(recipe, str):
+        raise _refusal(name, "has no recipe in its metadata", "give a merge of domerge_fast")
+    return recipe.encode()
+
+
+def _metadata(path: Path, refuse: Refuse) -> Mapping[str, object]:
+    if path.suffix == ".gguf":
+        gguf = GgufFile(path, refuse)
+        gguf.read_header()
+        return gguf.metadata
+    file = SafetensorsFile(path, refuse)
+    file.tensors()
+    return file.metadata
 
 
 def _located(x: Input, beside: Path, under: Path | None) -> Input:
     place = (under or beside) / x.name
+    if under is None and hub.is_id(x.name) and not os.path.lexists(place):
+        refuse = functools.partial(_elsewhere, x.name)
+        if not x.files or has(hub.local(x.name, [*x.files], refuse), x.files):
+            return x
     if x.files and under is None and not has(place, x.files):
-        problem = f"{x.name!r} is not here as the recipe's files were"
-        raise OptionError("adapters", problem, "say below which folder they are (--adapters DIR)")
+        raise _elsewhere(x.name, "is not here as the recipe's files were")
     if x.files and under is not None:
         place = find(x.name, x.files, under)
     return dataclasses.replace(x, name=os.fspath(place))
+
+
+def _elsewhere(name: str, problem: str, remedy: str = "") -> OptionError:
+    remedy = "say below which folder they are (--adapters DIR)"
+    return OptionError("adapters", f"{name!r} {problem}", remedy)
 
 
 def all_options(chosen: Chosen) -> dict[str, Any]:
@@ -292,11 +344,17 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
         "pre": _steps("pre", given.get("pre", ()), PRE),
         "post": _post(given.get("post", ())),
         "form": options.text("form", given.get("form", "adapter")) or "adapter",
-        "base": None if given.get("base") is None else Input.of("base", given["base"]),
+        "format": options.text("format", given.get("format")),
+        "runtime": options.text("runtime", given.get("runtime")),
+        **{
+            k: None if given.get(k) is None else Input.of(k, given[k]) for k in ("base", "features")
+        },
+        "features_energy": _share("features_energy", given.get("features_energy")),
         "whole": check_policy(given.get("whole", AUTO)),
         "dtype": dtype if dtype is None else options.choose("dtype", dtype, DTYPES),
         "base_model": options.text("base_model", given.get("base_model")),
         "rules": _rules(given.get("rules", ())),
+        "report": options.choose("report", given.get("report", FULL), REPORTS),
     }
     return found
 
@@ -313,6 +371,22 @@ def _rules(given: Any) -> tuple[Rule, ...]:
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
         raise OptionError("rules", "is no list", 'give one of {"modules": PATTERN, …}')
     return tuple(x if isinstance(x, Rule) else Rule.of(x) for x in given)
+
+
+def _weights_for(given: Any) -> tuple[Rule, ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, Mapping):
+        problem = "is no mapping of patterns to weights"
+        raise OptionError("weights_for", problem, 'give one: {"double_blocks.*": [0.5, 1]}')
+    return tuple(Rule.of({"modules": name, "weights": w}) for name, w in given.items())
+
+
+def _share(name: str, given: float | None) -> float | None:
+    """Between 0 and 1, both left out; OptionError."""
+    if given is not None and not 0 < options.check(name, given, float) < 1:
+        raise OptionError(name, f"{given!r} is no share", "give one between 0 and 1")
+    return given
 
 
 def _cut(given: dict[str, Any]) -> tuple[int | None, float | None]:

@@ -1,5 +1,5 @@
 """What can be chosen by name, ours and what other installed packages add: one class for methods,
-formats, backends, steps and commands.
+formats, runtimes, backends, steps and commands.
 
 A package adds a row by an entry point of the group `domerge_fast`, called by kind and name:
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Registry", "Row", "are_added", "refused", "usable"]
 
 GROUP = "domerge_fast"
-KINDS = ("method", "format", "backend", "pre", "post", "command")
+KINDS = ("method", "format", "runtime", "backend", "pre", "post", "command")
 
 
 class Row(Protocol):

@@ -11,6 +11,7 @@ texts and the training are those of the quality benchmark. The commands are thos
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 import shutil
 import sys
@@ -19,18 +20,20 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers.utils import logging
 
 from domerge_fast.cli.main import main as domerge
 
+# PEFT imports it where it is installed, and it tells then what it lacks to be fast on a CPU.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks" / "quality"))
 
-import bases
-import encoders
-import tasks
-from bench import Bench
+import bases  # noqa: E402
+import encoders  # noqa: E402
+import tasks  # noqa: E402
+from bench import Bench  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
 TASKS = {
     "feelings": "words, by how good they feel",
@@ -110,7 +113,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where everything goes")
     parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     args = parser.parse_args()
-    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
     data, trained = args.folder / "data", args.folder / "adapters"
     started = time.perf_counter()

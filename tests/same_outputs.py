@@ -24,6 +24,7 @@ DIGITS = HERE / "data" / "digits"
 METHODS = (
     *("auto", "do", "linear", "cat", "svd", "tsvm", "iso_c", "iso_cts", "subspace_boost", "wudi"),
     *("pico", "dc_merge", "opcm", "robust", "lego", "slerp", "multislerp", "knots", "core", "ctm"),
+    "doge",
     *("ties", "dare", "dare_ties", "della", "breadcrumbs", "magnitude_prune"),
 )
 DO = (

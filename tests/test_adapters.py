@@ -317,7 +317,7 @@ def test_factors_are_in_memory_of_their_own_and_hold_no_descriptor(tmp_path):
 def test_a_dropped_adapter_is_freed_without_the_garbage_collector(tmp_path):
     with uncollected():
         adapter = load(write_adapter(tmp_path, random_factors(QV, 4)))
-        file = weakref.ref(adapter.file)
+        file = weakref.ref(adapter.stored["layers.0.q_proj"][0].file)
         assert file() is not None
         del adapter
         assert file() is None

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import aarch64  # noqa: E402
+
 NVCC = shutil.which("nvcc")
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
 
 
 @pytest.fixture(scope="module")
 def build():
-    """setup.py as a module; importing it builds nothing."""
-    spec = importlib.util.spec_from_file_location("domerge_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return aarch64.setup()
 
 
 @pytest.fixture
@@ -178,24 +176,28 @@ def test_one_source_is_compiled_for_every_instruction_set(build):
     assert all((ROOT / name).exists() for name in [*sources, *build.cuda_sources()])
 
 
-def test_the_source_distribution_holds_what_an_install_needs(tmp_path):
-    """And no test, which would miss the rest of the repository there."""
+def test_the_source_distribution_holds_the_whole_repository(tmp_path):
+    """Its tests too, which need the documents, benchmarks and examples."""
     copy, out = tmp_path / "copy", tmp_path / "out"
-    no_builds = shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    for name in ("csrc", "domerge_fast", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=no_builds)
-    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
-        shutil.copy(ROOT / name, copy)
+    patterns = (ROOT / ".gitignore").read_text(encoding="utf-8").split()
+    # .git, and what setuptools writes into every source distribution.
+    named = shutil.ignore_patterns(".git", "PKG-INFO", *(x.strip("/") for x in patterns))
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return named(folder, names) | {x for x in names if f"{folder}/{x}".endswith("marks/data")}
+
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    (copy / "benchmarks/data").mkdir()
+    (copy / "benchmarks/data/large").touch()
+    expected = {str(p.relative_to(copy)) for p in copy.rglob("*") if p.is_file()}
     command = [sys.executable, "setup.py", "-q", "sdist", "--formats=tar", "-d", str(out)]
     subprocess.run(command, cwd=copy, check=True, capture_output=True)
     (archive,) = out.iterdir()
     with tarfile.open(archive) as tar:
-        files = {name.partition("/")[2] for name in tar.getnames()}
-    folders = ("csrc", "domerge_fast")
-    sources = [p.relative_to(copy) for f in folders for p in (copy / f).rglob("*.*")]
-    needed = {str(p) for p in sources} | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
-    assert needed - files == set()
-    assert not [name for name in files if name.startswith("tests")]
+        found = {x.name.partition("/")[2] for x in tar.getmembers() if x.isfile()}
+    made = {name for name in found if "egg-info" in name} | {"PKG-INFO", "setup.cfg"}
+    assert expected - found == {"benchmarks/data/large"}
+    assert found - expected <= made
 
 
 def build_into(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -248,6 +250,15 @@ def test_the_installed_extension_runs_without_torch():
     where = Path(_C.__file__).parent
     found = subprocess.run(command, cwd=where, capture_output=True, text=True, check=True)
     assert found.stdout == "baseline False\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(aarch64.COMPILER) is None, reason=f"no {aarch64.COMPILER} on PATH")
+def test_the_kernels_compile_for_aarch64(tmp_path):
+    objects = aarch64.compile_objects(tmp_path, [sysconfig.get_path("include")])
+    assert {Path(path).stem for path in objects} >= {"bindings", "kernels_baseline"}
+    machine = {Path(path).read_bytes()[18:20] for path in objects}
+    assert machine == {(183).to_bytes(2, "little")}  # EM_AARCH64
 
 
 @pytest.mark.slow

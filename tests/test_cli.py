@@ -23,6 +23,7 @@ import tqdm
 from safetensors.torch import load_file
 from support.close import assert_close
 from support.make import random_factors, write_adapter
+from support.timing import least
 
 import domerge_fast as dm
 from domerge_fast.backends import registry
@@ -276,14 +277,14 @@ def test_quiet_says_nothing(pair, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("command", "bar"),
-    [(["merge", "-o", "out"], "0/6"), (["inspect"], "0/3")],
+    [(["merge", "-o", "out"], "0 of 6"), (["inspect"], "0 of 3")],
     ids=["merge", "inspect"],
 )
 def test_a_terminal_sees_modules_and_time_left(command, bar, pair, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert cli.main([*command, *pair]) == 0
     shown = capsys.readouterr().err
-    assert f"{bar} [00:00<" in shown
+    assert f"{bar}, ? modules/s, ? left" in shown
     assert "modules/s" in shown
 
 
@@ -428,11 +429,17 @@ def test_help_is_quick_and_imports_nothing_heavy(line):
         "import sys, time; from domerge_fast.cli import main as cli;"
         "code = cli.main(sys.argv[1:]);"
         "heavy = {'torch', 'numpy', 'transformers', 'peft', 'tqdm'} & set(sys.modules);"
-        "sys.exit(code or str(heavy) * bool(heavy) or time.process_time() > 0.5)"
+        "print(time.process_time());"
+        "sys.exit(code or (str(heavy) if heavy else 0))"
     )
-    done = python("-c", code, *line.split())
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"usage: domerge-fast {line.removesuffix('--help')}")
+
+    def seconds() -> float:
+        done = python("-c", code, *line.split())
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith(f"usage: domerge-fast {line.removesuffix('--help')}")
+        return float(done.stdout.splitlines()[-1])
+
+    assert least(seconds, 0.5) <= 0.5
 
 
 def test_wrong_options_are_told_without_torch():
@@ -450,7 +457,7 @@ def test_formats_lists_what_is_read_and_written(capsys):
     assert cli.main(["formats", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == {name: dataclasses.asdict(row) for name, row in dm.list_formats().items()}
-    assert found["adapter"]["reads"]
+    assert found["peft"]["reads"]
     assert cli.main(["formats"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if line[0] != " "] == ["format", *found]

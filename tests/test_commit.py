@@ -31,7 +31,7 @@ from domerge_fast.cli.shared import Command
 from domerge_fast.formats.model import write as model_output
 from domerge_fast.storage import flush, stream, workplace
 from domerge_fast.storage import folder as output_folder
-from domerge_fast.storage.folder import Replacing, whole_folder
+from domerge_fast.storage.folder import Replacing, whole_output
 
 NAMES = ("one", "two")
 STEPS = ("mkdir", "open", "fsync", "replace", "unlink", "rmdir", "listdir")
@@ -41,16 +41,23 @@ Step = tuple[str, str]
 
 
 def write(target: Path, text: str, **replacing: bool) -> None:
-    chosen = {"overwrite": True, "force": False} | replacing
-    with whole_folder(target, Replacing(**chosen, names=NAMES, is_ours=lambda _: True)) as fresh:
-        for name in NAMES:
-            (fresh / name).write_text(text)
+    chosen = {"overwrite": True, "force": False, "file": is_file(target)} | replacing
+    with whole_output(target, Replacing(**chosen, names=NAMES, is_ours=lambda _: True)) as fresh:
+        for path in [fresh] if is_file(target) else [fresh / name for name in NAMES]:
+            path.write_text(text)
+
+
+def is_file(target: Path) -> bool:
+    """Whether the output there is one file, not a folder."""
+    return target.suffix == ".one"
 
 
 def content(target: Path) -> str | None:
     """The text of a whole output; None if there is none."""
     if not target.exists():
         return None
+    if is_file(target):
+        return target.read_text()
     assert sorted(os.listdir(target)) == sorted(NAMES)
     one, two = ((target / name).read_text() for name in NAMES)
     assert one == two
@@ -87,15 +94,18 @@ def watched(meet: Callable[[int, Step, Callable[[], Any]], Any]) -> Iterator[Non
         yield
 
 
-@pytest.fixture(params=["absent", "existing", "existing, renamed"])
+KINDS = ("absent", "existing", "existing, renamed")
+
+
+@pytest.fixture(params=[*KINDS, *(f"{kind}, one file" for kind in KINDS)])
 def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A target in a folder of its own, with an old output or without one; on a file system that
     exchanges names, or on one that does not."""
-    target = tmp_path / "place/out"
+    target = tmp_path / ("place/out.one" if "one file" in request.param else "place/out")
     target.parent.mkdir()
-    if request.param != "absent":
+    if "absent" not in request.param:
         write(target, "old")
-    if request.param == "existing, renamed":
+    if "renamed" in request.param:
         monkeypatch.setattr(output_folder, "_exchange", lambda one, other: False)
     return target
 
@@ -117,7 +127,9 @@ def steps_of(target: Path) -> list[Step]:
 
 
 def restore(target: Path, before: str | None) -> None:
-    if before is None:
+    if before is None and is_file(target):
+        target.unlink()
+    elif before is None:
         for name in NAMES:
             (target / name).unlink()
         target.rmdir()
@@ -143,22 +155,25 @@ def check_next_run(target: Path) -> None:
 def test_what_is_flushed_before_what(place):
     steps = steps_of(place)
     new = str(hidden(place) / "new")
+    files = [f"{new}/{name}" for name in ([place.name] if is_file(place) else NAMES)]
+    fresh = files[0] if is_file(place) else new
     fsyncs = [k for k, (name, path) in enumerate(steps) if name == "fsync"]
     moves = [
         k
         for k, (name, path) in enumerate(steps)
-        if (name, path) in (("exchange", new), ("replace", new))
+        if (name, path) in (("exchange", fresh), ("replace", fresh))
     ]
     before = {steps[k][1] for k in fsyncs if k < moves[0]}
-    assert before >= {f"{new}/{name}" for name in NAMES} | {new}
-    files = max(fsyncs.index(k) for k in fsyncs if steps[k][1] in [f"{new}/{n}" for n in NAMES])
-    assert steps[fsyncs[files + 1]][1] == new
+    assert before >= {*files, new}
+    last = max(fsyncs.index(k) for k in fsyncs if steps[k][1] in files)
+    assert steps[fsyncs[last + 1]][1] == new
     removed = [
         k for k, (name, path) in enumerate(steps) if name == "unlink" and "/lock" not in path
     ]
     after = [steps[k][1] for k in fsyncs if k > moves[-1]]
     assert after == [str(place.parent), str(hidden(place))]
-    assert len(removed) == (2 if content(place) else 0)
+    at_once = is_file(place) and ("replace", fresh) in steps  # over the old one, which is gone
+    assert len(removed) == (len(files) if content(place) and not at_once else 0)
     assert all(k > fsyncs[-1] for k in removed)
 
 
@@ -267,7 +282,7 @@ def test_a_kill_before_any_step_that_changes_something(place):
 
 
 def write_slowly(target: Path, text: str, pipe: Connection) -> None:
-    with whole_folder(target, Replacing(True, False, NAMES, lambda _: True)) as fresh:
+    with whole_output(target, Replacing(True, False, NAMES, lambda _: True)) as fresh:
         pipe.send("there")
         time.sleep(0.3)
         for name in NAMES:
@@ -620,7 +635,7 @@ def disown(out: Path) -> None:
     """Write the same files as another program would: trained further, say."""
     for path in out.glob("*.safetensors"):
         save_file(load_file(path), path, {"format": "pt"})
-    for path in out.glob("sequential.json"):
+    for path in out.glob("session.json"):
         path.write_text("{}")
 
 
@@ -660,7 +675,7 @@ KINDS = {
 def test_only_regular_files_are_replaced(form, kind, inputs, tmp_path):
     out = tmp_path / "out"
     form(inputs, out)
-    name = "sequential.json" if form in (started, grown) else "README.md"
+    name = "session.json" if form in (started, grown) else "README.md"
     (out / name).unlink()
     KINDS[kind](out / name)
     (out / "link").symlink_to("/etc/hostname")
@@ -757,7 +772,7 @@ def test_inputs_are_not_replaced_where_they_are_mounted_again(tmp_path):
 
 
 def test_several_are_added_in_one_commit(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("domerge_fast.engine.pipeline.GROUP_BYTES", 1)
+    monkeypatch.setattr("domerge_fast.engine.reader.GROUP_BYTES", 1)
     one = Sequential.start(tmp_path / "one")
     steps = [one.add(folder, weight) for folder, weight in zip(inputs, (1.0, -0.5))]
     swaps = []
@@ -767,9 +782,9 @@ def test_several_are_added_in_one_commit(inputs, tmp_path, monkeypatch):
     assert both.add_all(inputs, [1.0, -0.5]) == steps
     assert len(swaps) == 2
     assert both.state == one.state == Sequential.open(tmp_path / "both").state
-    for name in ("sequential.json", "running_sum.safetensors"):
+    for name in ("session.json", "session.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "both" / name).read_bytes()
-    assert sorted(os.listdir(tmp_path / "both")) == ["running_sum.safetensors", "sequential.json"]
+    assert sorted(os.listdir(tmp_path / "both")) == ["session.json", "session.safetensors"]
 
 
 def test_none_is_added_if_one_is_bad(inputs, tmp_path, capsys):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.close import assert_close, distance
 from support.make import write_adapter
 from support.merges import adapters, at_one, dense, merge_all
-from support.shapes import CASES, Case, random_case
+from support.shapes import CASES, CONVERGED, Case, random_case
 from test_factor_space import orth, raised, spectrum
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from domerge_fast.algebra.entry_rules import Draw
 from domerge_fast.backends import reference, registry
 from domerge_fast.backends.torch_entries import uniform
 from domerge_fast.cli import main as cli
-from domerge_fast.engine import pipeline as engine
+from domerge_fast.engine import reader
 from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Chosen, Factors, Settings, grams
@@ -42,6 +42,12 @@ WEIGHTS = [1.0, -0.5, 2.0]
 TORCH = {"backend": "torch"}
 FEW = {"steps": 3, "tol": 0.0}
 """So few that rounding has no say in where the descent stops."""
+
+
+def descent(*cases: Case) -> tuple[dict[str, Any], float]:
+    """Options that the literal method gives the same result with, and how nearly."""
+    return (CONVERGED, 1e-3) if any(case.is_wide for case in cases) else (FEW, 1e-5)
+
 
 Merge = Callable[..., Tensor]
 
@@ -228,14 +234,18 @@ def test_do_in_a_shared_basis(backend):
     for name in GROUP:
         case = CASES[name]
         loaded = adapters({"x": case})
-        given = {"weights": WEIGHTS, "backend": backend, **FEW}
+        # In a basis of what they span, duplicated adapters have more rows than columns.
+        rule, allowed = (CONVERGED, 1e-3) if name == "duplicated" else descent(case)
+        given = {"weights": WEIGHTS, "backend": backend, **rule}
         expected = dense(at_one(loaded, "do", **given), "x")
-        assert distance(dense(at_one(loaded, "knots", inner="do", **given), "x"), expected) < 1e-5
+        assert (
+            distance(dense(at_one(loaded, "knots", inner="do", **given), "x"), expected) < allowed
+        )
         u, v = bases(case, "core")
         a = [x.double() @ v for x in case.a]
-        small = reference.do_merging(a, [u.T @ b for b in case.exact_b()], case.omegas, **FEW)
+        small = reference.do_merging(a, [u.T @ b for b in case.exact_b()], case.omegas, **rule)
         merged = at_one(loaded, "core", inner="do", **given)
-        assert distance(dense(merged, "x"), u @ small @ v.T) < 1e-5, name
+        assert distance(dense(merged, "x"), u @ small @ v.T) < allowed, name
         assert merged.report["x"].rank == case.exact_rank
 
 
@@ -314,22 +324,26 @@ def recombined(
     merge: Merge,
     omegas: Sequence[float] | None = None,
     orthogonalize: bool = True,
+    rule: dict[str, Any] | None = None,
     **given: Any,
 ) -> Tensor:
     """The merged directions, of the norm of their weighted sum, with the merged magnitudes."""
     omegas = case.omegas if omegas is None else omegas
-    found, sizes = apart(case, orthogonalize)
+    found, sizes = apart(case, orthogonalize, rule)
     merged = merge(found, omegas, **given)
     gain = linear(found, omegas).norm() / merged.norm() if merged.any() else 0.0
     return gain * merged * total([abs(w) * x for w, x in zip(omegas, sizes, strict=True)])
 
 
-def apart(case: Case, orthogonalize: bool = True) -> tuple[list[Tensor], list[Tensor]]:
+def apart(
+    case: Case, orthogonalize: bool = True, rule: dict[str, Any] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
     """The directions D_i [m, n] and the magnitudes [n]."""
+    rule = descent(case)[0] if rule is None else rule
     a, b = [x.double() for x in case.a], case.exact_b()
     if orthogonalize:
-        a, _ = reference.descend(a, **FEW)
-        b = [x.T for x in reference.descend([x.T for x in b], **FEW)[0]]
+        a, _ = reference.descend(a, **rule)
+        b = [x.T for x in reference.descend([x.T for x in b], **rule)[0]]
     directions, magnitudes = [], []
     for x, y in zip(a, b, strict=True):
         delta = y @ x
@@ -353,10 +367,11 @@ def determined(inner: str, name: str) -> bool:
 def test_another_method_on_the_directions(inner, name):
     """Zero columns, R > d, negative weights and adapters of any sizes among them."""
     case = CASES[name]
-    given = {"weights": case.weights, "scale": -0.3, "directions": inner, **FEW, **TORCH}
+    rule, allowed = descent(case)
+    given = {"weights": case.weights, "scale": -0.3, "directions": inner, **rule, **TORCH}
     merged = at_one(adapters({"x": case}), form="deltas", **given)
     expected = -0.3 * recombined(case, INNER[inner])
-    assert distance(merged.delta("x").double(), expected) < 1e-5
+    assert distance(merged.delta("x").double(), expected) < allowed
 
 
 @pytest.mark.parametrize(
@@ -375,11 +390,11 @@ def test_directions_merged_by_linear_are_do_to_the_bit(backend):
     cases = {name: CASES[name] for name in GROUP}
     loaded = adapters(cases)
     settings = Settings(1.0, torch.float32, backend)
-    row = TABLE["do"]
+    run = prepared(Chosen(TABLE["do"], TABLE["do"].options()), (), settings)
     named = at_one(loaded, directions="linear", weights=WEIGHTS, backend=backend)
     close = at_one(loaded, directions="cat", weights=WEIGHTS, backend=backend)
     stacks = [Plan.make(loaded, WEIGHTS).stack(name) for name in named.names]
-    own = row.merge(stacks, *grams(stacks, [True] * 3, backend), row.options(), settings)
+    own = run(stacks, settings, grams(stacks, [True] * 3, backend))
     for name, factors in zip(named.names, own, strict=True):
         a, b = named.factors(name)
         if len(factors.a) == cases[name].exact_rank:
@@ -402,8 +417,9 @@ def test_a_power_of_the_directions_spectrum(name):
         size = sum(abs(w) * v.norm() for w, v in zip(weights, values, strict=True))
         return raised(linear(values, weights), size, 0.5)
 
-    merged = at_one(adapters({"x": case}), power=0.5, weights=WEIGHTS, **FEW, **TORCH)
-    assert distance(dense(merged, "x"), recombined(case, halved, case.omegas)) < 1e-5
+    rule, allowed = descent(case)
+    merged = at_one(adapters({"x": case}), power=0.5, weights=WEIGHTS, **rule, **TORCH)
+    assert distance(dense(merged, "x"), recombined(case, halved, case.omegas)) < allowed
 
 
 def test_svd_of_the_directions_truncates_what_is_recombined():
@@ -431,13 +447,14 @@ def test_directions_of_a_module_that_not_all_adapters_have():
 
 def test_the_largest_entries_of_all_directions():
     cases = {name: CASES[name] for name in GROUP}
-    parts = {name: apart(case)[0] for name, case in cases.items()}
+    rule, allowed = descent(*cases.values())
+    parts = {name: apart(case, rule=rule)[0] for name, case in cases.items()}
     least = [smallest_kept([values[i] for values in parts.values()], 0.1) for i in range(3)]
     given = {"directions": "ties", "scope": "model", "density": 0.1, "form": "deltas"}
-    merged = at_one(adapters(cases), weights=WEIGHTS, **given, **FEW, **TORCH)
+    merged = at_one(adapters(cases), weights=WEIGHTS, **given, **rule, **TORCH)
     for name, case in cases.items():
-        expected = recombined(case, ties, least=least)
-        assert distance(merged.delta(name).double(), expected) < 1e-5, name
+        expected = recombined(case, ties, rule=rule, least=least)
+        assert distance(merged.delta(name).double(), expected) < allowed, name
 
 
 @pytest.mark.parametrize("inner", ["ties", "dare"])
@@ -472,8 +489,8 @@ def test_directions_need_to_be_apart(given):
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One module a group."""
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "GROUP_BYTES", 1)
-        patch.setattr(engine, "DENSE_BYTES", 1)
+        patch.setattr(reader, "GROUP_BYTES", 1)
+        patch.setattr(reader, "DENSE_BYTES", 1)
         yield
 
 
@@ -511,7 +528,7 @@ def by_hand(
     """One step after the other."""
     settings = Settings(scale, torch.float32, "torch")
     owners = tuple(range(len(case.ranks)))
-    given = [Stack("x", owners, case.rows(), case.columns(), tuple(case.weights))]
+    given = [Stack(("x",), owners, case.rows(), case.columns(), tuple(case.weights))]
     stacks: Sequence[Stack] = given
     for name in pre:
         stacks = PRE[name].run(stacks, settings)
@@ -523,7 +540,11 @@ def by_hand(
     return factors[0].b.double() @ factors[0].a.double()
 
 
-@pytest.mark.parametrize("pre", [*itertools.permutations(PRE, 2), tuple(PRE)], ids=" ".join)
+ALONE = tuple(name for name, row in PRE.items() if row.run)
+"""Steps before that need nothing beside the factors."""
+
+
+@pytest.mark.parametrize("pre", [*itertools.permutations(ALONE, 2), ALONE], ids=" ".join)
 def test_steps_before_a_merge_are_taken_in_order(pre):
     case = CASES["odd d"]
     merged = at_one(adapters({"x": case}), "linear", weights=case.weights, pre=pre, **TORCH)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from domerge_fast import _C
 from domerge_fast.algebra.side import Side
-from domerge_fast.backends import cpu, descent, reference
+from domerge_fast.backends import cpu, descent, factor_descent, reference
 from domerge_fast.backends import torch as library
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
@@ -156,6 +156,90 @@ def after_thirty_steps(problem: Side, penalty: str) -> float:
     x = stacked(problem)
     stats = descent.in_gram_form((x @ x.T)[None], problem.ranks, penalty, 1.0, 30, 0.0)[1]
     return float(stats[0, 2])
+
+
+@functools.cache
+def wide_problem(columns: bool, dtype: torch.dtype) -> Side:
+    """600 rows of 525 columns, of 150 adapters whose norms spread over a factor of 6."""
+    generator = torch.Generator().manual_seed(1)
+    shared, sizes = torch.randn(4, 525, generator=generator), torch.logspace(-0.8, 0, 150)
+    blocks = [
+        (size * (torch.randn(4, 525, generator=generator) + 0.5 * shared)).to(dtype)
+        for size in sizes
+    ]
+    stored = [x.T.contiguous().T if columns else x for x in blocks]
+    return Side(tuple(stored), tuple((0.5, -2.0, 1.0)[i % 3] for i in range(150)))
+
+
+@functools.cache
+def moved_in_float64(problem: Side, steps: int, tol: float) -> tuple[Tensor, Tensor]:
+    return factor_descent.in_factor_form(stacked(problem), problem.ranks, 1.0, steps, tol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [False, True])
+def test_the_descent_on_factors(isa, columns, dtype):
+    problem = wide_problem(columns, dtype)
+    (result,), stats = cpu.orthogonalize_factors([problem], 1.0, 4, 0.0)
+    expected, found = moved_in_float64(problem, 4, 0.0)
+    assert_close(result.double(), expected, 1e-5)
+    assert stats[0].tolist() == pytest.approx(found.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize("tol", [1e-3, cpu.HALF_TOL])
+def test_products_of_bfloat16_numbers_end_within_tol_of_the_optimum(isa, tol):
+    problem = wide_problem(False, torch.bfloat16)
+    (result,), stats = cpu.orthogonalize_factors([problem], 1.0, 50, tol)
+    _, best = moved_in_float64(problem, 300, 1e-13)
+    x = exact(problem)
+    true = float(reference.loss(list(result.double().split(list(problem.ranks))), x))
+    assert float(best[2]) <= true * (1 + 1e-9)
+    assert true <= (1 + tol) * float(best[2])
+    assert stats[0, 2] == pytest.approx(true, rel=2e-4)
+    assert stats[0, 1] == pytest.approx(float(best[1]), rel=1e-3)
+
+
+def test_products_of_bfloat16_numbers_are_made_where_the_tolerance_allows(monkeypatch):
+    if not _C.half_products():
+        pytest.skip("this machine has none that are faster")
+    asked = []
+    made = cpu._C.orthogonalize_factors
+
+    def record(problems, out, stats, half, *rest):
+        asked.append((half, len(out)))
+        made(problems, out, stats, half, *rest)
+
+    monkeypatch.setattr(cpu._C, "orthogonalize_factors", record)
+    one_dominates = [x.clone() for x in wide_problem(False, torch.float32).blocks[:140]]
+    one_dominates[0] *= 50
+    problems = [
+        wide_problem(False, torch.bfloat16),
+        Side(tuple(x[:, :100] for x in wide_problem(False, torch.bfloat16).blocks), (1.0,) * 150),
+        Side(tuple(one_dominates), (1.0,) * 140),
+    ]
+    cpu.orthogonalize_factors(problems, 1.0, 2, 1e-3)
+    cpu.orthogonalize_factors(problems, 1.0, 2, cpu.HALF_TOL / 2)
+    assert asked == [(True, 2), (False, 2), (False, 3)]
+
+
+def test_the_descent_on_factors_does_not_depend_on_the_threads(isa):
+    """One problem that takes all of them, and two that are each on one."""
+    if isa == "baseline":
+        pytest.skip("takes long")
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(1000, 1024, generator=generator)
+    large = Side.split(x, (8,) * 125)
+    problems = [large, wide_problem(False, torch.float32), wide_problem(True, torch.bfloat16)]
+    usual = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results, stats = cpu.orthogonalize_factors(problems, 1.0, 2, 1e-3)
+            found.append([*results, stats])
+    finally:
+        torch.set_num_threads(usual)
+    assert all(map(torch.equal, *found))
 
 
 def literal(problem: Side, c: Tensor, penalty: str, gamma: float) -> tuple[float, float, float]:
@@ -370,18 +454,19 @@ def test_large_ranks_go_to_the_library(monkeypatch):
     assert torch.equal(stats, torch.cat([big_stats, own_stats]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_all_finite(isa, dtype, bad):
-    largest = torch.finfo(dtype).max
-    tensors = [torch.full((37,), largest, dtype=dtype) for _ in range(38)]
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("top", [float("nan"), float("inf"), float("-inf"), -2.0])
+def test_largest(isa, dtype, top):
+    tensors = [torch.full((37,), 0.5, dtype=dtype) for _ in range(38)]
     for i, x in enumerate(tensors[:37]):
-        x[i] = bad
-    assert cpu.all_finite(tensors) == [False] * 37 + [True]
+        x[i] = top
+    expected = torch.tensor([abs(top)] * 37 + [0.5]).double()
+    assert torch.equal(cpu.largest(tensors).nan_to_num(-1), expected.nan_to_num(-1))
     long = torch.zeros(3, 1 << 19, dtype=dtype).T
-    assert cpu.all_finite([long, long[::2]]) == [True, True]
-    long[-2, 1] = bad
-    assert cpu.all_finite([long, long[::2], long[1::2]]) == [False, False, True]
+    assert cpu.largest([long, long[::2]]).tolist() == [0.0, 0.0]
+    long[-2, 1] = top
+    expected = torch.tensor([abs(top), abs(top), 0.0]).double().nan_to_num(-1)
+    assert torch.equal(cpu.largest([long, long[::2], long[1::2]]).nan_to_num(-1), expected)
 
 
 @pytest.mark.parametrize("name", [*(n for n in ISAS if n not in _C.isas()), "avx1024"])
@@ -398,4 +483,4 @@ def test_no_problems():
     assert cpu.apply([], [], torch.float32) == []
     assert cpu.apply_decouple([], [], [], [], 1.0, torch.float32) == ([], [])
     assert cpu.orthogonalize([], [])[0] == []
-    assert cpu.all_finite([]) == []
+    assert cpu.largest([]).tolist() == []

@@ -388,7 +388,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda base: (base / "config.json").write_text("{"),
         "config.json is not valid JSON",
     ),
-    "no folder": (shutil.rmtree, "is no folder; give a model folder; a model on the Hugging Face"),
+    "no folder": (shutil.rmtree, "is no folder; give a model folder, or an id on the Hugging Face"),
 }
 
 
@@ -580,7 +580,7 @@ def test_what_the_base_rounds_away_in_part_is_said(gpt2_case):
             for name in merged.names:
                 change = size * merged.delta(name)
                 # The rows that are looked at first lose theirs, the others do not.
-                rows = change.T if folder._fit.places[name].turned else change
+                rows = change.T if folder._fit.places[name][0].turned else change
                 rows[:: model_output.SAMPLED] *= 1e-7 if name == merged.names[0] else 1.0
                 folder.add(name, change)
             folder.finish(merged.report)

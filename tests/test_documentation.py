@@ -28,9 +28,11 @@ from domerge_fast.backends import registry
 from domerge_fast.cli import main as cli
 from domerge_fast.cli.commands import COMMANDS
 from domerge_fast.formats import FORMATS
+from domerge_fast.formats.format import FORMS
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Method
 from domerge_fast.methods.steps import POST, PRE
+from domerge_fast.runtimes import RUNTIMES
 
 ROOT = Path(__file__).parents[1]
 METHODS = ROOT / "docs" / "methods.md"
@@ -76,9 +78,16 @@ def test_steps_and_forms_are_those_there_are():
     text = METHODS.read_text(encoding="utf-8")
     assert [cells[0].strip("`") for cells in rows(text, "`pre`")] == list(PRE)
     assert [cells[0].strip("`") for cells in rows(text, "`post`")] == ["svc", *POST]
-    assert [cells[0].strip('"') for cells in rows(text, "`form`")] == [
-        name for name, row in FORMATS.items() if row.write
-    ]
+    assert [cells[0].strip('"') for cells in rows(text, "`form`")] == list(FORMS)
+
+
+def test_the_list_of_formats_is_whole():
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8")
+    rows_of = {cells[0].strip("`"): cells[1:] for cells in rows(text, "format")}
+    assert [*rows_of] == list(FORMATS)
+    for name, (read, written, _) in rows_of.items():
+        assert bool(read) == (FORMATS[name].read is not None), name
+        assert bool(written) == (FORMATS[name].write is not None), name
 
 
 @pytest.mark.parametrize(
@@ -100,25 +109,13 @@ def test_the_commands_shown_are_understood(document, least, tmp_path, monkeypatc
         assert cli.main([*arguments, "--backend", "torch"]) == 0, line
 
 
-def test_the_readme_s_first_python_block_runs_as_shown(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("```python\n")[1].split("```")[0]
-    name = "model.layers.0.self_attn.q_proj"
-    for folder, a, b in zip("ab", CASE.a, CASE.b):
-        write_adapter(tmp_path / folder, {name: (a, b)})
-    factors = dict(zip(("A1", "A2", "B1", "B2"), (*CASE.a[:2], *CASE.b[:2]), strict=True))
-    files = [line for line in block.splitlines(keepends=True) if "peft_model" not in line]
-    exec("".join(files), factors)
-    assert (tmp_path / "merged" / "adapter_model.safetensors").exists()
-
-
 # CONTRIBUTING
 
 ROOMS = {
     "strong": "methods.spectral",
     "vote": "methods.entrywise",
     "factors": "formats",
+    "small": "runtimes",
     "wide": "backends",
     "steps": "methods.steps",
     "modules": "cli",
@@ -205,16 +202,28 @@ def test_a_new_method_has_its_flags_and_works_inside_others(method, tmp_path):
 def test_a_new_format_is_read_and_written(monkeypatch, tmp_path):
     row = written("factors", monkeypatch, tmp_path).FORMAT
     monkeypatch.setitem(FORMATS.own, row.name, row)
-    assert dm.list_formats()[row.name] == FormatInfo(row.summary, True, True, None)
+    assert dm.list_formats()[row.name] == FormatInfo(row.summary, "adapter", True, True, None)
     folders, out = folders_of_case(tmp_path), str(tmp_path / "out")
-    assert cli.main(["merge", *folders, "-o", out, "--method", "linear", "--form", row.name]) == 0
+    assert cli.main(["merge", *folders, "-o", out, "--method", "linear", "--format", row.name]) == 0
     assert sorted(os.listdir(out)) == ["README.md", "factors.pt"]
     expected = dm.merge(folders, "linear")
     assert all(map(torch.equal, dm.load(out).factors("x"), expected.factors("x")))
-    again = dm.merge([out], "linear", output=tmp_path / "again", form=row.name)
+    again = dm.merge([out], "linear", output=tmp_path / "again", format=row.name)
     assert all(map(torch.equal, again.factors("x"), expected.factors("x")))
     with pytest.raises(OutputError):
-        dm.merge([out], "linear", output=out, form=row.name, overwrite=True)
+        dm.merge([out], "linear", output=out, format=row.name, overwrite=True)
+
+
+def test_a_new_runtime_is_asked_for_and_checked(monkeypatch, tmp_path):
+    row = written("small", monkeypatch, tmp_path).RUNTIME
+    monkeypatch.setitem(RUNTIMES.own, row.name, row)
+    folders, out = folders_of_case(tmp_path), str(tmp_path / "out")
+    flags = ["merge", *folders, "-o", out, "--method", "linear", "--for", row.name]
+    assert cli.main(flags) == 2
+    assert not os.path.exists(out)
+    assert cli.main([*flags, "--rank", "8"]) == 0
+    assert dm.check(out, row.name).ok
+    assert dm.list_runtimes()[row.name].demands["largest rank"] == "4, 8"
 
 
 def test_a_new_backend_runs_the_ops(monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ import domerge_fast as dm
 from domerge_fast import OptionError
 from domerge_fast.adapters import Adapter
 from domerge_fast.adapters.plan import Plan
-from domerge_fast.engine import pipeline as engine
+from domerge_fast.engine import reader
 from domerge_fast.formats import from_tensors
 from domerge_fast.methods import choose
 from domerge_fast.methods.base import Settings
@@ -434,7 +434,7 @@ def test_the_order_of_modules_and_their_groups_do_not_matter(method, backend, mo
     for groups in ([[s] for s in reversed(stacks)], [stacks[2:], stacks[:2]]):
         apart = merged(groups)
         assert all(torch.equal(together[module], apart[module]) for module in together)
-    monkeypatch.setattr(engine, "DENSE_BYTES", 1)
+    monkeypatch.setattr(reader, "DENSE_BYTES", 1)
     options = {"scope": "model", "density": 0.3, "weights": WEIGHTS}
     whole = merge(LIBRARIES["float32"].adapters, method, backend, **options)
     assert all(torch.equal(together[module], whole.delta(module)) for module in together)

@@ -30,6 +30,7 @@ OPTIONS = {
     "pico": [{}],
     "cat": [{}],
     "linear": [{}, {"power": 0.5}, {"power": 0.0}],
+    "doge": [{}, {"subspace": 0.4, "eta": 1.0, "damping": 0.03}],
 }
 RUNS = [pytest.param(m, o, id=f"{m} {o}") for m, options in OPTIONS.items() for o in options]
 
@@ -174,6 +175,64 @@ def pico(deltas: Sequence[Tensor], case: Case) -> Tensor:
     return merged * size / merged.norm() if merged.any() else merged
 
 
+@definition
+def doge(
+    deltas: Sequence[Tensor],
+    case: Case,
+    eta: float = 0.3,
+    subspace: float = 1 / 6,
+    damping: float = 0.1,
+) -> Tensor:
+    """With the gradient of the loss by autograd, and conjugate gradients on [m, n]."""
+    own = [delta / w for delta, w in zip(deltas, case.weights)]
+    if len(deltas) == 1 or not any(x.any() for x in own):
+        return deltas[0]
+    mean = sum(x.norm() for x in own) / sum(bool(x.any()) for x in own)
+    begin = sum(eta * mean / x.norm() * d for d, x in zip(deltas, own) if x.any())
+    units = [torch.nn.functional.normalize(d, dim=1, eps=1e-300) for d in deltas]
+    shared = shared_left(deltas, subspace)
+    if shared.shape[1] == len(begin):
+        return begin
+
+    def off(x: Tensor) -> Tensor:
+        return x - shared @ (shared.T @ x)
+
+    def loss(x: Tensor) -> Tensor:
+        rows = [(unit * (d - begin - off(x))).sum(1) for unit, d in zip(units, deltas)]
+        return torch.stack(rows).square().sum() + damping * off(x).square().sum()
+
+    return begin + off(least(loss, torch.zeros_like(begin)))
+
+
+def shared_left(deltas: Sequence[Tensor], share: float) -> Tensor:
+    """The first left singular vectors of all those of the updates; none of equal ones."""
+    left = torch.cat([spectrum(d, d.norm())[0] for d in deltas], 1)
+    u, s, _ = torch.linalg.svd(left, full_matrices=False)
+    values = [*s.square().tolist(), 0.0]
+    k = min(round(share * left.shape[1]), len(s))
+    while k and values[k - 1] - values[k] <= 1e-6 * values[0]:
+        k -= 1
+    return u[:, :k]
+
+
+def least(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Where a quadratic loss is least, by conjugate gradients."""
+
+    def slope(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(loss(x), x)[0]
+
+    first = slope(x)
+    gradient, along = first, -first
+    while gradient.norm() > 1e-10 * first.norm():
+        change = slope(along) - first
+        x = x - (gradient * along).sum() / (along * change).sum() * along
+        following = slope(x)
+        along = following.square().sum() / gradient.square().sum() * along - following
+        gradient = following
+    return x
+
+
 # Against the definitions
 
 
@@ -269,7 +328,7 @@ def test_dc_merge_of_adapters_that_do_not_meet_is_tsvm_of_smoothed_ones():
     assert distance(dense(merged, "x"), dense(expected, "x")) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["tsvm", "iso_c", "iso_cts", "wudi", "dc_merge"])
+@pytest.mark.parametrize("method", ["tsvm", "iso_c", "iso_cts", "wudi", "dc_merge", "doge"])
 def test_how_an_update_is_split_into_factors_does_not_matter(method):
     case = CASES["usual"]
     generator = torch.Generator().manual_seed(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.make import random_factors, write_adapter
+from support.make import random_factors, write_adapter, write_mlx
 from support.merges import at_one
 from support.on_device import move
 from support.shapes import CASES
@@ -48,6 +48,16 @@ def assert_same_merge(found: dm.Merged, expected: dm.Merged, tolerance: float) -
 
 
 @every_backend
+@pytest.mark.parametrize("method", ["do", "linear", "ties"])
+def test_merges_of_transposed_factors_agree_with_the_cpu(method, backend, tmp_path):
+    made = {rank: random_factors(SHAPES, rank, seed=rank) for rank in (4, 16)}
+    sources = [write_mlx(tmp_path / str(rank), factors) for rank, factors in made.items()]
+    expected = at_one(sources, method, dtype="float32")
+    found = at_one(sources, method, dtype="float32", device="cuda", backend=backend)
+    assert_same_merge(found, expected, 1e-4)
+
+
+@every_backend
 @pytest.mark.parametrize("options", [{}, {"penalty": "frobenius"}, {"renormalize": True}])
 def test_merges_of_files_agree_with_the_cpu(options, backend, adapters, tmp_path):
     expected = at_one(adapters, dtype="float32", **options)
@@ -86,8 +96,8 @@ def test_factors_on_the_gpu_stay_there():
 def test_the_size_of_groups_does_not_change_the_result(backend, adapters, tmp_path, monkeypatch):
     whole = at_one(adapters, device="cuda", backend=backend)
     groups = []
-    merge = engine._merge
-    monkeypatch.setattr(engine, "_merge", lambda *args: groups.append(1) or merge(*args))
+    merge = engine.merged
+    monkeypatch.setattr(engine, "merged", lambda *args: groups.append(1) or merge(*args))
     small = at_one(
         adapters,
         device="cuda",

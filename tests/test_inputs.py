@@ -15,7 +15,8 @@ from support.make import random_factors, write_adapter
 from support.merges import at_one
 
 import domerge_fast as dm
-from domerge_fast.engine import pipeline as engine
+from domerge_fast.backends import layout
+from domerge_fast.engine import group, reader
 from domerge_fast.errors import AdapterError, DomergeError, OptionError
 from domerge_fast.formats import load
 from domerge_fast.methods.steps import POST, PRE
@@ -37,7 +38,7 @@ def pair(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """One module a group."""
-    monkeypatch.setattr(engine, "GROUP_BYTES", 1)
+    monkeypatch.setattr(reader, "GROUP_BYTES", 1)
 
 
 def other(folder: Path) -> bytes:
@@ -85,7 +86,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("at", [1, len(NAMES)])
 def test_an_input_that_changes_while_it_is_merged(change, method, at, pair, tmp_path, monkeypatch):
     spoil, fragment = CHANGES[change]
-    check, calls = engine._check_factors, []
+    check, calls = group._check_finite, []
 
     def spoiling(*arguments: object) -> None:
         check(*arguments)
@@ -93,7 +94,7 @@ def test_an_input_that_changes_while_it_is_merged(change, method, at, pair, tmp_
         if len(calls) == at:
             spoil(pair[1])
 
-    monkeypatch.setattr(engine, "_check_factors", spoiling)
+    monkeypatch.setattr(group, "_check_finite", spoiling)
     with pytest.raises(AdapterError, match=fragment) as caught:
         at_one(pair, method, output=tmp_path / "out")
     assert len(str(caught.value).splitlines()) == 1
@@ -102,8 +103,8 @@ def test_an_input_that_changes_while_it_is_merged(change, method, at, pair, tmp_
 
 
 def test_a_survey_of_an_input_that_changes(pair, monkeypatch):
-    check = engine._check_factors
-    monkeypatch.setattr(engine, "_check_factors", lambda *x: (check(*x), rewrite(pair[0])))
+    check = group._check_finite
+    monkeypatch.setattr(group, "_check_finite", lambda *x: (check(*x), rewrite(pair[0])))
     with pytest.raises(AdapterError, match="changed since it was loaded"):
         dm.inspect(pair)
 
@@ -121,17 +122,17 @@ def test_factors_of_a_file_that_shrank(pair):
 def test_a_running_sum_that_changes_is_noticed(pair, tmp_path, monkeypatch):
     growing = Sequential.start(tmp_path / "state")
     growing.add(pair[0])
-    check, path = engine._check_factors, tmp_path / "state" / "running_sum.safetensors"
+    check, path = group._check_finite, tmp_path / "state" / "session.safetensors"
 
     def spoiling(*arguments: object) -> None:
         check(*arguments)
         os.utime(path)
 
-    monkeypatch.setattr(engine, "_check_factors", spoiling)
-    state = (tmp_path / "state" / "sequential.json").read_bytes()
+    monkeypatch.setattr(group, "_check_finite", spoiling)
+    state = (tmp_path / "state" / "session.json").read_bytes()
     with pytest.raises(AdapterError, match="changed since it was loaded"):
         growing.add(pair[1])
-    assert (tmp_path / "state" / "sequential.json").read_bytes() == state
+    assert (tmp_path / "state" / "session.json").read_bytes() == state
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOMEM, errno.ESTALE])
@@ -267,20 +268,38 @@ def test_a_text_that_no_file_can_hold_is_refused(pair):
 def test_a_buffer_comes_back_when_the_last_tensor_is_gone(pair):
     adapter, pool = load(pair[0]), buffers.Buffers(1 << 20)
     wanted = [x for pair_of in adapter.stored.values() for x in pair_of]
-    found = read_group(wanted, pool)
+    found = [buffers.as_tensor(x) for x in read_group(wanted, pool)]
     place = found[0].data_ptr()
     assert all(x.data_ptr() % buffers.ALIGNMENT == 0 for x in found)
     view = found[-1][1:, 1:]
     kept = view.clone()
     del found
-    second = read_group(wanted, pool)
+    second = [buffers.as_tensor(x) for x in read_group(wanted, pool)]
     assert second[0].data_ptr() != place
     assert torch.equal(view, kept)
     del view, second
-    assert len(pool._free) == 2
+    assert len(pool._pieces._free) == 2
     for _ in range(3):
         read_group(wanted, pool)
-    assert len(pool._free) == 2
+    assert len(pool._pieces._free) == 2
+
+
+def test_a_piece_is_used_again_for_what_fits_and_given_up_for_what_does_not():
+    pool = buffers.Pieces()
+    first, _ = pool.take(3 << 20)
+    place, size = first.data_ptr(), len(first)
+    assert size >= 3 << 20
+    del first
+    second, _ = pool.take(3 << 20)
+    assert second.data_ptr() == place
+    del second
+    assert len(pool._free) == 1
+    larger, _ = pool.take(size + 1)
+    assert len(larger) > size
+    assert not pool._free
+    del larger
+    tiny, _ = pool.take(1)
+    assert len(tiny) == 1 << buffers.HUGE_BITS
 
 
 METHODS = [name for name in dm.list_methods() if name not in ("slerp", "ctm")]
@@ -292,14 +311,15 @@ OPTIONS = {"robust": {"inner": "do"}, "iso_cts": {"rank": 4}}
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Memory is spoilt the moment it is handed back; counts how often that was."""
     counted: list[int] = []
-    hand_back = buffers.Buffers._hand_back
+    hand_back = buffers.Pieces._hand_back
 
-    def spoil(self: buffers.Buffers, memory) -> None:
+    def spoil(self: buffers.Pieces, memory) -> None:
         memory[:] = b"\xff" * len(memory)  # NaN in every dtype
         counted.append(len(memory))
         hand_back(self, memory)
 
-    monkeypatch.setattr(buffers.Buffers, "_hand_back", spoil)
+    monkeypatch.setattr(buffers.Pieces, "_hand_back", spoil)
+    monkeypatch.setattr(layout, "LARGE", 1)  # results of files lie in such memory, too
     return counted
 
 
@@ -322,7 +342,7 @@ def test_nothing_that_outlives_its_group_lies_in_a_buffer(method, poisoned, pair
 @pytest.mark.parametrize("one", [True, False], ids=["one adapter", "two"])
 @pytest.mark.parametrize(
     "options",
-    [{"pre": [step], "method": "linear"} for step in PRE]
+    [{"pre": [step], "method": "linear"} for step, row in PRE.items() if row.run]
     + [{"post": [step], "method": "do"} for step in ("svc", *POST)]
     + [{"method": "linear", "form": "deltas"}, {"method": "ties", "form": "deltas"}],
     ids=str,
@@ -354,8 +374,8 @@ def base_folder(folder: Path) -> Path:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_base_that_changes_while_it_is_merged(name, pair, tmp_path, monkeypatch):
     base = base_folder(tmp_path / "base")
-    check = engine._check_factors
-    monkeypatch.setattr(engine, "_check_factors", lambda *x: (check(*x), os.utime(base / name)))
+    check = group._check_finite
+    monkeypatch.setattr(group, "_check_finite", lambda *x: (check(*x), os.utime(base / name)))
     with pytest.raises(OptionError, match=f"{name} changed since it was loaded"):
         at_one(pair, form="model", base=base, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -29,11 +29,10 @@ from transformers import (
 import domerge_fast as dm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks" / "knots"))
-import convert
 import data
 import knots
+import knots_sets as sets
 import prompts
-import sets
 
 SIDE = 32
 ATTENTION = {
@@ -473,17 +472,3 @@ def test_tasks_of_another_set_are_refused(vision, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(vision, "--tasks", "snli")
     assert "vit-b-32 has no task 'snli'" in capsys.readouterr().err
-
-
-def test_an_adapter_in_a_pickle_is_merged_once_it_is_converted(vision, tmp_path, capsys):
-    source = vision / "adapters" / "dtd"
-    tensors = load_file(source / "adapter_model.safetensors")
-    torch.save(tensors, tmp_path / "adapter_model.bin")
-    (tmp_path / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
-    with pytest.raises(dm.AdapterError, match="pickle"):
-        dm.load(tmp_path)
-    assert convert.main([str(tmp_path)]) == 0
-    ours, theirs = (dm.merge([folder], "linear") for folder in (tmp_path, source))
-    assert all(torch.equal(ours.delta(name), theirs.delta(name)) for name in theirs.names)
-    assert convert.main([str(vision)]) == 2
-    assert capsys.readouterr().err == f"convert.py: {vision}: No such file or directory\n"

@@ -22,6 +22,8 @@ OPS = (
     "orthogonalize_factors",
     "apply",
     "apply_decouple",
+    "largest",
+    "block_largest",
     "entry_counts",
     "entry_sums",
     "entry_merge",
@@ -64,6 +66,8 @@ def arguments(op: str, layout: str, backend: str) -> tuple:
             [torch.eye(p.rank).double() for p in problems],
             backend,
         ),
+        "largest": (flat[0], backend),
+        "block_largest": (*flat, backend),
         "entry_counts": (*factors, [], backend),
         "entry_sums": (*factors, *rule, backend),
         "entry_merge": (*factors, *rule, [1.0] * count, "total", True, "count", 2.0, backend),
@@ -83,7 +87,7 @@ def describe(tensors: list[Tensor]) -> list[tuple]:
 def test_every_op_is_registered():
     """All but those whose results depend on values in more than numbers."""
     assert {name for name in OPS if hasattr(torch.ops.domerge_fast, name)} == set(OPS)
-    assert set(registry.OPS) - set(OPS) == {"truncate", "all_finite"}
+    assert set(registry.OPS) - set(OPS) == {"truncate"}
 
 
 @every_op

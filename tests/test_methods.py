@@ -12,12 +12,13 @@ import pytest
 import torch
 from support.close import assert_close, distance
 from support.merges import LEVELLING, adapters, at_one, dense, merge_all
-from support.shapes import CASES, Case, random_case
+from support.shapes import CASES, CONVERGED, Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
 from domerge_fast.backends import reference, registry
 from domerge_fast.engine import pipeline as engine
+from domerge_fast.engine import reader
 from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE, do
 
@@ -83,6 +84,8 @@ RECOMBINATIONS = [
 @pytest.mark.parametrize("descent", DESCENTS, ids=str)
 def test_do_is_the_literal_method(descent, recombination, backend):
     cases = {name: CASES[name] for name in GROUP}
+    if descent.get("penalty") == "squared":
+        cases = {name: case for name, case in cases.items() if not case.is_wide}
     options = {**descent, **recombination}
     merged = at_one(adapters(cases), weights=WEIGHTS, backend=backend, **options)
     assert merged.names == tuple(sorted(cases))
@@ -91,34 +94,60 @@ def test_do_is_the_literal_method(descent, recombination, backend):
 
 
 @every_backend
+@pytest.mark.parametrize("recombination", RECOMBINATIONS, ids=str)
+@pytest.mark.parametrize("sides", ["both", "A"])
+def test_do_of_more_rows_than_columns_ends_where_the_literal_method_does(
+    sides, recombination, backend
+):
+    options = {"sides": sides, **CONVERGED, **recombination}
+    cases = {name: CASES[name] for name in GROUP if CASES[name].is_wide}
+    assert cases
+    merged = at_one(adapters(cases), weights=WEIGHTS, backend=backend, **options)
+    for name in cases:
+        assert_close(dense(merged, name), literal(name, **options), 1e-3, name=name)
+
+
+@every_backend
 def test_do_by_default(backend):
-    """The number of steps may differ by rounding, and the result with it, but little."""
+    """The number of steps may differ by rounding, and the result with it, but little; where there
+    are more rows than columns, by more than that."""
     cases = {name: CASES[name] for name in GROUP}
     merged = at_one(adapters(cases), backend=backend)
-    for name in cases:
-        assert_close(dense(merged, name), literal(name, equal=True), 1e-4, name=name)
+    for name, case in cases.items():
+        allowed = 2e-2 if case.is_wide else 1e-4
+        assert_close(dense(merged, name), literal(name, equal=True), allowed, name=name)
 
 
 @every_backend
 def test_do_over_the_other_shapes(backend):
     cases = {n: case for n, case in CASES.items() if n not in (*GROUP, "64 adapters")}
-    merged = merge_all(cases, "do", backend=backend, steps=3, tol=0.0)
-    for name in cases:
-        assert_close(dense(merged, name), literal(name, steps=3, tol=0.0), 1e-5, name=name)
+    wide = {name: case for name, case in cases.items() if case.is_wide}
+    for some, rule, allowed in (
+        ({n: cases[n] for n in cases.keys() - wide.keys()}, {"steps": 3, "tol": 0.0}, 1e-5),
+        (wide, CONVERGED, 1e-3),
+    ):
+        merged = merge_all(some, "do", backend=backend, **rule)
+        for name in some:
+            assert_close(dense(merged, name), literal(name, **rule), allowed, name=name)
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("penalty", do.PENALTIES)
 def test_both_formulations_of_the_descent_merge_alike(penalty, backend, monkeypatch):
     """R > d on both sides: with the squared penalty the factors move, not their Gram's C."""
-    cases = {"x": random_case((2, 1) * 100, 11, 9)}
-    rule = {"penalty": penalty, "steps": 2, "tol": 0.0, "backend": backend}
+    cases = {"x": random_case((2, 1) * 20, 11, 9)}
+    squared = penalty == "squared"
+    steps = CONVERGED if squared else {"steps": 2, "tol": 0.0}
+    rule = {"penalty": penalty, "backend": backend, **steps}
     usual = at_one(adapters(cases), **rule)
     monkeypatch.setattr(do, "_is_wide", lambda problem, options: False)
     on_gram = at_one(adapters(cases), **rule)
-    assert distance(dense(usual, "x"), dense(on_gram, "x")) < 1e-5
-    for side in (usual.report["x"].a, usual.report["x"].b):
-        assert side.steps == 2
+    assert distance(dense(usual, "x"), dense(on_gram, "x")) < (1e-2 if squared else 1e-5)
+    found, expected = usual.report["x"], on_gram.report["x"]
+    for side, other in ((found.a, expected.a), (found.b, expected.b)):
+        assert side.objective_after == pytest.approx(other.objective_after, rel=1e-5)
+        assert squared or side.steps == 2
+        assert (side.scaled is not None) == squared
         assert side.objective_after < 0.5 * side.objective_before
 
 
@@ -130,7 +159,9 @@ def test_hundreds_of_adapters(backend):
     expected = reference.do_merging(case.a, case.exact_b(), [1 / 200] * 200, orthogonalize=False)
     assert distance(dense(merged, "x"), expected) < 1e-5
     assert len(merged.report["x"].magnitudes) == 200
-    assert merged.report.interference is None
+    assert merged.report.interference is not None
+    assert merged.report.interference.tables is None
+    assert len(merged.report.interference.norms) == 200
     whole = at_one(adapters({"x": case}), backend=backend)
     assert len(whole.report["x"].magnitudes) == 200
     for side in (whole.report["x"].a, whole.report["x"].b):
@@ -370,18 +401,19 @@ def test_factors_of_different_dtypes_are_merged_to_float32():
 @pytest.mark.parametrize("decouple", [True, False])
 @pytest.mark.parametrize("sides", ["both", "A"])
 def test_the_report_of_do_tells_what_the_descent_did(sides, decouple, backend):
-    cases = {name: CASES[name] for name in ("odd d", "d below R", "duplicated")}
+    cases = {name: CASES[name] for name in ("odd d", "R above 128", "duplicated")}
     rule = {"steps": 3, "tol": 0.0}
     merged = at_one(adapters(cases), sides=sides, decouple=decouple, backend=backend, **rule)
     for name, case in cases.items():
         report = merged.report[name]
         a, stats = reference.descend([x.double() for x in case.a], **rule)
-        assert list(vars(report.a).values()) == pytest.approx(stats, rel=1e-3, abs=1e-6)
+        assert list(vars(report.a).values())[:-1] == pytest.approx(stats, rel=1e-3, abs=1e-6)
+        assert report.a.scaled is None
         b = case.exact_b()
         if sides == "both":
             bt, stats = reference.descend([x.T for x in b], **rule)
             b = [x.T for x in bt]
-            assert list(vars(report.b).values()) == pytest.approx(stats, rel=1e-3, abs=1e-6)
+            assert list(vars(report.b).values())[:-1] == pytest.approx(stats, rel=1e-3, abs=1e-6)
         else:
             assert report.b is None
         moved = [y @ x for x, y in zip(a, b, strict=True)]
@@ -426,6 +458,7 @@ def test_the_report_tells_the_recipe():
         "penalty": "squared",
         "gamma": 2.0,
         "sides": "both",
+        "descent": "auto",
         "steps": 50,
         "tol": 1e-3,
         "renormalize": False,
@@ -434,6 +467,8 @@ def test_the_report_tells_the_recipe():
         "ragged": False,
         "form": "adapter",
         "whole": "auto",
+        "format": "peft",
+        "report": "full",
         "backend": "torch",
         "device": "cpu",
         "dtype": "float16",
@@ -458,10 +493,10 @@ def test_a_merge_is_stopped_between_modules_that_take_long(method, most, monkeyp
     """Though one group holds them all; in how many portions they come changes no bit."""
     cases = {f"{k}": CASES["odd d"] for k in range(3)}
     whole = at_one(adapters(cases), method)
-    monkeypatch.setattr(engine, f"PORTION_{most}", 1)
+    monkeypatch.setattr(reader, f"PORTION_{most}", 1)
     calls: list[int] = []
-    before = engine._merge
-    monkeypatch.setattr(engine, "_merge", lambda *args: calls.append(1) or before(*args))
+    before = engine.merged
+    monkeypatch.setattr(engine, "merged", lambda *args: calls.append(1) or before(*args))
     one_by_one = at_one(adapters(cases), method)
     assert len(calls) == 3
     for name in whole.names:

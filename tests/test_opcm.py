@@ -24,9 +24,10 @@ from torch import Tensor
 import domerge_fast as dm
 from domerge_fast import AdapterError, DomergeError, OptionError, OutputError
 from domerge_fast.adapters import Adapter
-from domerge_fast.engine import pipeline as engine
+from domerge_fast.engine import reader
 from domerge_fast.methods.spectral.space import NOISE
-from domerge_fast.sessions.sequential import FACTORS, FILES, STATE, Sequential
+from domerge_fast.sessions.disk import FILES, STATE, TENSORS
+from domerge_fast.sessions.sequential import Sequential
 from domerge_fast.storage import folder as output_folder
 
 ALPHAS = (0.0, 0.5, 0.9, 1.0)
@@ -116,7 +117,7 @@ def test_the_method_is_its_dense_definition(name, alpha):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_whole_model_is_rescaled_by_one_number(count, monkeypatch):
-    monkeypatch.setattr(engine, "GROUP_BYTES", 1)
+    monkeypatch.setattr(reader, "GROUP_BYTES", 1)
     loaded, updates = models(count)
     merged = at_one(loaded, "opcm")
     check(merged, at_once(updates, 0.5))
@@ -183,7 +184,7 @@ def added(folder: Path, loaded: Sequence[Adapter | Path], resume: bool, **how) -
 @pytest.mark.parametrize("resume", [False, True], ids=["one process", "resumed"])
 @pytest.mark.parametrize("alpha", [0.2, 0.5])
 def test_eight_added_one_by_one_are_eight_at_once(alpha, resume, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "GROUP_BYTES", 1)
+    monkeypatch.setattr(reader, "GROUP_BYTES", 1)
     loaded, updates = models(8)
     growing = added(tmp_path / "state", loaded, resume, alpha=alpha)
     expected = at_one(loaded, "opcm", alpha=alpha)
@@ -227,7 +228,7 @@ def test_the_folder_does_not_grow_with_the_adapters(tmp_path):
     for seed in range(8):
         factors = random_factors({"x": (24, 7)}, 5, seed=seed)
         growing.add(dm.from_tensors(factors))
-        sizes.append((tmp_path / "state" / FACTORS).stat().st_size)
+        sizes.append((tmp_path / "state" / TENSORS).stat().st_size)
     assert growing.merged().report["x"].rank == 7
     assert len(set(sizes[1:])) == 1
 
@@ -367,8 +368,10 @@ def test_refusals_are_one_line(tmp_path):
         ("{", "not valid JSON"),
         ("[]", "not a JSON object"),
         ("[" * 100_000, "nested deeper"),
-        ('{"format": 1}', "is damaged"),
-        ('{"format": 2, "steps": [], "alpha": 1, "rank": null, "base_model": null}', "format 2"),
+        ('{"format": 2, "kind": "sequential"}', "is damaged"),
+        ('{"format": 2}', "is damaged"),
+        ('{"format": 2, "kind": "prepared"}', "but a session of kind 'prepared'; check the path"),
+        ('{"format": 3, "kind": "sequential", "steps": [], "alpha": 1}', "format 3"),
     ],
 )
 def test_a_damaged_state_is_refused(text, message, tmp_path):
@@ -378,10 +381,26 @@ def test_a_damaged_state_is_refused(text, message, tmp_path):
         Sequential.open(tmp_path / "state")
 
 
+def test_a_state_of_the_first_format_is_refused(tmp_path):
+    Sequential.start(tmp_path / "state")
+    (tmp_path / "state" / STATE).rename(tmp_path / "state" / "sequential.json")
+    with pytest.raises(OptionError, match=r"format 1 .*; use the version that wrote it, or start "):
+        Sequential.open(tmp_path / "state")
+
+
+def test_factors_that_are_not_those_of_the_state_are_refused(tmp_path):
+    inputs = folders(tmp_path, 1)
+    growing = added(tmp_path / "state", inputs, False)
+    path = tmp_path / "state" / TENSORS
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with unchanged(tmp_path), pytest.raises(AdapterError, match=r"is not what session\.json was"):
+        growing.add(inputs[0])
+
+
 def test_damaged_factors_are_refused(tmp_path):
     inputs = folders(tmp_path, 1)
     growing = added(tmp_path / "state", inputs, False)
-    path = tmp_path / "state" / FACTORS
+    path = tmp_path / "state" / TENSORS
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(AdapterError, match="is truncated"):
         growing.add(inputs[0])
@@ -435,7 +454,7 @@ def test_a_merge_that_was_started_anew_is_not_added_to(changed, tmp_path):
 
 
 def add_until_told(folder: Path, adapter: Path, moment: str, pipe: Connection) -> None:
-    engine.GROUP_BYTES = 1
+    reader.GROUP_BYTES = 1
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def wait(*_: object, **__: object) -> None:

@@ -25,7 +25,7 @@ from support.processes import forked
 import domerge_fast as dm
 from domerge_fast import AdapterError, DomergeError, OutputError
 from domerge_fast.cli import main as cli
-from domerge_fast.engine import pipeline as engine
+from domerge_fast.engine import reader
 from domerge_fast.formats.peft.write import FILES
 from domerge_fast.storage import folder as output_folder
 from domerge_fast.storage.stream import SafetensorsWriter
@@ -42,7 +42,7 @@ def pair(tmp_path: Path) -> list[Path]:
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every module is a group of its own, as large modules are."""
-    monkeypatch.setattr(engine, "GROUP_BYTES", 1)
+    monkeypatch.setattr(reader, "GROUP_BYTES", 1)
 
 
 def spoil_last(adapter: Path, value: float = float("nan")) -> None:
@@ -397,7 +397,7 @@ def merge_until_told(
     adapters: list[Path], out: Path, moment: str, through_cli: bool, pipe: Connection
 ) -> None:
     """Merge with overwrite, and report and wait at a moment; exits as the command line does."""
-    engine.GROUP_BYTES = 1
+    reader.GROUP_BYTES = 1
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 
     def wait(*_: object, **__: object) -> None:
@@ -411,7 +411,7 @@ def merge_until_told(
     if moment == "before the swap":
         output_folder._swap = wait
     if moment == "after the swap":
-        output_folder._Writing.finish = wait
+        output_folder.Writing.finish = wait
     if not through_cli:
         at_one(adapters, output=out, overwrite=True, scale=2.0, progress=progress)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from support.make import Factors, random_factors, write_adapter
 from support.merges import at_one
+from support.timing import least
 from torch import Tensor
 
 import domerge_fast as dm
+from domerge_fast.formats import load
 from domerge_fast.methods import TABLE
 from domerge_fast.storage import safetensors_file
 
@@ -137,3 +140,24 @@ def test_of_an_ordinary_adapter_a_few_bytes_of_every_module_are_read(tmp_path, m
     assert len(places[0]) == len(SHAPES)
     assert all(count <= 64 for _, count in places[0])
     assert not reads
+
+
+def test_an_adapter_of_zeros_is_read_quickly(tmp_path):
+    """Every row of it may be padding."""
+    zeros = {f"layers.{k}.q": (torch.zeros(32, 2048), torch.zeros(2048, 32)) for k in range(150)}
+    folder = write_adapter(tmp_path / "zeros", zeros)
+
+    def seconds() -> float:
+        began = time.process_time()
+        found = load(folder)
+        assert {module.rank for module in found.modules.values()} == {1}
+        return time.process_time() - began
+
+    assert least(seconds, 1) <= 1
+
+
+def test_negative_zeros_are_padding(tmp_path):
+    a, b = torch.ones(4, 8), torch.ones(6, 4)
+    a[2:], b[:, 2:] = -0.0, -0.0
+    found = load(write_adapter(tmp_path / "a", {"layers.0.q": (a, b)}))
+    assert found.modules["layers.0.q"].rank == 2

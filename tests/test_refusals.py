@@ -22,7 +22,8 @@ from domerge_fast import AdapterError, DomergeError, OptionError, OutputError
 from domerge_fast.adapters.plan import Plan
 from domerge_fast.backends import registry
 from domerge_fast.cli import main as cli
-from domerge_fast.engine import pipeline as engine
+from domerge_fast.engine import group, reader
+from domerge_fast.methods.base import grams
 
 Q, V = "layers.0.q_proj", "layers.1.v_proj"
 SHAPES = {Q: (6, 8), V: (5, 8)}
@@ -33,7 +34,7 @@ SPOILT = {"one": 0, "two": 1}
 def adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Adapters "one" and "two" in the current folder; modules are merged and written one by one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(engine, "GROUP_BYTES", 1)
+    monkeypatch.setattr(reader, "GROUP_BYTES", 1)
     for name in SPOILT:
         make(name)
     before = signal.getsignal(signal.SIGTERM)
@@ -102,7 +103,8 @@ def truncated() -> None:
 
 
 def pickled() -> None:
-    Path("two/adapter_model.safetensors").rename("two/adapter_model.bin")
+    Path("two/adapter_model.safetensors").unlink()
+    torch.save([torch.ones(3)], "two/adapter_model.bin")
 
 
 def nothing() -> None:
@@ -162,7 +164,7 @@ CASES = {
         "has no adapter_model.safetensors",
         "save it again",
     ),
-    "pickle": adapter(pickled, "pickle (adapter_model.bin)", "save_pretrained"),
+    "pickle": adapter(pickled, "adapter_model.bin holds a list", "as safetensors"),
     "float64": adapter(
         replaced(f"{Q}.lora_A.weight", torch.ones(3, 8).double()),
         "A is float64",
@@ -212,11 +214,14 @@ CASES = {
         AdapterError,
         ("adapter 'two': its base model revision is 'v2'", "'v1'"),
     ),
-    "DoRA": adapter(configured(use_dora=True), "is a DoRA", "train it as a plain LoRA"),
+    "DoRA": adapter(configured(use_dora=True), "is a DoRA", "save the adapter again"),
     "DoRA's magnitudes": adapter(
-        replaced(f"{V}.lora_magnitude_vector", (5,)), "is a DoRA", "plain LoRA", module=V
+        replaced(f"{V}.lora_magnitude_vector", (5,)),
+        "is a DoRA",
+        "its config does not say so",
+        module=V,
     ),
-    "lora_bias": adapter(configured(lora_bias=True), "lora_bias", "plain LoRA"),
+    "lora_bias": adapter(configured(lora_bias=True), "lora_bias", "stores no bias on B"),
     "bias on B": adapter(replaced(f"{Q}.lora_B.bias", (6,)), "bias on B", module=Q),
     "trained biases": adapter(configured(bias="all"), "bias='all'", "train it with bias='none'"),
     "not LoRA": adapter(configured(peft_type="IA3"), "peft_type is 'IA3'", "only LORA"),
@@ -440,13 +445,15 @@ def test_no_method_lets_a_nan_through(count, method, refused):
 def test_an_overflow_beside_the_diagonal_alone_is_no_factors_fault():
     plan = Plan.make([dm.load(name) for name in SPOILT], [1.0, 1.0])
     stacks = [plan.stack(name) for name in plan.names]
-    grams_a, grams_b = engine.grams(stacks, [True, True], "torch")
+    grams_a, grams_b = grams(stacks, [True, True], "torch")
     grams_b[1][0, -1] = float("inf")
-    engine._check_factors(plan, stacks, grams_a, grams_b, "torch")
+    alone = [group._Part(*row) for row in zip(stacks, [None, None], zip(grams_a, grams_b))]
+    parts = [part for x in alone for part in x.split([0])]
+    group._check_finite(plan, parts)
     stacks[1].b.blocks[1][0, 0] = float("inf")
     grams_b[1][-1, -1] = float("inf")
     with pytest.raises(AdapterError, match=f"'two', module '{V}': an infinite value in lora_B"):
-        engine._check_factors(plan, stacks, grams_a, grams_b, "torch")
+        group._check_finite(plan, parts)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -46,10 +46,10 @@ def check_line(error: Exception, adapter: str, module: str | None, *fragments: s
 CONFIGS = {
     "not lora": ({"peft_type": "LOHA"}, None, ["'LOHA'", "only LORA"]),
     "no type": ({"peft_type": None}, None, ["peft_type", "only LORA"]),
-    "dora": ({"use_dora": True}, None, ["DoRA", "plain LoRA"]),
-    "lora bias": ({"lora_bias": True}, None, ["lora_bias", "plain LoRA"]),
+    "dora": ({"use_dora": True}, None, ["DoRA", "stores no lora_magnitude_vector"]),
+    "lora bias": ({"lora_bias": True}, None, ["lora_bias", "stores no bias on B"]),
     "bias": ({"bias": "lora_only"}, None, ["'lora_only'", "bias='none'"]),
-    "parameters": ({"target_parameters": ["w"]}, None, ["target_parameters", "plain LoRA"]),
+    "parameters": ({"target_parameters": "w"}, None, ["target_parameters", "list of names"]),
     "tokens": ({"trainable_token_indices": [0]}, None, ["trainable_token_indices"]),
     "alora": ({"alora_invocation_tokens": [1]}, None, ["aLoRA"]),
     "qalora": ({"use_qalora": True}, None, ["QALoRA"]),
@@ -127,9 +127,9 @@ TENSORS = {
     "magnitude": (
         tensors() | {f"{PLAIN}.lora_magnitude_vector": half(6)},
         Q,
-        ["DoRA", "plain LoRA"],
+        ["DoRA", "its config does not say so"],
     ),
-    "B.bias": (tensors() | {f"{PLAIN}.lora_B.bias": half(6)}, Q, ["bias on B", "lora_bias=False"]),
+    "B.bias": (tensors() | {f"{PLAIN}.lora_B.bias": half(6)}, Q, ["bias on B", "lora_bias"]),
     "diag": (tensors() | {f"{PLAIN}.lora_diag": half(4)}, Q, ["unknown tensor", "lora_diag"]),
     "adapter name": (
         tensors() | {f"{PLAIN}.lora_A.default.weight": half(4, 8)},
@@ -186,7 +186,7 @@ TENSORS = {
     "nested": (
         lora_tensors(random_factors({"attn.base_layer.out_proj": (6, 8)}, 4)),
         "attn.base_layer.out_proj",
-        ["MultiheadAttention", "target_modules"],
+        ["MultiheadAttention", "target_parameters"],
     ),
     "no factors": ({f"{PREFIX}lm_head.weight": half(2)}, None, ["no LoRA factors", "leave it out"]),
     "nothing": ({}, None, ["no LoRA factors"]),
@@ -243,7 +243,7 @@ FILES = {
         lambda f: (f / "adapter_model.safetensors").unlink(),
         ["has no adapter_model.safetensors", "download"],
     ),
-    "pickle": (only_pickle, ["pickle", "adapter_model.bin", "save_pretrained"]),
+    "pickle": (only_pickle, ["adapter_model.bin is damaged", "safetensors"]),
     "two inside": (two_inside, ["2 adapters (one, two)", "give one"]),
     "config is a list": (config_text(b"[]"), ["not a JSON object"]),
     "config is cut": (config_text(b'{"r": '), ["not valid JSON", "again"]),
@@ -375,12 +375,9 @@ class Tiny(nn.Module):
 
 
 LIVE = {
-    "dora": ({"target_modules": ["fc"], "use_dora": True}, None, "DoRA"),
-    "lora_bias": ({"target_modules": ["fc"], "lora_bias": True}, None, "lora_bias"),
     "bias": ({"target_modules": ["fc"], "bias": "all"}, None, "bias='all'"),
     "pissa": ({"target_modules": ["fc"], "init_lora_weights": "pissa"}, None, "base weights"),
     "attention": ({"target_modules": ["attn"]}, "attn.base_layer.out_proj", "MultiheadAttention"),
-    "parameters": ({"target_parameters": ["fc.weight"]}, None, "target_parameters"),
 }
 
 

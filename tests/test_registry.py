@@ -19,6 +19,7 @@ from test_documentation import ROOMS, block, shown
 
 import domerge_fast as dm
 from domerge_fast import OptionError, registry
+from domerge_fast.formats import FORMATS
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Method
 from domerge_fast.registry import Registry
@@ -91,7 +92,7 @@ SCRIPT = """
 import json, sys
 import domerge_fast as dm
 
-given = {"share": 0.3, "pre": ["halve"], "post": ["double"], "backend": "wide", "form": "factors"}
+given = {"share": 0.3, "pre": ["halve"], "post": ["double"], "backend": "wide", "format": "factors"}
 merged = dm.merge(["one", "two"], "strong", output="api", **given)
 
 def refusal(method):
@@ -122,14 +123,14 @@ def found(site, tmp_path_factory) -> SimpleNamespace:
 def test_rows_of_an_installed_package_are_listed_after_ours(found):
     methods, formats, backends = found.rows
     assert methods == [*TABLE, "strong", "vote"]
-    assert formats == ["adapter", "deltas", "model", "factors"]
+    assert formats == [*FORMATS.own, "factors"]
     assert backends[-1] == "wide"
 
 
 def test_they_merge_from_the_command_as_from_the_api(found, site):
     assert found.backend == "wide"
     words = "-m domerge_fast merge one two -o cli --method strong --share 0.3 --pre halve --post "
-    words += "double --backend wide --form factors"
+    words += "double --backend wide --format factors"
     ran = run(site, found.folder, *words.split())
     assert ran.returncode == 0, ran.stderr
     api, cli = (torch.load(found.folder / out / "factors.pt")["x"] for out in ("api", "cli"))

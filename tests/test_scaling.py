@@ -25,11 +25,12 @@ from domerge_fast.adapters.plan import Plan
 from domerge_fast.backends import reference
 from domerge_fast.cli import main as cli
 from domerge_fast.engine import first_pass as whole
-from domerge_fast.engine import pipeline as engine
+from domerge_fast.engine import reader
 from domerge_fast.engine.scaling import DAMPING
 from domerge_fast.formats import from_tensors
+from domerge_fast.methods import decoupled
 from domerge_fast.methods.base import ScaleRule
-from domerge_fast.methods.do import ABOVE
+from domerge_fast.methods.decoupled import ABOVE
 from domerge_fast.storage.shelf import Shelf
 
 SMALL, LARGE = 0.002, 0.05
@@ -433,6 +434,50 @@ def test_adapters_that_are_far_apart(method, options):
     check_scaled(found, plain, found.report.scale)
 
 
+DO = [{}, {"decouple": False}, {"renormalize": True}, {"sides": "A"}, {"orthogonalize": False}]
+
+
+@pytest.mark.parametrize("options", DO, ids=str)
+def test_norms_in_float32_are_those_in_float64(options, monkeypatch):
+    found = do_norms(partly_shared(), options, monkeypatch)
+    monkeypatch.setattr(decoupled, "LEFT", math.inf)
+    expected = do_norms(partly_shared(), options, monkeypatch)
+    assert found != expected
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", DO[:3], ids=str)
+def test_norms_of_adapters_that_cancel_are_in_float64(options, monkeypatch):
+    case = sized(random_case((3, 3), 23, 19), SMALL)
+    both = Case([case.a[0], case.a[0], case.a[1]], [case.b[0], case.b[0], case.b[1]], [1.0] * 3)
+    cases = {"x": both, "y": sized(random_case((2, 2, 2), 17, 31), SMALL)}
+    norms = {}
+    for left in (decoupled.LEFT, math.inf, 0.0):
+        monkeypatch.setattr(decoupled, "LEFT", left)
+        norms[left] = do_norms(cases, options, monkeypatch, weights=[1.0, -1.0, 0.02])
+    usual, wide, narrow = norms.values()
+    assert usual[0] == wide[0] != narrow[0]
+    assert usual[1] == narrow[1] != wide[1]
+
+
+def do_norms(
+    cases: Cases, options: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch, **given: Any
+) -> list[float]:
+    """The norms of merges at λ = 1, by module."""
+    norms: list[float] = []
+    run = decoupled.sizes
+
+    def noted(*arguments: Any) -> list[list[float]]:
+        found = run(*arguments)
+        norms.extend(size for own in found for size in own)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decoupled, "sizes", noted)
+        auto(cases, **options, **given)
+    return norms
+
+
 # However it runs
 
 
@@ -442,8 +487,8 @@ def test_one_module_at_a_time_and_all_at_once(method, options, monkeypatch):
     one = auto(cases, method, **options)
     steps: list[tuple[int, int]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "GROUP_BYTES", 1)
-        patch.setattr(engine, "DENSE_BYTES", 1)
+        patch.setattr(reader, "GROUP_BYTES", 1)
+        patch.setattr(reader, "DENSE_BYTES", 1)
         many = auto(cases, method, **options, progress=lambda *done: steps.append(done))
     assert steps == [(k, 8) for k in range(1, 9)]
     assert many.report.scales == pytest.approx(one.report.scales, rel=2e-6)
@@ -523,7 +568,10 @@ def test_a_cut_leaves_the_scale_and_the_norm_as_they_were(method, given):
     for name in cases:
         size = dense(plain, name).norm() / dense(cut, name).norm()
         assert_close(dense(found, name), size * dense(cut, name), 1e-4, name=name)
-        assert found.report[name].energy_kept == pytest.approx(cut.report[name].energy_kept)
+        kept = cut.report[name].energy_kept
+        # Entry by entry, it is of a dense float32 matrix, cut by torch's SVD.
+        near = 1e-5 if method == "ties" else 1e-6
+        assert found.report[name].energy_kept == pytest.approx(kept, rel=near)
     assert any("before the cut" in note for note in found.report.notes)
 
 

@@ -32,7 +32,7 @@ def test_the_norm_of_every_adapter_is_that_of_its_singular_values(name, order):
     case = CASES[name]
     grams_a = torch.cat([(a.double() @ a.double().T).flatten() for a in case.a])
     grams_b = torch.cat([(b.T @ b).flatten() for b in case.exact_b()])
-    found = schatten.of_adapters([grams_a], [grams_b], case.ranks, order)
+    found = schatten.of_adapters(grams_a[None], grams_b[None], case.ranks, order)
     assert found.shape == (1, len(case.ranks))
     expected = [norm(delta, order) for delta in case.deltas()]
     assert found[0].tolist() == pytest.approx(expected, rel=1e-9)

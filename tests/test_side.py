@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from domerge_fast import ops
-from domerge_fast.algebra.side import FACTOR_DTYPES, Side, table
+from domerge_fast.algebra.described import FACTOR_DTYPES
+from domerge_fast.algebra.side import Side, table
 from domerge_fast.backends.layout import GAP, together
 from domerge_fast.storage.shelf import Shelf
 

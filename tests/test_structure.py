@@ -14,9 +14,11 @@ import domerge_fast
 ROOT = Path(domerge_fast.__file__).parent
 ROOMS = (
     *("_version", "errors", "aliases", "options", "registry", "storage", "algebra"),
-    *("adapters", "backends", "ops", "methods", "mergekit_recipe", "recipe", "results"),
-    *("formats", "merged", "engine", "job", "dry_run"),
-    *("api", "sessions", "integrations", "bench", "cli", "__main__"),
+    *("adapters", "backends", "ops", "methods", "mergekit_recipe", "recipe", "results", "pages"),
+    *("formats", "runtimes", "merged", "engine", "reading", "direction", "on_inputs", "base"),
+    *("costs", "job", "distributed", "dry_run", "conversion", "api", "unlearning", "sessions"),
+    *("evaluators", "osrm", "routing", "integrations", "learning", "explore", "bench", "cli"),
+    "__main__",
 )
 """The folders and files of the package, each of which may import what stands before it."""
 LATE = {"cli"}

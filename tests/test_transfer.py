@@ -13,8 +13,7 @@ from domerge_fast import OptionError
 from domerge_fast.adapters.plan import Plan
 from domerge_fast.algebra.host import gather
 from domerge_fast.backends.gpu import tables
-from domerge_fast.engine import pipeline as engine
-from domerge_fast.engine import transfer
+from domerge_fast.engine import reader, transfer
 from domerge_fast.options import size
 
 CPU = torch.device("cpu")
@@ -57,7 +56,7 @@ def plan_of(modules: int, rank: int = 4, n: int = 64, m: int = 32) -> Plan:
 
 
 def groups(plan: Plan, most: int | None) -> list[int]:
-    found = engine._groups(plan, engine.Place(CPU, most), None)
+    (found,) = reader._groups(plan, reader.Budget(CPU, most), None, [plan.names])
     return [len(group) for group in found]
 
 

@@ -23,13 +23,13 @@ SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Bytes that one block may use, by architecture."""
 
 KERNELS = {
-    "all_finite_kernel",
     "apply_decouple_kernel",
     "apply_kernel",
     "block_gram_kernel",
     "entry_counts_kernel",
     "entry_merge_kernel",
     "gram_kernel",
+    "largest_kernel",
     "orthogonalize_kernel",
     "roots_kernel",
     "row_sums_kernel",
@@ -41,7 +41,7 @@ LARGEST = {"gram": 128, "apply": 128, "apply_decouple": 256}
 EVERYWHERE = [
     *((op, rank, dtype) for op, rank in LARGEST.items() for dtype in ("float32", "bfloat16")),
     ("block_gram", 16, "float32"),
-    ("all_finite", 16, "float32"),
+    ("largest", 16, "float32"),
     ("entries", 16, "bfloat16"),
     ("squared", 128, "float32"),
     ("frobenius", 128, "float32"),
@@ -49,7 +49,7 @@ EVERYWHERE = [
 MORE = [
     *((op, rank, "float32") for op in LARGEST for rank in (16, 64)),
     *((op, 64, dtype) for op in LARGEST for dtype in ("bfloat16", "float16")),
-    *((op, 16, dtype) for op in ("block_gram", "all_finite") for dtype in ("bfloat16", "float16")),
+    *((op, 16, dtype) for op in ("block_gram", "largest") for dtype in ("bfloat16", "float16")),
     *(("entries", 16, dtype) for dtype in ("float32", "float16")),
     ("squared", 16, "float32"),
     ("squared", 64, "float32"),
@@ -107,8 +107,8 @@ def launch(op: str, rank: int, dtype: torch.dtype) -> None:
         backend.apply([None], [rows], dtype)
     elif op == "block_gram":
         backend.block_gram([rows])
-    elif op == "all_finite":
-        backend.all_finite(rows.blocks)
+    elif op == "largest":
+        backend.largest(rows.blocks)
     elif op == "entries":
         factors, draw = (rows, case.columns(dtype)), Draw(1, 2, (0, 1))
         for prefixes in (None, [1, 2]):

@@ -67,7 +67,9 @@ def here(tmp_path, monkeypatch):
 def merge(tmp_path: Path, *adapters: Path, **options: Any) -> tuple[dict[str, Tensor], dict, Any]:
     names = [adapter.relative_to(tmp_path) for adapter in adapters]
     merged = dm.merge(names, "linear", output=tmp_path / "out", overwrite=True, **options)
-    notes = tuple(note for note in merged.report.notes if "vLLM" not in note)
+    notes = tuple(
+        note for note in merged.report.notes if "vLLM" not in note and "SGLang" not in note
+    )
     return *written(tmp_path / "out"), notes
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from knots_sets import TESTS, Task, order
 from models import library
-from sets import TESTS, Task, order
 
 from domerge_fast.errors import OptionError
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 from data import TEST, VALIDATION, load
+from knots_sets import SETS
 from models import Images, Model, Sentences, heads_in
-from sets import SETS
 from torch import Tensor
 from torch.utils.data import DataLoader
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from knots_sets import Task
 from prompts import TEMPLATES, class_names
-from sets import Task
 from torch import Tensor
 
 import domerge_fast as dm

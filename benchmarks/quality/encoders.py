@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import bases
 import tasks
 import torch
 from bench import Adapter, Bench
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import BertModel
 
@@ -54,12 +55,20 @@ A. `ranks`: sixteen times apart."""
 
 
 def adapters(
-    kind: Kind, base: str, seed: int, data: Path, folder: Path, names: Sequence[str] = ()
+    kind: Kind,
+    base: str,
+    seed: int,
+    data: Path,
+    folder: Path,
+    names: Sequence[str] = (),
+    starts: Path | None = None,
 ) -> list[Adapter]:
-    """One a task, of these or of all, trained where they are not there yet."""
+    """One a task, of these or of all, trained where they are not there yet. starts: the folder that
+    has an adapter for each to start from; None: PEFT's own initial values."""
     names = names or list(tasks.TASKS)
     for name in names:
-        _train(kind, base, seed, name, data, folder / name)
+        start = starts and starts / name
+        _train(kind, base, seed, name, data, folder / name, start)
     return [Adapter(name, name, folder / name) for name in names]
 
 
@@ -77,6 +86,33 @@ def bench(base: str, seed: int, data: Path, names: Sequence[str] = ()) -> Bench:
     return Bench(model, outputs, labels, VALIDATION)
 
 
+def examples(
+    base: str, seed: int, data: Path, names: Sequence[str] = ()
+) -> tuple[dict[str, list[dict[str, Tensor]]], dict[str, Callable[[Any], Tensor]]]:
+    """By task, the examples that choose λ in batches of inputs of one length with "labels", and
+    what makes logits of what the model returns."""
+    names = names or list(tasks.TASKS)
+    model = bases.load(base, data)
+    batches, heads = {}, {}
+    for name in names:
+        chosen = _split(name, seed, data)[:VALIDATION]
+        batches[name] = [
+            {
+                "input_ids": torch.tensor([chosen[k][0] for k in rows]),
+                "labels": torch.tensor([chosen[k][1] for k in rows]),
+            }
+            for rows in _of_one_length(chosen, BATCH)
+        ]
+        heads[name] = partial(_scores, _head(model, name, data))
+    return batches, heads
+
+
+def _scores(head: Tensor, outputs: Any) -> Tensor:
+    """Logits of what the model returns."""
+    states = outputs.last_hidden_state
+    return SHARPNESS * torch.nn.functional.normalize(states.mean(1), dim=-1) @ head.T
+
+
 def _logits(model: torch.nn.Module, head: Tensor, examples: list[Example]) -> Tensor:
     found = torch.empty(len(examples), len(head))
     for rows in _of_one_length(examples, LARGE):
@@ -85,7 +121,22 @@ def _logits(model: torch.nn.Module, head: Tensor, examples: list[Example]) -> Te
     return found
 
 
-def _train(kind: Kind, base: str, seed: int, name: str, data: Path, path: Path) -> None:
+def texts(name: str, seed: int, data: Path, most: int) -> list[Tensor]:
+    """Batches [any, length] of up to so many of the texts that a task is trained on."""
+    examples = _split(name, seed, data)[TEST + VALIDATION :][:most]
+    rows = _of_one_length(examples, LARGE)
+    return [torch.tensor([examples[k][0] for k in batch]) for batch in rows]
+
+
+def _train(
+    kind: Kind,
+    base: str,
+    seed: int,
+    name: str,
+    data: Path,
+    path: Path,
+    start: Path | None = None,
+) -> None:
     """Write the adapter of one task; nothing where it is there."""
     if path.exists():
         return
@@ -97,7 +148,10 @@ def _train(kind: Kind, base: str, seed: int, name: str, data: Path, path: Path) 
     torch.manual_seed(1000 * seed + (0 if kind.one_first_a else k))
     alpha = kind.alpha or 2 * rank
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(kind.targets))
-    adapted = get_peft_model(model, config)
+    if start:
+        adapted = PeftModel.from_pretrained(model, start, is_trainable=True)
+    else:
+        adapted = get_peft_model(model, config)
     _fit(adapted, head, _endless(examples, random.Random(1000 * seed + k)), steps, rate)
     partial = path.with_suffix(".partial")
     adapted.save_pretrained(partial)

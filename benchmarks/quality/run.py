@@ -27,6 +27,7 @@ sys.path.append(str(HERE))
 
 import decoder  # noqa: E402
 import measure  # noqa: E402
+import picture  # noqa: E402
 import score  # noqa: E402
 import tables  # noqa: E402
 import tasks  # noqa: E402
@@ -39,6 +40,7 @@ from transformers.utils import logging  # noqa: E402
 
 RESULTS = HERE / "results" / "quality"
 FIGURES = RESULTS / "quality.json"
+PICTURES = [RESULTS / f"kept-{theme}.svg" for theme in picture.THEMES]
 MEASURED, TRAINING, DEFAULTS = DATA / "measured", "training.pt", "defaults"
 METHODS_PAGE, ALGORITHM_PAGE, CHOOSING_PAGE = (
     HERE.parent / "docs" / f"{x}.md" for x in ("methods", "algorithm", "choosing")
@@ -111,6 +113,7 @@ def publish(result: dict[str, Any]) -> None:
     README.write_text(fill(README.read_text(), {"quality": tables.headline(result)}))
     CHOOSING_PAGE.write_text(fill(CHOOSING_PAGE.read_text(), {"kept": tables.kept(result)}))
     tables.plot(result["sets"], RESULTS / "share.png")
+    picture.draw(*tables.pictured(result), dict(zip(picture.THEMES, PICTURES)))
 
 
 def rounded(figures: Any) -> Any:

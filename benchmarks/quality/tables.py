@@ -18,6 +18,9 @@ Figures = dict[str, Any]
 Sets = dict[str, dict[str, Figures]]
 """Trainings by set, each called by its seed; with a comma where it is of a part of the adapters."""
 
+Shares = dict[str, Sequence[float]]
+"""By merge, of every training."""
+
 CHOSEN = 0.6
 """The constant of the rule that is a candidate for the default."""
 CANDIDATE = f"{CHOSEN} S16 rms"
@@ -107,19 +110,33 @@ def _cells(entry: Figures) -> list[str]:
 
 def headline(result: Figures) -> str:
     """The means over the trainings of pretrained encoders, in a sentence."""
-    entries = [e for name, _, e in _complete(result) if SETS[name].regime == PRETRAINED]
-    default, do, mean, *rivals, _, _ = (statistics.fmean(x) for x in zip(*map(_kept, entries)))
+    each, *others = _kept_by_merge(result)
+    default, do, mean, *rivals = (statistics.fmean(x) for x in (each, *others))
     best = max(zip(rivals, RIVALS))
-    each = [_kept(entry)[0] for entry in entries]
     names = ", ".join(f"`{x}`" for x in RIVALS)
     text = (
-        f"On {len(entries)} trainings of ten tasks on pretrained encoders it kept {default:.2f} of "
+        f"On {len(each)} trainings of ten tasks on pretrained encoders it kept {default:.2f} of "
         f"what every adapter gains on its own task ({min(each):.2f} to {max(each):.2f}, by "
         f"training), with nothing tuned; DO-Merging at the scale "
         f"found for it {do:.2f}, the plain mean {mean:.2f}, and the best of {names} with its scale "
         f"tuned on data {best[0]:.2f} (`{best[1]}`)."
     )
     return textwrap.fill(text, 100)
+
+
+def pictured(result: Figures) -> tuple[Shares, Shares]:
+    """The shares of the same trainings, by merge: with nothing tuned, and at the best λ."""
+    default, do, mean, *rivals = _kept_by_merge(result)
+    untuned = {"the default": default, "DO-Merging": do, "the plain mean": mean}
+    names = {"do": "DO-Merging", "mean": "the mean"}
+    tuned = {f"{names.get(x, x)}, best λ": shares for x, shares in zip(RIVALS, rivals)}
+    return untuned, dict(sorted(tuned.items(), key=lambda item: -statistics.fmean(item[1])))
+
+
+def _kept_by_merge(result: Figures) -> list[tuple[float, ...]]:
+    """`_kept` of the trainings of pretrained encoders, without the last two: a merge each."""
+    entries = [e for name, _, e in _complete(result) if SETS[name].regime == PRETRAINED]
+    return list(zip(*map(_kept, entries)))[:-2]
 
 
 def _complete(result: Figures) -> list[tuple[str, str, Figures]]:

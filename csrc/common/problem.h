@@ -5,7 +5,8 @@
 
 namespace domerge {
 
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+// Blocks of problems are never float64.
+enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
 
 // One adapter's X_i [rank, d]; `scale` multiplies it on reading. `pitch` is the distance in
 // elements from one row of its memory to the next.

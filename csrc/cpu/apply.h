@@ -145,19 +145,5 @@ void apply_item(const ApplyItem& item, Arena& arena) {
         apply_rows<Rows>(item, arena);
 }
 
-inline bool all_finite(const void* data, int64_t count, DType dtype) {
-    if (dtype == DType::float32) {
-        const auto* p = static_cast<const uint32_t*>(data);
-        uint32_t bad = 0;
-        for (int64_t i = 0; i < count; ++i) bad |= (p[i] & 0x7f800000u) == 0x7f800000u;
-        return !bad;
-    }
-    const auto* p = static_cast<const uint16_t*>(data);
-    const uint16_t exponent = dtype == DType::bfloat16 ? 0x7f80u : 0x7c00u;
-    uint16_t bad = 0;
-    for (int64_t i = 0; i < count; ++i) bad |= (p[i] & exponent) == exponent;
-    return !bad;
-}
-
 }  // namespace DOMERGE_ISA
 }  // namespace domerge

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "factor_descent.h"
 #include "threads.h"
 
 namespace domerge {
@@ -16,7 +17,8 @@ constexpr int64_t kGramChunk = 4096;
 constexpr int64_t kBundle = 16;   // ranks that one tile of double sums holds
 constexpr int64_t kCached = 512;  // columns of all blocks that block_gram keeps in L2
 constexpr int64_t kApplyChunk = 3072;
-constexpr int64_t kFiniteChunk = int64_t{1} << 20;
+constexpr double kShared = 1e9;  // R d^2 of a descent on factors that takes all threads
+constexpr int64_t kLargestChunk = int64_t{1} << 20;
 
 // Positions by falling cost.
 std::vector<int64_t> largest_first(const std::vector<double>& cost) {
@@ -184,6 +186,26 @@ double* copy_diagonal_blocks(const Problem& problem, const double* gram, double*
     return out;
 }
 
+int64_t bytes_of(DType dtype) {
+    return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// Raises `top` to a magnitude, where NaN is above all.
+void raise(double& top, double value) {
+    if (!std::isnan(top) && !(value <= top)) top = value;
+}
+
+double largest_of_block(const Kernels& kernels, const Problem& problem, const Block& block) {
+    const int64_t width = problem.columns ? block.rank : problem.d;
+    const int64_t rows = problem.columns ? problem.d : block.rank;
+    if (block.pitch == width) return kernels.largest(block.data, rows * width, block.dtype);
+    const char* row = static_cast<const char*>(block.data);
+    double top = 0.0;
+    for (int64_t i = 0; i < rows; ++i, row += block.pitch * bytes_of(block.dtype))
+        raise(top, kernels.largest(row, width, block.dtype));
+    return top;
+}
+
 }  // namespace
 
 Problems::Problems(std::string_view addresses, std::string_view heads, std::string_view rows) {
@@ -271,6 +293,46 @@ void orthogonalize(const Kernels& kernels, const Addresses& grams,
     });
 }
 
+// Large problems one after the other, each on all threads; the rest each on a thread. What an item
+// of a descent sums does not depend on that.
+void orthogonalize_factors(const Kernels& kernels, const Problems& problems, const Addresses& out,
+                           uint64_t stats, bool half, double gamma, int64_t steps, double tol,
+                           int threads) {
+    const FactorKernels& chosen = half && kernels.half ? *kernels.half : *kernels.single;
+    const DescentOptions options{false, gamma, steps, tol};
+    std::vector<double> cost;
+    for (const Problem& p : problems.list()) cost.push_back(double(p.rank) * p.d * p.d);
+    std::vector<int64_t> small;
+    const auto descend = [&](int64_t p, const Run& run, Arena& memory) {
+        at<FactorStats>(stats)[p] =
+            descend_on_factors(chosen, problems[p], options, at<float>(out[p]), run, memory);
+    };
+    Arena shared;
+    for (int64_t p : largest_first(cost)) {
+        if (cost[p] < kShared)
+            small.push_back(p);
+        else
+            descend(
+                p, [&](int64_t count, const Body& body) { parallel_for(count, threads, body); },
+                shared);
+    }
+    parallel_for(small.size(), threads, [&](int64_t item, Arena& memory) {
+        Arena scratch;
+        const Run alone = [&](int64_t count, const Body& body) {
+            for (int64_t i = 0; i < count; ++i) {
+                poll();
+                scratch.reset();
+                body(i, scratch);
+            }
+        };
+        descend(small[item], alone, memory);
+    });
+}
+
+bool half_products(const Kernels& kernels) {
+    return kernels.half != nullptr;
+}
+
 void apply(const Kernels& kernels, const Problems& problems, const Addresses& coefficients,
            const std::vector<int64_t>& rows, const Addresses& out, int out_dtype, int threads) {
     const std::vector<Chunk> chunks = chunks_of(problems.list(), kApplyChunk);
@@ -349,26 +411,40 @@ void block_products(const Kernels& kernels, const Addresses& x, const Addresses&
     });
 }
 
-std::vector<bool> all_finite(const Kernels& kernels, const Addresses& data,
-                             const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
-                             int threads) {
+void largest(const Kernels& kernels, const Addresses& data, const std::vector<int64_t>& counts,
+             const std::vector<int>& dtypes, uint64_t out, int threads) {
     std::vector<Chunk> chunks;
     for (size_t t = 0; t < data.size(); ++t)
-        for (int64_t begin = 0; begin < counts[t]; begin += kFiniteChunk)
+        for (int64_t begin = 0; begin < counts[t]; begin += kLargestChunk)
             chunks.push_back(
-                Chunk{static_cast<int64_t>(t), begin, std::min(begin + kFiniteChunk, counts[t])});
-    std::vector<char> finite(chunks.size());
+                Chunk{static_cast<int64_t>(t), begin, std::min(begin + kLargestChunk, counts[t])});
+    std::vector<double> found(chunks.size());
     parallel_for(chunks.size(), threads, [&](int64_t item, Arena&) {
         const Chunk& c = chunks[item];
         const DType dtype = static_cast<DType>(dtypes[c.problem]);
-        const int64_t bytes = dtype == DType::float32 ? 4 : 2;
-        finite[item] = kernels.all_finite(at<const char>(data[c.problem]) + c.begin * bytes,
-                                          c.end - c.begin, dtype);
+        found[item] = kernels.largest(at<const char>(data[c.problem]) + c.begin * bytes_of(dtype),
+                                      c.end - c.begin, dtype);
     });
-    std::vector<bool> result(data.size(), true);
-    for (size_t c = 0; c < chunks.size(); ++c)
-        if (!finite[c]) result[chunks[c].problem] = false;
-    return result;
+    double* result = at<double>(out);
+    std::fill_n(result, data.size(), 0.0);
+    for (size_t c = 0; c < chunks.size(); ++c) raise(result[chunks[c].problem], found[c]);
+}
+
+void block_largest(const Kernels& kernels, const Problems& problems, uint64_t out, int threads) {
+    std::vector<int64_t> first;
+    int64_t total = 0;
+    for (const Problem& problem : problems.list()) {
+        first.push_back(total);
+        total += problem.count;
+    }
+    parallel_for(problems.size(), threads, [&](int64_t p, Arena&) {
+        const Problem& problem = problems[p];
+        double* result = at<double>(out) + first[p];
+        for (int64_t b = 0; b < problem.count; ++b) {
+            poll();
+            result[b] = largest_of_block(kernels, problem, problem.blocks[b]);
+        }
+    });
 }
 
 }  // namespace domerge

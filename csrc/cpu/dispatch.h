@@ -53,6 +53,11 @@ void block_gram(const Kernels&, const Problems&, const Addresses& out, int threa
 void orthogonalize(const Kernels&, const Addresses& grams, const std::vector<int64_t>& ranks,
                    const std::vector<int64_t>& counts, const Addresses& out, uint64_t stats,
                    bool frobenius, double gamma, int64_t steps, double tol, int threads);
+// Blocks in rows; out: float32 [R, d] a problem; stats: float64 [P, 7], see FactorStats. half: with
+// products of bfloat16, where the kernels have them.
+void orthogonalize_factors(const Kernels&, const Problems&, const Addresses& out, uint64_t stats,
+                           bool half, double gamma, int64_t steps, double tol, int threads);
+bool half_products(const Kernels&);
 void apply(const Kernels&, const Problems&, const Addresses& coefficients,
            const std::vector<int64_t>& rows, const Addresses& out, int out_dtype, int threads);
 void apply_decouple(const Kernels&, const Problems&, const Addresses& coefficients,
@@ -62,9 +67,11 @@ void apply_decouple(const Kernels&, const Problems&, const Addresses& coefficien
 // All problems have these ranks; out [problems, T, T].
 void block_products(const Kernels&, const Addresses& x, const Addresses& y,
                     const std::vector<int64_t>& ranks, uint64_t out, int threads);
-std::vector<bool> all_finite(const Kernels&, const Addresses& data,
-                             const std::vector<int64_t>& counts, const std::vector<int>& dtypes,
-                             int threads);
+// out: float64, one a stretch of `counts` elements.
+void largest(const Kernels&, const Addresses& data, const std::vector<int64_t>& counts,
+             const std::vector<int>& dtypes, uint64_t out, int threads);
+// out: float64, one a block, whose scale is left out.
+void block_largest(const Kernels&, const Problems&, uint64_t out, int threads);
 
 // Entrywise ops on one module's updates: `a` and `b` hold one problem. out: int64 [T, bins].
 void entry_counts(const Kernels&, const Problems& a, const Problems& b,

@@ -110,6 +110,8 @@ struct MergeRule {
     float scale;
 };
 
+struct FactorKernels;  // factor_kernels.h
+
 struct Kernels {
     const char* name;
     // sum [R, R] += X X^T (or = when `first`) over columns [begin, end), lower triangle only.
@@ -126,13 +128,16 @@ struct Kernels {
     // out [count, count]: the sums over every block of the products of x's and y's entries.
     void (*block_products)(const float* x, const float* y, int64_t rank, const int64_t* ranks,
                            int64_t count, double* out, Arena&);
-    bool (*all_finite)(const void* data, int64_t count, DType);
+    // Of all magnitudes, where Inf is above all numbers and NaN above Inf.
+    double (*largest)(const void* data, int64_t count, DType);
     // counts [2, bins], of one adapter, += how often the upper bits of the magnitudes occur, or the
     // lower bits behind *prefix; the sum of both rows is what is asked for.
     void (*entry_counts)(const UpdateItem&, const uint32_t* prefix, uint32_t* counts, Arena&);
     // sums [end - begin, 2]: every row's magnitudes of one adapter, all and kept.
     void (*entry_sums)(const UpdateItem&, const Trim&, const Draw&, double* sums, Arena&);
     void (*entry_merge)(const UpdateItem&, const MergeRule&, float* out, Arena&);  // out: all rows
+    const FactorKernels* single;  // with products of float32
+    const FactorKernels* half;    // with products of bfloat16; null where they gain nothing
 };
 
 }  // namespace domerge

@@ -1,8 +1,10 @@
 // The AVX-512 kernels, with AMX for bfloat16 factors.
 #define DOMERGE_ISA amx
 #include "amx_apply.h"
+#include "amx_factors.h"
 #include "amx_gram.h"
 #include "apply_decouple.h"
+#include "factors.h"
 
 namespace domerge {
 
@@ -21,6 +23,8 @@ void gram(const Problem& problem, int64_t begin, int64_t end, bool first, float*
     else
         avx512::kernels.gram(problem, begin, end, first, sum, arena);
 }
+
+const FactorKernels half = Factors<TileProducts>::kernels();
 
 bool suits_tiles(const ApplyItem& item) {
     return item.coefficients && is_bfloat16(*item.problem);
@@ -49,6 +53,7 @@ const Kernels& kernels() {
         changed.gram = gram;
         changed.apply = apply;
         changed.apply_decouple = apply_decouple;
+        changed.half = &half;
         return changed;
     }();
     return table;

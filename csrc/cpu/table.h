@@ -4,7 +4,10 @@
 #include "apply_decouple.h"
 #include "block_products.h"
 #include "entries.h"
+#include "factor_products.h"
+#include "factors.h"
 #include "gram.h"
+#include "largest.h"
 #include "orthogonalize.h"
 
 #define DOMERGE_STRING_(x) #x
@@ -12,6 +15,8 @@
 
 namespace domerge {
 namespace DOMERGE_ISA {
+
+const FactorKernels single = Factors<SingleProducts>::kernels();
 
 extern const Kernels kernels;
 const Kernels kernels = {
@@ -25,10 +30,12 @@ const Kernels kernels = {
     root_stride,
     make_root,
     block_products,
-    all_finite,
+    largest,
     entry_counts,
     entry_sums,
     entry_merge,
+    &single,
+    nullptr,
 };
 
 }  // namespace DOMERGE_ISA

@@ -11,7 +11,6 @@ constexpr int64_t kStripBytes = 24 << 10;    // a strip of all updates, which st
 constexpr int64_t kFactorBytes = 256 << 10;  // the panel of all A_i, which stays in L2
 
 static_assert(kPanel % (kTileVectors * kWidth) == 0 && kPanel % (2 * kWidth) == 0, "kPanel");
-static_assert(kWidth % kTileRows == 0, "a vector of rows of B is whole strips");
 
 // A tile of every update: rows [row, row + rows), columns [column, column + n).
 struct Strip {
@@ -96,7 +95,12 @@ class Updates {
         block.scale = 1.0;
         const Problem problem{&block, 1, block.rank, item_.b->d, item_.b->columns};
         const int64_t n = item_.end - item_.begin;
-        if (!problem.columns) return load_rows(problem, item_.begin, n, b, ld_b_, false);
+        if (!problem.columns) {
+            load_rows(problem, item_.begin, n, b, ld_b_, false);
+            for (int64_t k = 0; k < block.rank; ++k)
+                for (int64_t j = round_up(n, kWidth); j < pad_rows(n); ++j) b[k * ld_b_ + j] = 0.0f;
+            return;
+        }
         const int64_t ld = row_stride<float>(round_up(block.rank, 16));
         float* rows = take_matrix(arena, round_up(n, 16), ld);
         load_columns(problem, item_.begin, n, rows, ld);

@@ -26,6 +26,7 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("serves", domerge::serves);
     m.def("set_backwards", domerge::set_backwards);
     m.def("set_shared_bytes", domerge::set_shared_bytes);
+    m.def("set_extra_bits", domerge::set_extra_bits);
     m.def("gram_sizes", domerge::gram_sizes);
     m.def("orthogonalize_sizes", domerge::orthogonalize_sizes);
     m.def("apply_sizes", domerge::apply_sizes);
@@ -33,22 +34,24 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("apply_columns", domerge::apply_columns);
     m.def("apply_decouple_columns", domerge::apply_decouple_columns);
     m.def("orthogonalize_scratch", domerge::orthogonalize_scratch);
+    m.def("apply_decouple_scratch", domerge::apply_decouple_scratch);
     py::class_<domerge::Decoupling>(m, "Decoupling")
         .def(py::init([](domerge::Address work, domerge::Address offsets, domerge::Address roots,
                          domerge::Address norms, domerge::Address omegas, double scale,
-                         domerge::Address energies, int64_t slots) {
-                 return domerge::Decoupling{work,   offsets, roots,    norms,
-                                            omegas, scale,   energies, slots};
+                         domerge::Address energies, int64_t slots, domerge::Address scratch) {
+                 return domerge::Decoupling{work,  offsets,  roots, norms,  omegas,
+                                            scale, energies, slots, scratch};
              }),
              py::arg("work"), py::arg("offsets"), py::arg("roots"), py::arg("norms"),
-             py::arg("omegas"), py::arg("scale"), py::arg("energies"), py::arg("slots"));
+             py::arg("omegas"), py::arg("scale"), py::arg("energies"), py::arg("slots"),
+             py::arg("scratch"));
     m.def("gram", domerge::gram, Unlocked());
     m.def("block_gram", domerge::block_gram, Unlocked());
     m.def("orthogonalize", domerge::orthogonalize, Unlocked());
     m.def("apply", domerge::apply, Unlocked());
     m.def("roots", domerge::roots, Unlocked());
     m.def("apply_decouple", domerge::apply_decouple, Unlocked());
-    m.def("all_finite", domerge::all_finite, Unlocked());
+    m.def("largest", domerge::largest, Unlocked());
     py::class_<domerge::UpdateNumbers>(m, "Updates")
         .def(py::init([](domerge::Address rows, int64_t adapters, int64_t m, int64_t n) {
                  return domerge::UpdateNumbers{rows, adapters, m, n};

@@ -5,7 +5,7 @@
 // in which block.each([&](int thread) { ... }) is a phase: all threads run it, then all wait for
 // each other. On the host a loop runs the threads one after the other, forwards or backwards: a
 // result that depends on the direction is a race. Variables that live across phases are the same
-// for all threads, or PerThread.
+// for all threads, or PerThread, or PerWarp.
 #pragma once
 
 #include <cstdint>
@@ -59,6 +59,13 @@ struct Block {
         phase(static_cast<int>(threadIdx.x));
         __syncthreads();
     }
+
+    // A phase of warps: what all lanes of one do together (warp.h).
+    template <class Phase>
+    DOMERGE_DEVICE void warps(Phase phase) {
+        phase(static_cast<int>(threadIdx.x / 32));
+        __syncthreads();
+    }
 };
 
 // The number, of unknown origin to the compiler: what a phase derives from it is not kept in
@@ -77,9 +84,21 @@ DOMERGE_DEVICE void add_atomically(uint64_t* to, uint64_t number) {
     atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(number));
 }
 
+// Raises a number to another one, where it is less.
+DOMERGE_DEVICE void raise_atomically(uint32_t* to, uint32_t number) {
+    atomicMax(to, number);
+}
+
 // One T a thread, kept in registers.
 template <class T, int kThreads>
 struct PerThread {
+    T value;
+    DOMERGE_DEVICE T& operator[](int) { return value; }
+};
+
+// One T a warp, which is in its lanes' registers.
+template <class T, int kThreads>
+struct PerWarp {
     T value;
     DOMERGE_DEVICE T& operator[](int) { return value; }
 };
@@ -142,6 +161,11 @@ struct Block {
     void each(Phase phase) {
         in_order(kThreads, [&](int64_t thread) { phase(static_cast<int>(thread)); });
     }
+
+    template <class Phase>
+    void warps(Phase phase) {
+        in_order(kThreads / 32, [&](int64_t warp) { phase(static_cast<int>(warp)); });
+    }
 };
 
 inline int opaque(int number) {
@@ -153,6 +177,10 @@ void add_atomically(T* to, T number) {
     *to += number;
 }
 
+inline void raise_atomically(uint32_t* to, uint32_t number) {
+    if (number > *to) *to = number;
+}
+
 // Full of NaN at first, as registers may be of anything.
 template <class T, int kThreads>
 struct PerThread {
@@ -162,6 +190,9 @@ struct PerThread {
     PerThread() { std::memset(static_cast<void*>(values.data()), 0xff, kThreads * sizeof(T)); }
     T& operator[](int thread) { return values[thread]; }
 };
+
+template <class T, int kThreads>
+using PerWarp = PerThread<T, kThreads / 32>;
 
 // Every block finds its shared memory full of NaN, and not one byte longer than asked for.
 template <class Kernel>

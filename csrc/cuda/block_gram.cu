@@ -19,17 +19,23 @@ struct BlockGramParams {
     double* out;
 };
 
+// Columns at a time. Small blocks are one tile and little to read: then much of it is on its way.
+// Of the smallest every thread has seven columns: an odd number, so that a warp uses more banks.
+template <class Format, int kSize>
+constexpr int kDepth = kSize == 8    ? 7 * 64
+                       : kSize == 64 ? 2 * kLanes<Format>
+                                     : 4096 / kSize;
+
 template <class Format>
 struct BlockGram {
     using Params = BlockGramParams;
     static constexpr int kThreads = kBlockThreads;
     static constexpr int kBlocksPerSm = 1;  // what registers allow
-    // Small blocks are one tile and little to read: then much of it is on its way at a time.
     template <int kSize>
-    using Product = GramProduct<Format, double, kSize, 4,
-                                (kSize < 64) ? 4096 / kSize : 2 * kLanes<Format>, (kSize < 64)>;
+    using Product = GramProduct<Format, double, kSize, 4, kDepth<Format, kSize>, (kSize < 64)>;
     static constexpr int64_t kSharedBytes =
-        std::max({Product<16>::kSharedBytes, Product<32>::kSharedBytes, Product<64>::kSharedBytes});
+        std::max({Product<8>::kSharedBytes, Product<16>::kSharedBytes, Product<32>::kSharedBytes,
+                  Product<64>::kSharedBytes});
     static_assert(kSharedBytes <= kSmallestShared);
 
     // Tile by tile, as many as the block's rank takes.
@@ -62,7 +68,9 @@ struct BlockGram {
 
     static DOMERGE_DEVICE void run(const Params& params, Block<kThreads>& block) {
         const int64_t rank = params.work[block.index].rank;
-        if (rank <= 16)
+        if (rank <= 8)
+            tiles<8>(params, block);
+        else if (rank <= 16)
             tiles<16>(params, block);
         else if (rank <= 32)
             tiles<32>(params, block);

@@ -2,6 +2,7 @@
 
 #include "block.h"
 #include "launch.h"
+#include "warp.h"
 
 namespace domerge {
 
@@ -72,6 +73,10 @@ void set_shared_bytes(int64_t) {
     throw std::logic_error("the shared memory of a device is what it is");
 }
 
+void set_extra_bits(int) {
+    throw std::logic_error("the tensor cores of a device add as they do");
+}
+
 #else
 
 CudaInfo cuda_info() {
@@ -88,6 +93,10 @@ void set_backwards(bool value) {
 
 void set_shared_bytes(int64_t value) {
     device.shared_bytes = value;
+}
+
+void set_extra_bits(int value) {
+    extra_bits = value;
 }
 
 #endif

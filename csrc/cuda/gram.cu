@@ -1,4 +1,5 @@
 #include "gram.h"
+#include "tensor_gram.h"
 
 namespace domerge {
 
@@ -59,9 +60,13 @@ struct Target {
 template <class Format, int kSize>
 struct Gram {
     using Params = GramParams;
-    static constexpr int kThreads = kBlockThreads;
-    static constexpr int kBlocksPerSm = kSize < 64 ? 2 : 1;  // what registers allow
-    using Product = GramProduct<Format, float, kSize, kSize == 16 ? 4 : 8, 2048 / kSize>;
+    static constexpr bool kOnTensorCores = sizeof(typename Format::Storage) == 2;
+    using Product =
+        std::conditional_t<kOnTensorCores, TensorGram<Format, kSize>,
+                           GramProduct<Format, float, kSize, kSize == 16 ? 4 : 8, 2048 / kSize>>;
+    static constexpr int kThreads = Product::kThreads;
+    // What registers allow.
+    static constexpr int kBlocksPerSm = kSize == 16 || (kSize == 32 && kOnTensorCores) ? 2 : 1;
     static_assert(Product::kSharedBytes <= kSmallestShared);
 
     static DOMERGE_DEVICE void run(const Params& params, Block<kThreads>& block) {
@@ -74,7 +79,7 @@ struct Gram {
         const Target target{params.table, problem, params.out + tile.offset, row, column};
         block.each([&](int thread) {
             for (int e = thread; e < kSize * kSize; e += kThreads) {
-                const float value = Product::Product::gather(product, e / kSize, e % kSize);
+                const float value = Product::gather(product, e / kSize, e % kSize);
                 if (tile.part < 0)
                     target.put(e / kSize, e % kSize, value);
                 else

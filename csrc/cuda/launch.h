@@ -1,4 +1,4 @@
-// The launches, one an op: domerge_fast/backends/gpu/host.py (`Kernels`) and gpu_entries.py
+// The launches, one an op: domerge_fast/backends/gpu/kernels.py (`Kernels`) and entries.py
 // (`EntryKernels`) say what each reads and writes. Lists of rows are an address and a count.
 // Nothing waits for a launch.
 #pragma once
@@ -38,14 +38,18 @@ struct Decoupling {
     double scale;
     Address energies;
     int64_t slots;
+    Address scratch;
 };
 
 std::vector<int64_t> apply_decouple_sizes();
 int64_t apply_decouple_columns(int64_t size);
-void apply_decouple(const TableNumbers& table, int64_t size, Address tiles, int64_t tile_count,
-                    const Decoupling& numbers, Address out, int out_dtype, Stream stream);
+// Bytes that a launch on the current device needs in `scratch`, aligned to 16. rank: the largest R.
+int64_t apply_decouple_scratch(int64_t size, int64_t tiles, int64_t rank);
+void apply_decouple(const TableNumbers& table, int64_t size, int64_t rank, Address tiles,
+                    int64_t tile_count, const Decoupling& numbers, Address out, int out_dtype,
+                    Stream stream);
 
-void all_finite(int dtype, Address tiles, int64_t count, Address flags, Stream stream);
+void largest(int dtype, Address tiles, int64_t count, Address tops, Stream stream);
 
 // The updates of one module: where their rows begin, how many there are, and their shape.
 struct UpdateNumbers {
@@ -87,5 +91,7 @@ bool on_host();
 void set_backwards(bool value);
 // The shared memory that a block may have on the host; std::logic_error on a device.
 void set_shared_bytes(int64_t value);
+// How the host's tensor cores add (warp.h); std::logic_error on a device.
+void set_extra_bits(int value);
 
 }  // namespace domerge

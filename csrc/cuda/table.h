@@ -98,7 +98,6 @@ DOMERGE_DEVICE uint32_t to_bits(float value) {
 
 struct Float32 {
     using Storage = float;
-    static constexpr uint32_t kExponent = 0x7f800000u;
     static DOMERGE_DEVICE uint32_t bits(Storage x) { return to_bits(x); }
     static DOMERGE_DEVICE float load(Storage x) { return x; }
     static DOMERGE_DEVICE Storage store(float x) { return x; }
@@ -106,19 +105,23 @@ struct Float32 {
 
 struct BFloat16 {
     using Storage = uint16_t;
-    static constexpr uint32_t kExponent = 0x7f80u;
     static DOMERGE_DEVICE uint32_t bits(Storage x) { return x; }
     static DOMERGE_DEVICE float load(Storage x) { return from_bits(uint32_t{x} << 16); }
     static DOMERGE_DEVICE Storage store(float x) {
+#ifdef __CUDACC__
+        uint16_t rounded;
+        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(x));
+        return rounded;
+#else
         const uint32_t bits = to_bits(x);
         if (x != x) return static_cast<Storage>(bits >> 16 | 0x40u);
         return static_cast<Storage>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+#endif
     }
 };
 
 struct Float16 {
     using Storage = uint16_t;
-    static constexpr uint32_t kExponent = 0x7c00u;
     static DOMERGE_DEVICE uint32_t bits(Storage x) { return x; }
 #ifdef __CUDACC__
     static DOMERGE_DEVICE float load(Storage x) { return __half2float(__ushort_as_half(x)); }
@@ -141,6 +144,21 @@ struct Float16 {
     }
 #endif
 };
+
+// Two numbers in 16 bits each, the first in the lower half.
+template <class Format>
+DOMERGE_DEVICE uint32_t pack(float first, float second) {
+#ifdef __CUDACC__
+    uint32_t words;
+    if constexpr (std::is_same_v<Format, BFloat16>)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words) : "f"(second), "f"(first));
+    else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words) : "f"(second), "f"(first));
+    return words;
+#else
+    return Format::store(first) | uint32_t{Format::store(second)} << 16;
+#endif
+}
 
 template <class Format>
 constexpr int kLanes = 16 / sizeof(typename Format::Storage);

@@ -7,6 +7,10 @@ namespace domerge {
 
 constexpr int kBlockThreads = 256;
 
+constexpr int least_of(int a, int b) {
+    return a < b ? a : b;
+}
+
 constexpr int round_up(int n, int multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
@@ -39,6 +43,16 @@ struct Tile {
         DOMERGE_UNROLL
         for (int i = 0; i < kM; ++i) DOMERGE_UNROLL
         for (int j = 0; j < kN; ++j) sums.at[i][j] = T{0};
+    }
+
+    // to += from, from = 0.
+    static DOMERGE_DEVICE void move(Sums& from, Sums& to) {
+        DOMERGE_UNROLL
+        for (int i = 0; i < kM; ++i) DOMERGE_UNROLL
+        for (int j = 0; j < kN; ++j) {
+            to.at[i][j] += from.at[i][j];
+            from.at[i][j] = T{0};
+        }
     }
 
     // sums += left^T right over a depth that all groups share: left [depth, kLeft] and right
@@ -93,7 +107,7 @@ struct Stage {
     static constexpr int kCount = kLanes<Format>;
     static constexpr int kVectors = kDepth * kLines / kCount;
     static constexpr int kEach = (kVectors + kBlockThreads - 1) / kBlockThreads;
-    static_assert(kDepth % (2 * kCount) == 0 && kLines % 16 == 0);
+    static_assert(kDepth % (2 * kCount) == 0 && kLines % 8 == 0);
 
     // What a thread holds between memory and the tile.
     struct Held {

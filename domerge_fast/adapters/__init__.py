@@ -6,6 +6,7 @@ from ..storage.lazy import LazyTensor
 from .adapter import Adapter, AdapterConfig, Kind, Module
 from .bridge import one_spelling
 from .compatible import check_compatible
+from .style import Style
 from .whole import Kept, keep
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Kind",
     "LazyTensor",
     "Module",
+    "Style",
     "check_compatible",
     "keep",
     "one_spelling",

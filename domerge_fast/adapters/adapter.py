@@ -8,17 +8,43 @@ import os
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from ..storage.input_file import InputFile
 from ..storage.lazy import LazyTensor, MemoryTensor
-from ..storage.safetensors_file import SafetensorsFile
+from ..storage.safetensors_file import group_bytes
+from .style import Style
 
-__all__ = ["Adapter", "AdapterConfig", "Kind", "Module", "called", "without_paths"]
+__all__ = [
+    "Adapter",
+    "AdapterConfig",
+    "Alike",
+    "Kind",
+    "Module",
+    "Slice",
+    "TokenRows",
+    "called",
+    "parameter_of",
+    "without_paths",
+]
 
 Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """What a module is of a parameter that PEFT adapts as it is, without the module that owns it
+    (`target_parameters`): the matrix at `index` of `count`, as the experts of a layer are. index:
+    None for a parameter called `weight` that is a matrix itself. depth: how many wrappers are
+    around this parameter's, because they adapt others of the same owner."""
+
+    index: int | None
+    count: int
+    depth: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +55,9 @@ class Module:
     [m, r]; for convolutions [r, in, k...] and [m, r, 1...], where n = in * k...; for embeddings n
     is the vocabulary and m the dimension (PEFT adds the transpose of delta to the [vocabulary,
     dimension] weight, and likewise for ``fan_in_fan_out`` layers). ``dtype`` holds both stored
-    factors without loss.
+    factors without loss. ``slice``: of a parameter without a layer of its own; a matrix of several
+    is called by the parameter's name and its number. ``dense``: stored as a matrix or what is as
+    large, and no factors of a lower rank than it has.
     """
 
     name: str
@@ -39,6 +67,8 @@ class Module:
     rank: int
     scaling: float
     dtype: torch.dtype
+    slice: Slice | None = None
+    dense: bool = False
 
     @property
     def m(self) -> int:
@@ -49,9 +79,39 @@ class Module:
         return math.prod(self.a_shape[1:])
 
     @property
-    def layer(self) -> tuple[Kind, int, tuple[int, ...]]:
-        """What all adapters of the module have in common: kind, m and the shape of the inputs."""
-        return self.kind, self.b_shape[0], self.a_shape[1:]
+    def layer(self) -> tuple[Kind, int, tuple[int, ...], int]:
+        """What all adapters of the module have in common: kind, m, the shape of the inputs, and of
+        how many matrices its parameter is."""
+        return self.kind, self.b_shape[0], self.a_shape[1:], self.slice.count if self.slice else 1
+
+    @property
+    def parameter(self) -> str:
+        """The model's name for the parameter that is adapted."""
+        return parameter_of(self.name, self.slice)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """By what modules are sorted."""
+        if self.slice is None or self.slice.index is None:
+            return self.name, 0
+        return self.parameter, self.slice.index
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Alike:
+    """What modules of an adapter that are alike have in common; see `Module`."""
+
+    rank: int
+    scaling: float
+    m: int
+    n: int
+    dtype: torch.dtype
+
+
+def parameter_of(name: str, piece: Slice | None) -> str:
+    """The parameter that holds a module's weight."""
+    numbered = piece is not None and piece.index is not None
+    return name.rpartition(".")[0] if numbered else f"{name}.weight"
 
 
 @dataclass(frozen=True)
@@ -66,6 +126,7 @@ class AdapterConfig:
     task_type: str | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     layer_replication: list[list[int]] | None = None
@@ -79,9 +140,12 @@ class AdapterConfig:
 def without_paths(config: AdapterConfig) -> AdapterConfig:
     """The config of an adapter whose modules are called otherwise than in the model that it was
     saved from: its selection of modules is kept only where it is by their last names."""
-    for chosen in (config.target_modules or [], config.exclude_modules or []):
-        if isinstance(chosen, str) or any("." in str(name) for name in chosen):
-            return dataclasses.replace(config, target_modules=None, exclude_modules=None)
+    chosen = config.target_modules, config.exclude_modules, config.target_parameters
+    for names in (names or [] for names in chosen):
+        if isinstance(names, str) or any("." in str(name) for name in names):
+            return dataclasses.replace(
+                config, target_modules=None, exclude_modules=None, target_parameters=None
+            )
     return config
 
 
@@ -91,15 +155,29 @@ def called(k: int, adapter: Adapter) -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class TokenRows:
+    """Rows of a parameter [V, d] as they were trained, the others being as they were before. at:
+    which, one for each row of `rows` [k, d]."""
+
+    at: tuple[int, ...]
+    rows: LazyTensor
+
+
+@dataclass(frozen=True, eq=False)
 class Adapter:
     """A LoRA adapter: its modules, and its factors read on demand.
 
-    ``name`` is what messages call it. ``modules`` is sorted by module name. ``carried`` holds the
-    tensors stored whole (``modules_to_save`` and base embeddings saved along), by the key PEFT
+    ``name`` is what messages call it. ``modules`` is sorted by `Module.place`. ``carried`` holds
+    the tensors stored whole (``modules_to_save`` and base embeddings saved along), by the key PEFT
     writes (with its ``base_model.model.`` prefix). ``inputs`` are all files it was read from. Names
     are those of the plain model; ``removed`` are the components that something around it had added
     to them. ``originals`` holds what some of the tensors stored whole were before training, by the
     name of the parameter, where that is known. ``model`` is the live model it was read from.
+    ``style`` is how it was stored; None for plain tensors, whose names are the caller's.
+    ``notes`` is what is to be said of it where it is merged.
+    ``differences`` and ``token_rows`` are what it changes beside them, by the parameters' names:
+    only sums take them along (differences.py). ``magnitudes`` are those of a DoRA, by module
+    (dora.py): [m] of its outputs, or [1, inputs, 1...].
     """
 
     name: str
@@ -107,11 +185,15 @@ class Adapter:
     modules: Mapping[str, Module]
     carried: Mapping[str, LazyTensor]
     stored: Mapping[str, tuple[LazyTensor, LazyTensor]] = field(repr=False)
-    file: SafetensorsFile | None = field(default=None, repr=False)
     inputs: tuple[InputFile, ...] = field(default=(), repr=False)
     removed: tuple[str, ...] = ()
     originals: Mapping[str, LazyTensor] = field(default_factory=dict, repr=False)
     model: weakref.ref[Any] | None = field(default=None, repr=False)
+    style: Style | None = None
+    notes: tuple[str, ...] = ()
+    differences: Mapping[str, LazyTensor] = field(default_factory=dict, repr=False)
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict, repr=False)
+    magnitudes: Mapping[str, LazyTensor] = field(default_factory=dict, repr=False)
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """A [r, n] and B [m, r] of a module: row-major, stored dtype, scaling not applied.
@@ -127,10 +209,47 @@ class Adapter:
         return a.read().flatten(1).contiguous(), b.read().flatten(1).contiguous()
 
     @property
+    def folder(self) -> Path | None:
+        """Where its files are; None for one that was in memory."""
+        return self.inputs[0].path.parent if self.inputs else None
+
+    @cached_property
+    def alike(self) -> dict[str, Alike]:
+        """Of every module; those that are alike have the same one."""
+        made: dict[tuple, Alike] = {}
+        found = {}
+        for name, x in self.modules.items():
+            key = x.rank, x.scaling, x.a_shape, x.b_shape, x.dtype
+            if key not in made:
+                made[key] = Alike(x.rank, x.scaling, x.m, x.n, x.dtype)
+            found[name] = made[key]
+        return found
+
+    @cached_property
+    def rooms(self) -> dict[str, int]:
+        """What every module's factors take of a buffer that they are read into."""
+        return {name: group_bytes(pair) for name, pair in self.stored.items()}
+
+    @cached_property
+    def pieces(self) -> dict[str, Module]:
+        """The modules that are one of several matrices of a parameter."""
+        return {n: x for n, x in self.modules.items() if x.slice and x.slice.index is not None}
+
+    @cached_property
+    def layers(self) -> dict[str, tuple]:
+        """`Module.layer` of every module."""
+        return {name: module.layer for name, module in self.modules.items()}
+
+    @property
+    def changed(self) -> list[str]:
+        """The parameters that it changes by no product of factors."""
+        return sorted({*self.differences, *self.token_rows})
+
+    @property
     def devices(self) -> set[torch.device]:
         """Where the factors are that are in memory."""
-        tensors = (t for pair in self.stored.values() for t in pair)
-        return {t.tensor.device for t in tensors if isinstance(t, MemoryTensor)}
+        pairs = self.stored.values()
+        return {x.tensor.device for pair in pairs for x in pair if type(x) is MemoryTensor}
 
     @property
     def nbytes(self) -> int:

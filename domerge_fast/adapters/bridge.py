@@ -17,9 +17,11 @@ from typing import NoReturn
 from ..errors import AdapterError, some
 from .adapter import Adapter, called, without_paths
 from .base_model import check_base, states_base
+from .compatible import check_names
 from .layers import Rests, Trees, check_layers, check_parts, children_of, trees_of
 from .names import EMBEDDINGS, HEADS, PREFIX
 from .stems import Core, core_of, is_below, joined, outer_of, split, within
+from .style import MODEL
 from .whole import NEW_HEADS, parameter
 
 __all__ = ["one_spelling"]
@@ -38,9 +40,11 @@ def one_spelling(
     Names become those of the first adapter, or of one that has what it lacks, never of one whose
     weight is zero: nothing of it is in the result. AdapterError, naming both spellings, where two
     may be one part of the model or two (in one live model they are two), and where adapters that
-    state no base model (nor ``base_model`` for them) have layers of different models. calls: what
+    state no base model (nor ``base_model`` for them) have layers of different models. Names that
+    are not the model's own stay (style.py); with others they are refused. calls: what
     sentences call the adapters, where that is not their place and name.
     """
+    check_names(adapters)
     check_base(adapters, base_model)
     check_parts(adapters)
     calls = calls or [called(k, adapter) for k, adapter in enumerate(adapters)]
@@ -51,6 +55,8 @@ def one_spelling(
     ]
     if not adapters or all(_has_names_of(adapters[0], adapter) for adapter in adapters[1:]):
         return list(adapters), notes
+    if any(adapter.style and adapter.style.names != MODEL for adapter in adapters):
+        return list(adapters), [*notes, *_apart(adapters, calls)]
     model = adapters[0].model
     of_one_model = model is not None and all(adapter.model == model for adapter in adapters)
     of_one_base = of_one_model or states_base(adapters, base_model)
@@ -68,7 +74,7 @@ def one_spelling(
 def _alike(adapters: Sequence[Adapter]) -> bool:
     """Whether any two stems may be spellings of each other: most often none, without a look at all
     that is below them."""
-    names = {n for a in adapters for n in (*a.modules, *map(parameter, a.carried))}
+    names = {n for a in adapters for n in (*a.modules, *map(parameter, a.carried), *a.changed)}
     stems: dict[str, set[str]] = {}
     cores: dict[Core, str] = {}
     for stem, rest in {(stem, bool(rest)) for stem, rest in map(split, names)}:
@@ -299,15 +305,19 @@ def _with_names(adapter: Adapter, stems: Mapping[str, str]) -> Adapter:
     modules = {new[n]: dataclasses.replace(m, name=new[n]) for n, m in adapter.modules.items()}
     whole = {key: PREFIX + name_of(key.removeprefix(PREFIX)) for key in adapter.carried}
     paths = {parameter(key): parameter(renamed) for key, renamed in whole.items()}
+    paths |= {name: name_of(name) for name in adapter.token_rows}
     saved = [_saved_as(name, paths) for name in adapter.config.modules_to_save or ()]
     config = dataclasses.replace(without_paths(adapter.config), modules_to_save=saved or None)
     return dataclasses.replace(
         adapter,
         config=config,
-        modules=dict(sorted(modules.items())),
+        modules=dict(sorted(modules.items(), key=lambda item: item[1].place)),
         stored={new[name]: pair for name, pair in adapter.stored.items()},
         carried={whole[key]: tensor for key, tensor in adapter.carried.items()},
         originals={paths[path]: tensor for path, tensor in adapter.originals.items()},
+        magnitudes={new[name]: x for name, x in adapter.magnitudes.items()},
+        differences={name_of(name): x for name, x in adapter.differences.items()},
+        token_rows={name_of(name): x for name, x in adapter.token_rows.items()},
     )
 
 
@@ -318,7 +328,8 @@ def _saved_as(module: str, paths: Mapping[str, str]) -> str:
 
 
 def _has_names_of(one: Adapter, other: Adapter) -> bool:
-    return one.modules.keys() == other.modules.keys() and one.carried.keys() == other.carried.keys()
+    same = one.modules.keys() == other.modules.keys() and one.changed == other.changed
+    return same and one.carried.keys() == other.carried.keys()
 
 
 def _is_of_other(stem: str, old: str, new: str) -> bool:

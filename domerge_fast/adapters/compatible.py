@@ -8,8 +8,10 @@ from ..errors import AdapterError, DomergeError
 from ..storage.garbage import uncollected
 from .adapter import Adapter, Module
 from .base_model import check_base
+from .names import EXPERT
+from .stems import split
 
-__all__ = ["check_compatible"]
+__all__ = ["check_compatible", "check_names"]
 
 
 @uncollected()
@@ -26,7 +28,47 @@ def check_compatible(adapters: Sequence[Adapter], base_model: str | None = None)
         raise DomergeError("no adapters given; give at least one")
     check_base(adapters, base_model)
     _check_replication(adapters)
+    _check_experts(adapters)
     _check_modules(adapters)
+
+
+def check_names(adapters: Sequence[Adapter]) -> None:
+    """Raise AdapterError for adapters whose modules have names of different kinds, as those of
+    kohya's files and of PEFT's are; plain tensors have whatever names they were given."""
+    styled = [(a, a.style) for a in adapters if a.style]
+    for adapter, style in styled[1:]:
+        first, expected = styled[0]
+        if style.names != expected.names:
+            problem = f"has the format {style.format!r}, adapter {first.name!r} "
+            problem += f"{expected.format!r}, and their modules have different names"
+            raise AdapterError(adapter.name, None, problem, "merge adapters of one format")
+
+
+def _check_experts(adapters: Sequence[Adapter]) -> None:
+    """The experts of a layer are one parameter in all adapters, or modules in all."""
+    as_one: dict[str, tuple[Adapter, str]] = {}
+    for adapter in adapters:
+        for name, module in adapter.pieces.items():
+            as_one.setdefault(_layer(name), (adapter, module.parameter))
+    if not as_one:
+        return
+    one_by_one: dict[str, tuple[Adapter, str]] = {}
+    for adapter in adapters:
+        for name, module in adapter.modules.items():
+            if not module.slice and EXPERT.fullmatch(name):
+                one_by_one.setdefault(_layer(name), (adapter, name))
+    for layer in sorted(one_by_one.keys() & as_one.keys()):
+        (adapter, name), (other, parameter) = one_by_one[layer], as_one[layer]
+        problem = f"is a module of one expert, adapter {other.name!r} adapts {parameter!r}, which "
+        problem += "has all experts"
+        remedy = "load it with PEFT and transformers 5, and save it again"
+        raise AdapterError(adapter.name, name, problem, remedy)
+
+
+def _layer(name: str) -> str:
+    """A module's name up to the number of its layer."""
+    stem, rest = split(name)
+    return f"{stem}.{rest.partition('.')[0]}"
 
 
 def _check_replication(adapters: Sequence[Adapter]) -> None:
@@ -41,6 +83,8 @@ def _check_replication(adapters: Sequence[Adapter]) -> None:
 
 
 def _check_modules(adapters: Sequence[Adapter]) -> None:
+    if all(adapter.layers == adapters[0].layers for adapter in adapters[1:]):
+        return
     seen: dict[str, tuple[Adapter, Module]] = {}
     for adapter in adapters:
         for name, module in adapter.modules.items():
@@ -58,4 +102,5 @@ def _check_modules(adapters: Sequence[Adapter]) -> None:
 
 def _describe(module: Module) -> str:
     inputs = "x".join(map(str, module.a_shape[1:]))
-    return f"{module.kind} of {module.m} outputs and {inputs} inputs"
+    what = f"{module.kind} of {module.m} outputs and {inputs} inputs"
+    return f"{what}, one of {module.slice.count}" if module.slice else what

@@ -37,6 +37,9 @@ def trees_of(adapter: Adapter) -> Trees:
     for key in adapter.carried:
         stem, rest = split(key.removeprefix(PREFIX))
         rests.setdefault(stem, {})[rest] = ("whole",)
+    for name in adapter.changed:
+        stem, rest = split(name)
+        rests.setdefault(stem, {}).setdefault(rest, ("changed",))
     found: Trees = {}
     for stem, signatures in rests.items():
         found.setdefault(core_of(stem), {})[stem] = signatures

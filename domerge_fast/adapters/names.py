@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 __all__ = [
     "AROUND",
     "EMBEDDINGS",
+    "EXPERT",
     "HEADS",
     "PREFIX",
     "Spelling",
@@ -74,6 +75,10 @@ def _inner(key: str) -> tuple[bool, str]:
     while lead := _LEAD.match(key):
         found, key = True, key[lead.end() :]
     return found, ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+EXPERT = re.compile(r"(.+\.experts)\.\d+\.([^.]+)")
+"""The name of a part of an expert that is a module: the owner, and what it is called there."""
 
 
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")

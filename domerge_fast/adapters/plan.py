@@ -2,74 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice, repeat
 
 import torch
-from torch import Tensor
 
-from ..algebra.side import Side
 from ..storage.buffers import Buffers
-from ..storage.safetensors_file import group_bytes, read_group
-from . import Adapter, LazyTensor, Module
+from ..storage.safetensors_file import Matrix, read_group
+from . import Adapter, Module
+from .dora import check_no_dora
+from .stack import Kind, Stack, stack_of_one, stacks_of
 
-__all__ = ["GPU_GROUP_BYTES", "GROUP_BYTES", "Plan", "Stack", "near_one"]
+__all__ = ["GPU_GROUP_BYTES", "GROUP_BYTES", "Kind", "Plan", "Stack"]
 
-GROUP_BYTES = 64 << 20
+GROUP_BYTES = 48 << 20
 """Factor bytes in a group of modules: small enough for the cache, large enough for all cores."""
 
 GPU_GROUP_BYTES = 256 << 20
 """On a GPU: enough problems for all its multiprocessors, and several groups to overlap."""
-
-SQUARES = 2 * 4 * 12
-"""Bytes for every entry of an R x R matrix: both sides have their Gram, C and the descent's own."""
-
-
-@dataclass(frozen=True, eq=False)
-class Stack:
-    """One module with its factors from every adapter that has it, as the two sides.
-
-    adapters: positions in the plan's list, one a block. a: blocks A_i [r_i, n]. b: blocks B_i^T
-    [r_i, m] with the scaling s_i as their scale. weights: w_i.
-
-    powers: the true A is 2^powers[0] times this one, and the true B^T (with its weights)
-    2^powers[1] times. far: whether some adapters are so much smaller than others that they vanish
-    beside them in float32 sums of squares. Both are what engine/precision.py leaves behind.
-    """
-
-    name: str
-    adapters: tuple[int, ...]
-    a: Side
-    b: Side
-    weights: tuple[float, ...]
-    powers: tuple[int, int] = (0, 0)
-    far: bool = False
-
-    @property
-    def rank(self) -> int:
-        return self.a.rank
-
-    @property
-    def omegas(self) -> tuple[float, ...]:
-        """ω_i = w_i / sum |w| over the adapters that have the module."""
-        return _shares(self.weights)
-
-
-@functools.lru_cache(maxsize=1 << 10)
-def _shares(weights: tuple[float, ...]) -> tuple[float, ...]:
-    sizes = near_one(weights)
-    total = sum(map(abs, sizes))
-    return tuple([w / total for w in sizes])
-
-
-def near_one(weights: Sequence[float]) -> list[float]:
-    """The weights over a power of two, with the largest near 1: their sums are finite, and no
-    digit is lost."""
-    power = math.frexp(max(map(abs, weights)))[1]
-    return [math.ldexp(w, -power) for w in weights]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +42,14 @@ class Plan:
         weights: Sequence[float],
         own: Mapping[str, Sequence[float]] | None = None,
     ) -> Plan:
+        for adapter in adapters:
+            check_no_dora(adapter)
         own = own or {}
+        live = [i for i, weight in enumerate(weights) if weight != 0]
+        first = adapters[live[0]].modules if live else {}
+        if not own and all(adapters[i].modules.keys() == first.keys() for i in live):
+            alike = dict.fromkeys(first, tuple(live))
+            return cls(adapters, weights, tuple(first), alike)
         owners: dict[str, list[int]] = {}
         for i, adapter in enumerate(adapters):
             for name in adapter.modules:
@@ -112,62 +71,86 @@ class Plan:
         """The module as its first owner describes it (rank and scaling are that adapter's)."""
         return self.adapters[self.owners[name][0]].modules[name]
 
+    @cached_property
+    def described(self) -> dict[str, Module]:
+        """`module` of every name."""
+        of_adapters = [adapter.modules for adapter in self.adapters]
+        return {name: of_adapters[self.owners[name][0]][name] for name in self.names}
+
     def modules(self, name: str) -> list[Module]:
         return [self.adapters[i].modules[name] for i in self.owners[name]]
 
     def rank(self, name: str) -> int:
         """R, the stacked rank of a module."""
-        return sum(self.sizes[name][0])
+        return self.kinds[name].rank
 
     @property
     def ranks(self) -> dict[str, int]:
         """R of every module."""
-        return {name: sum(ranks) for name, (ranks, _) in self.sizes.items()}
+        ranks = {kind: kind.rank for kind in set(self.kinds.values())}
+        return {name: ranks[kind] for name, kind in self.kinds.items()}
 
     @cached_property
-    def sizes(self) -> dict[str, tuple[tuple[int, ...], int]]:
-        """The r_i of every module, and min(m, n), which no rank has to exceed."""
-        adapters, found = self.adapters, {}
+    def kinds(self) -> dict[str, Kind]:
+        """Of every module; those alike have the same one."""
+        found: dict[str, Kind] = {}
+        for owners, names in self._by_owners.items():
+            made: dict[tuple, Kind] = {}
+            of_adapters = [map(self.adapters[i].alike.__getitem__, names) for i in owners]
+            for name, *key in zip(names, zip(*of_adapters), self._weights(owners, names)):
+                kind = made.get(tuple(key))
+                if kind is None:
+                    kind = made[tuple(key)] = Kind.of(owners, *key)
+                found[name] = kind
+        return found
+
+    def _weights(
+        self, owners: tuple[int, ...], names: Sequence[str]
+    ) -> Iterator[tuple[float, ...]]:
+        """Of the adapters that have these modules, by module."""
+        if not self.own:
+            return repeat(tuple([self.weights[i] for i in owners]))
+        rows = (self.own.get(name, self.weights) for name in names)
+        return (tuple([row[i] for i in owners]) for row in rows)
+
+    @cached_property
+    def _by_owners(self) -> dict[tuple[int, ...], list[str]]:
+        """The modules that the same adapters have."""
+        found: dict[tuple[int, ...], list[str]] = {}
         for name, owners in self.owners.items():
-            modules = [adapters[i].modules[name] for i in owners]
-            first = modules[0]
-            found[name] = tuple([module.rank for module in modules]), min(first.m, first.n)
+            found.setdefault(owners, []).append(name)
         return found
 
     @property
     def wide(self) -> bool:
         """Whether a module's stacked rank exceeds what its update can have."""
-        return any(sum(ranks) > side for ranks, side in set(self.sizes.values()))
+        return any(kind.rank > min(kind.m, kind.n) for kind in set(self.kinds.values()))
 
     def dtype(self) -> torch.dtype:
         """The dtype that all factors share, or float32 where they differ."""
-        dtypes = {m.dtype for name in self.names for m in self.modules(name)}
+        dtypes = {dtype for kind in set(self.kinds.values()) for dtype in kind.dtypes}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def factor_bytes(self, name: str) -> int:
         """Bytes of a module's factors, of all adapters."""
-        module = self.module(name)
-        return self.rank(name) * (module.m + module.n) * module.dtype.itemsize
+        return self.kinds[name].factor_bytes
 
     def dense_bytes(self, name: str) -> int:
         """Bytes of a module's ΔW in float32."""
-        module = self.module(name)
-        return 4 * module.m * module.n
+        return self.kinds[name].dense_bytes
 
     def device_bytes(self, name: str, dtype: torch.dtype) -> int:
-        """Device memory that merging a module to factors of this dtype takes: the factors and the
-        results, each twice (one group computes while another is copied), and R x R matrices.
-        Kernels' scratch memory comes on top: up to 256 MiB, whatever the group."""
-        module = self.module(name)
-        rank = self.rank(name)
-        merged = rank * (module.m + module.n) * dtype.itemsize
-        return 2 * self.factor_bytes(name) + 2 * merged + SQUARES * rank * rank
+        """`Kind.device_bytes` of a module."""
+        return self.kinds[name].device_bytes(dtype)
 
-    def groups(self, share: Callable[[str], float]) -> Iterator[list[str]]:
-        """Names in order, until their shares of a group add up to 1; at least one in a group."""
+    def groups(
+        self, share: Callable[[str], float], names: Sequence[str] | None = None
+    ) -> Iterator[list[str]]:
+        """Names in order, until their shares of a group add up to 1; at least one in a group.
+        names: of some modules, None for all."""
         group: list[str] = []
         filled = 0.0
-        for name in self.names:
+        for name in self.names if names is None else names:
             part = share(name)
             if group and filled + part > 1:
                 yield group
@@ -179,49 +162,39 @@ class Plan:
 
     def stack(self, name: str) -> Stack:
         """A module's factors from every adapter that has it, where they are."""
-        return self._stack(name, [self.adapters[i].factors(name) for i in self.owners[name]])
+        pairs = [self.adapters[i].factors(name) for i in self.owners[name]]
+        return stack_of_one(self.kinds[name], name, [x for pair in pairs for x in pair])
 
     def read_bytes(self, names: Sequence[str]) -> int:
         """What a buffer for the factors of a group has to hold."""
-        return sum([self._rooms[name] for name in names])
+        return sum([self.rooms[name] for name in names])
 
     @cached_property
-    def _rooms(self) -> dict[str, int]:
+    def rooms(self) -> dict[str, int]:
         """What every module's factors take of a buffer."""
-        stored = [adapter.stored for adapter in self.adapters]
-        return {
-            name: group_bytes([x for i in owners for x in stored[i][name]])
-            for name, owners in self.owners.items()
-        }
+        found: dict[str, int] = {}
+        for owners, names in self._by_owners.items():
+            rows = zip(*(map(self.adapters[i].rooms.__getitem__, names) for i in owners))
+            found |= zip(names, map(sum, rows))
+        return found
 
-    def stacks(self, names: Sequence[str], buffers: Buffers) -> list[Stack]:
+    def stacks(self, portions: Sequence[Sequence[str]], buffers: Buffers) -> list[list[Stack]]:
         """Modules' factors from every adapter that has them, where they are; those of files are
-        read into a buffer."""
-        found = iter(read_group([x for pair in self._pairs(names) for x in pair], buffers))
-        return [
-            self._stack(name, [_unpadded(m, next(found), next(found)) for m in self.modules(name)])
-            for name in names
-        ]
+        read into a buffer. Modules alike of a portion are one stack, in the order that the first of
+        each has."""
+        stored, owners = [adapter.stored for adapter in self.adapters], self.owners
+        names = [name for portion in portions for name in portion]
+        wanted = [x for name in names for i in owners[name] for x in stored[i][name]]
+        found = iter(read_group(wanted, buffers))
+        return [self._of_portion(portion, found) for portion in portions]
 
-    def _pairs(self, names: Sequence[str]) -> list[tuple[LazyTensor, LazyTensor]]:
-        return [self.adapters[i].stored[name] for name in names for i in self.owners[name]]
-
-    def _stack(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Stack:
-        owners, modules = self.owners[name], self.modules(name)
-        ranks = tuple([module.rank for module in modules])
-        scaling = tuple([module.scaling for module in modules])
-        first, weights = modules[0], self.own.get(name, self.weights)
-        return Stack(
-            name,
-            owners,
-            Side.of([a for a, _ in pairs], (1.0,) * len(pairs), ranks, first.n),
-            Side.of([b for _, b in pairs], scaling, ranks, first.m, transposed=True),
-            tuple([weights[i] for i in owners]),
-        )
-
-
-def _unpadded(module: Module, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A [r, n] and B [m, r] without the rank rows that are padding (formats/peft/padding.py)."""
-    if module.rank == a.shape[0]:
-        return a, b
-    return a[: module.rank], b[:, : module.rank].contiguous()
+    def _of_portion(self, names: Sequence[str], found: Iterator[Matrix]) -> list[Stack]:
+        members: dict[Kind, tuple[list[str], list[Matrix]]] = {}
+        kinds = self.kinds
+        for name in names:
+            kind = kinds[name]
+            own, matrices = members.setdefault(kind, ([], []))
+            own.append(name)
+            matrices += islice(found, 2 * len(kind.owners))
+        rows = [(kind, *row) for kind, row in members.items()]
+        return [stack for row in rows for stack in stacks_of(*row)]

@@ -194,7 +194,7 @@ class _Origins:
     def __init__(self, adapters: Sequence[Adapter], base: Origin | None) -> None:
         self._adapters = adapters
         self._base = base
-        self.could_have_base = base is None and any(adapter.file for adapter in adapters)
+        self.could_have_base = base is None and any(adapter.folder for adapter in adapters)
 
     def __call__(self, key: str, shape: tuple[int, ...]) -> LazyTensor | None:
         """W0 of this shape if there is one, or of another. DomergeError where adapters differ."""

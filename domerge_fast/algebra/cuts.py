@@ -44,7 +44,7 @@ def check_cut(values: Tensor, kept: int, at: int = 0) -> None:
 def check_cuts(values: Tensor, kept: Tensor) -> None:
     """`check_cut` of every row of values [P, q], kept [P]."""
     counts = kept.long().tolist()
-    for at, (row, count) in enumerate(zip(values.cpu(), counts)):
+    for at, (row, count) in enumerate(zip(values.detach().cpu(), counts)):
         check_cut(row, count, at)
 
 

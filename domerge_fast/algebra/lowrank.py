@@ -24,7 +24,6 @@ FIRST_RANK = 32
 """Where the search for a rank that keeps the wanted energy starts; it doubles from there."""
 
 
-@full_precision()
 def compress(
     delta: Tensor, rank: int | None, energy: float | None
 ) -> tuple[Tensor, Tensor, float, float]:
@@ -40,6 +39,7 @@ def compress(
     if not math.isfinite(total):
         m, n = delta.shape
         return delta.new_full((1, n), math.nan), delta.new_full((m, 1), math.nan), math.nan, total
+    delta = delta.to(full_precision(delta.device, delta.dtype))
     least = min(delta.shape)
     count = min(FIRST_RANK if rank is None else rank, least)
     while True:
@@ -56,7 +56,8 @@ def compress(
     check_cut(s.cpu(), k)
     root = s[:k].sqrt()
     kept = min(1.0, float(squares[:k].sum()) / total) if total > 0 else 1.0
-    return root[:, None] * vh[:k], u[:, :k] * root, kept, total
+    a, b = root[:, None] * vh[:k], u[:, :k] * root
+    return a.float(), b.float(), kept, total
 
 
 def _leading(delta: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from ..storage.lazy import dtype_name
 from .side import Side
 
 __all__ = [
+    "EXTREME",
     "MOST",
     "USUAL",
     "check_rounding",
@@ -19,6 +20,7 @@ __all__ = [
     "exponents",
     "extreme",
     "fitted",
+    "magnitude",
     "product",
     "refusal",
     "scaled",
@@ -68,7 +70,7 @@ def exponents(side: Side, diagonal: Tensor | None = None) -> list[float]:
 
 
 def exponent(block: Tensor, scale: float) -> float:
-    top = largest(block)
+    top = float(magnitude(block))
     if not math.isfinite(top):
         return math.inf
     if top == 0 or scale == 0:
@@ -76,10 +78,10 @@ def exponent(block: Tensor, scale: float) -> float:
     return math.frexp(top)[1] + math.frexp(scale)[1]
 
 
-def largest(x: Tensor) -> float:
-    """The largest magnitude; not finite where an entry is not."""
+def magnitude(x: Tensor) -> Tensor:
+    """max |x|; NaN or Inf where an entry is."""
     low, high = torch.aminmax(x)
-    return float(torch.maximum(high, -low))
+    return torch.maximum(high, -low)
 
 
 def fitted(
@@ -132,7 +134,7 @@ def scaled(name: str, delta: Tensor, power: int) -> Tensor:
     if abs(power) > MOST:
         raise refusal(name, delta.dtype, "large" if power > 0 else "small")
     found = times(delta, power).to(delta.dtype)
-    if not math.isfinite(largest(found)):
+    if not bool(magnitude(found).isfinite()):
         raise refusal(name, delta.dtype, "large")
     check_rounding(name, delta, times(found, -power), delta.dtype)
     return found
@@ -141,7 +143,7 @@ def scaled(name: str, delta: Tensor, power: int) -> Tensor:
 def product(name: str, a: Tensor, b: Tensor) -> Tensor:
     """B A in float32; DomergeError where it is beyond that."""
     found = b.float() @ a.float()
-    if not TINY <= largest(found) < math.inf:
+    if not TINY <= float(magnitude(found)) < math.inf:
         exact = b.double() @ a.double()
         if float(exact.abs().max()) > torch.finfo(torch.float32).max:
             raise refusal(name, torch.float32, "large")
@@ -152,7 +154,7 @@ def product(name: str, a: Tensor, b: Tensor) -> Tensor:
 
 def check_rounding(name: str, given: Tensor, found: Tensor, dtype: torch.dtype) -> None:
     """DomergeError where `found`, which is `given` after a rounding to dtype, is off by LIMIT."""
-    if dtype != torch.float16 and largest(found) >= TINY:
+    if dtype != torch.float16 and bool(magnitude(found) >= TINY):
         return
     size = float(torch.linalg.vector_norm(given, dtype=torch.float64))
     off = float(torch.linalg.vector_norm(found.to(given.dtype) - given, dtype=torch.float64))

@@ -12,9 +12,10 @@ ZERO_COLUMN = 1e-6
 
 
 def column_norms(square_root: Tensor, a: Tensor) -> Tensor:
-    """||S a_c|| of every column, 0 where it is rounding noise."""
-    norms = torch.linalg.vector_norm(square_root.to(a.dtype) @ a, dim=0)
-    floor = ZERO_COLUMN * square_root.norm().to(a.dtype) * torch.linalg.vector_norm(a, dim=0)
+    """||S a_c|| of every column of a [..., r, d], 0 where it is rounding noise."""
+    norms = torch.linalg.vector_norm(square_root.to(a.dtype) @ a, dim=-2)
+    size = torch.linalg.matrix_norm(square_root)[..., None].to(a.dtype)
+    floor = ZERO_COLUMN * size * torch.linalg.vector_norm(a, dim=-2)
     return torch.where(norms > floor, norms, 0.0)
 
 

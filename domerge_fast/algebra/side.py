@@ -1,87 +1,28 @@
-"""One side of one module: the stacked factors that the ops work on.
+"""One side of a module, or of modules alike: the stacked factors that the ops work on.
 
 Notation (the same in code, docs and tests): T adapters; adapter i owns the block X_i [r_i, d];
 the stacked X is [R, d] with R = sum(r_i). On the A side X_i = A_i and d = n; on the B side
 X_i = B_i.T, a view of the stored [m, r_i] matrix, and d = m.
 
 What kernels are told of a side is made once and kept with it, as bytes that `table` joins for a
-group of sides: a merge of 18,000 modules makes millions of small objects otherwise.
+group of sides: a merge of 18,000 modules makes millions of small objects otherwise. So the sides of
+P modules that are alike but for where their factors lie are one, and what ops make of it has the
+modules as its first dimension, as with torch's batched functions.
 """
 
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["CODES", "Side", "squares", "table"]
+from ..storage.buffers import Lying, as_tensor
+from .described import CODES, Described, Layout, bits, described, packed, rows_of, starts
 
-FACTOR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-CODES = {dtype: code for code, dtype in enumerate(FACTOR_DTYPES)}
-"""The numbers by which csrc/common/problem.h knows them."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Layout:
-    """How kernels read a side, but for where its blocks begin; sides alike share it.
-
-    Element (r, c) of X_i [r_i, d] lies at r * pitch + c, or in columns at c * pitch + r. key: the
-    ranks, d, whether in columns, pitches, dtypes. head: number of blocks, R, d, 1 for columns.
-    rows: r_i, pitch, code of the dtype and scale (float64) of every block, in 8 bytes each, as
-    all numbers.
-    """
-
-    key: tuple[tuple[int, ...], int, bool, tuple[int, ...], tuple[torch.dtype, ...]]
-    head: bytes
-    rows: bytes
-
-    @property
-    def dtypes(self) -> tuple[torch.dtype, ...]:
-        return self.key[-1]
-
-
-Described = tuple[Layout, bytes]
-"""A layout, and where the blocks begin (int64)."""
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _layout(
-    ranks: tuple[int, ...],
-    d: int,
-    columns: bool,
-    pitches: tuple[int, ...],
-    dtypes: tuple[torch.dtype, ...],
-    scales: bytes,
-) -> Layout:
-    head = struct.pack("=4q", len(ranks), sum(ranks), d, columns)
-    bits = struct.unpack(f"={len(ranks)}q", scales)
-    rows = zip(ranks, pitches, (CODES[dtype] for dtype in dtypes), bits, strict=True)
-    packed = b"".join([struct.pack("=4q", *row) for row in rows])
-    return Layout((ranks, d, columns, pitches, dtypes), head, packed)
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _rows_of(
-    ranks: tuple[int, ...], shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
-) -> tuple[Layout | None, list[int]]:
-    """Of blocks of so many rows of a matrix: how kernels read them, None if they cannot, and where
-    each begins, in bytes."""
-    (rank, d), (row, column) = shape, strides
-    columns = d > 1 and row == 1
-    pitch, step, width = (column, row, rank) if columns else (row, column, d)
-    if dtype not in CODES or step != 1 or pitch < width:
-        return None, []
-    count = len(ranks)
-    layout = _layout(ranks, d, columns, (pitch,) * count, (dtype,) * count, _bits((1.0,) * count))
-    starts = accumulate(ranks[:-1], initial=0)
-    return layout, [row * dtype.itemsize * start for start in starts]
+__all__ = ["CODES", "Side", "squares", "starts", "table"]
 
 
 class Side:
@@ -89,13 +30,14 @@ class Side:
 
     The memory of a block is row-major [r_i, d] ("rows") or the transpose of a row-major
     [d, r_i] matrix ("columns"). ranks: the r_i; rank: R. in_columns: whether the first block is
-    the transpose of a row-major [d, r] matrix. ValueError unless there is a scale for every block,
-    and a block, and kernels can be handed them.
+    the transpose of a row-major [d, r] matrix. count: of the modules whose side it is, or None:
+    of one, and then results have no dimension for modules. ValueError unless there is a scale for
+    every block, and a block, and kernels can be handed them.
     """
 
     __slots__ = (
-        *("scales", "ranks", "rank", "d", "device", "in_columns"),
-        *("described", "_blocks", "_stored", "_copies"),
+        *("scales", "ranks", "rank", "d", "device", "in_columns", "count"),
+        *("described", "_blocks", "_stored", "_turned", "_copies"),
     )
 
     def __init__(self, blocks: Sequence[Tensor], scales: tuple[float, ...]) -> None:
@@ -120,31 +62,35 @@ class Side:
         d: int,
         device: torch.device,
         in_columns: bool,
-        stored: Tensor | Sequence[Tensor],
+        stored: Tensor | Sequence[Tensor | Lying],
         blocks: Sequence[Tensor] | None = None,
+        turned: bool = False,
+        count: int | None = None,
     ) -> None:
         self.scales, self.ranks, self.rank, self.d = scales, ranks, sum(ranks), d
-        self.device, self.in_columns = device, in_columns
-        self._stored, self._blocks = stored, blocks
+        self.device, self.in_columns, self.count = device, in_columns, count
+        self._stored, self._blocks, self._turned = stored, blocks, turned
         self.described: Described | None = None
-        self._copies: dict[tuple[bool, torch.dtype | None], Side] = {}
+        self._copies: dict[tuple[bool, torch.dtype | None], Side] | None = None
 
     @classmethod
     def of(
         cls,
-        matrices: Sequence[Tensor],
+        matrices: Sequence[Tensor | Lying],
         scales: tuple[float, ...],
         ranks: tuple[int, ...],
         d: int,
         transposed: bool = False,
+        count: int | None = None,
     ) -> Side:
         """Of row-major matrices [r_i, d] without gaps, or [d, r_i] of which the blocks are the
-        transposes: these views are made only if somebody asks for them."""
+        transposes: tensors and views are made only if somebody asks for them. count: of modules,
+        whose matrices follow each other on one device; those of every adapter have one dtype."""
         side = cls.__new__(cls)
         in_columns = transposed and d > 1
-        blocks = None if transposed else matrices
-        side._set(scales, ranks, d, matrices[0].device, in_columns, matrices, blocks)
-        dtypes = tuple([x.dtype for x in matrices])
+        device = matrices[0].device
+        side._set(scales, ranks, d, device, in_columns, matrices, turned=transposed, count=count)
+        dtypes = tuple([x.dtype for x in matrices[: len(ranks)]])
         if CODES.keys() >= set(dtypes):
             pitches = ranks if in_columns else (d,) * len(ranks)
             side._describe(pitches, dtypes, [x.data_ptr() for x in matrices])
@@ -152,25 +98,75 @@ class Side:
 
     @classmethod
     def split(cls, x: Tensor, ranks: tuple[int, ...]) -> Side:
-        """The rows of x [R, d], r_i of them a block, each with scale 1."""
-        layout, places = _rows_of(ranks, tuple(x.shape), x.stride(), x.dtype)
-        d = x.shape[1]
+        """The rows of x [R, d], or of every matrix of x [P, R, d], r_i of them a block, each with
+        scale 1."""
+        count = x.shape[0] if x.dim() == 3 else None
+        *_, rows, d = x.shape
+        strides = x.stride()[-2:]
+        layout, places = rows_of(ranks, (rows, d), strides, x.dtype)
         side = cls.__new__(cls)
-        side._set((1.0,) * len(ranks), ranks, d, x.device, d > 1 and x.stride(0) == 1, x)
+        in_columns = d > 1 and strides[0] == 1
+        side._set((1.0,) * len(ranks), ranks, d, x.device, in_columns, x, count=count)
         if layout:
-            first = x.data_ptr()
-            side.described = layout, _packed([first + place for place in places])
+            at = [first + place for first in starts(x) for place in places]
+            side.described = layout, packed(at)
         return side
+
+    def _alike(self, stored: Any, count: int | None, at: slice) -> Side:
+        """The side of some of the modules, whose blocks these are."""
+        side = Side.__new__(Side)
+        common = self.scales, self.ranks, self.d, self.device, self.in_columns
+        side._set(*common, stored, turned=self._turned, count=count)
+        if self.described:
+            layout, places = self.described
+            side.described = layout, places[8 * at.start : 8 * at.stop]
+        return side
+
+    def of_modules(self, begin: int, end: int) -> Side:
+        """The side of the modules from one position to another."""
+        at = slice(begin * len(self.ranks), end * len(self.ranks))
+        stored = self._stored
+        part = stored[begin:end] if isinstance(stored, Tensor) else stored[at]
+        return self._alike(part, end - begin, at)
+
+    def each(self) -> list[Side]:
+        """The sides of the modules, one by one."""
+        if self.count is None:
+            return [self]
+        width, stored = len(self.ranks), self._stored
+        parts = [slice(k, k + width) for k in range(0, width * self.count, width)]
+        if isinstance(stored, Tensor):
+            return [self._alike(x, None, at) for x, at in zip(stored.unbind(), parts)]
+        return [self._alike(stored[at], None, at) for at in parts]
 
     def scaled(self, scales: tuple[float, ...]) -> Side:
         """The same blocks with other scales."""
         side = Side.__new__(Side)
         common = self.ranks, self.d, self.device, self.in_columns
-        side._set(scales, *common, self._stored, self._blocks)
+        side._set(scales, *common, self._stored, self._blocks, self._turned, self.count)
         if self.described:
             layout, at = self.described
-            side.described = _layout(*layout.key, _bits(scales)), at
+            side.described = described(*layout.key, bits(scales)), at
         return side
+
+    def elsewhere(self, matrices: Sequence[Tensor]) -> Side:
+        """The side with its `matrices` replaced by others of the same shapes, dense and on one
+        device."""
+        if self.count is None:
+            blocks = [x.T for x in matrices] if self._turned else matrices
+            return Side(blocks, self.scales)
+        return Side.of(matrices, self.scales, self.ranks, self.d, self._turned, self.count)
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The blocks, or their transposes, as they are stored, one after the other."""
+        stored = self._stored
+        return [*self.blocks] if isinstance(stored, Tensor) else [as_tensor(x) for x in stored]
+
+    @property
+    def modules(self) -> int:
+        """How many it is of."""
+        return 1 if self.count is None else self.count
 
     @property
     def layout(self) -> Layout:
@@ -180,21 +176,27 @@ class Side:
 
     @property
     def blocks(self) -> Sequence[Tensor]:
+        """The X_i, of one module after the other."""
         if self._blocks is None:
             stored = self._stored
             if isinstance(stored, Tensor):
-                self._blocks = stored.split_with_sizes(list(self.ranks))
+                whole = [stored] if self.count is None else stored.unbind()
+                self._blocks = [b for x in whole for b in x.split_with_sizes(list(self.ranks))]
             else:
-                self._blocks = tuple([x.T for x in stored])
+                matrices = map(as_tensor, stored)
+                self._blocks = tuple([x.T for x in matrices] if self._turned else matrices)
         return self._blocks
 
     def is_on(self, device: torch.device) -> bool:
         """Whether all blocks are."""
-        stored = [self._stored] if isinstance(self._stored, Tensor) else self._stored
-        return all(x.device == device for x in stored)
+        if isinstance(self._stored, Tensor) or self.count is not None:
+            return self.device == device
+        return {x.device for x in self._stored} == {device}
 
     def stack(self, dtype: torch.dtype) -> Tensor:
-        """X [R, d] with the scales multiplied in, in the memory layout of the first block."""
+        """X [R, d] with the scales multiplied in, in the memory layout of the first block; of one
+        module."""
+        assert self.count is None
         if self.in_columns:
             return torch.cat([s * b.T.to(dtype) for b, s in zip(self.blocks, self.scales)], 1).T
         return torch.cat([s * b.to(dtype) for b, s in zip(self.blocks, self.scales)], 0)
@@ -211,32 +213,28 @@ class Side:
         ):
             return self
         columns = self.in_columns and not rows_only
+        if self._copies is None:
+            self._copies = {}
         if (columns, dtype) not in self._copies:
             self._copies[columns, dtype] = self._arranged(columns, dtype)
         return self._copies[columns, dtype]
 
     def _arranged(self, columns: bool, dtype: torch.dtype | None) -> Side:
         found = [_arranged(block, columns, dtype) for block in self.blocks]
-        blocks, pitches = [block for block, _ in found], tuple([pitch for _, pitch in found])
+        blocks, count = [block for block, _ in found], len(self.ranks)
         side = Side.__new__(Side)
-        side._set(self.scales, self.ranks, self.d, self.device, columns, blocks, blocks)
-        dtypes = tuple([block.dtype for block in blocks])
+        common = self.scales, self.ranks, self.d, self.device
+        side._set(*common, columns, blocks, blocks, count=self.count)
+        pitches = tuple([pitch for _, pitch in found[:count]])
+        dtypes = tuple([block.dtype for block in blocks[:count]])
         side._describe(pitches, dtypes, [block.data_ptr() for block in blocks])
         return side
 
     def _describe(
         self, pitches: tuple[int, ...], dtypes: tuple[torch.dtype, ...], at: Sequence[int]
     ) -> None:
-        layout = _layout(self.ranks, self.d, self.in_columns, pitches, dtypes, _bits(self.scales))
-        self.described = layout, _packed(at)
-
-
-def _packed(addresses: Sequence[int]) -> bytes:
-    return struct.pack(f"={len(addresses)}Q", *addresses)
-
-
-def _bits(scales: Sequence[float]) -> bytes:
-    return struct.pack(f"={len(scales)}d", *scales)
+        layout = described(self.ranks, self.d, self.in_columns, pitches, dtypes, bits(self.scales))
+        self.described = layout, packed(at)
 
 
 def _arranged(block: Tensor, columns: bool, dtype: torch.dtype | None) -> tuple[Tensor, int]:
@@ -261,8 +259,8 @@ def squares(ranks: tuple[int, ...]) -> int:
 
 
 class Table(NamedTuple):
-    """Sides as bytes: the addresses of all blocks one after the other, `Layout.head` of every side,
-    `Layout.rows` of all blocks. Good as long as the sides live."""
+    """Sides as bytes: the addresses of all blocks one after the other, `Layout.head` of every
+    module's side, `Layout.rows` of all blocks. Good as long as the sides live."""
 
     addresses: bytes
     heads: bytes
@@ -275,11 +273,10 @@ def table(
 ) -> Table:
     """The table of the sides as they are `ready`."""
     found = [side.ready(rows_only, dtype) for side in sides]
-    described = [side.described for side in found if side.described]
-    layouts = [layout for layout, _ in described]
+    described = [(*side.described, side.modules) for side in found if side.described]
     return Table(
-        b"".join([at for _, at in described]),
-        b"".join([layout.head for layout in layouts]),
-        b"".join([layout.rows for layout in layouts]),
+        b"".join([at for _, at, _ in described]),
+        b"".join([layout.head * count for layout, _, count in described]),
+        b"".join([layout.rows * count for layout, _, count in described]),
         found,
     )

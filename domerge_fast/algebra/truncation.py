@@ -11,7 +11,7 @@ from torch import Tensor
 from .cuts import cut
 from .roots import root
 
-__all__ = ["NOISE", "truncated"]
+__all__ = ["NOISE", "Part", "truncated"]
 
 NOISE = 2.0**-26
 """Singular values below this share of ||B||_F ||A||_F are rounding noise of the float64 Grams."""

@@ -14,37 +14,55 @@ from torch import Tensor
 from .. import _C
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..algebra.side import CODES, Side, squares, table
-from . import torch as library
-from .layout import addresses, dense, matrices, together
-from .torch import orthogonalize_factors
+from . import torch as by_torch
+from .factor_descent import FACTOR_STATS, LEAST_SHARE, in_factor_form
+from .layout import addresses, dense, matrices, row_major, together
+from .singly import Singly, each, joined
 
 __all__ = [
-    "all_finite",
+    "BATCHES",
     "apply",
     "apply_decouple",
     "block_gram",
+    "block_largest",
     "block_products",
     "entry_counts",
     "entry_merge",
     "entry_sums",
     "gram",
+    "largest",
     "orthogonalize",
     "orthogonalize_factors",
     "truncate",
 ]
 
+BATCHES = True
+"""Ops take sides of several modules."""
+
 SIGNS = {"none": 0, "total": 1, "frequency": 2}
 MEANS = {"sum": 0, "count": 1, "weight": 2}
 """The numbers by which csrc/cpu/kernels.h knows them."""
 
+SIZED = {**CODES, torch.float64: len(CODES)}
+"""The dtypes whose size can be told, by the numbers of csrc/common/problem.h."""
+
+library = Singly(by_torch)
+
 MAX_DESCENT_RANK = 1024
 """Above it the library's blocked GEMM takes over: up to here the kernel was measured faster."""
+
+HALF_TOL = 3e-4
+"""Of the objective, what the roundings of factors to bfloat16 are well below in its products."""
+HALF_SHARE = 0.1
+"""As LEAST_SHARE, for them."""
+HALF_COLUMNS = 512
+"""Sums shorter than that do not average the roundings out, and take no time."""
 
 
 def gram(problems: Sequence[Side], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """X X^T [R, R] of every problem, products and sums in `dtype` (float32 or float64)."""
     given, _alive = _described(problems)
-    out, at = _results([(p.rank, p.rank) for p in problems], dtype)
+    out, at = _results([(p.rank, p.rank) for p in problems], dtype, problems)
     _C.gram(given, at, dtype == torch.float64, torch.get_num_threads())
     return out
 
@@ -52,17 +70,19 @@ def gram(problems: Sequence[Side], dtype: torch.dtype = torch.float32) -> list[T
 def block_gram(problems: Sequence[Side]) -> list[Tensor]:
     """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
     given, _alive = _described(problems)
-    out, at = _results([(squares(p.ranks),) for p in problems], torch.float64)
+    out, at = _results([(squares(p.ranks),) for p in problems], torch.float64, problems)
     _C.block_gram(given, at, torch.get_num_threads())
     return out
 
 
-def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+def block_products(
+    x: Sequence[Tensor] | Tensor, y: Sequence[Tensor] | Tensor, ranks: Sequence[int]
+) -> Tensor:
     """Sums of x_ij y_ij over the block of every two adapters: [P, T, T] in float64."""
-    left, right = matrices(x), matrices(y)
+    left, right = (matrices([z] if isinstance(z, Tensor) else z) for z in (x, y))
     out = torch.empty(len(x), len(ranks), len(ranks), dtype=torch.float64)
-    threads = torch.get_num_threads()
-    _C.block_products(addresses(left), addresses(right), list(ranks), out.data_ptr(), threads)
+    places = addresses(left), addresses(right)
+    _C.block_products(*places, list(ranks), out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -75,18 +95,18 @@ def orthogonalize(
     tol: float = 1e-3,
 ) -> tuple[list[Tensor], Tensor]:
     """C [R, R] of every problem and the descent's statistics [P, 5] (see descent.STATS)."""
-    small = [i for i, r in enumerate(ranks) if sum(r) <= MAX_DESCENT_RANK]
-    if len(small) == len(grams):
-        return _orthogonalize(grams, ranks, penalty, gamma, steps, tol)
+    small = [sum(r) <= MAX_DESCENT_RANK for r in ranks]
     results: list[Tensor] = list(grams)
-    stats = torch.zeros(len(grams), 5, dtype=torch.float64)
-    large = sorted({*range(len(grams))} - {*small})
-    for run, chosen in ((_orthogonalize, small), (library.orthogonalize, large)):
-        part = [grams[i] for i in chosen], [ranks[i] for i in chosen]
-        found, stats[chosen] = run(*part, penalty, gamma, steps, tol)
-        for i, c in zip(chosen, found):
-            results[i] = c
-    return results, stats
+    stats: list[Tensor] = list(grams)
+    for run, is_small in ((_orthogonalize, True), (library.orthogonalize, False)):
+        chosen = [i for i, x in enumerate(small) if x == is_small]
+        if chosen:
+            part = [grams[i] for i in chosen], [ranks[i] for i in chosen]
+            found, rows = run(*part, penalty, gamma, steps, tol)
+            counts = [len(x) if x.dim() == 3 else 1 for x in found]
+            for i, c, own in zip(chosen, found, rows.split(counts)):
+                results[i], stats[i] = c, own
+    return results, torch.cat(stats) if stats else torch.zeros(0, 5, dtype=torch.float64)
 
 
 def _orthogonalize(
@@ -98,13 +118,16 @@ def _orthogonalize(
     tol: float,
 ) -> tuple[list[Tensor], Tensor]:
     inputs = matrices(grams)
-    sizes = [sum(r) for r in ranks]
-    results, at = _results([(size, size) for size in sizes], torch.float32)
-    stats = torch.zeros(len(grams), 5, dtype=torch.float64)
+    counts = [len(g) if g.dim() == 3 else None for g in grams]
+    results, at = together([g.shape[-2:] for g in grams], torch.float32, counts=counts)
+    first = results[0].data_ptr()
+    at = [first + 4 * place for place in at]
+    every = [r for r, count in zip(ranks, counts) for _ in range(1 if count is None else count)]
+    stats = torch.zeros(len(every), 5, dtype=torch.float64)
     _C.orthogonalize(
         addresses(inputs),
-        [rank for r in ranks for rank in r],
-        [len(r) for r in ranks],
+        [rank for r in every for rank in r],
+        [len(r) for r in every],
         at,
         stats.data_ptr(),
         penalty == "frobenius",
@@ -116,17 +139,70 @@ def _orthogonalize(
     return results, stats
 
 
+def orthogonalize_factors(
+    problems: Sequence[Side], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
+) -> tuple[list[Tensor], Tensor]:
+    """Xhat [R, d] in float32, and statistics [P, 6] (factor_descent.FACTOR_STATS).
+
+    Sums are float32; products of factors rounded to bfloat16 where `tol` allows and that is
+    faster, else of float32, or of float64 by the library, where the pairs of two adapters are too
+    small a share of all.
+    """
+    counts, problems = [p.count for p in problems], each(problems)
+    results: list[Tensor] = [torch.empty(0)] * len(problems)
+    stats = torch.zeros(len(problems), len(FACTOR_STATS), dtype=torch.float64)
+    rest = list(range(len(problems)))
+    narrow = [i for i in rest if min(problems[i].rank, problems[i].d) < HALF_COLUMNS]
+    if tol >= HALF_TOL and _C.half_products():
+        wide = sorted({*rest} - {*narrow})
+        rest = narrow + _on_factors(problems, wide, True, (gamma, steps, tol), results, stats)
+    rest = _on_factors(problems, rest, False, (gamma, steps, tol), results, stats)
+    for i in rest:
+        wide_x = problems[i].stack(torch.float64)
+        x_hat, stats[i] = in_factor_form(wide_x, problems[i].ranks, gamma, steps, tol)
+        results[i] = x_hat.float().contiguous()
+    return joined(results, counts), stats
+
+
+def _on_factors(
+    problems: Sequence[Side],
+    chosen: Sequence[int],
+    half: bool,
+    rule: tuple[float, int, float],
+    results: list[Tensor],
+    stats: Tensor,
+) -> list[int]:
+    """Sets the results and statistics of the problems chosen; returns those that these products
+    are not enough for."""
+    if not chosen:
+        return []
+    sides = [problems[i] for i in chosen]
+    given, _alive = _described(sides, rows_only=True)
+    found, at = _results([(p.rank, p.d) for p in sides], torch.float32, sides)
+    table = torch.zeros(len(sides), len(FACTOR_STATS) + 1, dtype=torch.float64)
+    _C.orthogonalize_factors(given, at, table.data_ptr(), half, *rule, torch.get_num_threads())
+    least = HALF_SHARE if half else LEAST_SHARE
+    enough = (table[:, -1] >= least).tolist()
+    for i, x, row, is_enough in zip(chosen, found, table, enough):
+        if is_enough:
+            results[i], stats[i] = x, row[:-1]
+    return [i for i, is_enough in zip(chosen, enough) if not is_enough]
+
+
 def apply(
     coefficients: Sequence[Tensor | None], problems: Sequence[Side], out_dtype: torch.dtype
 ) -> list[Tensor]:
     """C X [K, d] of every problem (None: X itself), in the memory layout of its first block."""
     given, _alive = _described(problems)
     cs = matrices(coefficients)
-    rows = [p.rank if c is None else c.shape[0] for c, p in zip(cs, problems)]
-    shapes = [(p.d, k) if p.in_columns else (k, p.d) for k, p in zip(rows, problems)]
-    out, at = _results(shapes, out_dtype)
-    _C.apply(given, addresses(cs), rows, at, CODES[out_dtype], torch.get_num_threads())
-    return [x.T if p.in_columns else x for x, p in zip(out, problems)]
+    rows = [p.rank if c is None else c.shape[-2] for c, p in zip(cs, problems)]
+    turned = [p.in_columns for p in problems]
+    shapes = [(p.d, k) if t else (k, p.d) for k, p, t in zip(rows, problems, turned)]
+    out, at = _results(shapes, out_dtype, problems, turned)
+    counts = [k for k, p in zip(rows, problems) for _ in range(p.modules)]
+    code, threads = CODES[out_dtype], torch.get_num_threads()
+    _C.apply(given, addresses(cs, problems), counts, at, code, threads)
+    return out
 
 
 def apply_decouple(
@@ -141,15 +217,16 @@ def apply_decouple(
     """A' [R, n] and the adapters' norms ||B_i A_i||_F [T] in float64, of every problem."""
     given, _alive = _described(problems, rows_only=True)
     cs = matrices(coefficients)
-    packed = [k.contiguous() for k in blocks]
-    whole = [h.contiguous() for h in full or ()]
-    out, at = _results([(p.rank, p.d) for p in problems], out_dtype)
-    norms, at_norms = _results([(len(p.ranks),) for p in problems], torch.float64)
+    packed = [k if k.stride(-1) == 1 else k.contiguous() for k in blocks]
+    whole = [row_major(h) for h in full or ()]
+    out, at = _results([(p.rank, p.d) for p in problems], out_dtype, problems)
+    shapes = [(len(p.ranks),) for p in problems]
+    norms, at_norms = _results(shapes, torch.float64, problems)
     _C.apply_decouple(
         given,
-        addresses(cs),
-        addresses(packed),
-        [w for omega in omegas for w in omega],
+        addresses(cs, problems),
+        addresses([k[..., None] for k in packed]),
+        [w for omega, p in zip(omegas, problems) for _ in range(p.modules) for w in omega],
         scale,
         addresses(whole),
         at,
@@ -171,15 +248,29 @@ def truncate(
     return library.truncate_by(gram, apply, sides, rank, energy, out_dtype)
 
 
-def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Whether each tensor (float32, bfloat16 or float16) holds neither NaN nor Inf.
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """max |x| of every tensor, [N] in float64; NaN and Inf where there are such.
 
     A tensor that is no dense piece of memory is copied first; a transposed one is not.
     """
     pieces = [dense(x) for x in tensors]
-    codes = [CODES[x.dtype] for x in pieces]
+    codes = [SIZED[x.dtype] for x in pieces]
     counts = [x.numel() for x in pieces]
-    return _C.all_finite(addresses(pieces), counts, codes, torch.get_num_threads())
+    out = torch.empty(len(pieces), dtype=torch.float64)
+    places = [x.data_ptr() for x in pieces]
+    _C.largest(places, counts, codes, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def block_largest(problems: Sequence[Side]) -> Tensor:
+    """`largest` of every block, one after the other."""
+    if any(p.described is None for p in problems):  # some would be copied, or rounded
+        return largest([block for p in problems for block in p.blocks])
+    given, _alive = _described(problems)
+    count = sum([p.modules * len(p.ranks) for p in problems])
+    out = torch.empty(count, dtype=torch.float64)
+    _C.block_largest(given, out.data_ptr(), torch.get_num_threads())
+    return out
 
 
 def entry_counts(a: Side, b: Side, prefixes: Sequence[int] | None = None) -> Tensor:
@@ -249,9 +340,13 @@ def _described(problems: Sequence[Side], rows_only: bool = False) -> tuple[_C.Pr
 
 
 def _results(
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    problems: Sequence[Side],
+    turned: Sequence[bool] | None = None,
 ) -> tuple[list[Tensor], list[int]]:
-    """Memory for results, and its addresses."""
-    results, places = together(shapes, dtype)
+    """Memory for results of every problem, and its addresses; see `together`."""
+    counts = [p.count for p in problems]
+    results, places = together(shapes, dtype, counts=counts, turned=turned)
     first = results[0].data_ptr() if results else 0
     return results, [first + at * dtype.itemsize for at in places]

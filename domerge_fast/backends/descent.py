@@ -1,4 +1,4 @@
-"""The orthogonalizing descent in plain PyTorch: on R x R matrices, or on the factors themselves.
+"""The orthogonalizing descent in plain PyTorch, on R x R matrices.
 
 Minimised over Xhat, starting at X (arXiv 2505.15875, step 1; H = Xhat Xhat^T):
 
@@ -7,9 +7,8 @@ Minimised over Xhat, starting at X (arXiv 2505.15875, step 1; H = Xhat Xhat^T):
     frobenius:  phi = sqrt(x^2 + (EPSILON n_i n_j)^2)
 
 Every direction used is a combination of gradients, and a gradient is a matrix times X, so
-Xhat = C X throughout and the whole descent runs on C and H = C G C^T (`in_gram_form`). Where
-R > d and the penalty is squared, the sum over pairs folds into S = sum_j Xhat_j^T Xhat_j / n_j
-[d, d], and it is cheaper to descend on Xhat (`in_factor_form`).
+Xhat = C X throughout and the whole descent runs on C and H = C G C^T. Where there are more rows
+than columns it is cheaper to descend on Xhat (factor_descent.py).
 
 The rule, the same in every backend: Polak-Ribiere+ conjugate gradients in the Frobenius metric
 of Xhat with an exact line search. Along a line every ||H_ij||^2 is a quartic, so the search costs
@@ -19,12 +18,11 @@ a few scalars and f cannot rise. X is normalised first: the factors' scale has n
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["EPSILON", "NEGLIGIBLE", "STATS", "in_factor_form", "in_gram_form"]
+__all__ = ["EPSILON", "NEGLIGIBLE", "STATS", "Line", "in_gram_form"]
 
 EPSILON = 1e-3
 FIRST_BRACKET = 1.0 / 64
@@ -34,12 +32,6 @@ PRECISION = 1e-9
 NEGLIGIBLE = 1e-6
 """Adapters below this share of the largest norm are left as they are: the condition of the problem
 grows with the spread of the norms."""
-LEAST_SHARE = 1e-3
-"""Of the sum over all pairs: where those of two adapters hold less, float32 lost their digits."""
-SQUARE_COLUMNS = 512
-"""Of a symmetric product, multiplied at a time."""
-PIECE = 1 << 20
-"""Numbers in a temporary product: what the allocator still keeps instead of returning it."""
 STATS = ("steps", "objective_before", "objective_after", "cross_left", "change")
 
 
@@ -102,35 +94,11 @@ class Line:
 
 
 def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y> per problem [P], the sums of the rows added in float64.
-
-    In pieces: a product as large as x would cost more in memory than in arithmetic.
-    """
-    rows = max(1, PIECE // x.shape[-1])
-    pieces = [(a * b).sum(-1) for a, b in zip(x.split(rows, 1), y.split(rows, 1))]
-    return torch.cat(pieces, 1).sum(1, dtype=torch.float64)
+    """<x, y> per problem [P], the sums of the rows added in float64."""
+    return (x * y).sum(-1).sum(1, dtype=torch.float64)
 
 
-class _Form(Protocol):
-    """Where P problems stand, in one of the two formulations."""
-
-    c: Tensor  # what moves: C [P, R, R], or Xhat - X [1, T r, d]
-
-    def overlap(self) -> Tensor:
-        """The penalty's part of f [P], in float64."""
-
-    def gradient(self) -> Tensor: ...
-    def metric(self, p: Tensor) -> Tensor:
-        """P -> P G, so that <P, Q>_G = <P, metric(Q)>."""
-
-    def line(self, d: Tensor, dg: Tensor, moved: Tensor) -> Line:
-        """f along d; `moved` [P] is ||Xhat - X||^2 so far."""
-
-    def advance(self, eta: Tensor) -> None:
-        """Move by eta [P] along the direction of the last `line`."""
-
-
-def _descend(form: _Form, steps: int, tol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _descend(form: _GramForm, steps: int, tol: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Conjugate gradients until every problem has stopped.
 
     Returns steps taken, f before, f after and ||Xhat - X||^2, each [P] in float64.
@@ -149,7 +117,7 @@ def _descend(form: _Form, steps: int, tol: float) -> tuple[Tensor, Tensor, Tenso
         descends = beta * _inner(p, dg) < norm
         factor = beta.where(descends, 0.0).to(p.dtype)[:, None, None]
         d = (factor * d).sub_(p)
-        dg = d if pg is p else (factor * dg).sub_(pg)
+        dg = (factor * dg).sub_(pg)
         pg_old, norm_old = pg, norm
         line = form.line(d, dg, moved)
         eta = line.minimum().where(running & (norm > 0), 0.0)
@@ -228,9 +196,11 @@ class _GramForm:
         return (self.v * self.h) @ self.c + 2 * self.gamma * (self.c - self.eye)
 
     def metric(self, p: Tensor) -> Tensor:
+        """P -> P G, so that <P, Q>_G = <P, metric(Q)>."""
         return p @ self.g
 
     def line(self, d: Tensor, dg: Tensor, moved: Tensor) -> Line:
+        """f along d; `moved` [P] is ||Xhat - X||^2 so far."""
         half = dg @ self.c.mT
         self.d, self.e, self.f = d, half + half.mT, dg @ d.mT
         quartics = torch.stack(
@@ -251,139 +221,10 @@ class _GramForm:
         return Line(quartics, self.smoothing, quadratic, self.gamma)
 
     def advance(self, eta: Tensor) -> None:
+        """Move by eta [P] along the direction of the last `line`."""
         s = eta.to(self.g.dtype)[:, None, None]
         self.c = self.c + s * self.d
         self.h = self.h + s * self.e + s * s * self.f
-
-
-def in_factor_form(
-    x: Tensor, ranks: tuple[int, ...], gamma: float, steps: int, tol: float
-) -> tuple[Tensor, Tensor]:
-    """Descend on Xhat itself, squared penalty: O(R d^2) a step instead of O(R^3).
-
-    x [R, d] -> Xhat [R, d], and the columns of `STATS` [5] in float64.
-
-    Products are in the dtype of x, what is summed from them for the line search in float64. For
-    float32 that leaves 1e-7 of the sum over all pairs to chance, and f cannot rise by more. It
-    is little beside `tol`, unless the pairs of two adapters are a small rest of that sum (one
-    adapter dominates, or next to nothing is left): then all is done again in float64.
-    """
-    size = torch.linalg.vector_norm(x, dtype=torch.float64) / len(x) ** 0.5
-    size = size.where(size > 0, 1.0)
-    form = _FactorForm(x / size.to(x.dtype), ranks, gamma)
-    if not form.interfere:
-        return x, x.new_zeros(len(STATS), dtype=torch.float64)
-    cross, total = form.cross(), _inner(form.x, form.x).sum()
-    if form.needs_float64:
-        return in_factor_form(x.double(), ranks, gamma, steps, tol)
-    taken, before, after, moved = _descend(form, steps, tol)
-    left, change = _ratio(form.cross(), cross), _ratio(moved, total).sqrt()
-    if form.needs_float64:
-        return in_factor_form(x.double(), ranks, gamma, steps, tol)
-    unit = size.square()
-    stats = torch.cat([taken, before * unit, after * unit, left, change])
-    return form.moved()[form.real] * size.to(x.dtype), stats
-
-
-class _FactorForm:
-    """One problem, its blocks padded with zero rows to [T, r, d].
-
-    With Y_i = Xhat_i / sqrt(n_i), S = sum_j Y_j^T Y_j and K_i = Y_i Y_i^T:
-    sum_{i != j} ||Xhat_i Xhat_j^T||^2 / (n_i n_j) = ||S||^2 - sum_i ||K_i||^2.
-    S and the K_i are moved along with Xhat, by the products that the line search needs anyway.
-    """
-
-    def __init__(self, x: Tensor, ranks: tuple[int, ...], gamma: float) -> None:
-        sizes = torch.tensor(ranks, device=x.device)
-        self.real = torch.arange(max(ranks), device=x.device) < sizes[:, None]  # [T, r]
-        self.x = x.new_zeros(*self.real.shape, x.shape[1])
-        self.x[self.real] = x
-        norms = _inner(self.x, self.x).sqrt()
-        root = torch.where(_counts(norms), norms.rsqrt(), 0.0).to(x.dtype)
-        self.root, self.gamma = root[:, None, None], gamma
-        self.interfere = int(_counts(norms).sum()) > 1
-        self.least_share = 1.0
-        self.c = torch.zeros_like(self.x).view(1, -1, x.shape[1])
-        self.y = self.root * self.x
-        self.h = _squares(self.y)
-
-    @property
-    def needs_float64(self) -> bool:
-        return self.c.dtype == torch.float32 and self.least_share < LEAST_SHARE
-
-    def moved(self) -> Tensor:
-        """Xhat [T, r, d]."""
-        return self.x + self.c.view_as(self.x)
-
-    def _pairs(self, h: _Sums) -> Tensor:
-        """Half of ||S||^2 - sum_i ||K_i||^2, [1] in float64."""
-        difference = _cross(h, h)
-        share = 2 * difference / _inner(h.whole[None], h.whole[None])
-        self.least_share = min(self.least_share, float(share))
-        return difference
-
-    def cross(self) -> Tensor:
-        """Half the cross-adapter energy of H [1]."""
-        return self._pairs(_squares(self.moved()))
-
-    def overlap(self) -> Tensor:
-        return 2 * self._pairs(self.h)
-
-    def gradient(self) -> Tensor:
-        pull = (self.y.flatten(0, 1) @ self.h.whole).view_as(self.y)
-        pull.baddbmm_(self.h.own, self.y, alpha=-1).mul_(4 * self.root)
-        return pull.view_as(self.c).add_(self.c, alpha=2 * self.gamma)
-
-    def metric(self, p: Tensor) -> Tensor:
-        return p
-
-    def line(self, d: Tensor, dg: Tensor, moved: Tensor) -> Line:
-        self.d, self.z = d, self.root * d.view_as(self.x)
-        whole, own = self.y.flatten(0, 1).T @ self.z.flatten(0, 1), self.y @ self.z.mT
-        h, e, f = self.h, _Sums(whole + whole.mT, own + own.mT), _squares(self.z)
-        self.e, self.f = e, f
-        quartic = [
-            self._pairs(h),
-            2 * _cross(h, e),
-            _cross(e, e) + 2 * _cross(h, f),
-            2 * _cross(e, f),
-            _cross(f, f),
-        ]
-        quadratic = torch.stack([moved, 2 * _inner(d, self.c), _inner(d, d)], -1)
-        return Line(torch.stack(quartic, -1)[:, None], None, quadratic, self.gamma)
-
-    def advance(self, eta: Tensor) -> None:
-        step = float(eta)
-        self.c.add_(self.d, alpha=step)
-        self.y.add_(self.z, alpha=step)
-        for h, e, f in zip(self.h, self.e, self.f):
-            h.add_(e, alpha=step).add_(f, alpha=step * step)
-
-
-class _Sums(NamedTuple):
-    """sum_i Y_i^T Z_i [d, d] and every Y_i Z_i^T [T, r, r]."""
-
-    whole: Tensor
-    own: Tensor
-
-
-def _squares(y: Tensor) -> _Sums:
-    """The sums for Z = Y [T, r, d]: of the whole, what lies below the diagonal is mirrored."""
-    rows = y.flatten(0, 1)
-    whole = y.new_empty(y.shape[2], y.shape[2])
-    for i in range(0, len(whole), SQUARE_COLUMNS):
-        j = i + SQUARE_COLUMNS
-        whole[i:, i:j] = rows[:, i:].T @ rows[:, i:j]
-        whole[i:j, j:] = whole[j:, i:j].T
-    return _Sums(whole, y @ y.mT)
-
-
-def _cross(first: _Sums, second: _Sums) -> Tensor:
-    """Half of <S, S'> - sum_i <K_i, K'_i>, [1] in float64."""
-    whole, own = (
-        _inner(a.flatten(0, -2)[None], b.flatten(0, -2)[None]) for a, b in zip(first, second)
-    )
-    return (whole - own) / 2
 
 
 def _counts(norms: Tensor) -> Tensor:

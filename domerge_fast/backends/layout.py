@@ -2,50 +2,125 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["addresses", "dense", "matrices", "together"]
+from ..algebra.side import Side, starts
+from ..storage.buffers import Pieces
+
+__all__ = ["addresses", "dense", "matrices", "recycled", "row_major", "side_by_side", "together"]
+
+Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 
 GAP = 64
 """Results that share an allocation begin at multiples of this many elements."""
 
+LARGE = 1 << 20
+"""Bytes from which on an allocation is had from the system every time, page by page."""
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Where the tensors' elements begin; 0 for None."""
-    return [0 if x is None else x.data_ptr() for x in tensors]
+_pieces: ContextVar[Pieces | None] = ContextVar("domerge_results", default=None)
+
+
+@contextlib.contextmanager
+def recycled() -> Iterator[None]:
+    """While the block runs, memory of results of ops in this thread, on the CPU, is used again for
+    others once nobody holds any of them. For results that are let go one after the other."""
+    token = _pieces.set(Pieces())
+    try:
+        yield
+    finally:
+        _pieces.reset(token)
+
+
+def addresses(tensors: Sequence[Tensor | None], sides: Sequence[Side] | None = None) -> list[int]:
+    """Where matrices begin, those of a tensor [P, ...] one after the other. sides: whose they are;
+    where there is none, 0 for every module of its side."""
+    found: list[int] = []
+    for k, x in enumerate(tensors):
+        if x is not None:
+            found += starts(x)
+        else:
+            found += [0] * (sides[k].modules if sides else 1)
+    return found
+
+
+def side_by_side(batches: Sequence[Tensor]) -> Tensor:
+    """Batches [P, ...] of one shape but for P as one: without a copy where they follow each other
+    in one allocation, as results of an op do."""
+    first = batches[0]
+    if len(batches) == 1:
+        return first
+    memory, step = first.untyped_storage().data_ptr(), first.stride(0) * first.itemsize
+    places = accumulate((step * len(x) for x in batches), initial=first.data_ptr())
+    follow = all(
+        x.data_ptr() == at
+        and x.stride() == first.stride()
+        and x.untyped_storage().data_ptr() == memory
+        for x, at in zip(batches, places)
+    )
+    if not follow:
+        return torch.cat(list(batches))
+    return first.as_strided((sum(map(len, batches)), *first.shape[1:]), first.stride())
 
 
 def dense(x: Tensor) -> Tensor:
-    """x, or a copy of it where it is no dense piece of memory; a transposed one is."""
-    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
+    """x, or a copy of it where it is no dense piece of memory; a transposed matrix is."""
+    if x.is_contiguous() or (x.ndim == 2 and x.stride() == (1, x.shape[0])):
+        return x
+    return x.contiguous()
 
 
-def matrices(coefficients: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Float32, row-major."""
-    return [None if c is None else c.float().contiguous() for c in coefficients]
+def matrices(coefficients: Sequence[Maybe]) -> list[Maybe]:
+    """Float32, every matrix row-major."""
+    return [None if c is None else row_major(c.float()) for c in coefficients]
+
+
+def row_major(x: Tensor) -> Tensor:
+    """x with every matrix row-major, which may have any distance from each other."""
+    count, step = x.stride()[-2:]
+    return x if step == 1 and count == x.shape[-1] else x.contiguous()
 
 
 def together(
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device | None = None
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    counts: Sequence[int | None] | None = None,
+    turned: Sequence[bool] | None = None,
 ) -> tuple[list[Tensor], list[int]]:
     """Row-major results of an op in one allocation, and where each begins in it, in elements. Small
-    ones cost more to allocate than to compute. One of them keeps the memory of all."""
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for k, shape in enumerate(shapes):
-        alike.setdefault(tuple(shape), []).append(k)
-    steps = {shape: -(-math.prod(shape) // GAP) * GAP for shape in alike}
-    total = sum(steps[shape] * len(members) for shape, members in alike.items())
-    memory = torch.empty(total, dtype=dtype, device=device)
-    results, places, first = [memory] * len(shapes), [0] * len(shapes), 0
-    for shape, members in alike.items():
-        step = steps[shape]
-        strides = [math.prod(shape[k + 1 :]) for k in range(len(shape))]
-        views = memory.as_strided((len(members), *shape), (step, *strides), first).unbind()
-        for k, view in zip(members, views):
-            results[k], places[k] = view, first
-            first += step
+    ones cost more to allocate than to compute. One of them keeps the memory of all. counts: where
+    there is one, so many of that shape, as a tensor [count, ...]. turned: of which the transposes
+    are wanted."""
+    leads = [None] * len(shapes) if counts is None else counts
+    steps = [-(-math.prod(shape) // GAP) * GAP for shape in shapes]
+    sizes = [step * (1 if lead is None else lead) for step, lead in zip(steps, leads)]
+    memory = _memory(sum(sizes), dtype, device)
+    results: list[Tensor] = []
+    places: list[int] = []
+    first = 0
+    for k, (shape, step, size, lead) in enumerate(zip(shapes, steps, sizes, leads)):
+        strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
+        if lead is None:
+            x = memory.as_strided(shape, strides, first)
+        else:
+            x = memory.as_strided((lead, *shape), (step, *strides), first)
+        results.append(x.mT if turned and turned[k] else x)
+        places += range(first, first + size, step or 1)
+        first += size
     return results, places
+
+
+def _memory(count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """Room for so many numbers."""
+    pieces, nbytes = _pieces.get(), count * dtype.itemsize
+    if pieces is None or nbytes < LARGE or (device and device.type != "cpu"):
+        return torch.empty(count, dtype=dtype, device=device)
+    return pieces.take(nbytes)[0][:nbytes].view(dtype)

@@ -21,16 +21,17 @@ from ..algebra.side import Side
 from .reference_entries import entry_counts, entry_merge, entry_sums
 
 __all__ = [
-    "all_finite",
     "apply",
     "apply_decouple",
     "block_gram",
+    "block_largest",
     "block_products",
     "do_merging",
     "entry_counts",
     "entry_merge",
     "entry_sums",
     "gram",
+    "largest",
     "orthogonalize",
     "orthogonalize_factors",
     "truncate",
@@ -249,7 +250,9 @@ def _square(x: Tensor) -> Tensor:
     return lower + lower.tril(-1).T
 
 
-def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+def block_products(
+    x: Sequence[Tensor] | Tensor, y: Sequence[Tensor] | Tensor, ranks: Sequence[int]
+) -> Tensor:
     """Sums of x_ij y_ij over the block of every two adapters: [P, T, T] in float64."""
 
     def sums(product: Tensor) -> Tensor:
@@ -286,20 +289,36 @@ def orthogonalize(
         eye = torch.eye(len(g), dtype=torch.float64, device=g.device)
         results.append(eye + (torch.cat(x_hat) - x) @ inverse)
         stats.append(s)
-    return results, _table(stats, grams[0].device if grams else None)
+    return results, _table(stats, grams[0].device if grams else None, 5)
 
 
 def orthogonalize_factors(
     problems: Sequence[Side], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
 ) -> tuple[list[Tensor], Tensor]:
-    """Xhat [R, d] for the squared penalty, and the descent's statistics."""
-    results = [descend(_blocks(p), "squared", gamma, steps, tol) for p in problems]
-    stats = _table([s for _, s in results], problems[0].device if problems else None)
-    return [torch.cat(x) for x, _ in results], stats
+    """Xhat [R, d] for the squared penalty, and statistics [P, 6] (factor_descent.FACTOR_STATS)."""
+    results, stats = [], []
+    for p in problems:
+        x = _blocks(p)
+        x_hat, found = descend(x, "squared", gamma, steps, tol)
+        before, after = (float(loss(y, x, "squared", 0.0)) for y in (x, x_hat))
+        found[3] = after / before if before else 0.0
+        stats.append([*found, _scaled(x, x_hat)])
+        results.append(torch.cat(x_hat))
+    return results, _table(stats, problems[0].device if problems else None, 6)
 
 
-def _table(stats: list[list[float]], device: torch.device | None) -> Tensor:
-    return torch.tensor(stats, dtype=torch.float64, device=device).view(-1, 5)
+def _scaled(x: Sequence[Tensor], x_hat: Sequence[Tensor]) -> float:
+    """Of ||Xhat - X||^2, the share that lies along the X_i."""
+    along = moved = 0.0
+    for xi, yi in zip(x, x_hat):
+        change, square = yi - xi, float(xi.square().sum())
+        along += float((change * xi).sum()) ** 2 / square if square else 0.0
+        moved += float(change.square().sum())
+    return along / moved if moved else 0.0
+
+
+def _table(stats: list[list[float]], device: torch.device | None, columns: int) -> Tensor:
+    return torch.tensor(stats, dtype=torch.float64, device=device).view(-1, columns)
 
 
 def apply(
@@ -385,6 +404,13 @@ def truncate(
     return results, kept
 
 
-def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Whether each tensor holds neither NaN nor Inf."""
-    return [not bool((x - x).count_nonzero()) for x in tensors]
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """max |x| of every tensor, [N] in float64."""
+    nothing = torch.zeros(1, dtype=torch.float64)
+    sizes = [torch.cat([nothing.to(x.device), x.flatten().double().abs()]).max() for x in tensors]
+    return torch.stack(sizes) if sizes else nothing[:0]
+
+
+def block_largest(problems: Sequence[Side]) -> Tensor:
+    """`largest` of every block, one after the other."""
+    return largest([block for p in problems for block in p.blocks])

@@ -9,22 +9,25 @@ from torch import Tensor
 
 from ..algebra.cuts import cut
 from ..algebra.full_precision import full_precision
+from ..algebra.powers import magnitude
 from ..algebra.roots import ZERO_COLUMN, column_norms, root
 from ..algebra.side import Side
 from ..algebra.truncation import NOISE, truncated
 from . import descent
+from .factor_descent import FACTOR_STATS, in_factor_form
 from .torch_entries import entry_counts, entry_merge, entry_sums
 
 __all__ = [
-    "all_finite",
     "apply",
     "apply_decouple",
     "block_gram",
+    "block_largest",
     "block_products",
     "entry_counts",
     "entry_merge",
     "entry_sums",
     "gram",
+    "largest",
     "orthogonalize",
     "orthogonalize_factors",
     "truncate",
@@ -35,10 +38,10 @@ BATCH_BYTES = 64 << 20
 """What one batch of problems may hold in each of its buffers."""
 
 
-@full_precision()
 def gram(problems: Sequence[Side], dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """X X^T [R, R] of every problem, products and sums in `dtype`."""
-    return [_square(p.stack(dtype)) for p in problems]
+    wide = [full_precision(p.device, dtype) for p in problems]
+    return [_square(p.stack(w)).to(dtype) for p, w in zip(problems, wide)]
 
 
 def _square(x: Tensor) -> Tensor:
@@ -58,14 +61,16 @@ def _parts(problem: Side) -> zip[tuple[Tensor, float]]:
     return zip(problem.blocks, problem.scales)
 
 
-def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+def block_products(
+    x: Sequence[Tensor] | Tensor, y: Sequence[Tensor] | Tensor, ranks: Sequence[int]
+) -> Tensor:
     """Sums of x_ij y_ij over the block of every two adapters: [P, T, T] in float64."""
     owner = torch.repeat_interleave(torch.tensor(ranks, device=x[0].device))
     member = torch.nn.functional.one_hot(owner, len(ranks)).double()
-    return member.T @ (torch.stack(list(x)).double() * torch.stack(list(y)).double()) @ member
+    left, right = (m if isinstance(m, Tensor) else torch.stack(list(m)) for m in (x, y))
+    return member.T @ (left.double() * right.double()) @ member
 
 
-@full_precision()
 def orthogonalize(
     grams: Sequence[Tensor],
     ranks: Sequence[tuple[int, ...]],
@@ -80,12 +85,13 @@ def orthogonalize(
     stats = torch.zeros(len(grams), len(descent.STATS), dtype=torch.float64, device=device)
     for batch in _batches([tuple(r) for r in ranks], [g.nbytes for g in grams]):
         stacked = torch.stack([grams[i] for i in batch])
+        stacked = stacked.to(full_precision(stacked.device, stacked.dtype))
         c, batch_stats = descent.in_gram_form(
             stacked, tuple(ranks[batch[0]]), penalty, gamma, steps, tol
         )
         stats[batch] = batch_stats
         for i, matrix in zip(batch, c):
-            results[i] = matrix.clone()
+            results[i] = matrix.to(grams[i].dtype, copy=True)
     return results, stats
 
 
@@ -101,37 +107,36 @@ def _batches(kinds: Sequence[Hashable], sizes: Sequence[int]) -> list[list[int]]
     return batches
 
 
-@full_precision()
 def orthogonalize_factors(
     problems: Sequence[Side], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
 ) -> tuple[list[Tensor], Tensor]:
-    """Xhat [R, d] in float32 (squared penalty) where R > d, and statistics [P, 5].
+    """Xhat [R, d] in float32, and statistics [P, 6] (factor_descent.FACTOR_STATS).
 
-    In float32, or in float64 where that does not suffice (descent.LEAST_SHARE).
+    In float32, or in float64 where that does not suffice (factor_descent.LEAST_SHARE).
     """
     results = [
-        descent.in_factor_form(p.stack(torch.float32), p.ranks, gamma, steps, tol) for p in problems
+        in_factor_form(p.stack(full_precision(p.device)), p.ranks, gamma, steps, tol)
+        for p in problems
     ]
-    stats = torch.stack([s for _, s in results]) if results else torch.zeros(0, 5).double()
+    none = torch.zeros(0, len(FACTOR_STATS), dtype=torch.float64)
+    stats = torch.stack([s for _, s in results]) if results else none
     return [x.float().contiguous() for x, _ in results], stats
 
 
-@full_precision()
 def apply(
     coefficients: Sequence[Tensor | None], problems: Sequence[Side], out_dtype: torch.dtype
 ) -> list[Tensor]:
     """C X [K, d] of every problem (None: X itself), in the memory layout of its first block."""
     results = []
     for c, p in zip(coefficients, problems):
-        x = p.stack(torch.float32)
+        x = p.stack(full_precision(p.device))
         if c is not None:
-            c = c.float()
+            c = c.to(x.dtype)
             x = (x.T @ c.T).T if p.in_columns else c @ x
         results.append(x.to(out_dtype))
     return results
 
 
-@full_precision()
 def apply_decouple(
     coefficients: Sequence[Tensor | None],
     problems: Sequence[Side],
@@ -142,44 +147,71 @@ def apply_decouple(
     full: Sequence[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A' [R, n] and the adapters' norms ||B_i A_i||_F [T] in float64, of every problem."""
+    grams = [
+        [k.view(r, r) for k, r in zip(packed.split([r * r for r in p.ranks]), p.ranks)]
+        for packed, p in zip(blocks, problems)
+    ]
+    every = iter(_roots([k for own in grams for k in own]))
+    roots = [[next(every) for _ in own] for own in grams]
+    inner = None if full is None else _inner(grams, full)
     results = []
     for k, (c, p) in enumerate(zip(coefficients, problems)):
-        a = p.stack(torch.float32)
-        a = a if c is None else c.float() @ a
-        whole = None if full is None else full[k]
-        results.append(_decouple(a, p.ranks, blocks[k], omegas[k], scale, out_dtype, whole))
+        a = p.stack(full_precision(p.device))
+        a = a if c is None else c.to(a.dtype) @ a
+        of_all = None if inner is None else inner[k]
+        result, norms = _decouple(a, roots[k], omegas[k], scale, of_all)
+        results.append((result.to(out_dtype).contiguous(), norms))
     return [a for a, _ in results], [norms for _, norms in results]
+
+
+def _roots(grams: Sequence[Tensor]) -> list[Tensor]:
+    """`root` of every matrix, of those of a size in one decomposition."""
+    found = list(grams)
+    for batch in _batches([len(g) for g in grams], [g.nbytes for g in grams]):
+        for i, own in zip(batch, root(torch.stack([grams[i] for i in batch]))):
+            found[i] = own
+    return found
+
+
+def _inner(grams: Sequence[Sequence[Tensor]], full: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """||B_i|| [T] of every problem, and S [R, R] with S^T S = B^T B in units of them: adapters of
+    very different sizes fit into one product."""
+    sizes = [torch.stack([k.trace() for k in own]).clamp_min(0).sqrt() for own in grams]
+    balanced = []
+    for own, size, whole in zip(grams, sizes, full):
+        inverse = torch.where(size > 0, 1 / size, 0.0)[_owner(own)]
+        balanced.append(inverse[:, None] * whole * inverse)
+    return list(zip(sizes, _roots(balanced)))
+
+
+def _owner(blocks: Sequence[Tensor]) -> Tensor:
+    """Whose every row of the stacked blocks is: [R]."""
+    return torch.repeat_interleave(torch.tensor([len(x) for x in blocks], device=blocks[0].device))
 
 
 def _decouple(
     a: Tensor,
-    ranks: tuple[int, ...],
-    packed: Tensor,
+    roots: Sequence[Tensor],
     omega: Sequence[float],
     scale: float,
-    out_dtype: torch.dtype,
-    full: Tensor | None,
+    inner: tuple[Tensor, ...] | None,
 ) -> tuple[Tensor, Tensor]:
-    owner = torch.repeat_interleave(torch.tensor(ranks, device=a.device))
-    grams = [k.view(r, r) for k, r in zip(packed.split([r * r for r in ranks]), ranks)]
-    magnitudes = torch.stack(
-        [column_norms(root(g), x) for g, x in zip(grams, a.split(list(ranks)))]
-    )
+    """A' [R, n] of C A, and the adapters' norms. inner: see _inner."""
+    owner = _owner(roots)
+    parts = a.split([len(s) for s in roots])
+    magnitudes = torch.stack([column_norms(s, x) for s, x in zip(roots, parts)])
     present = magnitudes > 0  # [T, n]
     inverse = torch.where(present, 1 / magnitudes, 0.0)
     signed = torch.tensor(omega, dtype=a.dtype, device=a.device)[:, None]
     merged = (signed.abs() * magnitudes).sum(0)  # [n]
-    if full is not None:
-        # In units of ||B_i||, so that adapters of very different sizes fit into one product.
-        sizes = torch.stack([g.trace() for g in grams]).clamp_min(0).sqrt()
-        balance = torch.where(sizes > 0, 1 / sizes, 0.0)[owner]
-        directions = a * (signed * sizes.to(a.dtype)[:, None] * inverse)[owner]
-        square_root = root(balance[:, None] * full * balance).to(a.dtype)
+    if inner is not None:
+        sizes, square_root = (x.to(a.dtype) for x in inner)
+        directions = a * (signed * sizes[:, None] * inverse)[owner]
         norms = torch.linalg.vector_norm(square_root @ directions, dim=0)
         floor = ZERO_COLUMN * (signed.abs() * present).sum(0)
         merged = torch.where(norms > floor, merged / norms, 0.0)
     result = a * (scale * signed * merged * inverse)[owner]
-    return result.to(out_dtype).contiguous(), magnitudes.square().sum(1, dtype=torch.float64).sqrt()
+    return result, magnitudes.square().sum(1, dtype=torch.float64).sqrt()
 
 
 def truncate(
@@ -269,6 +301,16 @@ def _truncate_dense(
     return (right, left, share) if tall is delta else (left.T, right.T, share)
 
 
-def all_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Whether each tensor holds neither NaN nor Inf."""
-    return [bool(torch.isfinite(x).all()) for x in tensors]
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """max |x| of every tensor, [N] in float64; NaN and Inf where there are such."""
+    device = tensors[0].device if tensors else None
+    found = torch.zeros(len(tensors), dtype=torch.float64, device=device)
+    for k, x in enumerate(tensors):
+        if x.numel():
+            found[k] = magnitude(x)
+    return found
+
+
+def block_largest(problems: Sequence[Side]) -> Tensor:
+    """`largest` of every block, one after the other."""
+    return largest([block for p in problems for block in p.blocks])

@@ -74,8 +74,9 @@ def tiles(a: Side, b: Side) -> Iterator[slice]:
 
 def update(a: Side, b: Side, i: int, rows: slice) -> Tensor:
     """τ_i [rows, n] in float32."""
-    with full_precision():
-        return b.scales[i] * (b.blocks[i][:, rows].T.float() @ a.blocks[i].float())
+    dtype = full_precision(a.device)
+    product = b.blocks[i][:, rows].T.to(dtype) @ a.blocks[i].to(dtype)
+    return b.scales[i] * product.float()
 
 
 def elected(values: Sequence[Tensor], weights: Sequence[float], election: Election) -> Tensor:

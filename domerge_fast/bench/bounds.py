@@ -32,12 +32,13 @@ __all__ = [
 
 PASSES = {
     "16-bit": {"bfloat16": 1, "tf32": 1, "float32": 1},
-    "mixed": {"bfloat16": 3, "tf32": 3, "float32": 1},
+    "mixed": {"bfloat16": 2, "tf32": 2, "float32": 1},
     "float32": {"tf32": 3, "float32": 1},
     "float64": {"float64": 1},
 }
-"""An arithmetic -> the GEMM rates it may run at, and how many such products it then takes: a
-float32 factor is the sum of three bfloat16 ones; products of 16-bit factors are exact in all."""
+"""An arithmetic -> the GEMM rates it may run at, and how many such products it then takes: of a
+float32 factor two bfloat16 parts have what shows in a result of 16 bits; products of 16-bit factors
+are exact in all."""
 
 COPY_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 """Several times any last-level cache."""
@@ -111,11 +112,11 @@ def orthogonalize(ranks: Sequence[int], steps: Sequence[float]) -> Work:
 
 
 def orthogonalize_factors(problems: Sequence[Side], steps: Sequence[float]) -> Work:
-    """R d^2 for S = Y^T Y, then 5 R d^2 a step: Y S, Y^T Z, and Z^T Z, which is symmetric."""
+    """R d^2 for S = Y^T Y, then 4 R d^2 a step: Y S, Z^T Z and (Y + Z)^T (Y + Z)."""
     total = NOTHING
     for p, count in zip(problems, steps):
-        flops = p.rank * p.d**2 * (1 + 5 * count)
-        total += Work(_bytes(p.blocks) + 4 * p.rank * p.d, {"float32": flops})
+        flops = p.rank * p.d**2 * (1 + 4 * count)
+        total += Work(_bytes(p.blocks) + 4 * p.rank * p.d, {"16-bit": flops})
     return total
 
 
@@ -162,8 +163,12 @@ def block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int
     return Work(_bytes((*x, *y)) + 8 * len(x) * len(ranks) ** 2, {"float64": 2 * entries})
 
 
-def all_finite(tensors: Sequence[Tensor]) -> Work:
-    return Work(_bytes(tensors), {})
+def largest(tensors: Sequence[Tensor]) -> Work:
+    return Work(_bytes(tensors) + 8 * len(tensors), {})
+
+
+def block_largest(problems: Sequence[Side]) -> Work:
+    return largest([block for p in problems for block in p.blocks])
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

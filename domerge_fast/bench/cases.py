@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..adapters.plan import Plan, Stack
 from ..algebra.side import Side
-from ..engine.pipeline import MOST_COMPARED
+from ..engine.interference import MOST_COMPARED
 from ..methods.do import DoOptions
 from . import bounds
 from .bounds import Work
@@ -20,7 +20,7 @@ from .bounds import Work
 __all__ = ["BESIDE", "TRUNCATED", "Case", "is_wide", "merge", "record", "runner", "stack"]
 
 Call = Callable[..., Any]
-BESIDE = ("all_finite", "block_products", "truncate")
+BESIDE = ("block_products", "largest", "block_largest", "truncate")
 """Ops that are recorded and are no part of the compute of a merge."""
 
 TRUNCATED = 4
@@ -66,7 +66,7 @@ def runner(backend: str) -> Call:
 def stack(plan: Plan, name: str, device: torch.device) -> Stack:
     """A module of a plan, with its factors on the device."""
     s = plan.stack(name)
-    return Stack(name, s.adapters, _moved(s.a, device), _moved(s.b, device), s.weights)
+    return Stack((name,), s.adapters, _moved(s.a, device), _moved(s.b, device), s.weights)
 
 
 def merge(
@@ -96,7 +96,7 @@ def record(
     stacks: Sequence[Stack], dtype: torch.dtype, backend: str, options: DoOptions
 ) -> list[Case]:
     """The calls of a merge, then what is done beside it: the interference of modules of the same
-    ranks, all_finite on the results, and truncate on some of them."""
+    ranks, the largest of results and of factors, and truncate on some of them."""
     call = Recorder(backend)
     merged = merge(stacks, dtype, call, options)
     ranks = stacks[0].a.ranks
@@ -104,7 +104,8 @@ def record(
         alike = [s for s in stacks if s.a.ranks == ranks]
         grams = [ops.gram([getattr(s, side) for s in alike], backend=backend) for side in "ab"]
         call("block_products", *grams, ranks)
-    call("all_finite", [x for pair in merged for x in pair])
+    call("largest", [x for pair in merged for x in pair])
+    call("block_largest", [side for s in stacks for side in (s.a, s.b)])
     pairs = [(a.float(), b.T.float()) for a, b in merged[:TRUNCATED]]
     rank = max(r for s in stacks for r in s.a.ranks)
     call("truncate", pairs, rank=rank, out_dtype=dtype)

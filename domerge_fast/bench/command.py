@@ -10,7 +10,8 @@ from .. import options
 from ..adapters.plan import Plan
 from ..backends import registry
 from ..errors import OptionError
-from ..job import choose_device, read
+from ..job import choose_device
+from ..reading import read
 from ..storage import side_file
 from . import measure, plot
 from .measure import Result, Say

@@ -31,6 +31,8 @@ __all__ = ["Result", "Row", "Say", "modules_that_fit", "run", "usable"]
 MERGE = "merge"
 CAPTURED = ("gram", "orthogonalize", "apply", "block_gram", "apply_decouple", MERGE)
 """Ops of the CUDA and Triton backends that wait for nothing."""
+DESCEND = ("orthogonalize", MERGE)
+"""Those of them that do wait where R is above MAX_RANK, for library calls."""
 ROOM = 6
 """Memory a measurement takes, in factor bytes: the factors, what the ops make of them, and what
 they make of it when they are timed."""
@@ -255,8 +257,9 @@ def _merge(stacks: Sequence[Stack], dtype: torch.dtype, backend: str) -> Call:
 
 
 def _captures(op: str, backend: str, device: torch.device, small: bool) -> bool:
-    """Whether a call can be a CUDA graph: where R is large, library calls wait for the device."""
-    return device.type == "cuda" and backend in ("cuda", "triton") and op in CAPTURED and small
+    """Whether a call can be a CUDA graph. small: no R is above MAX_RANK."""
+    on_gpu = device.type == "cuda" and backend in ("cuda", "triton")
+    return on_gpu and op in CAPTURED and (small or op not in DESCEND)
 
 
 def merge_work(stacks: Sequence[Stack], dtype: torch.dtype, recorded: Sequence[Case]) -> Work:

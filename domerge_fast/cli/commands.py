@@ -5,15 +5,22 @@ from __future__ import annotations
 from ..registry import Registry
 from . import (
     bench,
+    check,
     completion,
+    convert,
     doctor,
+    explore,
     formats,
     inspect,
     merge,
     methods,
+    osrm,
+    plan,
     recipe,
     run,
+    runtimes,
     sequential,
+    tune,
 )
 from .shared import Command
 
@@ -25,8 +32,8 @@ COMMANDS = Registry(
     (
         m.COMMAND
         for m in (
-            *(merge, run, recipe, inspect, sequential, methods, formats),
-            *(bench, doctor, completion),
+            *(merge, run, recipe, inspect, check, convert, sequential, methods, formats, runtimes),
+            *(explore, osrm, tune, plan, bench, doctor, completion),
         )
     ),
 )

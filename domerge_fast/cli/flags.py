@@ -1,5 +1,5 @@
-"""The names of methods, steps and forms, and the methods' options, known without importing these:
-torch takes a second, help none.
+"""The names of methods, steps, forms, formats and runtimes, and the methods' options, known without
+importing these: torch takes a second, help none.
 
     python -m domerge_fast.cli.flags        # writes flags.json anew, after a method has changed
 """
@@ -36,18 +36,23 @@ class Flag:
 
 @dataclass(frozen=True)
 class Flags:
-    """methods: their names. pre, post: those of steps. forms: of formats that are written."""
+    """methods: their names. pre, post: those of steps. forms: what is
+    written. formats: those that are written. runtimes: their names."""
 
     methods: tuple[str, ...]
     pre: tuple[str, ...]
     post: tuple[str, ...]
     forms: tuple[str, ...]
+    formats: tuple[str, ...]
+    runtimes: tuple[str, ...]
     options: tuple[Flag, ...]
 
 
 def known() -> Flags:
     """What the tables say where they are loaded or longer than ours; otherwise what is stored."""
-    if "domerge_fast.methods" in sys.modules or are_added("method", "pre", "post", "format"):
+    if "domerge_fast.methods" in sys.modules or are_added(
+        "method", "pre", "post", "format", "runtime"
+    ):
         return of_tables()
     plain = json.loads(STORED.read_text(encoding="utf-8"))
     options = tuple(Flag(**x | {"choices": tuple(x["choices"])}) for x in plain.pop("options"))
@@ -56,9 +61,11 @@ def known() -> Flags:
 
 def of_tables() -> Flags:
     from ..formats import FORMATS
+    from ..formats.format import FORMS
     from ..methods import TABLE
     from ..methods.steps import POST, PRE
     from ..recipe import SVC
+    from ..runtimes import RUNTIMES
 
     found: dict[str, Flag] = {}
     for method in TABLE.values():
@@ -67,8 +74,10 @@ def of_tables() -> Flags:
             help, words = field.metadata["help"], tuple(field.metadata["choices"])
             new = Flag(field.name, kinds[field.name].__name__, help, words, {})
             found.setdefault(field.name, new).defaults[method.name] = field.default
-    forms = tuple(name for name, row in FORMATS.items() if row.write)
-    return Flags(tuple(TABLE), tuple(PRE), (SVC, *POST), forms, tuple(found.values()))
+    steps = tuple(PRE), (SVC, *POST)
+    formats = tuple(name for name, row in FORMATS.items() if row.write)
+    names = formats, tuple(RUNTIMES)
+    return Flags(tuple(TABLE), *steps, FORMS, *names, tuple(found.values()))
 
 
 def store() -> None:

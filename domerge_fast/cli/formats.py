@@ -25,11 +25,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _lines(found: Mapping[str, FormatInfo]) -> list[str]:
-    rows: list[tuple[str, ...]] = [("format", "read", "written", "what it is")]
+    rows: list[tuple[str, ...]] = [("format", "form", "read", "written", "what it is")]
     for name, row in found.items():
         off = f"; off: {row.why_not}" if row.why_not else ""
         does = ("yes" if can else "no" for can in (row.reads, row.writes))
-        rows.append((name, *does, f"{row.summary}{off}"))
+        rows.append((name, row.form, *does, f"{row.summary}{off}"))
     return streams.table(rows)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from .. import aliases, options
 from .._version import __version__
-from ..errors import DomergeError, OutputWarning
+from ..errors import DomergeError, Elsewhere, OutputWarning
 from ..storage import folder
 from . import shared, streams
 from .commands import COMMANDS
@@ -26,6 +26,7 @@ __all__ = ["main"]
 FAILED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130
+RED, YELLOW = "31", "33"
 NEGATIVE = r"-(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)(e[-+]?\d+)?$|-(inf|infinity|nan)$"
 
 
@@ -59,9 +60,11 @@ def _run(arguments: list[str]) -> int:
             what = getattr(reason, "strerror", None) or reason
             _fail(f"{_but()}standard output cannot be written ({what})", verbose)
         return FAILED
-    except DomergeError as error:
-        _fail(str(error), verbose)
+    except Elsewhere:
         return USAGE_ERROR
+    except DomergeError as error:
+        _fail(f"{_but()}{error}", verbose)
+        return FAILED if folder.last_written else USAGE_ERROR
     except KeyboardInterrupt:
         return _interrupted()
     except MemoryError:
@@ -111,7 +114,7 @@ def _but() -> str:
 def _fail(message: str, verbose: bool) -> None:
     if verbose:
         streams.tell(traceback.format_exc().rstrip())
-    streams.tell(f"domerge-fast: error: {message}")
+    streams.tell(f"domerge-fast: {streams.coloured('error:', RED, sys.stderr)} {message}")
 
 
 @contextlib.contextmanager
@@ -136,7 +139,8 @@ def _in_one_line(usual: Callable[..., None]) -> Callable[..., None]:
 
     def show(message: Warning | str, category: type[Warning], *where: typing.Any) -> None:
         if issubclass(category, OutputWarning):
-            streams.tell(f"domerge-fast: warning: {message}")
+            said = streams.coloured("warning:", YELLOW, sys.stderr)
+            streams.tell(f"domerge-fast: {said} {message}")
         else:
             usual(message, category, *where)
 

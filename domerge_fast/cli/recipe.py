@@ -12,7 +12,9 @@ __all__ = ["COMMAND"]
 def fill(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION", parser_class=type(parser))
     show = actions.add_parser("show", help="print the recipe of a merge, to be run again")
-    show.add_argument("recipe", metavar="MERGED", help="folder of a merge, its card, or a recipe")
+    show.add_argument(
+        "recipe", metavar="MERGED", help="a merge (folder or file), its card, or a recipe"
+    )
     show.set_defaults(run=_show, parser=show)
     shared.add_json(show)
     shared.add_verbose(show)

@@ -13,15 +13,16 @@ __all__ = ["COMMAND"]
 
 def fill(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("recipe", metavar="RECIPE", help="YAML or JSON, a merge's card, or the folder of a merge")
+    add("recipe", metavar="RECIPE", help="YAML or JSON, a card, or a merge (folder or file)")
     add("--adapters", metavar="DIR", help="below which adapters are found by their files' sums")
     add("--base", metavar="FOLDER", help="the base model, in place of the recipe's")
-    add("-o", "--output", metavar="OUT", help="folder to write")
+    add("-o", "--output", metavar="OUT", help="folder or file to write")
     shared.add_replacing(parser)
     add("--backend", help="in place of the recipe's")
     add("--device", help="in place of the recipe's")
     add("--max-device-memory", metavar="SIZE", help="of the device, e.g. 4GiB")
     add("-q", "--quiet", action="store_true", help="no progress, no summary")
+    merge.add_verify(parser)
     merge.add_dry_run(parser)
     shared.add_json(parser)
 

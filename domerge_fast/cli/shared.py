@@ -5,24 +5,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..registry import usable
-from . import streams
+from . import flags, streams
+
+if typing.TYPE_CHECKING:
+    from ..results.report import Interference, Report
 
 __all__ = [
     "Command",
     "add_json",
     "add_output",
+    "add_pages",
     "add_replacing",
+    "add_runtime",
     "add_sources",
     "add_verbose",
+    "check_pages",
     "given",
     "notes",
     "show",
     "shows_progress",
+    "write_pages",
 ]
 
 
@@ -41,7 +49,7 @@ class Command:
     why_not: Callable[[], str | None] = usable
 
 
-_OWN = ("run", "parser", "full_parser", "verbose", "quiet", "output", "json")
+_OWN = ("run", "parser", "full_parser", "verbose", "quiet", "output", "json", "html", "plots")
 
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
@@ -55,13 +63,48 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-v", "--verbose", action="store_true", default=nothing, help=help)
 
 
+def add_pages(parser: argparse.ArgumentParser) -> None:
+    """Pages and pictures of a report."""
+    help = "write a page of figures; implies --report details"
+    parser.add_argument("--html", metavar="FILE", help=help)
+    help = "write the same figures as pictures (PNG); implies --report details"
+    parser.add_argument("--plots", metavar="DIR", help=help)
+
+
+def check_pages(args: argparse.Namespace) -> None:
+    """Before anything is computed: where pages and pictures go, what they need of this machine, and
+    of the report."""
+    if args.html is not None:
+        from ..pages.page import check_html
+
+        check_html(args.html)
+    if args.plots is not None:
+        from ..pages.plots import check_plots
+
+        check_plots(args.plots)
+    if args.report is None:
+        args.report = "full" if args.html is None and args.plots is None else "details"
+
+
+def write_pages(args: argparse.Namespace, found: Report | Interference) -> None:
+    """Those that were asked for."""
+    if args.html is not None:
+        from ..pages.page import write_html
+
+        write_html(found, args.html)
+    if args.plots is not None:
+        from ..pages.plots import write_plots
+
+        write_plots(found, args.plots)
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     help = "print one JSON object in place of what people read"
     parser.add_argument("--json", action="store_true", help=help)
 
 
 def add_sources(parser: argparse.ArgumentParser, quiet: str) -> None:
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a PEFT adapter folder")
+    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="a folder or file")
     parser.add_argument("--base-model", help="the base model, where the configs disagree")
     add_place(parser)
     parser.add_argument("-q", "--quiet", action="store_true", help=quiet)
@@ -73,8 +116,16 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="folder to write")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="folder or file to write"
+    )
     add_replacing(parser)
+
+
+def add_runtime(parser: argparse.ArgumentParser, required: bool) -> None:
+    help = f"the program that loads it, of: {', '.join(flags.known().runtimes)} (docs/serving.md)"
+    kind = {"dest": "runtime", "metavar": "RUNTIME", "required": required}
+    parser.add_argument("--for", "--runtime", help=help, **kind)  # type: ignore[arg-type]
 
 
 def add_replacing(parser: argparse.ArgumentParser) -> None:

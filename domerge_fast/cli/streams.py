@@ -8,10 +8,14 @@ import os
 import shutil
 import sys
 import textwrap
+import typing
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TextIO
 
-__all__ = ["Unprintable", "matrix", "show", "table", "tell", "usable", "wrap"]
+from ..errors import printable
+
+__all__ = ["Unprintable", "coloured", "matrix", "show", "table", "tell", "usable", "wrap"]
 
 WIDTH = 80
 """Columns of what is no terminal."""
@@ -88,29 +92,56 @@ def _abandon(stream: TextIO) -> None:
 def width() -> int:
     """Columns that a line may have."""
     if sys.stdout is not None and sys.stdout.isatty():
-        return shutil.get_terminal_size((WIDTH, 24)).columns
+        return max(NARROW, shutil.get_terminal_size((WIDTH, 24)).columns)
     return WIDTH
+
+
+def coloured(text: str, code: str, stream: TextIO) -> str:
+    """The text in a colour (a code of ANSI's), where the stream is a terminal that has some and
+    nobody asked for none (NO_COLOR)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"
+
+
+def cells(text: str) -> int:
+    """Columns of a terminal that a text takes."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(unicodedata.combining(c) > 0 for c in text)
 
 
 def wrap(text: str) -> list[str]:
     """A sentence as lines that fit the width."""
+    return _wrapped(printable(text), width(), subsequent_indent="  ", break_long_words=False)
+
+
+def _wrapped(text: str, most: int, **options: typing.Any) -> list[str]:
+    """Lines of so many columns at most."""
+    wide = cells(text) > len(text)
     return textwrap.wrap(
-        text, width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        text, max(1, most // 2) if wide else most, break_on_hyphens=False, **options
     )
 
 
 def shorten(name: str, most: int) -> str:
-    """A name of at most so many characters: what is too long loses its middle."""
-    if len(name) <= most:
+    """A name of so many columns at most: what is too long loses its middle."""
+    if cells(name) <= most:
         return name
-    tail = (most - 1) // 2
-    return f"{name[: most - 1 - tail]}…{name[len(name) - tail :]}"
+    texts = (_without_middle(name, kept) for kept in range(most - 1, 0, -1))
+    return next((text for text in texts if cells(text) <= most), "…")
+
+
+def _without_middle(name: str, kept: int) -> str:
+    tail = kept // 2
+    return f"{name[: kept - tail]}…{name[len(name) - tail :]}"
 
 
 def table(rows: Sequence[Sequence[str]], names: int | None = None) -> list[str]:
     """Lines of a table that fits the width: the widest columns are wrapped, but the one of `names`
     is shortened, and only then."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    rows = [[printable(text) for text in row] for row in rows]
+    widths = [max(cells(row[k]) for row in rows) for k in range(len(rows[0]))]
     room = width() - 2 * (len(widths) - 1)
     while sum(widths) > room and max(widths) > NARROW:
         at = widths.index(max(widths))
@@ -119,21 +150,20 @@ def table(rows: Sequence[Sequence[str]], names: int | None = None) -> list[str]:
         widths[at] -= 1
     lines = []
     for row in rows:
-        cells = [
-            [shorten(text, most)]
-            if k == names
-            else textwrap.wrap(text, most, break_on_hyphens=False) or [""]
+        parts_of = [
+            [shorten(text, most)] if k == names else _wrapped(text, most) or [""]
             for k, (text, most) in enumerate(zip(row, widths))
         ]
-        for parts in itertools.zip_longest(*cells, fillvalue=""):
-            lines.append("  ".join(p.ljust(w) for p, w in zip(parts, widths)).rstrip())
+        for parts in itertools.zip_longest(*parts_of, fillvalue=""):
+            padded = (part + " " * (most - cells(part)) for part, most in zip(parts, widths))
+            lines.append("  ".join(padded).rstrip())
     return lines
 
 
 def matrix(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table of which the first column is repeated where the others do not fit side by
     side."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    widths = [max(cells(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines: list[str] = []
     begin = 1
     while begin < len(widths):

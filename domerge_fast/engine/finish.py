@@ -15,71 +15,93 @@ from ..adapters.plan import Stack
 from ..algebra import powers
 from ..algebra.full_precision import full_precision
 from ..algebra.lowrank import compress
+from ..algebra.side import Side
 from ..errors import FlatCut
-from ..methods.base import Cut, Dense, Factors, Merged
+from ..methods.base import Cut, Dense, Factors, Made
 from . import precision
 from .work import Work
 
-__all__ = ["Result", "compressed", "finished", "in_range"]
+__all__ = ["Calibrate", "Result", "beside_unit", "compressed", "cut_dense", "finished", "in_range"]
 
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """A merged module as the sink takes it, and for its report: what the method says of it, its
-    rank, the energy kept and that before."""
+    """The merged modules of a stack as the sink takes them, and for their reports: what the method
+    says of them, their rank, and by module the energy kept and that before, () where nothing was
+    cut."""
 
     tensors: tuple[Tensor, ...]
     made: Factors | Dense
     rank: int
-    kept: float = 1.0
-    energy: float = 0.0
+    kept: Sequence[float] = ()
+    energy: Sequence[float] = ()
+
+    def each(self) -> list[Result]:
+        """Those of the modules, one by one."""
+        if self.made.count is None:
+            return [self]
+        rows = enumerate(zip(zip(*(x.unbind() for x in self.tensors)), self.made.each()))
+        return [
+            Result(tensors, made, self.rank, self.kept[k : k + 1], self.energy[k : k + 1])
+            for k, (tensors, made) in rows
+        ]
 
 
 Calibrate = Callable[[Sequence[Factors]], Sequence[Factors]]
 
 
 def finished(
-    work: Work, stacks: Sequence[Stack], merged: Merged, calibrate: Calibrate | None = None
+    work: Work, stacks: Sequence[Stack], merged: Made, calibrate: Calibrate | None = None
 ) -> list[Result]:
     """Dense results as they are, or cut to factors where the sink or a step wants these; the
     truncation of factors, the steps after it, and ΔW where the sink wants that.
 
-    Factors of more rows than ΔW has rank, R > min(m, n), are brought to min(m, n) of them: ΔW is
-    formed in float64 and taken apart by ops.truncate, which then cuts nothing off. calibrate: what
-    is done to factors before they are cut.
+    Factors of more rows than ΔW has rank, R > min(m, n), are brought to min(m, n) of them: ΔW
+    itself, which is smaller than they are, beside a unit matrix. calibrate: what is done to factors
+    before they are cut.
     """
     cut = work.cut
     dense = [x for x in merged if isinstance(x, Dense)]
     factors = [x for x in merged if isinstance(x, Factors)]
     if dense and work.deltas and not cut and not work.post and not calibrate:
         return [Result((x.delta,), x, min(x.delta.shape)) for x in dense]
-    kept, energy = [1.0] * len(merged), [0.0] * len(merged)
     if dense:
-        factors, kept, energy = compressed(work, stacks, dense)
+        factors = _as_factors(work, stacks, dense)
+    cuts = [(x.kept, x.energy) for x in factors]
     if calibrate:
         factors = list(calibrate(factors))
-    whole = [k for k, x in enumerate(factors) if cut and not dense and x.kept is None]
+    whole = [k for k, x in enumerate(factors) if cut and not dense and not x.kept]
     if work.post or whole:
         # No decomposition takes what is not finite.
         _check_finite(stacks, [(x.a, x.b) for x in factors], work.settings.backend)
     if cut and not dense:
         factors = _truncate(stacks, factors, whole, cut, work)
-        kept = [1.0 if x.kept is None else x.kept for x in factors]
-        energy = [x.energy for x in factors]
+        cuts = [(x.kept, x.energy) for x in factors]
     elif not dense and not work.deltas:
         factors = _narrowed(stacks, factors, work)
     if work.restores_norms and not (dense and calibrate):  # calibrated after the cut
-        factors = [_restored(*row) for row in zip(stacks, factors, kept)]
+        factors = [_restored(s, x, kept) for s, x, (kept, _) in zip(stacks, factors, cuts)]
     for step in work.post:
         factors = step.run(stacks, factors, work.inner)
     dtype = work.settings.dtype
     tensors: list[tuple[Tensor, ...]] = (
         [(_product(x.a, x.b),) for x in factors]
         if work.deltas
-        else [(x.a.to(dtype), x.b.to(dtype)) for x in factors]
+        else [
+            (x.a, x.b) if s.name in work.matrices else (_as(x.a, dtype), _as(x.b, dtype))
+            for s, x in zip(stacks, factors)
+        ]
     )
-    ranks = [x.a.shape[0] for x in factors]
-    return [Result(*row) for row in zip(tensors, factors, ranks, kept, energy)]
+    ranks = [
+        min(*x.a.shape, x.b.shape[0]) if s.name in work.matrices else x.a.shape[-2]
+        for s, x in zip(stacks, factors)
+    ]
+    rows = zip(tensors, factors, ranks, cuts)
+    return [Result(own, x, rank, *cut) for own, x, rank, cut in rows]
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def in_range(
@@ -99,25 +121,34 @@ def in_range(
         result,
         tensors=tensors,
         made=result.made.times(*given),
-        energy=math.ldexp(result.energy, 2 * power),
+        energy=[math.ldexp(x, 2 * power) for x in result.energy],
     )
 
 
-def compressed(
-    work: Work, stacks: Sequence[Stack], dense: Sequence[Dense]
-) -> tuple[list[Factors], list[float], list[float]]:
-    """Dense results cut to factors, the energy that each keeps, and that before."""
+def _as_factors(work: Work, stacks: Sequence[Stack], dense: Sequence[Dense]) -> list[Factors]:
+    """Dense results cut to factors, but for those that stay matrices: beside the unit matrix."""
+    cut = [k for k, s in enumerate(stacks) if s.name not in work.matrices]
+    found = dict(zip(cut, compressed(work, [stacks[k] for k in cut], [dense[k] for k in cut])))
+    for k, x in enumerate(dense):
+        if k not in found:
+            unit = torch.eye(x.delta.shape[1], device=x.delta.device)
+            found[k] = Factors(unit, x.delta, *x.reports)
+    return [found[k] for k in range(len(dense))]
+
+
+def compressed(work: Work, stacks: Sequence[Stack], dense: Sequence[Dense]) -> list[Factors]:
+    """Dense results cut to factors."""
     cut = work.cut or work.usual
-    cuts = [_compressed(s.name, x.delta, cut) for s, x in zip(stacks, dense)]
-    factors = [Factors(c[0], c[1], *x.reports) for x, c in zip(dense, cuts)]
-    return factors, [c[2] for c in cuts], [c[3] for c in cuts]
+    return [cut_dense(s.name, x, cut) for s, x in zip(stacks, dense)]
 
 
-def _compressed(name: str, delta: Tensor, cut: Cut) -> tuple[Tensor, Tensor, float, float]:
+def cut_dense(name: str, dense: Dense, cut: Cut) -> Factors:
+    """A module's ΔW cut to factors."""
     try:
-        return compress(delta, cut.rank, cut.energy)
+        a, b, kept, energy = compress(dense.delta, cut.rank, cut.energy)
     except FlatCut as error:
         raise error.of(name) from None
+    return Factors(a, b, *dense.reports, kept=[kept], energy=[energy])
 
 
 def _truncate(
@@ -137,36 +168,52 @@ def _truncate(
         raise error.of(stacks[chosen[error.at]].name, work.method.method.name) from None
     found = list(merged)
     for k, (a, b), share, given in zip(chosen, smaller, shares, pairs):
-        found[k] = replace(merged[k], a=a, b=b, kept=share, energy=_energy(*given))
+        found[k] = replace(merged[k], a=a, b=b, kept=[share], energy=[_energy(*given)])
     return found
 
 
-def _restored(stack: Stack, made: Factors, kept: float) -> Factors:
-    """With the norm from before the cut, which left this share of its square; one adapter's update
-    as it is."""
-    if not 0 < kept < 1 or len(stack.adapters) == 1:
+def _restored(stack: Stack, made: Factors, kept: Sequence[float]) -> Factors:
+    """With the norms from before the cut, which left these shares of their squares; one adapter's
+    update as it is."""
+    if not kept or len(stack.adapters) == 1:
         return made
-    return replace(made, b=made.b * kept**-0.5)
+    gains = torch.tensor([x**-0.5 if 0 < x < 1 else 1.0 for x in kept]).to(made.b)
+    return replace(made, b=made.b * (gains if made.b.dim() == 2 else gains[:, None, None]))
 
 
 def _narrowed(stacks: Sequence[Stack], merged: list[Factors], work: Work) -> list[Factors]:
     """The factors with min(m, n) rows where they have more; the others as they are."""
-    wide = [k for k, f in enumerate(merged) if len(f.a) > min(f.a.shape[1], len(f.b))]
+    shapes = [(s.name, f.a.shape[-2:], f.b.shape[-2]) for s, f in zip(stacks, merged)]
+    most = [rank if name in work.matrices else min(n, m) for name, (rank, n), m in shapes]
+    wide = [k for k, (_, (rank, _), _) in enumerate(shapes) if rank > most[k]]
     if not wide:
         return merged
-    pairs = [(merged[k].a, merged[k].b) for k in wide]
-    _check_finite([stacks[k] for k in wide], pairs, work.settings.backend)
+    given = [(merged[k].a, merged[k].b) for k in wide]
+    _check_finite([stacks[k] for k in wide], given, work.settings.backend)
     dtype = torch.float32 if work.post else work.settings.dtype
-    narrow, _ = ops.truncate(pairs, out_dtype=dtype, backend=work.settings.backend)
     found = list(merged)
-    for k, (a, b) in zip(wide, narrow):
-        found[k] = replace(merged[k], a=a, b=b)
+    for k, (a, b) in zip(wide, given):
+        backend = work.settings.backend
+        (delta,) = ops.apply([b.float()], [Side((a,), (1.0,))], torch.float32, backend=backend)
+        a, b = beside_unit(delta, backend)
+        found[k] = replace(merged[k], a=_as(a, dtype), b=_as(b, dtype))
     return found
 
 
-@full_precision()
+def beside_unit(delta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """A [k, n] and B [m, k] of ΔW in float32, k = min(m, n): one is ΔW over a power of two, the
+    other that power of the unit matrix, so that their largest entries are alike."""
+    (size,) = ops.largest([delta], backend=backend).tolist()
+    power = 2.0 ** round(math.frexp(size)[1] / 2) if size else 1.0
+    m, n = delta.shape
+    unit = power * torch.eye(min(m, n), device=delta.device)
+    return (delta / power, unit) if m <= n else (unit, delta / power)
+
+
 def _energy(a: Tensor, b: Tensor) -> float:
     """||B A||_F^2 from the two Grams."""
+    dtype = full_precision(a.device)
+    a, b = a.to(dtype), b.to(dtype)
     return float(((a @ a.T).double() * (b.T @ b).double()).sum())
 
 
@@ -175,10 +222,10 @@ def _check_finite(
 ) -> None:
     """Of results in float32."""
     for s, whole in zip(stacks, precision.fits(results, backend)):
-        if not whole:
+        if not all(whole):
             raise powers.refusal(s.name, torch.float32, "large")
 
 
-@full_precision()
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    return b.float() @ a.float()
+    dtype = full_precision(a.device)
+    return (b.to(dtype) @ a.to(dtype)).float()

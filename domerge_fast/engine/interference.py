@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
+import math
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,52 +13,97 @@ from torch import Tensor
 from .. import ops
 from ..adapters.plan import Stack
 from ..algebra.host import gather
+from ..recipe import DETAILS, FULL, NONE, NORMS
 from ..results.report import Interference
+from .details import DetailSums
 
-__all__ = ["InterferenceSums", "own_norms"]
+__all__ = ["MOST_COMPARED", "InterferenceSums", "own_norms", "told"]
+
+MOST_COMPARED = 64
+"""Adapters up to which every merge also measures their pairwise interference, where it is asked for
+a full report."""
+
+
+def told(report: str, adapters: int) -> str:
+    """Whether FULL, NORMS or NONE is counted, for so many adapters."""
+    report = FULL if report == DETAILS else report
+    return NORMS if report == FULL and adapters > MOST_COMPARED else report
 
 
 class InterferenceSums:
-    """Running sums over modules for `adapters` named adapters."""
+    """Running sums over modules for `adapters` named adapters. report: what is counted, FULL,
+    NORMS or NONE. details: what is counted module by module, of a FULL report."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
-        size = (len(names), len(names))
+    def __init__(
+        self, names: Sequence[str], report: str = FULL, details: DetailSums | None = None
+    ) -> None:
+        self.names, self.report, self.details = tuple(names), report, details
+        size = (len(names),) * 2 if report == FULL else (0, 0)
         self.rows, self.columns, self.inner, self.shared = (
             torch.zeros(size, dtype=torch.float64) for _ in range(4)
         )
         self.norms: list[list[float]] = [[] for _ in names]
 
-    def add(
-        self, stacks: Sequence[Stack], grams_a: Sequence[Tensor], grams_b: Sequence[Tensor]
-    ) -> list[list[float]]:
-        """Count modules in, their Grams in the host's memory (in float64 where stacks have powers
-        or sizes far apart); returns the adapters' ||ΔW_i||_F of each."""
-        alike: dict[tuple, list[int]] = {}
-        for k, stack in enumerate(stacks):
-            alike.setdefault((stack.adapters, stack.a.ranks, grams_a[k].dtype), []).append(k)
-        norms: list[list[float]] = [[] for _ in stacks]
-        for (adapters, ranks, _), members in alike.items():
-            a = [grams_a[k] for k in members]
-            b = [grams_b[k] for k in members]
-            true = [4.0 ** sum(stacks[k].powers) for k in members]
-            sizes = torch.tensor(true, dtype=torch.float64)
-            inner = _block_products(a, b, ranks) * sizes[:, None, None]
+    def add(self, names: Sequence[str], stack: Stack, a: Tensor, b: Tensor) -> list[list[float]]:
+        """Count modules in, by their Grams [P, R, R] in the host's memory, in float64 where they
+        have powers or sizes far apart; returns the adapters' ||ΔW_i||_F of each. stack: of one of
+        them, with the adapters and powers of all."""
+        adapters, ranks = stack.adapters, stack.a.ranks
+        inner = _block_products(a, b, ranks) * _size(stack)
+        if self.report == FULL:
             at = torch.tensor(adapters)
             grid = (at[:, None], at[None, :])
             self.inner[grid] += inner.sum(0)
-            self.shared[grid] += len(members)
-            self.rows[grid] += _alignment(a, ranks)
-            self.columns[grid] += _alignment(b, ranks)
-            found = inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt().tolist()
-            for k, values in zip(members, found):
-                norms[k] = values
-        for stack, values in zip(stacks, norms):
-            for i, norm in zip(stack.adapters, values):
-                self.norms[i].append(norm)
-        return norms
+            self.shared[grid] += len(inner)
+            rows, columns = _alignments(a, ranks), _alignments(b, ranks)
+            self.rows[grid] += rows.sum(0)
+            self.columns[grid] += columns.sum(0)
+            if self.details:
+                self.details.add(names, stack, (a, b), (rows, columns, inner))
+        return self.count(adapters, inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt())
 
-    def result(self) -> Interference:
+    def add_norms(self, stacks: Sequence[Stack], backend: str) -> list[list[list[float]]]:
+        """Count the norms of modules in, without Grams; returns them, stack by stack."""
+        norms = own_norms(stacks, backend)
+        return [self.count(s.adapters, own) for s, own in zip(stacks, norms)]
+
+    def count(self, adapters: Sequence[int], norms: Tensor) -> list[list[float]]:
+        """Count the norms of P modules in, [P, T] of these adapters; returns them."""
+        for i, column in zip(adapters, norms.T.tolist()):
+            self.norms[i] += column
+        return norms.tolist()
+
+    def fresh(self) -> InterferenceSums:
+        """Sums of the same, with nothing counted."""
+        return InterferenceSums(self.names, self.report, self.details and self.details.fresh())
+
+    def plain(self) -> tuple[list[Tensor], list[list[float]], Any]:
+        """What was counted, for `take`."""
+        tables = [self.rows, self.columns, self.inner, self.shared]
+        details = self.details.plain() if self.details else None
+        return tables if self.report == FULL else [], self.norms, details
+
+    def take(self, plain: tuple[list[Tensor], list[list[float]], Any]) -> None:
+        """Count in what others have counted."""
+        tables, norms, details = plain
+        if self.details:
+            self.details.take(details)
+        for own, more in zip((self.rows, self.columns, self.inner, self.shared), tables):
+            own += more
+        for mine, theirs in zip(self.norms, norms):
+            mine += theirs
+
+    def result(self) -> Interference | None:
+        """What was counted."""
+        if self.report == NONE:
+            return None
+        spread = tuple(_spread(n) if n else (0.0, 0.0, 0.0) for n in self.norms)
+        if self.report == NORMS:
+            norms = tuple(math.sqrt(math.fsum(x * x for x in n)) for n in self.norms)
+            return Interference(self.names, None, None, None, norms, spread)
+        return self._tables(spread)
+
+    def _tables(self, spread: tuple[tuple[float, float, float], ...]) -> Interference:
         count = self.shared.clamp_min(1)
         norms = self.inner.diagonal().clamp_min(0).sqrt()
         product = norms[:, None] * norms[None, :]
@@ -69,41 +114,43 @@ class InterferenceSums:
             _table(self.columns / count),
             _table(cosine),
             tuple(norms.tolist()),
-            tuple((min(n), statistics.median(n), max(n)) if n else (0.0,) * 3 for n in self.norms),
+            spread,
+            details=self.details.result() if self.details else None,
         )
 
 
-def own_norms(
-    stacks: Sequence[Stack], backend: str
-) -> tuple[list[list[float]], list[tuple[Tensor, Tensor]]]:
-    """||ΔW_i||_F of the adapters of each stack, where there are too many for the tables, and the
-    squared norms of the rows of both sides."""
-    a = gather(ops.block_gram([s.a for s in stacks], backend=backend))
-    b = gather(ops.block_gram([s.b for s in stacks], backend=backend))
-    products = ((x * y).split([r * r for r in s.a.ranks]) for x, y, s in zip(a, b, stacks))
-    norms = [[float(p.sum().clamp_min(0).sqrt()) for p in parts] for parts in products]
-    places = [_diagonal(s.a.ranks) for s in stacks]
-    return norms, [(x[at], y[at]) for x, y, at in zip(a, b, places)]
+def own_norms(stacks: Sequence[Stack], backend: str) -> list[Tensor]:
+    """||ΔW_i||_F of the adapters of every stack's modules, [P, T] each."""
+    sides = [s.a for s in stacks], [s.b for s in stacks]
+    grams = [gather(ops.block_gram(side, backend=backend)) for side in sides]
+    found = []
+    for s, a, b in zip(stacks, *grams):
+        products = (_size(s) * a * b).view(-1, a.shape[-1])
+        parts = products.split([r * r for r in s.a.ranks], 1)
+        found.append(torch.stack([part.sum(1) for part in parts], 1).clamp_min(0).sqrt())
+    return found
 
 
-@functools.lru_cache(maxsize=64)
-def _diagonal(ranks: tuple[int, ...]) -> Tensor:
-    """Where the diagonals of packed blocks [r_i, r_i] are."""
-    starts = itertools.accumulate([0, *(r * r for r in ranks)])
-    return torch.cat([at + (r + 1) * torch.arange(r) for at, r in zip(starts, ranks)])
+def _size(stack: Stack) -> float:
+    """What the powers of two that were taken out make of <ΔW_i, ΔW_j>."""
+    return float(4.0 ** sum(stack.powers))
 
 
-def _alignment(grams: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
-    """||G_ij||^2 / (||G_ii|| ||G_jj||), 0 where an adapter's factor is zero, summed over grams."""
+def _spread(norms: Sequence[float]) -> tuple[float, float, float]:
+    return min(norms), statistics.median(norms), max(norms)
+
+
+def _alignments(grams: Tensor, ranks: Sequence[int]) -> Tensor:
+    """||G_ij||^2 / (||G_ii|| ||G_jj||) of every Gram, 0 where an adapter's factor is zero."""
     energy = _block_products(grams, grams, ranks)
     own = energy.diagonal(dim1=1, dim2=2).sqrt()
     product = own[:, :, None] * own[:, None, :]
-    return torch.where(product > 0, energy / product.where(product > 0, 1.0), 0.0).sum(0)
+    return torch.where(product > 0, energy / product.where(product > 0, 1.0), 0.0)
 
 
-def _block_products(x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+def _block_products(x: Tensor, y: Tensor, ranks: Sequence[int]) -> Tensor:
     """Those in float64 stay that: the fast backends take float32."""
-    backend = "torch" if x[0].dtype == torch.float64 else "auto"
+    backend = "torch" if x.dtype == torch.float64 else "auto"
     return ops.block_products(x, y, ranks, backend=backend)
 
 

@@ -2,557 +2,360 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..adapters.plan import GPU_GROUP_BYTES, GROUP_BYTES, Plan, Stack
-from ..algebra import powers
-from ..algebra.host import gather
-from ..errors import AdapterError, OptionError
-from ..methods.base import Grams, grams, wide_grams
+from ..adapters.plan import Plan, Stack
+from ..backends.layout import recycled
 from ..methods.contract import Found
-from ..methods.running import Run, prepared, stacked
-from ..methods.spectral import calibrated
-from ..results.report import ModuleReport
-from ..storage.buffers import Buffers
+from ..methods.groups import Groups, Here
+from ..methods.running import Run, prepared
+from ..recipe import FULL, NONE
+from ..results.report import StackReport
 from ..storage.garbage import uncollected
-from . import precision, transfer
-from .finish import Result, finished, in_range
-from .first_pass import Diagonals, Whole
-from .interference import InterferenceSums, own_norms
+from . import interference, precision, transfer
+from .first_pass import FirstPass
+from .group import Group, measured
+from .interference import InterferenceSums
+from .merging import Merged, merged
+from .passes import ALONE, Pass, Passes
+from .reader import Budget, Reader
+from .scaled import Scaled
+from .verifying import Verified, Verifying
 from .work import Work
 
-__all__ = ["MOST_COMPARED", "Place", "Sink", "memory", "run", "survey"]
+__all__ = ["Batch", "Outcome", "Progress", "Sink", "one_by_one", "run", "survey"]
 
 LOG = logging.getLogger(__name__)
 
-MOST_COMPARED = 64
-"""Adapters up to which every merge also measures their pairwise interference."""
+Batch = tuple[Sequence[str], tuple[Tensor, ...]]
+"""Names, and A [R, n] and B [m, R], or ΔW [m, n] in float32, of one module, or with P before their
+shapes of P."""
 
-DENSE_BYTES = 256 << 20
-"""What the dense results of a group of modules may take; one module may take more."""
-
-PORTION_CUBES, PORTION_ENTRIES = 1 << 26, 1 << 22
-"""What a thread takes at once of R x R matrices (R^3), and all take of dense ones."""
-
-Sink = Callable[..., None]
-"""(name, A [R, n], B [m, R]) or (name, ΔW [m, n] in float32) of every module."""
+Sum = TypeVar("Sum")
+Sink = Callable[[Sequence[Batch]], None]
+"""Takes what becomes of every portion of the plan."""
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a merge runs, and how many bytes of that device's memory its groups may take."""
+def one_by_one(plan: Plan, add: Callable[..., None]) -> Sink:
+    """The sink that calls add(name, *tensors) for every module, in the plan's order."""
+    place = {name: k for k, name in enumerate(plan.names)}
 
-    device: torch.device
-    most_bytes: int | None = None
+    def sink(batches: Sequence[Batch]) -> None:
+        rows = [
+            row
+            for names, tensors in batches
+            for row in zip(names, *([x] if x.dim() == 2 else x.unbind() for x in tensors))
+        ]
+        for name, *own in sorted(rows, key=lambda row: place[row[0]]):
+            add(name, *own)
+
+    return sink
 
 
 @uncollected()
 def run(
     plan: Plan,
     work: Work,
-    place: Place,
+    budget: Budget,
     sums: InterferenceSums,
     sink: Sink,
     to_host: bool,
     progress: Progress,
+    passes: Passes = ALONE,
+    verify: bool = False,
 ) -> Outcome:
     """Merge every module of the plan and give it to the sink, which works in another thread.
 
-    to_host: whether the sink wants the results in the host's memory. Raises AdapterError for a
-    factor with NaN or Inf, before its module reaches the sink; OptionError for a module that is
-    too large for the place; DomergeError for a result that the dtype cannot hold.
+    to_host: whether the sink wants the results in the host's memory, and lets go of them. passes:
+    who else merges the plan; the sink and progress are told of what is merged here. verify: whether
+    a sample of the modules is held against the reference. Raises AdapterError for a factor with NaN
+    or Inf, before its module reaches the sink; OptionError for a module that is too large for the
+    budget; DomergeError for a result that the dtype cannot hold, or that is not the reference's.
     """
-    reports: dict[str, ModuleReport] = {}
-    streams = _streams(plan, place)
-    scaled = _Scaled.of(plan, work)
+    scaled = Scaled.of(plan, work)
     work = scaled.work
-    method = prepared(work.method, _EveryGroup(plan, place, scaled, streams), work.inner)
+    units = passes.units(plan)
     total = len(plan.names) * (2 if work.twice else 1)
-    whole = _gone_through(plan, place, scaled, method, sums, streams, progress)
-    before = total - len(plan.names)
+    done = total - len(plan.names)
     written: Future[None] | None = None
-    with ThreadPoolExecutor(1, "domerge-write") as writer:
-        groups = _stacks(plan, place, work, streams)
-        for stacks in (portion for group in groups for portion in _portions(group, work, place)):
-            norms: Sequence[Sequence[float]]
-            if whole:
-                group, norms = _seen_before(plan, stacks, whole)
-            else:
-                group, norms = _looked_at(plan, stacks, scaled, method, sums)
-            results = _merge(scaled, method, group, whole)
-            for s, result, own in zip(group.stacks, results, norms):
-                reports[s.name] = _report(plan, s, result, own)
+    recycling = recycled() if to_host else contextlib.nullcontext()
+    with (
+        recycling,
+        ThreadPoolExecutor(1, "domerge-write") as writer,
+        Reader.opened(plan, budget) as reader,
+    ):
+        method = prepared(work.method, _EveryGroup(reader, scaled, passes, units), work.inner)
+        verifying = Verifying(plan, scaled, method) if verify else None
+        first, seen = _gone_through(reader, scaled, method, sums, progress, passes, units)
+        merging = passes.begin(units, writes=True)
+        for chosen in merging.rounds(seen):
+            noted = _Noted.fresh(sums)
+            for stacks, last in reader.portions(work, units, chosen):
+                if first:
+                    given = reader, stacks, scaled, method, first
+                    group, found = _seen_before(*given, sums.fresh())
+                else:
+                    group, found = _looked_at(plan, stacks, scaled, method, noted.sums), None
+                if not work.in_batches(method):
+                    group = group.apart()
+                results = merged(scaled, method, group, found, first)
+                verified = verifying.check(stacks, results, first) if verifying else {}
+                shares = _shares(noted.sums, group, results)
+                noted.reports += _reports(plan, results, shares, verified)
+                if written:
+                    written.result()
+                ready = transfer.ready_event(budget.device) if to_host else None
+                parts = [(s.names, r.tensors) for s, _, r in results]
+                written = writer.submit(_write, sink, parts, ready, reader.streams)
+                done += _modules(stacks)
+                _log(plan, stacks, "merged", done - total + len(plan.names))
+                for k in range(done - _modules(stacks), done):
+                    progress(k + 1, total)
+                if last is not None:
+                    written = writer.submit(_done, written, merging, last, noted.plain())
+                    noted = _Noted.fresh(sums)
+                del stacks, group, results, parts  # before another group is read
             if written:
                 written.result()
-            ready = transfer.ready_event(place.device) if to_host else None
-            tensors = [r.tensors for r in results]
-            written = writer.submit(_write, sink, [s.name for s in stacks], tensors, ready, streams)
-            _log(plan, stacks, "merged", len(reports))
-            for done in range(len(reports) - len(stacks), len(reports)):
-                progress(before + done + 1, total)
-        if written:
-            written.result()
-    return Outcome(reports, whole.scales if whole else {})
+    reports: list[StackReport] = []
+    for plain in merging.results():
+        of_unit, counted = plain
+        reports += map(StackReport.of_plain, of_unit)
+        sums.take(counted)
+    return Outcome(reports, first.scales if first else {})
+
+
+def _modules(stacks: Sequence[Stack]) -> int:
+    return sum(len(s.names) for s in stacks)
 
 
 def _log(plan: Plan, stacks: Sequence[Stack], what: str, done: int) -> None:
     if LOG.isEnabledFor(logging.DEBUG):
-        read = plan.read_bytes([s.name for s in stacks]) / 1e6
-        counts = len(stacks), what, read, done, len(plan.names)
+        names = [name for s in stacks for name in s.names]
+        counts = len(names), what, plan.read_bytes(names) / 1e6, done, len(plan.names)
         LOG.debug("%d modules %s, %.1f MB of factors; %d of %d are done", *counts)
 
 
+@dataclass
+class _Noted:
+    """Of a unit: the reports of its modules, and what is counted of them."""
+
+    sums: InterferenceSums
+    reports: list[StackReport] = field(default_factory=list)
+
+    @classmethod
+    def fresh(cls, sums: InterferenceSums) -> _Noted:
+        return cls(sums.fresh())
+
+    def plain(self) -> tuple[Any, ...]:
+        return [x.plain() for x in self.reports], self.sums.plain()
+
+
 def _gone_through(
-    plan: Plan,
-    place: Place,
-    scaled: _Scaled,
+    reader: Reader,
+    scaled: Scaled,
     method: Run,
     sums: InterferenceSums,
-    streams: Sequence[torch.cuda.Stream],
     progress: Progress,
-) -> Whole | None:
-    """What only the whole model tells, where that is needed."""
-    work = scaled.work
+    passes: Passes,
+    units: Sequence[Sequence[str]],
+) -> tuple[FirstPass | None, list[int]]:
+    """What only the whole model tells, where that is needed, and the units that were gone through
+    here."""
+    work, plan = scaled.work, reader.plan
     if not work.twice:
-        return None
-    whole, done = Whole(work, method, scaled.of_weights), 0
-    groups = _stacks(plan, place, work, streams)
-    for stacks in (portion for group in groups for portion in _portions(group, work, place)):
-        group, norms = _looked_at(plan, stacks, scaled, method, sums)
-        given = scaled.weighted(group.stacks)
-        seen = [(own, group.moved.get(k)) for k, own in enumerate(norms)]
-        whole.add(work.before(given), given, group.grams, seen)
-        _log(plan, stacks, "looked at", done + len(stacks))
-        for _ in stacks:
-            done += 1
-            progress(done, 2 * len(plan.names))
-    whole.settle()
-    return whole
+        return None, []
+    first, done, seen = FirstPass(work, method, scaled.of_weights), 0, list[int]()
+    looking = passes.begin(units)
+    for chosen in looking.rounds():
+        noted = _Noted.fresh(sums)
+        for stacks, last in reader.portions(work, units, chosen):
+            group = _looked_at(plan, stacks, scaled, method, noted.sums)
+            first.add(replace(group, stacks=scaled.weighted(group.stacks)))
+            done += _modules(stacks)
+            _log(plan, stacks, "looked at", done)
+            for k in range(done - _modules(stacks), done):
+                progress(k + 1, 2 * len(plan.names))
+            if last is not None:
+                looking.done(last, (first.noted(), noted.sums.plain()))
+                seen.append(last)
+                noted = _Noted.fresh(sums)
+            del stacks, group  # before another group is read
+    for found, counted in looking.results():
+        first.note(found)
+        sums.take(counted)
+    first.settle()
+    return first, seen
 
 
 def _looked_at(
-    plan: Plan, stacks: Sequence[Stack], scaled: _Scaled, method: Run, sums: InterferenceSums
-) -> tuple[_Group, list[list[float]]]:
-    """The group with its Grams, counted into the sums, and ||ΔW_i||_F."""
+    plan: Plan, stacks: Sequence[Stack], scaled: Scaled, method: Run, sums: InterferenceSums
+) -> Group:
+    """The group, counted into the sums."""
     work = scaled.work
-    compare = len(plan.adapters) <= MOST_COMPARED
-    wanted = [compare or (not work.pre and method.wants_grams(s)) for s in stacks]
-    wide, bare = work.wide_grams(method), method.bare
-    group = _measured(plan, stacks, wanted, compare, work.settings.backend, wide, bare)
-    return group, sums.add(group.stacks, *group.exact) if compare else group.norms
+    # λ, too, is found from Grams where these are not too large.
+    of_all = sums.report == FULL or (
+        work.rule is not None and len(plan.adapters) <= interference.MOST_COMPARED
+    )
+    wanted = [of_all or (not work.pre and method.wants_grams(s)) for s in stacks]
+    wide, backend = work.wide_grams(method), work.settings.backend
+    return measured(plan, stacks, wanted, sums, backend, wide, method.bare)
 
 
 def _seen_before(
-    plan: Plan, stacks: Sequence[Stack], whole: Whole
-) -> tuple[_Group, list[Sequence[float]]]:
-    """The group as it was when the model was gone through, with what was found of it."""
-    seen = [whole.take(s.name) for s in stacks]
-    given = [
-        s if x.diagonals is None else precision.centred(plan, s, x.diagonals)
-        for s, x in zip(stacks, seen)
-    ]
+    reader: Reader,
+    stacks: Sequence[Stack],
+    scaled: Scaled,
+    method: Run,
+    first: FirstPass,
+    uncounted: InterferenceSums,
+) -> tuple[Group, Sequence[Found | None]]:
+    """The group as it was when the model was gone through, and what was found of it; where that was
+    by another process, it is looked at again, with sums that nobody counts."""
+    plan = reader.plan
+    if not all(map(first.has, stacks)):
+        group = _looked_at(plan, stacks, scaled, method, uncounted)
+        first.add(replace(group, stacks=scaled.weighted(group.stacks)))
+    given, norms, found = [], [], []
+    for stack in stacks:
+        at = 0
+        while at < len(stack.names):
+            seen = first.take(stack.names[at])
+            end = at + (1 if seen.count is None else seen.count)
+            part = stack.of_modules(at, end) if end - at < len(stack.names) else stack
+            part = part.each()[0] if seen.count is None else part
+            if seen.diagonals is not None:
+                part = precision.centred(plan, part, seen.diagonals)
+            given.append(part)
+            norms.append(seen.norms)
+            found.append(seen.found)
+            at = end
     nothing: list[Tensor | None] = [None] * len(given)
-    group = _Group(given, (nothing, nothing), ([], []), [], {}, [x.found for x in seen])
-    return group, [x.norms for x in seen]
+    return Group(given, (nothing, nothing), norms, [None] * len(given)), found
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The modules' reports, and the λ that was found, by the number of adapters a module has."""
+    """The modules' reports, and the λ that was found, by the number of adapters a module has.
+    notes: what has to be said of it, a sentence each."""
 
-    modules: dict[str, ModuleReport]
+    modules: Sequence[StackReport]
     scales: Mapping[int, float]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class _EveryGroup:
-    """The model's groups of stacks as the method sees them, read once more on every pass."""
+class _EveryGroup(Groups[Sequence[Stack]]):
+    """The model's groups of modules as the method sees them, read once more on every pass; one a
+    stack, but where the method takes batches."""
 
-    plan: Plan
-    place: Place
-    scaled: _Scaled
-    streams: Sequence[torch.cuda.Stream]
+    reader: Reader
+    scaled: Scaled
+    passes: Passes
+    units: Sequence[Sequence[str]]
 
-    def __iter__(self) -> Iterator[Sequence[Stack]]:
+    def summed(
+        self, look: Callable[[Sequence[Stack]], Sum], add: Callable[[Sum, Sum], Sum]
+    ) -> Sum | None:
+        work, looking = self.scaled.work, self.passes.begin(self.units)
+        for chosen in looking.rounds():
+            found: Sum | None = None
+            for stacks, last in self.reader.portions(work, self.units, chosen, apart=False):
+                more = look(self._seen(stacks))
+                found = more if found is None else add(found, more)
+                if last is not None:
+                    looking.done(last, found)
+                    found = None
+        return Here(looking.results()).summed(lambda x: x, add)
+
+    def _seen(self, stacks: Sequence[Stack]) -> Sequence[Stack]:
         work = self.scaled.work
-        for stacks in _stacks(self.plan, self.place, work, self.streams):
-            wanted = [False] * len(stacks)
-            group = _measured(self.plan, stacks, wanted, False, work.settings.backend)
-            yield work.before(self.scaled.weighted(group.stacks))
-
-
-@dataclass(frozen=True)
-class _Scaled:
-    """Work without the powers of two of extreme weights and of an extreme λ."""
-
-    work: Work
-    of_weights: int
-    of_scale: int
-
-    @classmethod
-    def of(cls, plan: Plan, work: Work) -> _Scaled:
-        of_weights = precision.of_weights(plan.every_weight, work.by_ratio)
-        return cls(work, of_weights, 0)._without(powers.extreme(work.settings.scale))
-
-    def _without(self, power: int) -> _Scaled:
-        scale = math.ldexp(self.work.settings.scale, -power)
-        work = replace(self.work, settings=replace(self.work.settings, scale=scale))
-        return _Scaled(work, self.of_weights, self.of_scale + power)
-
-    @property
-    def wide(self) -> _Scaled:
-        """With λ near 1, and results in float32."""
-        near_one = self._without(math.frexp(self.work.settings.scale)[1])
-        return replace(near_one, work=near_one.work.wide)
-
-    def weighted(self, stacks: Sequence[Stack]) -> list[Stack]:
-        by_ratio = self.work.by_ratio
-        return [precision.weighted(s, self.of_weights, by_ratio) for s in stacks]
-
-
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Stacks near 1 with their Grams as the method takes them, and in the host's memory, exact,
-    those that the report is made of; or, where those are not compared, ||ΔW_i||_F. moved: the
-    diagonals of the Grams of stacks that were brought near 1. found: what the method found before,
-    in place of Grams."""
-
-    stacks: list[Stack]
-    grams: Grams
-    exact: tuple[list[Tensor], list[Tensor]]
-    norms: list[list[float]]
-    moved: dict[int, Diagonals]
-    found: Sequence[Found | None] | None = None
-
-
-def _measured(
-    plan: Plan,
-    stacks: Sequence[Stack],
-    wanted: Sequence[bool],
-    compare: bool,
-    backend: str,
-    wide: bool = False,
-    bare: bool = False,
-) -> _Group:
-    """The group's Grams, of stacks that are brought near 1 where they are not. wide: the method
-    takes `wide_grams`, of which those of the report are made too; bare: without scalings."""
-    stacks = list(stacks)
-    known = wide_grams(stacks, backend, bare) if wide else None
-    found: tuple[list[Tensor | None], list[Tensor | None]]
-    if known:
-        both = [_with_scalings(s, a, b, bare) for s, a, b in zip(stacks, *known)]
-        found = [a for a, _ in both], [b for _, b in both]
-    else:
-        found = grams(stacks, wanted, backend)
-    here = gather(found[0]), gather(found[1])
-    exact = _present(here[0]), _present(here[1])
-    norms: list[list[float]] = []
-    if compare:
-        diagonals = [(a.diagonal(), b.diagonal()) for a, b in zip(*exact)]
-    else:
-        norms, diagonals = own_norms(stacks, backend)
-    moved = {}
-    for k in precision.unusual(diagonals):
-        centred = precision.centred(plan, stacks[k], diagonals[k])
-        if centred is not stacks[k]:
-            a, b = diagonals[k]
-            stacks[k], moved[k] = centred, (a.clone(), b.clone())
-    bare = bare or not wide
-    again = wide_grams([stacks[k] for k in moved], backend, bare)
-    for k, *pair in zip(moved, *again):
-        scaled = _with_scalings(stacks[k], pair[0], pair[1], bare, torch.float64)
-        for side, (plain, gram) in enumerate(zip(pair, scaled)):
-            if known:
-                known[side][k] = plain
-            if wanted[k]:
-                found[side][k] = gram.float()
-                here[side][k] = gram.float().cpu()
-            if compare:
-                exact[side][k] = gram.cpu()
-    _check_factors(plan, stacks, *here, backend)
-    return _Group(stacks, known or found, exact, norms, moved)
-
-
-def _with_scalings(
-    stack: Stack, gram_a: Tensor, gram_b: Tensor, bare: bool, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor]:
-    """`wide_grams` with the scalings s_i in that of B."""
-    if not bare:
-        return gram_a.to(dtype), gram_b.to(dtype)
-    pairs = zip(stack.b.scales, stack.b.ranks)
-    gains = torch.cat([torch.full((r,), c, dtype=torch.float64) for c, r in pairs]).to(gram_b)
-    return gram_a.to(dtype), (gains[:, None] * gram_b * gains).to(dtype)
-
-
-def _merge(scaled: _Scaled, method: Run, group: _Group, whole: Whole | None) -> list[Result]:
-    """What the sink takes of every module. Those that may have lost digits to the output's dtype,
-    or have powers of two to come back, are merged again in float32."""
-    stacks = scaled.weighted(group.stacks)
-    work = scaled.work
-    lost = scaled.of_weights if work.by_ratio else 0
-    alone = lost if work.alone else None
-    part = _Part(method, stacks, group.grams, group.found, whole, alone)
-    results = part.merged(work, range(len(stacks)))
-    backend = work.settings.backend
-    fits = precision.fits([r.tensors for r in results], backend)
-    again = [
-        k
-        for k, (s, fit, (_, power)) in enumerate(zip(stacks, fits, part.scales))
-        if not fit or scaled.of_scale or power or s.far or any(s.powers)
-    ]
-    if again:
-        wide = scaled.wide
-        for k, result in zip(again, part.merged(wide.work, again)):
-            given = group.stacks[k].powers
-            of_scale = wide.of_scale + part.scales[k][1]
-            results[k] = in_range(result, stacks[k], given, of_scale, work)
-    return results
-
-
-@dataclass(frozen=True, eq=False)
-class _Part:
-    """A group with weights, of which a power of two was taken, what is known of it, and how it is
-    merged. alone: None, or that modules of one adapter are its update, and the power of two to come
-    back to these."""
-
-    method: Run
-    stacks: Sequence[Stack]
-    grams: Grams
-    found: Sequence[Found | None] | None
-    whole: Whole | None
-    alone: int | None
-
-    @cached_property
-    def scales(self) -> list[tuple[float, int]]:
-        """(x, p): λ is multiplied by x 2^p, of which 2^p comes back later."""
-        return [self._scale(s) for s in self.stacks]
-
-    def merged(self, work: Work, chosen: Sequence[int]) -> list[Result]:
-        """The chosen stacks, those with one λ together."""
-        by_scale: dict[float | None, list[int]] = {}
-        for k in chosen:
-            lone = self.alone is not None and len(self.stacks[k].adapters) == 1
-            by_scale.setdefault(None if lone else self.scales[k][0], []).append(k)
-        results: dict[int, Result] = {}
-        for key, members in by_scale.items():
-            found = self._alone(work, members) if key is None else self._at(key, work, members)
-            results |= zip(members, found)
-        return [results[k] for k in chosen]
-
-    def _scale(self, stack: Stack) -> tuple[float, int]:
-        if self.alone is not None and len(stack.adapters) == 1:
-            return 1.0, self.alone
-        return self.whole.scale(stack) if self.whole else (1.0, 0)
-
-    def _alone(self, work: Work, chosen: Sequence[int]) -> list[Result]:
-        """λ w τ of stacks of one adapter, with λ = 1 where another is looked for."""
-        given = [self.stacks[k] for k in chosen]
-        return finished(work, given, stacked(given, work.inner))
-
-    def _at(self, scale: float, work: Work, chosen: Sequence[int]) -> list[Result]:
-        given = [self.stacks[k] for k in chosen]
-        projection = self.whole.projection if self.whole else 1.0
-        settings = replace(work.inner, scale=scale * work.settings.scale, projection=projection)
-        stacks = work.before(given)
-        found = [x for k in chosen if self.found and (x := self.found[k]) is not None]
-        cut = work.at_cut, work.cut_dtype
-        if work.calibrates_factors:
-            merged = self.method(stacks, replace(settings, scale=1.0))
-            return finished(
-                work, given, merged, lambda x: calibrated.make(stacks, x, found, settings)
-            )
-        if found:
-            return finished(work, given, self.method.make(stacks, found, settings, *cut))
-        known = None
-        if not work.pre and not self.whole:
-            known = [self.grams[0][k] for k in chosen], [self.grams[1][k] for k in chosen]
-        return finished(work, given, self.method(stacks, settings, known, *cut))
+        wanted, uncounted = [False] * len(stacks), InterferenceSums((), NONE)
+        group = measured(self.reader.plan, stacks, wanted, uncounted, work.settings.backend)
+        if work.pre or not work.method.method.coefficients:
+            group = group.apart()
+        return work.before(self.scaled.weighted(group.stacks))
 
 
 def survey(
-    plan: Plan, place: Place, backend: str, sums: InterferenceSums, progress: Progress
+    plan: Plan, budget: Budget, backend: str, sums: InterferenceSums, progress: Progress
 ) -> None:
     """Only the Grams, only counted into `sums`."""
     done = 0
-    for stacks in _stacks(plan, place, None, _streams(plan, place)):
-        group = _measured(plan, stacks, [True] * len(stacks), True, backend)
-        sums.add(group.stacks, *group.exact)
-        for _ in stacks:
-            done += 1
-            progress(done, len(plan.names))
+    with Reader.opened(plan, budget) as reader:
+        for stacks in reader.groups(None):
+            measured(plan, stacks, [True] * len(stacks), sums, backend)
+            for _ in range(_modules(stacks)):
+                done += 1
+                progress(done, len(plan.names))
 
 
-def memory(plan: Plan, place: Place, work: Work) -> int:
-    """Bytes that the largest group of the plan takes while another is read and one is written."""
-
-    def needed(name: str) -> int:
-        dense = 2 * plan.dense_bytes(name) if work.dense else 0
-        return plan.device_bytes(name, work.settings.dtype) + dense
-
-    return max(sum(map(needed, group)) for group in _groups(plan, place, work))
-
-
-def _streams(plan: Plan, place: Place) -> list[torch.cuda.Stream]:
-    """The caller's streams where the factors are and where the merge runs."""
-    homes = set()
-    if torch.cuda.is_initialized():  # else no factors are on a GPU
-        homes = {device for adapter in plan.adapters for device in adapter.devices}
-    return transfer.current_streams([place.device, *homes])
+def _shares(
+    sums: InterferenceSums, group: Group, results: Sequence[Merged]
+) -> Sequence[Sequence[Sequence[float]]]:
+    """The share of every adapter that the merge keeps, by module of each result; () where that is
+    not told."""
+    if not sums.details:
+        return [()] * len(results)
+    powers = {name: s.powers for s in group.stacks for name in s.names}
+    return [
+        sums.details.add_merged(stack, powers[stack.name], result.tensors)
+        for stack, _, result in results
+    ]
 
 
-def _stacks(
-    plan: Plan, place: Place, work: Work | None, streams: Sequence[torch.cuda.Stream]
-) -> Iterator[list[Stack]]:
-    """The plan's groups, each read and copied while the one before it is worked on."""
-    groups = list(_groups(plan, place, work))
-    buffers = Buffers(max(map(plan.read_bytes, groups)))
-    with ThreadPoolExecutor(1, "domerge-read") as reader:
-        ahead: Future[transfer.Upload] | None = None
-        for names in groups:
-            following = reader.submit(_read, plan, names, buffers, place.device, streams)
-            if ahead:
-                yield ahead.result().wait()
-            ahead = following
-            del following
-        if ahead:
-            yield ahead.result().wait()
-
-
-def _portions(group: Sequence[Stack], work: Work, place: Place) -> Iterator[Sequence[Stack]]:
-    """A group in pieces of some tenths of a second, or of a module that takes longer: between them
-    progress is told, and the merge can be stopped. A GPU takes a group at once."""
-    if place.device.type != "cpu":
-        yield group
-        return
-    threads = torch.get_num_threads()
-    portion: list[Stack] = []
-    share = 0.0
-    for stack in group:
-        portion.append(stack)
-        share += stack.a.rank**3 / (threads * PORTION_CUBES)
-        share += stack.a.d * stack.b.d / PORTION_ENTRIES if work.dense else 0
-        if share >= 1 and (work.dense or len(portion) >= threads):  # a module is one thread's work
-            yield portion
-            portion, share = [], 0.0
-    if portion:
-        yield portion
-
-
-def _groups(plan: Plan, place: Place, work: Work | None) -> Iterator[list[str]]:
-    usual = GPU_GROUP_BYTES if place.device.type == "cuda" else GROUP_BYTES
-    dtype = work.settings.dtype if work else plan.dtype()
-    dense = work is not None and work.dense
-    most = place.most_bytes
-    if most is None and place.device.type == "cuda":
-        most = int(0.8 * transfer.free_bytes(place.device))
-
-    def share(name: str) -> float:
-        part = max(plan.factor_bytes(name), plan.read_bytes([name])) / usual
-        if dense:
-            part = max(part, plan.dense_bytes(name) / DENSE_BYTES)
-        return part if most is None else max(part, needed(name) / most)
-
-    def needed(name: str) -> int:
-        """Of the device: two dense results, one computed while another is copied."""
-        extra = 2 * plan.dense_bytes(name) if dense else 0
-        return plan.device_bytes(name, dtype) + extra
-
-    if most is not None:
-        for name in plan.names:
-            if needed(name) > most:
-                problem = (
-                    f"module {name!r} alone takes {needed(name) >> 20} MiB, "
-                    f"{most >> 20} are allowed"
-                )
-                raise OptionError("max_device_memory", problem, "allow more, or merge on the CPU")
-    return plan.groups(share)
-
-
-def _read(
+def _reports(
     plan: Plan,
-    names: Sequence[str],
-    buffers: Buffers,
-    device: torch.device,
-    streams: Sequence[torch.cuda.Stream],
-) -> transfer.Upload:
-    with transfer.on(streams):
-        return transfer.upload(plan.stacks(names, buffers), device)
+    results: Sequence[Merged],
+    shares: Sequence[Sequence[Sequence[float]]],
+    verified: Mapping[str, Verified],
+) -> Iterator[StackReport]:
+    names_of: dict[tuple[int, ...], tuple[str, ...]] = {}
+    for (stack, given, result), kept in zip(results, shares):
+        if stack.adapters not in names_of:
+            names_of[stack.adapters] = tuple([plan.adapters[i].name for i in stack.adapters])
+        made = result.made
+        norms = made.norms or given
+        if made.norms and given[0]:
+            # Where sizes are far apart, the smallest may vanish in the method's float32 sums alone.
+            norms = [[n or x for n, x in zip(*row)] for row in zip(made.norms, given)]
+        yield StackReport(
+            stack.names,
+            names_of[stack.adapters],
+            result.rank,
+            made.a_side,
+            made.b_side,
+            norms,
+            result.kept,
+            result.energy,
+            kept,
+            [verified.get(name) for name in stack.names] if verified else (),
+        )
 
 
-def _check_factors(
-    plan: Plan,
-    stacks: Sequence[Stack],
-    grams_a: Sequence[Tensor | None],
-    grams_b: Sequence[Tensor | None],
-    backend: str,
-) -> None:
-    """AdapterError unless every factor is finite: the Grams tell, where there are any."""
-    pairs = list(zip(grams_a, grams_b))
-    unknown = [s for s, pair in zip(stacks, pairs) if pair[0] is None]
-    blocks = iter(
-        ops.all_finite([x for s in unknown for x in (*s.a.blocks, *s.b.blocks)], backend=backend)
-    )
-    whole = iter(ops.all_finite([g for pair in pairs for g in pair if g is not None]))
-    for s, (a, b) in zip(stacks, pairs):
-        if a is not None and b is not None:
-            # A sum beside the diagonal can overflow alone, by rounding: no factor is to blame.
-            finite = all(list(islice(whole, 2))) or (
-                _finite(a.diagonal()) and _finite(b.diagonal())
-            )
-        else:
-            finite = all(list(islice(blocks, len(s.a.blocks) + len(s.b.blocks))))
-        if not finite:
-            raise _not_finite(plan, s)
-
-
-def _present(grams: Sequence[Tensor | None]) -> list[Tensor]:
-    return [g for g in grams if g is not None]
-
-
-def _finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())
-
-
-def _not_finite(plan: Plan, stack: Stack) -> AdapterError:
-    for side, problem in (("A", stack.a), ("B", stack.b)):
-        for i, block in zip(stack.adapters, problem.blocks):
-            adapter = plan.adapters[i].name
-            if not _finite(block):
-                what = "NaN" if bool(torch.isnan(block).any()) else "an infinite value"
-                remedy = "train or download it again, or leave it out"
-                return AdapterError(adapter, stack.name, f"{what} in lora_{side}", remedy)
-    raise AssertionError(f"no factor of {stack.name} explains its Gram matrix")
-
-
-def _report(plan: Plan, stack: Stack, result: Result, norms: Sequence[float]) -> ModuleReport:
-    names = [plan.adapters[i].name for i in stack.adapters]
-    made = result.made
-    # Where sizes are far apart, the smallest may vanish in the method's float32 sums alone.
-    magnitudes = dict(zip(names, [n or own for n, own in zip(made.norms or norms, norms)]))
-    sides = made.a_side, made.b_side
-    return ModuleReport(stack.name, result.rank, *sides, magnitudes, result.kept, result.energy)
+def _done(written: Future[None], merging: Pass, unit: int, found: Any) -> None:
+    """When the unit's modules are written."""
+    written.result()
+    merging.done(unit, found)
 
 
 def _write(
     sink: Sink,
-    names: Sequence[str],
-    results: Sequence[tuple[Tensor, ...]],
+    results: Sequence[Batch],
     ready: torch.cuda.Event | None,
     streams: Sequence[torch.cuda.Stream],
 ) -> None:
-    tensors = [t for result in results for t in result]
+    tensors = [t for _, own in results for t in own]
     with transfer.on(streams):
         arrived = iter(transfer.download(tensors, ready) if ready else tensors)
-        for name, result in zip(names, results):
-            sink(name, *islice(arrived, len(result)))
+        sink([(names, tuple(islice(arrived, len(own)))) for names, own in results])

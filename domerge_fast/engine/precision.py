@@ -26,18 +26,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from ..adapters.plan import Plan, Stack
-from ..algebra.powers import MOST, USUAL, exponent, exponents, extreme, times
+from ..algebra.powers import EXTREME, MOST, USUAL, exponent, exponents, extreme, times
 from ..algebra.side import Side
 from ..errors import AdapterError, OptionError
 
-__all__ = ["centred", "fits", "of_weights", "unusual", "weighted"]
+__all__ = ["Diagonals", "calm", "centred", "fits", "of_weights", "usual", "weighted"]
 
 CENTRE = 25
 """log2 of the largest entries that are left as they are."""
@@ -56,21 +55,41 @@ SAMPLE = 4, 32
 ROUNDING = 2.0**-24 / math.sqrt(12)
 """Root mean square error of a float16 below 2^-14."""
 
+CALM = -23, 15
+"""log2 of the sizes of blocks that are left as they are whatever the norms of their rows, which are
+between 2^-2 and 2^10 times as large: these are within 2^CENTRE of 1."""
+
+APART = 13
+"""log2 of how far blocks of a side may be apart for none to be far below another, in norms too."""
+
+WIDEST = 1 << 20
+"""Numbers in a row for which that holds."""
+
 Diagonals = tuple[Tensor, Tensor]
 """Squared norms of the rows of A and of B^T of a stack."""
 
 
-def unusual(diagonals: Sequence[Diagonals]) -> list[int]:
-    """Positions of stacks with a row that is zero, not finite, or of no usual size."""
-    if not diagonals:
-        return []
+def usual(squares: Tensor) -> Tensor:
+    """Whether all rows of a module have a usual size, by their squared norms [..., R]: none is zero
+    or not finite."""
     low, high = USUAL
-    flat = torch.cat([side for pair in diagonals for side in pair])
-    if bool(((flat >= low) & (flat <= high)).all()):
-        return []
-    rows = flat.split([len(side) for pair in diagonals for side in pair])
-    usual = [bool(((side >= low) & (side <= high)).all()) for side in rows]
-    return [k for k in range(len(diagonals)) if not (usual[2 * k] and usual[2 * k + 1])]
+    return ((squares >= low) & (squares <= high)).all(-1)
+
+
+def calm(stack: Stack, tops: Tensor) -> Tensor:
+    """Whether `centred` leaves the modules as they are for sure, [P]. tops: the largest magnitude
+    in every block, A's before B's, [P, 2T]."""
+    scales = torch.tensor([*stack.a.scales, *stack.b.scales], dtype=torch.float64)
+    of_scale = torch.frexp(scales)[1]
+    usual = tops.isfinite() & (of_scale.abs() <= EXTREME) & (scales != 0)
+    size = torch.where(usual, (torch.frexp(tops)[1] + of_scale).double(), math.inf)
+    near = torch.full((len(tops),), max(stack.a.d, stack.b.d) <= WIDEST)
+    live = tops != 0
+    for own, present in zip(size.chunk(2, 1), live.chunk(2, 1)):
+        low = own.where(present, math.inf).amin(1)
+        high = own.where(present, -math.inf).amax(1)
+        near &= (low >= CALM[0]) & (high <= CALM[1]) & (high - low <= APART)
+    return near
 
 
 def centred(plan: Plan, stack: Stack, diagonals: Diagonals) -> Stack:
@@ -165,32 +184,44 @@ def weighted(stack: Stack, power: int, by_ratio: bool) -> Stack:
     return dataclasses.replace(stack, weights=weights, powers=powers)
 
 
-def fits(pairs: Sequence[tuple[Tensor, ...]], backend: str) -> list[bool]:
-    """Whether every merged module is finite and, in float16, rounded by little for sure."""
-    finite = iter(ops.all_finite([t for pair in pairs for t in pair], backend=backend))
-    whole = [all(list(islice(finite, len(pair)))) for pair in pairs]
-    alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
-    samples = {}
-    for k, pair in enumerate(pairs):
-        if whole[k] and len(pair) == 2 and pair[0].dtype == torch.float16:
-            a, b = samples[k] = _sample(pair[0]), _sample(pair[1].T)
-            alike.setdefault((a.shape, b.shape), []).append(k)
-    for members in alike.values():
-        a, b = (torch.stack([samples[k][side] for k in members]) for side in (0, 1))
-        for k, error in zip(members, _expected_errors(a, b).tolist()):
-            whole[k] = error <= torch.finfo(torch.float16).eps
-    return whole
+def fits(merged: Sequence[tuple[Tensor, ...]], backend: str) -> list[list[bool]]:
+    """Whether every merged module is finite and, in float16, rounded by little for sure. merged:
+    what one module became, or, with P before all shapes, several."""
+    found = []
+    of_all = iter(_finite([x for tensors in merged for x in tensors], backend))
+    for tensors in merged:
+        count = 1 if tensors[0].dim() == 2 else len(tensors[0])
+        flags = [next(of_all) for _ in tensors]
+        rows = [x if isinstance(x, list) else [x] * count for x in flags]
+        whole = [all(row) for row in zip(*rows)]
+        if len(tensors) == 2 and tensors[0].dtype == torch.float16:
+            a, b = tensors
+            errors = _expected_errors(_sample(a), _sample(b.mT)).reshape(-1).tolist()
+            most = torch.finfo(torch.float16).eps
+            whole = [fit and error <= most for fit, error in zip(whole, errors)]
+        found.append(whole)
+    return found
+
+
+def _finite(tensors: Sequence[Tensor], backend: str) -> list[bool | list[bool]]:
+    """Whether all of each is; of those that are not, whether every matrix is."""
+    found: list[bool | list[bool]] = ops.largest(tensors, backend=backend).isfinite().tolist()
+    for k, x in enumerate(tensors):
+        if not found[k] and x.dim() == 3:
+            found[k] = ops.largest(x.unbind(), backend=backend).isfinite().tolist()
+    return found
 
 
 def _sample(x: Tensor) -> Tensor:
-    """Some columns of x [R, d]: whole cache lines of it, [R, pieces, width]."""
-    pieces = min(SAMPLE[0], x.shape[1])
-    return x[:, : x.shape[1] // pieces * pieces].unflatten(1, (pieces, -1))[..., : SAMPLE[1]]
+    """Some columns of x [..., R, d]: whole cache lines of it, [..., R, pieces, width]."""
+    pieces = min(SAMPLE[0], x.shape[-1])
+    whole = x[..., : x.shape[-1] // pieces * pieces]
+    return whole.unflatten(-1, (pieces, -1))[..., : SAMPLE[1]]
 
 
 def _expected_errors(a: Tensor, b: Tensor) -> Tensor:
-    """The errors that rounding to float16 would have if all numbers were small, [P], from columns
+    """The errors that rounding to float16 would have if all numbers were small, [...], from columns
     of A and of B^T."""
-    rows, columns = (x.float().square().mean((2, 3)) for x in (a, b))
-    errors = ROUNDING * ((rows + columns).sum(1) / (rows * columns).sum(1)).sqrt()
+    rows, columns = (x.float().square().mean((-2, -1)) for x in (a, b))
+    errors = ROUNDING * ((rows + columns).sum(-1) / (rows * columns).sum(-1)).sqrt()
     return errors.nan_to_num(nan=math.inf, posinf=math.inf)

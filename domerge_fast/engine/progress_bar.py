@@ -1,4 +1,4 @@
-"""Shows how far a merge is: modules done and time left."""
+"""Shows how far a merge, or a search, is: what is done, and the time left."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Callable, Iterator
 
 __all__ = ["shown"]
 
+BAR = "{percentage:3.0f}% {bar} {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
+"""What tqdm shows, as wide as the terminal."""
+
 
 @contextlib.contextmanager
 def shown(
-    progress: bool | Callable[[int, int], None], total: int
+    progress: bool | Callable[[int, int], None], total: int, unit: str = "modules"
 ) -> Iterator[Callable[[int, int], None]]:
-    """A function of (modules done, modules in all): a bar on stderr, the caller's, or nothing."""
+    """A function of (units done, units in all): a bar on stderr, the caller's, or nothing."""
     if callable(progress):
         yield progress
         return
@@ -21,7 +24,8 @@ def shown(
         return
     from tqdm import tqdm
 
-    with tqdm(total=total, unit=" modules", leave=False) as bar:
+    look = {"bar_format": BAR, "dynamic_ncols": True, "leave": False}
+    with tqdm(total=total, unit=f" {unit}", **look) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -27,10 +27,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..adapters.plan import Stack
+from ..algebra.threads import in_order, in_threads
 from ..methods.base import ScaleRule
 from ..methods.spectral import schatten
 from ..methods.steps.base import alike
@@ -67,23 +70,45 @@ class Sums:
         sizes: Sequence[float | None],
     ) -> None:
         """Count modules in. blocks: the diagonal blocks of their Grams, scalings in those of B,
-        as `ops.block_gram` has them. sizes: ||M||_Sq of stacks as they are, or None where the rule
-        takes no norms."""
-        order = self.rule.order or 2
-        for members, norms, squares in _adapters(stacks, blocks, order):
-            for k, own, energy in zip(members, norms.tolist(), squares.tolist()):
-                s, size = stacks[k], sizes[k]
-                true = 2.0 ** sum(s.powers)
-                count = len(s.adapters)
-                size_beside = true * math.sqrt(math.fsum(energy) / count / s.b.d)
-                self.moved.setdefault(_module(s.name), []).append(size_beside)
-                weights = [abs(w) for w in s.weights]
-                total = math.fsum((w * norm) ** 2 for w, norm in zip(weights, own))
-                mean = math.fsum(weights) / count
-                given = true * math.sqrt(total / count) / mean if self.rule.order else 1.0
-                self.given.setdefault(count, []).append(given)
-                self.usual.setdefault(count, []).append(given if self.by_ratio else given * mean)
-                self.merged.setdefault(count, []).append(true * (size or 0.0))
+        as `ops.block_gram` has them. sizes: ||M||_Sq of every module as it is, or None where the
+        rule takes no norms."""
+        size_of = iter(sizes)
+        for s, norms, squares in _adapters(stacks, blocks, self.rule.order or 2):
+            true = 2.0 ** sum(s.powers)
+            for name, own, energy in zip(s.names, norms.tolist(), squares.tolist()):
+                self.count(name, s.weights, own, energy, s.b.d, next(size_of), true)
+
+    def count(
+        self,
+        name: str,
+        weights: Sequence[float],
+        norms: Sequence[float],
+        squares: Sequence[float],
+        rows: int,
+        size: float | None,
+        true: float = 1.0,
+    ) -> None:
+        """Count a module of m rows in. norms, squares: ||τ_i||_Sq and ||τ_i||_F^2 of its adapters.
+        size: of its merge. true: what all of these are multiplied by, the squares twice."""
+        count, weights = len(weights), [abs(w) for w in weights]
+        mean = math.fsum(weights) / count
+        size_beside = true * math.sqrt(math.fsum(squares) / count / rows)
+        self.moved.setdefault(_module(name), []).append(size_beside)
+        total = math.fsum((w * norm) ** 2 for w, norm in zip(weights, norms))
+        given = true * math.sqrt(total / count) / mean if self.rule.order else 1.0
+        self.given.setdefault(count, []).append(given)
+        self.usual.setdefault(count, []).append(given if self.by_ratio else given * mean)
+        self.merged.setdefault(count, []).append(true * (size or 0.0))
+
+    def plain(self) -> list[dict[Any, list[float]]]:
+        """What was counted, for `take`."""
+        return [self.given, self.usual, self.merged, self.moved]
+
+    def take(self, plain: Sequence[Mapping[Any, list[float]]]) -> None:
+        """Count in what others have counted."""
+        for own, more in zip(self.plain(), plain):
+            for key, values in more.items():
+                own.setdefault(key, []).extend(values)
 
     def damping(self) -> float:
         """d of all modules."""
@@ -118,11 +143,17 @@ def _module(name: str) -> str:
 
 def _adapters(
     stacks: Sequence[Stack], blocks: tuple[Sequence[Tensor], Sequence[Tensor]], order: int
-) -> Iterable[tuple[list[int], Tensor, Tensor]]:
-    """Positions of stacks of the same ranks, and of their adapters ||τ_i||_Sq and ||τ_i||_F^2,
-    [P, T]."""
-    for members in alike(s.a.ranks for s in stacks):
-        ranks = stacks[members[0]].a.ranks
-        a, b = ([side[k].double() for k in members] for side in blocks)
-        norms = schatten.of_adapters(a, b, ranks, order)
-        yield members, norms, schatten.of_adapters(a, b, ranks, 2).square()
+) -> Iterable[tuple[Stack, Tensor, Tensor]]:
+    """Stacks with ||τ_i||_Sq and ||τ_i||_F^2 of their modules' adapters, [P, T]."""
+    counts = [len(s.names) for s in stacks]
+
+    def norms(members: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        rows = [[side[k].view(counts[k], -1) for k in members] for side in blocks]
+        a, b = (torch.cat(side).double() for side in rows)
+        ranks, sizes = stacks[members[0]].a.ranks, [counts[k] for k in members]
+        of_size, frobenius = (schatten.of_adapters(a, b, ranks, q) for q in (order, 2))
+        return [*zip(of_size.split(sizes), frobenius.square().split(sizes))]
+
+    parts = alike(s.a.ranks for s in stacks)
+    found = in_order(parts, in_threads(norms, parts, blocks[0][0].device))
+    return ((s, *pair) for s, pair in zip(stacks, found))

@@ -30,14 +30,15 @@ class Upload:
 
     stacks: list[Stack]
     ready: torch.cuda.Event | None = None
+    memory: Tensor | None = None
+    """What all that came lies in."""
 
     def wait(self) -> list[Stack]:
         """The stacks, for work that is put on the current stream from now on."""
-        if self.ready is not None:
-            stream = torch.cuda.current_stream(self.stacks[0].a.device)
+        if self.ready is not None and self.memory is not None:
+            stream = torch.cuda.current_stream(self.memory.device)
             stream.wait_event(self.ready)
-            for block in _blocks(self.stacks):
-                block.record_stream(stream)
+            self.memory.record_stream(stream)
         return self.stacks
 
 
@@ -71,17 +72,19 @@ def upload(stacks: list[Stack], device: torch.device) -> Upload:
     """The stacks with every block on the device; those that are there already stay."""
     if all(s.a.is_on(device) and s.b.is_on(device) for s in stacks):
         return Upload(stacks)
-    away = [block for block in _blocks(stacks) if block.device != device]
+    given = [(s.a.matrices, s.b.matrices) for s in stacks]
+    away = [x for pair in given for side in pair for x in side if x.device != device]
     if device.type != "cuda":
-        return Upload(_replaced(stacks, {id(x): x.to(device) for x in away}))
+        return Upload(_replaced(stacks, given, [x.to(device) for x in away], device))
     sources = [dense(x.cpu()) for x in away]
     buffer, offsets = pack(sources, pin=True)
     side = _own_stream(device, "up")
     with torch.cuda.stream(side):
-        arrived = unpack(buffer.to(device, non_blocking=True), offsets, sources)
+        memory = buffer.to(device, non_blocking=True)
+        arrived = unpack(memory, offsets, sources)
         ready = torch.cuda.Event()
         ready.record(side)
-    return Upload(_replaced(stacks, {id(x): y for x, y in zip(away, arrived)}), ready)
+    return Upload(_replaced(stacks, given, arrived, device), ready, memory)
 
 
 def ready_event(device: torch.device) -> torch.cuda.Event | None:
@@ -132,13 +135,19 @@ def _room(tensors: Sequence[Tensor], pin: bool) -> tuple[Tensor, list[int]]:
     return torch.empty(end, dtype=torch.uint8, pin_memory=pin), offsets
 
 
-def _blocks(stacks: Sequence[Stack]) -> list[Tensor]:
-    return [block for s in stacks for side in (s.a, s.b) for block in side.blocks]
+def _replaced(
+    stacks: Sequence[Stack],
+    given: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
+    arrived: Iterable[Tensor],
+    device: torch.device,
+) -> list[Stack]:
+    """The stacks with what was not on the device replaced by what arrived there. given: the
+    matrices of both sides."""
+    rest = iter(arrived)
 
+    def moved(side: Side, matrices: Sequence[Tensor]) -> Side:
+        return side.elsewhere([x if x.device == device else next(rest) for x in matrices])
 
-def _replaced(stacks: Sequence[Stack], arrived: dict[int, Tensor]) -> list[Stack]:
-    def moved(side: Side) -> Side:
-        blocks = tuple(arrived.get(id(block), block) for block in side.blocks)
-        return Side(blocks, side.scales)
-
-    return [dataclasses.replace(s, a=moved(s.a), b=moved(s.b)) for s in stacks]
+    return [
+        dataclasses.replace(s, a=moved(s.a, a), b=moved(s.b, b)) for s, (a, b) in zip(stacks, given)
+    ]

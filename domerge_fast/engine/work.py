@@ -10,7 +10,8 @@ import torch
 from ..adapters.plan import Plan, Stack
 from ..methods.base import UNCUT, Chosen, Cut, ScaleRule, Settings
 from ..methods.running import Run
-from ..methods.steps.base import PostStep, PreStep
+from ..methods.steps.base import PostStep
+from ..methods.steps.base import Run as Before
 
 __all__ = ["Cut", "Work"]
 
@@ -23,25 +24,44 @@ class Work:
     the merge is (svc.py). alone: whether a module that one adapter alone has is its update
     w τ, whatever the method. deltas: whether the sink takes ΔW instead of its factors. usual:
     the cut of a dense result that must become factors where no cut was asked for. narrowing:
-    whether there are modules of more rows than rank.
+    whether there are modules of more rows than rank. matrices: the modules whose factors the sink
+    multiplies: they get them in float32, with whatever rank they have. streamed: whether adapters
+    are read in batches (streamed.py).
     """
 
     method: Chosen
     settings: Settings
     cut: Cut = UNCUT
     usual: Cut = UNCUT
-    pre: Sequence[PreStep] = ()
+    pre: Sequence[Before] = ()
     post: Sequence[PostStep] = ()
     deltas: bool = False
     narrowing: bool = False
+    matrices: frozenset[str] = frozenset()
     rule: ScaleRule | None = None
     calibrated: bool = False
     alone: bool = False
+    streamed: bool = False
 
     @property
     def twice(self) -> bool:
         """Whether the whole model has to be gone through before any module is merged."""
         return self.rule is not None or self.calibrated
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether the merge is settings.scale Σ w_i τ_i, but for a cut."""
+        steps = self.pre or self.post or self.calibrated
+        plain = self.rule is None and not steps
+        return plain and self.method.method.sums(self.method.options)
+
+    @property
+    def descends(self) -> bool:
+        """Whether factors may be orthogonalized, which ends within a tolerance of the optimum: by
+        the method, one in it, or a step before."""
+        inner = self.method.inner
+        chosen = [self.method, *([inner] if inner else [])]
+        return bool(self.pre) or any(x.method.name == "do" for x in chosen)
 
     @property
     def by_ratio(self) -> bool:
@@ -62,9 +82,8 @@ class Work:
     @property
     def inner(self) -> Settings:
         """Settings of what comes before the last step, which is in float32."""
-        last = not (
-            self.cut or self.post or self.deltas or self.narrowing or self.calibrates_factors
-        )
+        cut_later = self.cut or self.narrowing or self.calibrates_factors
+        last = not (cut_later or self.post or self.deltas or self.matrices)
         return self.settings if last else replace(self.settings, dtype=torch.float32)
 
     @property
@@ -94,6 +113,12 @@ class Work:
         """Whether matrices [m, n] are formed."""
         return self.deltas or self.method.dense
 
+    def in_batches(self, method: Run) -> bool:
+        """Whether modules alike are merged as one stack."""
+        singly = self.pre or self.post or self.narrowing or self.deltas or self.matrices
+        by_factors = self.calibrates_factors or (self.cut and not method.in_coefficients)
+        return method.in_batches and not (singly or by_factors)
+
     def wide_grams(self, method: Run) -> bool:
         """Whether the method is given Grams in float64."""
         sized = (
@@ -105,12 +130,26 @@ class Work:
         """What the rank of every module's factors is at most."""
         cut = self.cut or (self.usual if self.method.dense else UNCUT)
         most = {}
-        for ranks, side in set(plan.sizes.values()):
-            limits = [side, side if self.method.dense else self.method.rank(ranks)]
-            most[ranks, side] = min([*limits, cut.rank or side])
-        return {name: most[size] for name, size in plan.sizes.items()}
+        for kind in set(plan.kinds.values()):
+            side = min(kind.m, kind.n)
+            whole = self.method.dense or self.streamed
+            limits = [side, side if whole else self.method.rank(kind.ranks)]
+            most[kind] = min([*limits, cut.rank or side])
+        return {name: most[kind] for name, kind in plan.kinds.items()}
+
+    def uncut(self, plan: Plan) -> frozenset[str]:
+        """The modules that an adapter stores as a matrix, and whose merge is no smaller as
+        factors."""
+        if self.cut or self.post or self.deltas or self.calibrated:
+            return frozenset()
+        ranks, found = self.ranks(plan), []
+        for name in plan.names:
+            m, n = plan.module(name).m, plan.module(name).n
+            if any(x.dense for x in plan.modules(name)) and ranks[name] * (m + n) >= m * n:
+                found.append(name)
+        return frozenset(found)
 
     def before(self, stacks: Sequence[Stack]) -> Sequence[Stack]:
         for step in self.pre:
-            stacks = step.run(stacks, self.settings)
+            stacks = step(stacks, self.settings)
         return stacks

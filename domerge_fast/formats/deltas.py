@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..adapters import LazyTensor
-from ..adapters.whole import COPY, change
-from ..adapters.whole import parameter as saved_parameter
+from ..adapters.whole import COPY, change, parameter
 from ..algebra import powers
 from ..errors import DomergeError
 from ..results.card import CARD, Heading
 from ..results.report import Report
 from ..storage.stream import SafetensorsWriter
-from .format import Format
+from .format import Format, Holds
 from .merge_folder import MergeFolder
 from .model import weights
+from .model.base_names import Renaming
+from .model.experts import Piece, paths, pieces
 from .target import Layout, Target
 
 __all__ = ["DELTAS"]
@@ -36,22 +38,29 @@ class DeltaFolder(MergeFolder):
     be larger than SHARD_BYTES.
 
     Without the base model the orientation of linear weights is what the adapters' config says
-    (`fan_in_fan_out`), for all of them. Tensors that adapters save whole become W - W0; a copy of
-    the base's own weight is no update. Raises DomergeError for what no update can hold: tensors
-    saved whole of which W0 is not at hand, and replicated layers.
+    (`fan_in_fan_out`), for all of them; that of experts is known from the base alone. Tensors that
+    adapters save whole become W - W0; a copy of the base's own weight is no update. Raises
+    DomergeError for what no update can hold: tensors saved whole of which W0 is not at hand, and
+    replicated layers.
     """
 
     note = "`W + ΔW` is the merged weight of every parameter in these files."
     heading = Heading("Merged weight updates (ΔW)", note=note)
+    is_placed = True
 
     def __init__(self, path: Path, target: Target, overwrite: bool, force: bool = False) -> None:
         weights.check_no_replication(target)
-        self._saved = dict(_changes(target))
+        adapted = {layout.parameter for layout in target.layouts.values()}
+        changes = target.changes.tensors(target.dtype)
+        alone = {key: x for key, x in changes.items() if key not in adapted}
+        self._saved = dict(_changes(target)) | alone
+        self._more = target.changes.tensors(torch.float64)
+        self._places = _places(target)
+        self._begins: dict[str, int] = {}
         super().__init__(path, target, overwrite, force, FILES)
 
     def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
-        layouts = self._target.layouts.values()
-        shapes = {parameter(x): weights.stored_shape(x, self._turned(x)) for x in layouts}
+        shapes = dict(_shapes(self._target, self._places))
         sizes = {
             key: math.prod(shape) * self._target.dtype.itemsize for key, shape in shapes.items()
         }
@@ -62,17 +71,33 @@ class DeltaFolder(MergeFolder):
         self._writers: dict[str, SafetensorsWriter] = {}
         for name, keys in self._shards.items():
             largest = {key: (self._target.dtype, shapes[key]) for key in keys}
-            writer = files.enter_context(SafetensorsWriter(folder / name, largest))
+            writer = SafetensorsWriter(
+                folder / name, largest, placed=True, attached=self.is_attached
+            )
+            files.enter_context(writer)
             self._writers |= dict.fromkeys(keys, writer)
 
     def add(self, name: str, delta: Tensor) -> None:
         """ΔW [m, n] of a module, in any order of modules."""
         layout = self._target.layouts[name]
-        stored = weights.stored(layout, delta, self._turned(layout))
-        key = parameter(layout)
-        found = weights.rounded(name, stored, self._target.dtype)
-        powers.check_rounding(name, stored, found, found.dtype)
-        self._writers[key].add(key, found)
+        for piece in self._places[name]:
+            stored = weights.stored(layout, delta[piece.rows], piece.turned)
+            if piece.path in self._more:
+                stored = stored.cpu().double() + self._more[piece.path].read()
+            found = weights.rounded(name, stored, self._target.dtype)
+            powers.check_rounding(name, stored, found, found.dtype)
+            self._write(layout, piece, found)
+
+    def _write(self, layout: Layout, piece: Piece, found: Tensor) -> None:
+        writer = self._writers[piece.path]
+        if piece.index is None:
+            writer.add(piece.path, found)
+            return
+        assert layout.slice
+        if piece.path not in self._begins:
+            shape = (layout.slice.count, *found.shape)
+            self._begins[piece.path] = writer.reserve(piece.path, found.dtype, shape)
+        writer.put(self._begins[piece.path] + piece.index * found.nbytes, found)
 
     def finish(self, report: Report) -> None:
         """Tensors saved whole, the index, if there are several shards, and the card."""
@@ -84,17 +109,45 @@ class DeltaFolder(MergeFolder):
             self._write_json(INDEX, {"metadata": total, "weight_map": where})
         self._write_card(report)
 
-    def _turned(self, layout: Layout) -> bool:
-        return weights.is_turned(layout, self._target)
+
+def _places(target: Target) -> dict[str, Sequence[Piece]]:
+    """Where every module's ΔW goes. DomergeError for experts without the base model."""
+    layouts = target.layouts.values()
+    numbered = [layout for layout in layouts if layout.is_numbered]
+    found: dict[str, Sequence[Piece]] = {}
+    if numbered:
+        if target.base is None:
+            problem = f"which way {numbered[0].parameter!r} lies is known from the base model alone"
+            raise DomergeError(f"{problem}; give it (base, --base), or write an adapter")
+        wanted = {p: s for x in layouts for p, s in paths(x, x.inputs).items()}
+        found |= pieces(numbered, target.base, Renaming(wanted, target.base))
+    for layout in layouts:
+        if not layout.is_numbered:
+            turned = weights.is_turned(layout, target)
+            path = layout.parameter
+            found[layout.name] = [Piece(path, path, turned, slice(0, layout.m))]
+    return found
+
+
+def _shapes(
+    target: Target, places: Mapping[str, Sequence[Piece]]
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Of every tensor of ΔW."""
+    for name, layout in target.layouts.items():
+        for piece in places[name]:
+            rows = piece.rows.stop - piece.rows.start
+            shape = weights.stored_shape(layout, piece.turned, rows)
+            count = layout.slice.count if layout.slice else 1
+            yield piece.path, shape if piece.index is None else (count, *shape)
 
 
 def _changes(target: Target) -> Iterator[tuple[str, LazyTensor]]:
     """W - W0 of the tensors that are kept whole, by the base model's names for them."""
-    adapted = set(map(parameter, target.layouts.values()))
+    adapted = {layout.parameter for layout in target.layouts.values()}
     for key, tensor in target.carried.items():
         if COPY in key:
             continue
-        if saved_parameter(key) in adapted:
+        if parameter(key) in adapted:
             problem = f"{key!r} is saved whole by the adapters, and is LoRA in one as well"
             remedy = "write an adapter or a model, or say whole='drop' to have the LoRA alone"
             raise DomergeError(f"{problem}: two updates of one weight; {remedy}")
@@ -103,12 +156,7 @@ def _changes(target: Target) -> Iterator[tuple[str, LazyTensor]]:
             problem = f"{key!r} is saved whole by the adapters, which is no update"
             remedy = "give the base model (base, --base), write an adapter, or say whole='drop'"
             raise DomergeError(f"{problem}; {remedy}")
-        yield saved_parameter(key), change(key, tensor, origin, target.dtype)
-
-
-def parameter(layout: Layout) -> str:
-    """The base model's name for a module's weight."""
-    return f"{layout.name}.weight"
+        yield parameter(key), change(key, tensor, origin, target.dtype)
 
 
 def shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
@@ -127,4 +175,11 @@ def shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
     return dict(zip(names, parts))
 
 
-DELTAS = Format("deltas", "dense updates: ΔW of every module", write=DeltaFolder, dense=True)
+DELTAS = Format(
+    "deltas",
+    "dense updates: ΔW of every module",
+    write=DeltaFolder,
+    form="deltas",
+    holds=Holds(whole=True, convolutions=True, embeddings=True, experts=True, changes=True),
+    dense=True,
+)

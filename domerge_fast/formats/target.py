@@ -3,35 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..adapters import Kept, LazyTensor
+from ..adapters import Kept, LazyTensor, Style
+from ..adapters.adapter import Slice, parameter_of
+from ..adapters.differences import NO_CHANGES, Changes
 from ..storage.input_file import InputFile
 from .model.checkpoint import Checkpoint
 
 __all__ = ["Layout", "Target"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: that would double the time to make 18,000 of them
 class Layout:
     """How a merged module is stored: `inputs` is the stored shape of A without its rank, and
-    `largest_rank` what its rank is at most."""
+    `largest_rank` what its rank is at most. slice: of a parameter that is adapted as it is. dense:
+    whether the product of its factors is written, for formats whose `Holds` has `differences`."""
 
     name: str
     kind: str
     m: int
     inputs: tuple[int, ...]
     largest_rank: int
+    slice: Slice | None = None
+    dense: bool = False
+
+    @property
+    def parameter(self) -> str:
+        """The model's name for the parameter that is adapted."""
+        return parameter_of(self.name, self.slice)
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether it is one of the matrices of a parameter."""
+        return self.slice is not None and self.slice.index is not None
+
+    @property
+    def key(self) -> str:
+        """What PEFT's config calls what is adapted: a module, or a parameter."""
+        return self.parameter if self.slice else self.name
+
+    def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of A and B in the files."""
+        ones = (1,) * (len(self.inputs) - 1)
+        return (rank, *self.inputs), (self.m, rank, *ones)
 
     def stored(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """A [k, n] and B [m, k] in the shapes of the files."""
-        ones = (1,) * (len(self.inputs) - 1)
-        return a.reshape(-1, *self.inputs), b.reshape(*b.shape, *ones)
+        shape_a, shape_b = self.shapes(len(a))
+        return a.reshape(shape_a), b.reshape(shape_b)
 
 
 @dataclass(frozen=True)
@@ -40,7 +65,10 @@ class Target:
     the layout of every module, and what is kept of the tensors that adapters save whole. `inputs`
     are the folders of the adapters, which are never written to, `files` what was read of them;
     `copied` are files that are written as they are. `ragged`: whether every module is written with
-    its own rank. base: the base model, where it was given."""
+    its own rank. empty: modules of `layouts` that no adapter has and that are written as zeros.
+    scales: what is in front of B A, by module, 1 where nothing is said; only of what is converted.
+    base: the base model, where it was given. styles: how the adapters were stored that are of the
+    format which is written. recipe_bytes: of the recipe in a file, at most."""
 
     config: Mapping[str, object]
     layouts: Mapping[str, Layout]
@@ -50,7 +78,12 @@ class Target:
     files: tuple[InputFile, ...] = ()
     copied: tuple[InputFile, ...] = ()
     ragged: bool = False
+    empty: tuple[str, ...] = ()
+    scales: Mapping[str, float] = field(default_factory=dict)
     base: Checkpoint | None = None
+    styles: tuple[Style, ...] = ()
+    changes: Changes = NO_CHANGES
+    recipe_bytes: int = 0
 
     def check_inputs(self) -> None:
         """Raise AdapterError if a file of an adapter is not any more what it was when loaded."""
@@ -62,8 +95,24 @@ class Target:
         """The tensors that are written whole, by the keys PEFT writes."""
         return self.whole.tensors
 
+    def scale(self, name: str) -> float:
+        """What is in front of a module's B A."""
+        return self.scales.get(name, 1.0)
+
     @cached_property  # asked for with every module
     def rank(self) -> int | None:
-        """The rank that every module is written with; None for its own."""
-        largest = max(layout.largest_rank for layout in self.layouts.values())
-        return None if self.ragged else largest
+        """The rank that every module is written with as factors; None for its own."""
+        ranks = [layout.largest_rank for layout in self.layouts.values() if not layout.dense]
+        return None if self.ragged else max(ranks, default=None)
+
+    def padded(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A [k, n] and B [m, k] of a module, with rows and columns of zeros up to `rank`."""
+        missing = 0 if self.rank is None else self.rank - len(a)
+        return _longer(a, missing), _longer(b.T, missing).T
+
+
+def _longer(x: Tensor, rows: int) -> Tensor:
+    """x with so many rows of zeros below it."""
+    if rows < 0:
+        raise AssertionError(f"a module has rank {len(x)}, more than was planned")
+    return torch.cat([x, x.new_zeros(rows, x.shape[1])]) if rows else x

@@ -68,10 +68,10 @@ def files(adapters: Sequence[Adapter], kept: Kept) -> tuple[tuple[InputFile, ...
 
 def beside(adapter: Adapter) -> dict[str, InputFile]:
     """The tokenizer files in an adapter's folder, by name."""
-    if adapter.file is None:
+    folder = adapter.folder
+    if folder is None:
         return {}
     refuse = functools.partial(AdapterError, adapter.name, None)
-    folder = adapter.file.path.parent
     try:
         present = set(os.listdir(folder))
     except OSError as error:

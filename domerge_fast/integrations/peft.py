@@ -21,15 +21,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import api
 from ..adapters import Adapter
+from ..adapters.differences import check_none
 from ..adapters.names import PREFIX, Spelling
 from ..errors import DomergeError, OptionError
 from ..formats import from_model
+from ..formats.peft.gather import joined
 from ..formats.peft.read import unwrapped
-from ..formats.peft.write import WHERE, rank_fields
+from ..formats.peft.write import WHERE, rank_fields, wrappers
 from ..merged import Merged
 from ..methods import TABLE
 from ..options import check
@@ -137,6 +139,8 @@ def add_weighted_adapter(
     elif combination_type in PEFT_TYPES:
         options.setdefault("scale", 1.0)
     sources = _read(tuner, adapters)
+    for source in sources:
+        check_none(source, "a live model")
     merged = api.merge(sources, combination_type, weights=weights, rank=svd_rank, **options)
     _add(tuner, adapter_name, merged, sources)
     return merged.report
@@ -224,11 +228,23 @@ def _add(
 ) -> None:
     """Inject the adapter and fill it; an error leaves the model without it."""
     paths = _paths(tuner)
-    ranks = {paths.get(name, name): report.rank for name, report in merged.report.modules.items()}
+    layouts = merged.target.layouts
+    plain = [name for name in merged.names if not layouts[name].slice]
+    places = {name: paths.get(name, name) for name in plain}
+    ranks: dict[str, int] = {}
+    for key, rank in _ranks(merged).items():
+        owner, _, last = key.rpartition(".")
+        place = places.get(key) or f"{paths.get(owner, owner)}.{last}"
+        ranks[place] = rank
     fields: dict[str, Any] = dict(merged.target.config) | rank_fields(ranks)
-    named = fields["target_modules"] == sorted(merged.names)
-    if (named and _ambiguous(tuner, merged.names)) or ranks.keys() != set(merged.names):
-        fields |= dict.fromkeys(WHERE) | {"target_modules": "|".join(map(re.escape, ranks))}
+    named = fields["target_modules"] == sorted(plain)
+    if (named and _ambiguous(tuner, plain)) or set(places.values()) != set(plain):
+        fields |= dict.fromkeys(WHERE)
+        fields["target_modules"] = "|".join(map(re.escape, places.values())) or []
+    # PEFT has all adapters of a model name the same ones, as they are named in its configs.
+    if len(plain) < len(merged.names):
+        targets = (getattr(x, "target_parameters", None) for x in tuner.peft_config.values())
+        fields["target_parameters"] = sorted(next(filter(None, targets)))
     replication = fields.pop("layer_replication")
     config = LoraConfig(**fields)
     with _same_trained(tuner):
@@ -243,6 +259,15 @@ def _add(
             raise
     # Only now: on injecting, PEFT would replicate the model's layers once more.
     config.layer_replication = replication
+
+
+def _ranks(merged: Merged) -> dict[str, int]:
+    """The rank of every module, and of every parameter that is adapted as it is."""
+    found: dict[str, int] = {}
+    for name, report in merged.report.modules.items():
+        key = merged.target.layouts[name].key
+        found[key] = max(found.get(key, 0), report.rank)
+    return found
 
 
 def _paths(tuner: LoraModel) -> dict[str, str]:
@@ -281,21 +306,47 @@ def _fill(tuner: LoraModel, name: str, merged: Merged, sources: Sequence[Adapter
         for key, layer in adapted.items()
         if isinstance(layer, LoraLayer) and name in layer.r
     }
-    for path in sorted(layers.keys() ^ set(merged.names)):
+    filled = _filled(merged)
+    for path in sorted(layers.keys() ^ filled.keys()):
         problem = "the adapters' layers are not those that their configs select"
         raise DomergeError(f"module {path!r}: {problem}; correct their target_modules")
     for path, layer in layers.items():
-        layout = merged.target.layouts[path]
-        source = next(source for source in sources if path in source.modules)
-        device = source.factors(path)[0].device
+        names = filled[path]
+        layout = merged.target.layouts[names[0]]
+        source = next(source for source in sources if names[0] in source.modules)
+        device = source.stored[names[0]][0].read().device
         a, b = (
             nn.Parameter(factor.to(device), requires_grad=False)
-            for factor in layout.stored(*merged.factors(path))
+            for factor in layout.stored(*_factors(merged, names, layer.r[name]))
         )
         if layout.kind == "embedding":
             layer.lora_embedding_A[name], layer.lora_embedding_B[name] = a, b
         else:
             layer.lora_A[name].weight, layer.lora_B[name].weight = a, b
+
+
+def _filled(merged: Merged) -> dict[str, list[str]]:
+    """The merged modules by the path of the layer that has their factors."""
+    layouts = merged.target.layouts
+    paths = wrappers(layouts.values())
+    found: dict[str, list[str]] = {}
+    for name in merged.names:
+        found.setdefault(paths.get(layouts[name].key, name), []).append(name)
+    return found
+
+
+def _factors(merged: Merged, names: Sequence[str], rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of a layer: those of a module, or of a parameter's matrices, padded to a rank."""
+    piece = merged.target.layouts[names[0]].slice
+    if piece is None or piece.index is None:
+        return merged.factors(names[0])
+    pairs = {}
+    for name in names:
+        own = merged.target.layouts[name].slice
+        assert own
+        assert own.index is not None
+        pairs[own.index] = merged.factors(name)
+    return joined(pairs, piece.count, rank)
 
 
 def _fill_saved(tuner: LoraModel, name: str, merged: Merged) -> None:

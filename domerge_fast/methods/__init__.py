@@ -9,7 +9,7 @@ from typing import Any
 from .. import options
 from ..errors import OptionError
 from ..registry import Registry
-from . import auto, do, lego, opcm, robust
+from . import auto, do, doge, lego, opcm, robust
 from .base import Chosen, Method
 from .entrywise import breadcrumbs, dare, dare_ties, della, magnitude_prune, ties
 from .nested import core_space, ctm, knots
@@ -25,7 +25,7 @@ TABLE = Registry(
         m.METHOD
         for m in (
             *(auto, do, linear, cat, svd, tsvm, iso_c, iso_cts, subspace_boost, wudi, pico),
-            *(slerp, multislerp, robust, lego, core_space, knots, ctm, opcm, dc_merge),
+            *(slerp, multislerp, robust, lego, core_space, knots, ctm, opcm, dc_merge, doge),
             *(ties, dare, dare_ties, della, breadcrumbs, magnitude_prune),
         )
     ),

@@ -78,7 +78,7 @@ def _first(stack: Stack) -> Stack:
         Side(tuple([x.cpu() for x in p.blocks[:ADAPTERS]]), p.scales[:ADAPTERS])
         for p in (stack.a, stack.b)
     )
-    return Stack(stack.name, stack.adapters[:ADAPTERS], a, b, stack.weights[:ADAPTERS])
+    return Stack(stack.names, stack.adapters[:ADAPTERS], a, b, stack.weights[:ADAPTERS])
 
 
 def size(stacks: Sequence[Stack]) -> float:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..adapters.plan import Plan, Stack
+from ..adapters.plan import Kind, Plan, Stack
 from ..algebra.side import Side
 from ..registry import usable
-from .contract import Batch, Contract, Found, Needs
-from .side_report import SideReport
+from .contract import Contract, Found, Needs, Reducible
+from .groups import Groups
+from .side_report import SideReports
+from .thresholds import Counted
 
 __all__ = [
     "UNCUT",
+    "Based",
     "Chosen",
     "Cut",
     "Dense",
@@ -25,10 +28,9 @@ __all__ = [
     "Found",
     "Grams",
     "Halves",
+    "Made",
     "Merge",
-    "Merged",
     "Method",
-    "Reducible",
     "ScaleRule",
     "Settings",
     "bare_sides",
@@ -40,7 +42,8 @@ __all__ = [
 @dataclass(frozen=True)
 class Settings:
     """What every method is given: λ, the dtype of its results, where its ops run, for `prepare` the
-    method that works inside this one, and the rank that results are cut to, if they are.
+    method that works inside this one, and the rank that results are cut to, if they are. counted:
+    what is known of the updates of the adapters as they were read, where they are merged again.
 
     For merges in two parts: order, the Schatten norm of the merge that is wanted with what is
     found; whether it is to be `calibrated` (svc.py), and, for what is made, by which projection.
@@ -54,26 +57,52 @@ class Settings:
     calibrated: bool = False
     projection: float = 1.0
     rank: int | None = None
+    counted: Counted | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """A merged module: ΔW = B A with A [R, n] and B [m, R], and how it came about.
+    """The merged modules of a stack: ΔW = B A with A [R, n] and B [m, R], with P before both where
+    the stack has that, and how they came about.
 
-    norms: ||ΔW_i||_F of the stack's adapters, where the method worked them out. kept, energy: the
-    share of ||ΔW||_F^2 that a cut left, and that before it, where it was cut already.
+    norms: ||ΔW_i||_F of the stack's adapters by module, where the method worked them out. kept,
+    energy: by module the share of ||ΔW||_F^2 that a cut left, and that before it; () where it was
+    not cut yet.
     """
 
     a: Tensor
     b: Tensor
-    a_side: SideReport | None = None
-    b_side: SideReport | None = None
-    norms: Sequence[float] | None = None
-    kept: float | None = None
-    energy: float = 0.0
+    a_side: SideReports | None = None
+    b_side: SideReports | None = None
+    norms: Sequence[Sequence[float]] | None = None
+    kept: Sequence[float] = ()
+    energy: Sequence[float] = ()
+
+    @property
+    def count(self) -> int | None:
+        """Of modules, None for one without a dimension for them."""
+        return None if self.a.dim() == 2 else len(self.a)
 
     def times(self, power_a: int, power_b: int) -> Factors:
         return replace(self, **_sized(self, power_a, power_b))
+
+    def each(self) -> list[Factors]:
+        """Those of the modules, one by one."""
+        if self.count is None:
+            return [self]
+        pairs = enumerate(zip(self.a.unbind(), self.b.unbind()))
+        return [
+            Factors(
+                a,
+                b,
+                self.a_side and self.a_side.of_module(k),
+                self.b_side and self.b_side.of_module(k),
+                self.norms and self.norms[k : k + 1],
+                self.kept[k : k + 1],
+                self.energy[k : k + 1],
+            )
+            for k, (a, b) in pairs
+        ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,21 +110,25 @@ class Dense:
     """A merged module that is no product of thin factors: ΔW [m, n] in float32."""
 
     delta: Tensor
-    a_side: SideReport | None = None
-    b_side: SideReport | None = None
-    norms: Sequence[float] | None = None
+    a_side: SideReports | None = None
+    b_side: SideReports | None = None
+    norms: Sequence[Sequence[float]] | None = None
+    count: ClassVar[None] = None
 
     def times(self, power_a: int, power_b: int) -> Dense:
         return replace(self, **_sized(self, power_a, power_b))
 
     @property
-    def reports(self) -> tuple[SideReport | None, SideReport | None, Sequence[float] | None]:
+    def reports(
+        self,
+    ) -> tuple[SideReports | None, SideReports | None, Sequence[Sequence[float]] | None]:
         return self.a_side, self.b_side, self.norms
 
 
 def _sized(made: Factors | Dense, power_a: int, power_b: int) -> dict[str, Any]:
     """What is reported of adapters whose A is 2^power_a, and whose B 2^power_b times as large."""
-    norms = made.norms and [2.0 ** (power_a + power_b) * norm for norm in made.norms]
+    size = 2.0 ** (power_a + power_b)
+    norms = made.norms and [[size * norm for norm in row] for row in made.norms]
     return {
         "a_side": made.a_side and made.a_side.times(power_a),
         "b_side": made.b_side and made.b_side.times(power_b),
@@ -103,14 +136,12 @@ def _sized(made: Factors | Dense, power_a: int, power_b: int) -> dict[str, Any]:
     }
 
 
-Reducible = tuple[Batch, Sequence[Sequence[float]]]
-"""A batch of modules, and the weights of their adapters."""
-
-Merged = Sequence[Factors | Dense]
+Made = Sequence[Factors | Dense]
+"""What a method makes of stacks: of each, or of its modules one after the other."""
 Grams = tuple[Sequence[Tensor | None], Sequence[Tensor | None]]
 Merge = Callable[
     [Sequence[Stack], Sequence[Tensor | None], Sequence[Tensor | None], Any, Settings],
-    Merged,
+    Made,
 ]
 """(stacks, grams_a, grams_b, options, settings) -> the merge of every stack, in its own units: what
 `Stack.powers` took out comes back later.
@@ -131,14 +162,25 @@ class ScaleRule:
 @dataclass(frozen=True)
 class Halves:
     """A merge in two parts, for what only the whole model tells: what is found from the Grams in
-    R x R matrices, at λ = 1, and the factors that are made of it, in ops.
+    R x R matrices, at λ = 1, and the factors that are made of it, in ops. It takes stacks of
+    several modules; `Merge` takes those of one.
 
     find(stacks, grams_a, grams_b, options, settings) -> `Found` of every stack; make(stacks, found,
     options, settings) -> the merge. The Grams are those that `Merge` takes.
     """
 
     find: Callable[..., Sequence[Found]]
-    make: Callable[..., Merged]
+    make: Callable[..., Made]
+
+
+@dataclass(frozen=True, eq=False)
+class Based:
+    """A module in a basis, ΔW = U merge(..) V^T: its stack there, and E_A [K_A, R] (None: V = I),
+    E_B [K_B, R] with V^T = E_A A and U^T = E_B B^T (B without scalings)."""
+
+    stack: Stack
+    to_a: Tensor | None
+    to_b: Tensor
 
 
 @dataclass(frozen=True)
@@ -167,6 +209,14 @@ def _usual_rule(options: Any, inner: Chosen | None) -> ScaleRule:
     return ScaleRule()
 
 
+def _no_sum(options: Any) -> bool:
+    return False
+
+
+def _never(chosen: Chosen, kinds: Iterable[Kind], hindrance: str | None) -> bool:
+    return False
+
+
 def _by_size(options: Any) -> bool:
     return False
 
@@ -181,36 +231,46 @@ class Method:
 
     coefficients, takes(options): a method that lives in R x R, and what it needs for that;
     reduce(batches, options): what it has to know of the whole model first, from the Grams and the
-    weights of all of its modules. merge: any other, written in ops.
+    weights of all of its modules. core: the mathematics between orthonormal bases that its
+    coefficients are made of (spectral/space.py), where there are such, through which gradients
+    reach the weights. merge: any other, written in ops; in two `Halves`, where it can
+    be had so.
     truncates: with neither rank nor energy given, cut to the largest rank of the adapters. dense:
     whether it makes Dense results; None: if its inner method does. inner: the option that names
     another method, which works inside this one; that one's options are given along with these.
+    basis(stacks, options, settings): where it works on factors in another basis, these.
+    sums(options): whether the result is λ sum_i w_i τ_i, but for a cut: then changes that are no
+    product of factors are summed alike (adapters/differences.py).
     by_ratio(options): whether the result depends on the weights' ratios alone, not on their size.
-    halves: the merge in two parts, where it can be had so. own_scale: whether λ is 1 where none is
-    given, as for a sum or what brings its result to a norm itself; otherwise it is found from the
-    adapters by rule(options, inner) (scaling.py). None: as for its inner method. taken(plan): for a
-    row that stands for another, which it chooses for these adapters (auto.py).
+    own_scale: whether λ is 1 where none is given, as for a sum or what brings its result to a norm
+    itself; otherwise it is found from the adapters by rule(options, inner) (scaling.py). None: as
+    for its inner method. taken(plan): for a row that stands for another, which it chooses for these
+    adapters (auto.py).
     rank(ranks, options): what its factors' rank is at most, for adapters of these ranks.
     prepare(groups, options, settings): for a `merge` that may have to see the whole model first;
-    returns the one to use. cost, source, needs: a few words each, for people who choose. why_not:
-    why it cannot be used here, or None.
+    returns the one to use. streams(chosen, kinds, hindrance): whether engine/streamed.py runs it on
+    modules of these kinds; hindrance: what is in its way, in words. cost, source,
+    needs: a few words each, for people who choose. why_not: why it cannot be used here, or None.
     """
 
     name: str
     summary: str
     options: type
-    merge: Merge | None = None
+    merge: Merge | Halves | None = None
     coefficients: Contract | None = None
+    core: Callable[[Any, Any], tuple[Tensor, Tensor]] | None = None
     takes: Callable[[Any], Needs] = _nothing_needed
-    reduce: Callable[[Iterable[Reducible], Any], Any] | None = None
+    reduce: Callable[[Groups[Sequence[Reducible]], Any], Any] | None = None
     needs_grams: Callable[[Stack, Any], bool] = _no_grams
     truncates: bool = False
     dense: bool | None = False
     inner: str | None = None
+    basis: Callable[[Sequence[Stack], Any, Settings], Sequence[Based]] | None = None
+    sums: Callable[[Any], bool] = _no_sum
     by_ratio: Callable[[Any], bool] = _by_size
     rank: Callable[[Sequence[int], Any], int] = _stacked
-    prepare: Callable[[Iterable[Sequence[Stack]], Any, Settings], Merge] | None = None
-    halves: Halves | None = None
+    prepare: Callable[[Groups[Sequence[Stack]], Any, Settings], Merge | Halves] | None = None
+    streams: Callable[[Chosen, Iterable[Kind], str | None], bool] = _never
     own_scale: bool | None = False
     rule: Callable[[Any, Chosen | None], ScaleRule] = _usual_rule
     taken: Callable[[Plan], Any] | None = None

@@ -1,23 +1,27 @@
-"""What a method that lives in R x R is: a function on Grams.
+"""What a method that lives in R x R is: a function on Grams of a batch of modules.
 
-    coefficients(grams, state, weights, options) -> C_A [k, R], C_B [k, R] and a report, by module
+    coefficients(grams, state, weights, options) -> C_A [P, k, R] and C_B [P, k, R]
     ΔW = λ (C_B B^T)^T (C_A A)
 
-in plain torch and float64, of a batch of modules that are alike: it reads nothing, calls no op and
-knows no device. Who runs it (running.py) has the Grams once, takes the Grams of what it makes from
-these, cuts there, and applies the coefficients once.
+in plain torch and float64, of P modules that are alike: it reads nothing, calls no op and knows no
+device. It is called for several batches at once, in threads of their own, and keeps nothing between
+calls. A module of a lower rank than others has rows of zeros, which are left out. Who runs it
+(running.py) has the Grams once, takes the Grams of what it makes from these, cuts there, and
+applies the coefficients once a batch (applying.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..adapters.plan import Stack
+from ..backends.layout import side_by_side
 
 __all__ = [
     "BATCH_BYTES",
@@ -26,13 +30,18 @@ __all__ = [
     "Contract",
     "Found",
     "Needs",
+    "Reducible",
     "State",
-    "alike",
-    "batch",
+    "batched",
+    "batches",
+    "joined",
 ]
 
 BATCH_BYTES = 64 << 20
 """What the R x R matrices of one kind may take in a batch of modules."""
+
+PART_CUBES = 1 << 23
+"""What R^3 of a batch may add up to on a CPU: a batch is one thread's work."""
 
 
 @dataclass(frozen=True)
@@ -67,27 +76,49 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """P modules of the same ranks: A A^T and B^T B [P, R, R], without any rows where the method
-    needs none; the sides n and m as far as they limit the rank; and by module its name, its
-    adapters, their scalings s_i, and the powers of two that were taken out of A and B."""
+    """P modules that the same adapters have, with the same ranks: A A^T, B^T B [P, R, R], without
+    entries where nobody needs them; the s_i [P, T] in float64; the ranks; the sides n and m as far
+    as they limit the rank; the modules' names; the positions of the adapters; and the powers of two
+    that were taken out of A and B."""
 
     a: Tensor
     b: Tensor
+    scales: Tensor
     ranks: tuple[int, ...]
     sides: tuple[int, int]
     names: Sequence[str]
-    adapters: Sequence[tuple[int, ...]]
-    scales: Sequence[tuple[float, ...]]
-    powers: Sequence[tuple[int, int]]
+    adapters: tuple[int, ...]
+    powers: tuple[int, int] = (0, 0)
+
+    @property
+    def parts(self) -> list[slice]:
+        """What is one thread's work each; all at once where there are no Grams."""
+        count = len(self.names)
+        if not self.a.numel():
+            return [slice(0, count)]
+        return batches(count, sum(self.ranks), self.a.device)
+
+    def part(self, at: slice) -> Batch:
+        """Some of the modules."""
+        a, b, scales = self.a[at], self.b[at], self.scales[at]
+        return replace(self, a=a, b=b, scales=scales, names=self.names[at])
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """What is said of every adapter [.., T] of every row of it, [.., R]."""
+        return x.repeat_interleave(torch.tensor(self.ranks, device=x.device), -1)
+
+
+Reducible = tuple[Batch, Tensor]
+"""A batch of modules, and the weights w_i of their adapters [P, T] in float64."""
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What was found of a module before anything is made. size: the Schatten norm of its merge at
-    λ = 1, where one was wanted. overlaps: <ΔW, τ_i> and ||τ_i||^2 of every adapter, [2, T], where
-    it was calibrated."""
+    """What was found of a stack before anything is made. sizes: the Schatten norms of its modules'
+    merges at λ = 1, where they were wanted. overlaps: <ΔW, τ_i> and ||τ_i||^2 of every adapter,
+    [P, 2, T], where it was calibrated."""
 
-    size: float | None = None
+    sizes: Sequence[float] | None = None
     overlaps: Tensor | None = None
 
     def kept(self) -> Found:
@@ -97,49 +128,133 @@ class Found:
 
 @dataclass(frozen=True, eq=False)
 class Coefficients(Found):
-    """A merge at λ = 1 as A' = C_A A and B'^T = C_B B^T.
+    """Merges of P modules at λ = 1 as A' = C_A A and B'^T = C_B B^T.
 
-    a: C_A [k, R], None for A as it is. b: C_B [k, R], or [T], what the rows of every adapter are
-    multiplied by. strengths: where it is calibrated, s_i^r of every adapter and row, [T, k].
-    grams: A' A'^T and B'^T B' [k, k], where they will be cut.
+    a, b: C_A and C_B [P, k, R]; or None, for A as it is, and [P, T], what the rows of every adapter
+    are multiplied by in B. strengths: where it is calibrated, s_i^r of every adapter and row,
+    [P, T, k]. Who runs the method adds: ranks, how many rows every module has before rows of zeros;
+    grams, A' A'^T and B'^T B' [P, k, k], where they will be cut.
     """
 
     a: Tensor | None = field(kw_only=True)
     b: Tensor = field(kw_only=True)
     strengths: Tensor | None = field(default=None, kw_only=True)
+    ranks: Sequence[int] = field(default=(), kw_only=True)
     grams: tuple[Tensor, Tensor] | None = field(default=None, kw_only=True)
 
+    def of_modules(self, at: slice) -> Coefficients:
+        """Those of some of the modules, without rows that none of them has."""
+        ranks = self.ranks[at]
+        k = slice(max(ranks, default=None))
+        return Coefficients(
+            self.sizes and self.sizes[at],
+            None if self.overlaps is None else self.overlaps[at],
+            a=None if self.a is None else self.a[at, k],
+            b=self.b[at] if self.a is None else self.b[at, k],
+            strengths=None if self.strengths is None else self.strengths[at, :, k],
+            ranks=ranks,
+            grams=self.grams and (self.grams[0][at, k, k], self.grams[1][at, k, k]),
+        )
 
-Contract = Callable[[Batch, State, Sequence[Sequence[float]], Any], Sequence[Coefficients]]
-"""(grams, state, weights w_i of every module, options) -> the coefficients of every module.
+    def padded(self, rows: int) -> Coefficients:
+        """With so many rows, the last ones zeros."""
+        more = rows - self.b.shape[1]
+        if self.a is None or not more:
+            return self
+        a, b = (pad(x, (0, 0, 0, more)) for x in (self.a, self.b))
+        strengths, grams = self.strengths, self.grams
+        if strengths is not None:
+            strengths = pad(strengths, (0, more))
+        if grams:
+            grams = pad(grams[0], (0, more, 0, more)), pad(grams[1], (0, more, 0, more))
+        return replace(self, a=a, b=b, strengths=strengths, grams=grams)
+
+    def settled(self) -> Coefficients:
+        """With its `ranks`, and every module's rows of zeros behind the others: one of these stays
+        where there is no other."""
+        if self.a is None:
+            return self
+        live = (self.a != 0).any(2) & (self.b != 0).any(2)
+        ranks = live.sum(1).clamp_min(1).tolist()
+        if min(ranks) == live.shape[1]:
+            return replace(self, ranks=ranks)
+        order = live.logical_not().sort(dim=1, stable=True).indices[:, : max(ranks)]
+        a, b = (_in_order(x * live[..., None], order) for x in (self.a, self.b))
+        strengths = self.strengths
+        if strengths is not None:
+            strengths = _in_order(strengths.mT, order).mT
+        return replace(self, a=a, b=b, strengths=strengths, ranks=ranks)
+
+
+Contract = Callable[[Batch, State, Tensor, Any], Coefficients]
+"""(grams, state, weights w_i [P, T], options) -> the coefficients of all modules.
 
 options is the method's frozen dataclass. OptionError or FlatCut for what has no merge.
 """
 
 
-def alike(stacks: Sequence[Stack]) -> list[list[int]]:
-    """Positions of stacks whose ranks and coordinates have the same shapes, in batches."""
+def batched(
+    stacks: Sequence[Stack], grams_a: Sequence[Tensor] = (), grams_b: Sequence[Tensor] = ()
+) -> Iterator[tuple[Sequence[int], Batch, Tensor]]:
+    """All modules that are alike as one batch, with their weights [P, T], and the positions of the
+    stacks that it is of. grams: of every stack, or none."""
     found: dict[tuple, list[int]] = {}
     for k, s in enumerate(stacks):
-        found.setdefault((s.a.ranks, min(s.rank, s.a.d), min(s.rank, s.b.d)), []).append(k)
-    batches = []
-    for (ranks, *_), members in found.items():
-        most = max(1, BATCH_BYTES // (8 * sum(ranks) ** 2))
-        batches += [members[at : at + most] for at in range(0, len(members), most)]
-    return batches
+        sides = min(s.rank, s.a.d), min(s.rank, s.b.d)
+        found.setdefault((s.a.ranks, sides, s.adapters, s.powers), []).append(k)
+    for (ranks, sides, adapters, powers), members in found.items():
+        given = [stacks[k] for k in members]
+        names = [name for s in given for name in s.names]
+        a, b = (_of(grams, members, len(names)) for grams in (grams_a, grams_b))
+        scales = _by_module(given, [s.b.scales for s in given])
+        weights = _by_module(given, [s.weights for s in given])
+        yield members, Batch(a, b, scales, ranks, sides, names, adapters, powers), weights
 
 
-def batch(stacks: Sequence[Stack], grams_a: Sequence[Tensor], grams_b: Sequence[Tensor]) -> Batch:
-    """Of stacks that are alike, with their Grams; none of these where the method needs none."""
-    first = stacks[0]
-    nothing = torch.empty(len(stacks), 0, 0, dtype=torch.float64)
-    return Batch(
-        torch.stack([*grams_a]) if grams_a else nothing,
-        torch.stack([*grams_b]) if grams_b else nothing,
-        first.a.ranks,
-        (min(first.rank, first.a.d), min(first.rank, first.b.d)),
-        [s.name for s in stacks],
-        [s.adapters for s in stacks],
-        [s.b.scales for s in stacks],
-        [s.powers for s in stacks],
+def _of(grams: Sequence[Tensor], members: Sequence[int], count: int) -> Tensor:
+    """Those of the members [P, R, R]."""
+    if not grams:
+        return torch.empty(count, 0, 0, dtype=torch.float64)
+    return side_by_side([x if x.dim() == 3 else x[None] for x in (grams[k] for k in members)])
+
+
+def _by_module(stacks: Sequence[Stack], rows: Sequence[Sequence[float]]) -> Tensor:
+    """What is said of every stack, of every module, [P, T]."""
+    sizes = torch.tensor([len(s.names) for s in stacks])
+    return torch.tensor(rows, dtype=torch.float64).repeat_interleave(sizes, 0)
+
+
+def batches(count: int, rank: int, device: torch.device) -> list[slice]:
+    """So many modules of stacked rank R in batches, each of them one thread's work."""
+    most = BATCH_BYTES // (8 * rank**2)
+    if device.type == "cpu":
+        most = min(most, PART_CUBES // rank**3)
+    step = max(1, most)
+    return [slice(at, min(at + step, count)) for at in range(0, count, step)]
+
+
+def joined(parts: Sequence[Coefficients]) -> Coefficients:
+    """Those of one batch, part after part, which are `settled`."""
+    rows = max(x.b.shape[1] for x in parts)
+    parts = [x.padded(rows) for x in parts]
+    sizes = [x.sizes for x in parts if x.sizes is not None]
+    grams = [*zip(*(x.grams for x in parts if x.grams))]
+    return Coefficients(
+        [size for own in sizes for size in own] if sizes else None,
+        _cat([x.overlaps for x in parts]),
+        a=_cat([x.a for x in parts]),
+        b=torch.cat([x.b for x in parts]),
+        strengths=_cat([x.strengths for x in parts]),
+        ranks=[rank for x in parts for rank in x.ranks],
+        grams=(torch.cat(grams[0]), torch.cat(grams[1])) if grams else None,
     )
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [x for x in tensors if x is not None]
+    return torch.cat(present) if present else None
+
+
+def _in_order(x: Tensor, order: Tensor) -> Tensor:
+    """Rows of x [P, k, R] in the order [P, k'] of each module."""
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))

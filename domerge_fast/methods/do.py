@@ -12,34 +12,31 @@ Cost: two reads of the factors, 2 R^2 (m + n) flops and a few R x R products a s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..adapters.plan import Stack
+from ..adapters.plan import Kind, Stack
 from ..algebra.host import gather
-from ..algebra.powers import exponents
 from ..algebra.side import Side
 from ..errors import OptionError
 from ..ops.orthogonalize import PENALTIES
 from ..options import option
-from .base import Chosen, Factors, Found, Halves, Merge, Method, Settings, grams
-from .contract import Needs, alike
+from . import decoupled
+from .base import Chosen, Factors, Halves, Merge, Method, Settings, grams
+from .contract import Needs
+from .groups import Groups, Through
+from .moved import Descended, Moved, sized
 from .nested import directions
-from .side_report import SideReport
-from .spectral import schatten
-from .weighted.combination import of_grams
+from .side_report import SideReports
+from .streamed import choice
 
 __all__ = ["METHOD", "DoOptions", "orthogonalize"]
-
-ABOVE = 1.15
-"""How far norms with one magnitude an adapter are above those with one a column: 1.08 to 1.18 in
-the trained adapters that we have."""
 
 LINEAR = "linear"
 """What merges the directions in DO-Merging itself: their weighted sum."""
@@ -56,19 +53,7 @@ class DoOptions:
     tol: float = option(1e-3, "stop when a step lowers the objective by less, relatively", low=0.0)
     renormalize: bool = option(False, "bring the merged directions to unit length")
     directions: str = option(LINEAR, "the method that merges the directions")
-
-
-@dataclass(frozen=True, eq=False)
-class Descended(Found):
-    """The sides after their descents; kept of them are C_A and C_B with what the descents report.
-    A side that did not descend in R x R matrices has None, and descends again when it is wanted."""
-
-    sides: tuple[Moved, Moved] | None = field(kw_only=True)
-    a: tuple[Tensor, SideReport] | None = field(kw_only=True)
-    b: tuple[Tensor, SideReport] | None = field(kw_only=True)
-
-    def kept(self) -> Descended:
-        return replace(self, sides=None)
+    descent: str = option(choice.AUTO, "on all adapters, or batch after batch", choice.DESCENTS)
 
 
 def find(
@@ -82,13 +67,14 @@ def find(
     a = orthogonalize([s.a for s in stacks], grams_a, "A", options, settings.backend)
     b = orthogonalize([s.b for s in stacks], grams_b, "B", options, settings.backend)
     kept = [(x.kept, y.kept) for x, y in zip(a, b)]
-    sizes: Sequence[float | None] = [None] * len(stacks)
+    sizes: Sequence[Sequence[float] | None] = [None] * len(stacks)
     if settings.order:
-        sizes = _sizes(stacks, a, b, (grams_a, grams_b), options, settings)
-    a, b = _sized(stacks, a, b)
+        rule = decoupled.Rule(settings.order, options.decouple, options.renormalize)
+        known = grams_a, grams_b
+        sizes = decoupled.of_moved(stacks, (a, b), known, rule, settings.backend)
+    a, b = sized(stacks, a, b)
     return [
-        Descended(size, sides=sides, a=x, b=y)
-        for size, sides, (x, y) in zip(sizes, zip(a, b), kept)
+        Descended(own, sides=sides, a=x, b=y) for own, sides, (x, y) in zip(sizes, zip(a, b), kept)
     ]
 
 
@@ -102,14 +88,7 @@ def make(
     return _merged(stacks, [a for a, _ in sides], [b for _, b in sides], options, settings)
 
 
-def merge(
-    stacks: Sequence[Stack],
-    grams_a: Sequence[Tensor | None],
-    grams_b: Sequence[Tensor | None],
-    options: DoOptions,
-    settings: Settings,
-) -> list[Factors]:
-    return make(stacks, find(stacks, grams_a, grams_b, options, settings), options, settings)
+MERGE = Halves(find, make)
 
 
 def _merged(
@@ -126,83 +105,9 @@ def _merged(
     else:
         a_new, norms = _weigh(stacks, a, settings), [None] * len(stacks)
     return [
-        Factors(an, bt.T, x.report, y.report, n)
+        Factors(an, bt.mT, x.report, y.report, n)
         for an, bt, x, y, n in zip(a_new, b_hat, a, b, norms)
     ]
-
-
-def _sizes(
-    stacks: Sequence[Stack],
-    a: Sequence[Moved],
-    b: Sequence[Moved],
-    grams: tuple[Sequence[Tensor | None], Sequence[Tensor | None]],
-    options: DoOptions,
-    settings: Settings,
-) -> list[float]:
-    """Schatten norms of the merges at λ = 1, nearly: with one magnitude an adapter in place of one
-    a column, which is R x R alone, over `ABOVE`."""
-    assert settings.order
-    hats = [_moved(side, known, settings.backend) for side, known in zip((a, b), grams)]
-    sizes = [0.0] * len(stacks)
-    for members in alike(stacks):
-        ranks = stacks[members[0]].a.ranks
-        of_a, of_b = (torch.stack([side[k] for k in members]) for side in hats)
-        gains = torch.tensor([stacks[k].omegas for k in members], dtype=torch.float64).to(of_b)
-        if options.decouple:
-            gains = gains * _magnitudes(of_a, of_b, ranks, gains, options.renormalize)
-        rows = gains.repeat_interleave(torch.tensor(ranks).to(of_b.device), 1)
-        weighed = rows[:, :, None] * of_b * rows[:, None]
-        found = schatten.schatten(weighed, of_a, settings.order).tolist()
-        for k, size in zip(members, found):
-            sizes[k] = size / (ABOVE if options.decouple else 1.0)
-    return sizes
-
-
-def _moved(sides: Sequence[Moved], known: Sequence[Tensor | None], backend: str) -> list[Tensor]:
-    """Xhat Xhat^T of every side in float64."""
-    rest = [x.problem for x, g in zip(sides, known) if x.c is None or g is None]
-    others = iter(ops.gram(rest, dtype=torch.float64, backend=backend))
-    return [
-        next(others) if x.c is None or g is None else x.c.double() @ g.double() @ x.c.double().T
-        for x, g in zip(sides, known)
-    ]
-
-
-def _magnitudes(
-    gram_a: Tensor, gram_b: Tensor, ranks: tuple[int, ...], omegas: Tensor, renormalize: bool
-) -> Tensor:
-    """The merged magnitude over each adapter's own, [P, T], from ||Bhat_i Ahat_i||_F."""
-    inner = torch.stack([of_grams(x, y, ranks) for x, y in zip(gram_a, gram_b)])
-    norms = inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
-    inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    shares = (omegas.abs() * norms).sum(1, keepdim=True) * inverse
-    if renormalize:
-        units = omegas * inverse
-        size = (units[:, None] @ inner @ units[..., None]).clamp_min(0).sqrt()[..., 0]
-        shares = torch.where(size > 0, shares / size, shares)
-    return shares
-
-
-@dataclass(frozen=True, eq=False)
-class Moved:
-    """Xhat = C X of one side: a problem and its C (None for the identity)."""
-
-    problem: Side
-    c: Tensor | None
-    report: SideReport | None
-
-    @property
-    def kept(self) -> tuple[Tensor, SideReport] | None:
-        """What `Descended` keeps of it."""
-        return None if self.c is None or self.report is None else (self.c, self.report)
-
-    def times(self, gains: Sequence[float]) -> Moved:
-        """Every adapter's Xhat_i times its own factor."""
-        if self.c is None:
-            scales = tuple(g * scale for g, scale in zip(gains, self.problem.scales))
-            return replace(self, problem=self.problem.scaled(scales))
-        rows = [g for g, r in zip(gains, self.problem.ranks) for _ in range(r)]
-        return replace(self, c=torch.tensor(rows, device=self.c.device)[:, None] * self.c)
 
 
 def both_sides(
@@ -216,20 +121,7 @@ def both_sides(
     columns are measured in float32, and an update is the same with 2^-k Ahat_i and 2^k Bhat_i."""
     a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
     b = orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
-    return _sized(stacks, a, b)
-
-
-def _sized(
-    stacks: Sequence[Stack], a: Sequence[Moved], b: Sequence[Moved]
-) -> tuple[list[Moved], list[Moved]]:
-    """The sides, with the sizes of adapters that are far apart in B alone."""
-    a, b = list(a), list(b)
-    for k, s in enumerate(stacks):
-        if s.far:
-            sizes = [e if math.isfinite(e) else 0.0 for e in exponents(a[k].problem)]
-            a[k] = a[k].times([2.0**-e for e in sizes])
-            b[k] = b[k].times([2.0**e for e in sizes])
-    return a, b
+    return sized(stacks, a, b)
 
 
 def _again(
@@ -238,12 +130,12 @@ def _again(
     """The sides of which C is known, or there is none, or they descend once more."""
     a = _of_side([s.a for s in stacks], [x.a for x in found], "A", options, backend)
     b = _of_side([s.b for s in stacks], [x.b for x in found], "B", options, backend)
-    return zip(*_sized(stacks, a, b))
+    return zip(*sized(stacks, a, b))
 
 
 def _of_side(
     problems: Sequence[Side],
-    found: Sequence[tuple[Tensor, SideReport] | None],
+    found: Sequence[tuple[Tensor, SideReports] | None],
     side: str,
     options: DoOptions,
     backend: str,
@@ -278,14 +170,21 @@ def orthogonalize(
             backend=backend,
             **rule,
         )
-        for i, matrix, row in zip(square, c, stats.tolist()):
-            sides[i] = Moved(problems[i], matrix, SideReport(int(row[0]), *row[1:]))
+        reports = _reports([problems[i] for i in square], stats)
+        for i, matrix, report in zip(square, c, reports):
+            sides[i] = Moved(problems[i], matrix, report)
     if wide:
         x, stats = ops.orthogonalize_factors([problems[i] for i in wide], backend=backend, **rule)
-        for i, moved, row in zip(wide, x, stats.tolist()):
-            problem = Side.split(moved, problems[i].ranks)
-            sides[i] = Moved(problem, None, SideReport(int(row[0]), *row[1:]))
+        reports = _reports([problems[i] for i in wide], stats)
+        for i, moved, report in zip(wide, x, reports):
+            sides[i] = Moved(Side.split(moved, problems[i].ranks), None, report)
     return sides
+
+
+def _reports(problems: Sequence[Side], stats: Tensor) -> Iterator[SideReports]:
+    """Of every side. stats: a row for every module."""
+    rows = iter(stats.tolist())
+    return (SideReports([*islice(rows, p.modules)]) for p in problems)
 
 
 def _is_wide(problem: Side, options: DoOptions) -> bool:
@@ -299,11 +198,11 @@ def _decouple(
     b_hat: Sequence[Tensor],
     options: DoOptions,
     settings: Settings,
-) -> tuple[list[Tensor], list[Sequence[float] | None]]:
+) -> tuple[list[Tensor], list[Sequence[Sequence[float]] | None]]:
     merged_b = [Side.split(x, s.b.ranks) for s, x in zip(stacks, b_hat)]
     full = None
     if options.renormalize:
-        whole = [Side((x,), (1.0,)) for x in b_hat]
+        whole = [Side.split(x, (s.rank,)) for s, x in zip(stacks, b_hat)]
         full = ops.gram(whole, dtype=torch.float64, backend=settings.backend)
     a_new, norms = ops.apply_decouple(
         [x.c for x in a],
@@ -315,7 +214,7 @@ def _decouple(
         full=full,
         backend=settings.backend,
     )
-    return a_new, [n.tolist() for n in gather(norms)]
+    return a_new, [n.view(-1, n.shape[-1]).tolist() for n in gather(norms)]
 
 
 def _weigh(stacks: Sequence[Stack], a: Sequence[Moved], settings: Settings) -> list[Tensor]:
@@ -329,10 +228,12 @@ def _weigh(stacks: Sequence[Stack], a: Sequence[Moved], settings: Settings) -> l
     )
 
 
-def prepare(groups: Iterable[Sequence[Stack]], options: DoOptions, settings: Settings) -> Merge:
-    """`merge`, or another method for the directions."""
+def prepare(
+    groups: Groups[Sequence[Stack]], options: DoOptions, settings: Settings
+) -> Merge | Halves:
+    """`MERGE`, or another method for the directions."""
     if settings.inner is None or _plain(settings.inner):
-        return merge
+        return MERGE
     if not options.decouple or options.renormalize:
         name, value = "directions", options.directions
         if value == LINEAR:
@@ -354,12 +255,19 @@ def prepare(groups: Iterable[Sequence[Stack]], options: DoOptions, settings: Set
         rows = zip(stacks, hats, hats[len(stacks) :], a, b)
         return [directions.apart(s, x, yt, (p.report, q.report)) for s, x, yt, p, q in rows]
 
-    def whole() -> Iterator[list[Stack]]:
-        for group in groups:
-            found = grams(group, [METHOD.needs_grams(s, options) for s in group], backend)
-            yield [x.stack for x in take_apart(group, *found)]
+    def of_group(group: Sequence[Stack]) -> list[Stack]:
+        found = grams(group, [METHOD.needs_grams(s, options) for s in group], backend)
+        return [x.stack for x in take_apart(group, *found)]
 
-    return directions.prepare(whole, take_apart, settings)
+    return directions.prepare(Through(groups, of_group), take_apart, settings)
+
+
+def streams(chosen: Chosen, kinds: Iterable[Kind], hindrance: str | None) -> bool:
+    """Whether adapters are read in batches. OptionError."""
+    if chosen.inner and not _plain(chosen.inner):
+        power = " with a power" if chosen.options.directions == LINEAR else ""
+        hindrance = f"directions {chosen.options.directions!r}{power}"
+    return choice.streams(chosen.options, kinds, hindrance)
 
 
 def _plain(inner: Chosen) -> bool:
@@ -371,7 +279,7 @@ METHOD = Method(
     "do",
     "DO-Merging: orthogonalize, then merge directions and magnitudes apart",
     DoOptions,
-    merge,
+    MERGE,
     needs_grams=lambda stack, options: (
         options.orthogonalize and not (_is_wide(stack.a, options) and _is_wide(stack.b, options))
     ),
@@ -379,7 +287,7 @@ METHOD = Method(
     inner="directions",
     by_ratio=lambda options: True,
     prepare=prepare,
-    halves=Halves(find, make),
+    streams=streams,
     takes=lambda options: Needs(torch.float32),
     cost="two reads, 2 R^2 (m + n) flops, R x R steps",
     source="arXiv 2505.15875",

@@ -47,26 +47,21 @@ class LegoOptions:
     seed: int = elementwise.seed()
 
 
-def coefficients(
-    grams: Batch, state: State, weights: Sequence[Sequence[float]], options: LegoOptions
-) -> list[Coefficients]:
+def coefficients(grams: Batch, state: State, weights: Tensor, options: LegoOptions) -> Coefficients:
     clusters = _most_clusters(grams.ranks, options)
     gain_a, gain_b = _gains(grams, weights, options.balance)
     x = gain_a[:, :, None] * grams.a * gain_a[:, None]
-    units_b = gain_b if options.balance else gain_b * _powers(grams)
+    power_a, power_b = grams.powers  # of B beside A
+    units_b = gain_b if options.balance else gain_b * 2.0 ** (power_b - power_a)
     x += units_b[:, :, None] * grams.b * units_b[:, None]
     factor = math.sqrt(max(grams.ranks) / clusters)
-    found = []
-    for means, rows, columns in zip(centroids(x, clusters, options.seed), gain_a, gain_b):
-        kept = means[_present(means)]
-        found.append(Coefficients(a=kept * rows, b=factor * kept * columns))
-    return found
+    means = centroids(x, clusters, options.seed)
+    return Coefficients(a=means * gain_a[:, None], b=factor * means * gain_b[:, None])
 
 
-def _gains(grams: Batch, given: Sequence[Sequence[float]], balance: bool) -> tuple[Tensor, Tensor]:
+def _gains(grams: Batch, given: Tensor, balance: bool) -> tuple[Tensor, Tensor]:
     """What the rows of A_i and of s_i B_i^T are multiplied by in their units, [P, R] each."""
-    rows = [[w for w, r in zip(own, grams.ranks) for _ in range(r)] for own in given]
-    weights = torch.tensor(rows, dtype=torch.float64)
+    weights = grams.of_rows(given)
     if not balance:
         return torch.ones_like(weights), weights
     length_a = grams.a.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
@@ -74,11 +69,6 @@ def _gains(grams: Batch, given: Sequence[Sequence[float]], balance: bool) -> tup
     present = length_a * length_b > 0
     ratio = torch.where(present, length_b / length_a, 0.0).sqrt()
     return ratio, torch.where(present, weights / ratio, 0.0)
-
-
-def _powers(grams: Batch) -> Tensor:
-    """What brings the modules' B to the size it has beside their A, [P, 1]."""
-    return torch.tensor([[2.0 ** (b - a)] for a, b in grams.powers], dtype=torch.float64)
 
 
 def centroids(gram: Tensor, clusters: int, seed: int) -> Tensor:
@@ -137,13 +127,6 @@ def _lloyd(gram: Tensor, labels: Tensor, clusters: int) -> Tensor:
         if not moves.any():
             return means
         labels = torch.where(moves, best, labels)
-
-
-def _present(means: Tensor) -> Tensor:
-    """Which rows [c, R] are not zero; the first one, where all are."""
-    present = (means != 0).any(1)
-    present[0] |= ~present.any()
-    return present
 
 
 def _most_clusters(ranks: Sequence[int], options: LegoOptions) -> int:

@@ -31,15 +31,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..options import option
-from .base import Reducible
-from .contract import Batch, Coefficients, State
+from .contract import Batch, Coefficients, Reducible, State
+from .groups import Groups
 from .spectral import space
 
 __all__ = ["METHOD", "SUM", "OpcmOptions", "gain"]
@@ -88,20 +88,35 @@ SUM = space.method(
 """S_T: adding to a running sum S is merging the two "adapters" S and τ."""
 
 
-def reduce(batches: Iterable[Reducible], options: OpcmOptions) -> float:
+Energies = tuple[list[float], dict[int, list[float]]]
+"""||S_T||^2 by module, and ||τ_i||^2 by adapter and module."""
+
+
+def reduce(batches: Groups[Sequence[Reducible]], options: OpcmOptions) -> float:
     """g = mean_i ||τ_i|| / ||S_T|| of the whole model; 1 where S_T is zero."""
-    energy = 0.0
-    energies: dict[int, float] = {}
+    found = batches.summed(lambda group: _energies(group, options), _joined)
+    merged, given = found or ([], {})
+    norms = [math.sqrt(math.fsum(own)) for own in given.values()]
+    return gain(norms, math.sqrt(math.fsum(merged)))
+
+
+def _energies(batches: Sequence[Reducible], options: OpcmOptions) -> Energies:
+    merged: list[float] = []
+    given: dict[int, list[float]] = {}
     for grams, weights in batches:
         x, _, _ = space.coordinates(grams, weights)
         left, right = core(x, options)
-        true = [2.0 ** sum(powers) for powers in grams.powers]
-        sizes = torch.tensor(true, dtype=torch.float64, device=x.a.device)
-        energy += float((sizes * space.norm(left.mT, right)).square().sum())
-        for adapters, norms in zip(grams.adapters, (sizes[:, None] * x.norms).square().tolist()):
-            for i, own in zip(adapters, norms):
-                energies[i] = energies.get(i, 0.0) + own
-    return gain([math.sqrt(e) for e in energies.values()], math.sqrt(energy))
+        size = 2.0 ** sum(grams.powers)
+        merged += (size * space.norm(left.mT, right)).square().tolist()
+        for i, own in zip(grams.adapters, (size * x.norms).square().T.tolist()):
+            given.setdefault(i, []).extend(own)
+    return merged, given
+
+
+def _joined(one: Energies, other: Energies) -> Energies:
+    (merged, given), (more, of_others) = one, other
+    keys = dict.fromkeys((*given, *of_others))
+    return merged + more, {i: given.get(i, []) + of_others.get(i, []) for i in keys}
 
 
 def gain(norms: Sequence[float], total: float) -> float:
@@ -109,15 +124,11 @@ def gain(norms: Sequence[float], total: float) -> float:
     return math.fsum(norms) / len(norms) / total if total else 1.0
 
 
-def coefficients(
-    grams: Batch, state: State, weights: Sequence[Sequence[float]], options: OpcmOptions
-) -> list[Coefficients]:
+def coefficients(grams: Batch, state: State, weights: Tensor, options: OpcmOptions) -> Coefficients:
     """S_T times the gain that the whole model gives it."""
     found = space.coefficients(core, grams, state, weights, options)
-    return [
-        dataclasses.replace(x, b=state.whole * x.b.double(), size=x.size and state.whole * x.size)
-        for x in found
-    ]
+    sizes = found.sizes and [state.whole * size for size in found.sizes]
+    return dataclasses.replace(found, sizes=sizes, b=state.whole * found.b.double())
 
 
 METHOD = dataclasses.replace(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..adapters.plan import Stack
 from ..errors import DomergeError
-from . import running
+from . import applying
 from .base import Factors, Method, Settings
 from .entrywise import elementwise
 
@@ -54,7 +54,7 @@ def merge(
     return [
         _merge(s, options.density, settings)
         if len(s.adapters) > 1
-        else running.stacked([s], settings)[0]
+        else applying.stacked([s], settings)[0]
         for s in stacks
     ]
 

@@ -1,62 +1,62 @@
 """Runs the rows of the table: what they need is taken once, what they find is cut in R x R, and the
-factors are applied once."""
+factors are applied once (applying.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..adapters.plan import Stack
 from ..algebra.host import gather
-from ..algebra.side import Side
-from ..algebra.truncation import truncated
+from ..algebra.threads import HERE, of_parts
 from ..errors import FlatCut
+from .applying import factors, of_rows
 from .base import (
     UNCUT,
     Chosen,
     Cut,
-    Factors,
     Found,
     Grams,
     Halves,
+    Made,
     Merge,
-    Merged,
-    Reducible,
     Settings,
-    bare_sides,
     grams,
     wide_grams,
 )
-from .contract import BATCH_BYTES, Batch, Coefficients, Needs, State, alike, batch
-from .spectral import schatten, svc
+from .contract import Batch, Coefficients, Needs, Reducible, State, batched, joined
+from .groups import Groups, Here, Through
+from .spectral import schatten
 
-__all__ = ["Run", "factors", "prepared", "stacked"]
+__all__ = ["Run", "prepared"]
 
 WideGrams = tuple[list[Tensor], list[Tensor]]
-NOTHING: WideGrams = [], []
-
-Products = tuple[tuple[Tensor | None, Side], tuple[Tensor | None, Side]]
-"""C_A and A, C_B and B^T."""
 
 
-def prepared(chosen: Chosen, groups: Iterable[Sequence[Stack]], settings: Settings) -> Run:
-    """The method as a function of stacks and their Grams. groups: of the whole model, gone through
-    as often as need be."""
+def prepared(
+    chosen: Chosen,
+    groups: Groups[Sequence[Stack]] | Iterable[Sequence[Stack]],
+    settings: Settings,
+) -> Run:
+    """The method as a function of stacks and their Grams. groups: of the whole model."""
     row = chosen.method
+    groups = groups if isinstance(groups, Groups) else Here(groups)
     settings = replace(settings, inner=chosen.inner)
     if row.coefficients:
         run = Run(chosen)
         if row.reduce:
-            state = row.reduce(run.batches(groups, settings.backend), chosen.options)
+            batches: Groups[Sequence[Reducible]] = Through(
+                groups, lambda stacks: run.batches(stacks, settings.backend)
+            )
+            state = row.reduce(batches, chosen.options)
             run = replace(run, state=state)
         return run
     merge = row.prepare(groups, chosen.options, settings) if row.prepare else row.merge
-    return Run(chosen, merge, row.halves if merge is row.merge else None)
+    return Run(chosen, merge)
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,18 @@ class Run:
     can be had so. state: what it has seen."""
 
     chosen: Chosen
-    merge: Merge | None = None
-    halves: Halves | None = None
+    merge: Merge | Halves | None = None
     state: Any = None
 
     @property
     def in_parts(self) -> bool:
         """Whether it finds first and makes then."""
-        return self.halves is not None or self.in_coefficients
+        return isinstance(self.merge, Halves) or self.in_coefficients
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether it takes stacks of several modules."""
+        return self.in_parts
 
     @property
     def in_coefficients(self) -> bool:
@@ -100,9 +104,9 @@ class Run:
     ) -> Sequence[Found]:
         """The first part. known: the stacks' Grams, where they are there already. cut: what will
         become of what is found."""
-        if self.halves:
-            found = self._narrow(stacks, settings.backend) if known is None else known
-            return self.halves.find(stacks, *found, self.chosen.options, settings)
+        if isinstance(self.merge, Halves):
+            narrow = self._narrow(stacks, settings.backend, known)
+            return self.merge.find(stacks, *narrow, self.chosen.options, settings)
         return self._coefficients(stacks, settings, known, bool(cut))
 
     def make(
@@ -112,15 +116,15 @@ class Run:
         settings: Settings,
         cut: Cut = UNCUT,
         dtype: torch.dtype | None = None,
-    ) -> Merged:
+    ) -> Made:
         """The second part. dtype: of factors that are cut; None: as of all others."""
-        if self.halves:
-            return self.halves.make(stacks, found, self.chosen.options, settings)
+        if isinstance(self.merge, Halves):
+            return self.merge.make(stacks, found, self.chosen.options, settings)
         known = [x for x in found if isinstance(x, Coefficients)]
         try:
             return factors(stacks, known, settings, self.bare, cut, dtype)
         except FlatCut as error:
-            raise error.of(stacks[error.at].name, self.chosen.method.name) from None
+            raise error.of(method=self.chosen.method.name) from None
 
     def __call__(
         self,
@@ -129,27 +133,29 @@ class Run:
         known: Grams | None = None,
         cut: Cut = UNCUT,
         dtype: torch.dtype | None = None,
-    ) -> Merged:
+    ) -> Made:
         """Merge the stacks. known: their Grams, where they are there already. Factors are cut where
         that can be done in R x R."""
-        if self.in_parts:
+        if self.merge is None or isinstance(self.merge, Halves):
             return self.make(stacks, self.find(stacks, settings, known, cut), settings, cut, dtype)
-        assert self.merge
-        found = self._narrow(stacks, settings.backend) if known is None else known
-        return self.merge(stacks, *found, self.chosen.options, settings)
+        narrow = self._narrow(stacks, settings.backend, known)
+        return self.merge(stacks, *narrow, self.chosen.options, settings)
 
-    def batches(self, groups: Iterable[Sequence[Stack]], backend: str) -> Iterator[Reducible]:
-        """All modules in batches that are alike, with their Grams."""
-        for stacks in groups:
-            for members, x in self._batches(stacks, self._wide(stacks, backend)):
-                yield x, [stacks[k].weights for k in members]
+    def batches(self, stacks: Sequence[Stack], backend: str) -> list[Reducible]:
+        """The modules in batches that are alike, with their Grams."""
+        return [
+            (x.part(at), weights[at])
+            for _, x, weights in batched(stacks, *self._wide(stacks, backend))
+            for at in x.parts
+        ]
 
     @property
     def _needs(self) -> Needs:
         return self.chosen.method.takes(self.chosen.options)
 
-    def _narrow(self, stacks: Sequence[Stack], backend: str) -> Grams:
-        return grams(stacks, [self.wants_grams(s) for s in stacks], backend)
+    def _narrow(self, stacks: Sequence[Stack], backend: str, known: Grams | None) -> Grams:
+        """Grams in float32 of what wants them, unless they are known."""
+        return known or grams(stacks, [self.wants_grams(s) for s in stacks], backend)
 
     def _wide(self, stacks: Sequence[Stack], backend: str, known: Grams | None = None) -> WideGrams:
         """Grams in float64, which may be known."""
@@ -158,177 +164,62 @@ class Run:
             a, b = wide_grams(stacks, backend, self.bare)
         return (gather(a), gather(b)) if self._needs.host else (a, b)
 
-    def _batches(
-        self, stacks: Sequence[Stack], wide: WideGrams
-    ) -> Iterator[tuple[list[int], Batch]]:
-        for members in alike(stacks):
-            a, b = ([side[k] for k in members] if side else [] for side in wide)
-            yield members, batch([stacks[k] for k in members], a, b)
-
     def _coefficients(
         self, stacks: Sequence[Stack], settings: Settings, known: Grams | None, cut: bool
     ) -> list[Coefficients]:
-        needs, method = self._needs, self.chosen.method
-        assert method.coefficients
-        wide = None
+        wide: WideGrams = [], []
         if self.wide(cut or settings.order is not None):
             wide = self._wide(stacks, settings.backend, known)
         state = State(self.state, settings.order, settings.calibrated)
-        found: dict[int, Coefficients] = {}
-        for members, x in self._batches(stacks, wide if wide and needs.gram else NOTHING):
-            weights = [stacks[k].weights for k in members]
-            try:
-                results = method.coefficients(x, state, weights, self.chosen.options)
-            except FlatCut as error:
-                raise error.of(x.names[error.at]) from None
-            found |= zip(members, results)
-        if wide is None:
-            return [found[k] for k in range(len(stacks))]
-        known_of = enumerate(zip(stacks, *wide))
-        return [_known(found[k], s, a, b, settings.order, cut) for k, (s, a, b) in known_of]
+        whole = [*batched(stacks, *wide)]
+        parts = [
+            (members[0], x.part(at), weights[at]) for members, x, weights in whole for at in x.parts
+        ]
 
+        def found(part: tuple[int, Batch, Tensor]) -> Coefficients:
+            k, x, weights = part
+            made = self._of_batch(x, state, weights)
+            return _known(made, stacks[k], x, settings.order, cut) if wide[0] else made
 
-def stacked(stacks: Sequence[Stack], settings: Settings) -> list[Factors]:
-    """λ sum_i w_i τ_i of every stack."""
-    found = [Coefficients(b=torch.tensor(s.weights, dtype=torch.float64), a=None) for s in stacks]
-    return factors(stacks, found, settings, False)
+        device = wide[0][0].device if wide[0] else HERE
+        results = iter(of_parts(found, parts, device, lambda part: sum(part[1].ranks)))
+        of_stacks: dict[int, Coefficients] = {}
+        for members, x, _ in whole:
+            made, begin = joined([next(results) for _ in x.parts]), 0
+            for k in members:
+                end = begin + len(stacks[k].names)
+                of_stacks[k] = made.of_modules(slice(begin, end))
+                begin = end
+        return [of_stacks[k] for k in range(len(stacks))]
 
-
-def factors(
-    stacks: Sequence[Stack],
-    found: Sequence[Coefficients],
-    settings: Settings,
-    bare: bool,
-    cut: Cut = UNCUT,
-    dtype: torch.dtype | None = None,
-) -> list[Factors]:
-    """What coefficients stand for, times λ. bare: those of B are of B^T without its scalings. cut:
-    of those whose Grams are known; dtype: theirs. Raises FlatCut with the position of a stack."""
-    chosen = [k for k, x in enumerate(found) if cut and x.grams]
-    rest = [k for k, x in enumerate(found) if not (cut and x.grams)]
-    given = [_scaled(stacks[k], found[k], settings, bare) for k in rest]
-    results = dict(zip(rest, _applied(given, settings.dtype, settings.backend)))
-    smaller, shares = _cut(stacks, found, chosen, settings, bare, cut)
-    for k, x, share in zip(
-        chosen, _applied(smaller, dtype or settings.dtype, settings.backend), shares
-    ):
-        results[k] = replace(x, kept=share[0], energy=share[1])
-    return [results[k] for k in range(len(stacks))]
-
-
-def _applied(pairs: Sequence[Products], dtype: torch.dtype, backend: str) -> list[Factors]:
-    """The products of coefficients and sides; those with coefficients in float64 are formed in it:
-    float32 products would lose their digits."""
-    flat = [*(a for a, _ in pairs), *(b for _, b in pairs)]
-    wide = {k for k, (c, _) in enumerate(flat) if c is not None and c.dtype == torch.float64}
-    rest = [flat[k] for k in range(len(flat)) if k not in wide]
-    narrow = iter(ops.apply([c for c, _ in rest], [x for _, x in rest], dtype, backend=backend))
-    found = [_in_float64(*flat[k], dtype) if k in wide else next(narrow) for k in range(len(flat))]
-    return [Factors(a, bt.T) for a, bt in zip(found, found[len(pairs) :])]
-
-
-def _in_float64(c: Tensor | None, side: Side, dtype: torch.dtype) -> Tensor:
-    assert c is not None
-    return (side.stack(torch.float64).T @ c.T).to(dtype).T
-
-
-def _sides(stack: Stack, bare: bool) -> tuple[Side, Side]:
-    if not bare:
-        return stack.a, stack.b
-    a, b = bare_sides([stack])
-    return a, b
-
-
-def _scaled(stack: Stack, x: Coefficients, settings: Settings, bare: bool) -> Products:
-    """The coefficients with λ, and what they are applied to."""
-    if x.b.dim() == 1:
-        gains = [settings.scale * c for c in x.b.tolist()]
-        scales = tuple(g * c for g, c in zip(gains, stack.b.scales))
-        return (x.a, stack.a), (None, stack.b.scaled(scales))
-    a, b = _sides(stack, bare)
-    c_b = settings.scale * _gains(x, settings) * x.b.double()
-    return (_on(x.a, a), a), (_on(c_b.float(), b), b)
-
-
-def _gains(x: Coefficients, settings: Settings) -> Tensor | float:
-    """What a calibration multiplies the rows of C_B by, [k, 1]."""
-    return 1.0 if x.strengths is None else svc.gains(x.strengths, settings.projection)
-
-
-def _on(c: Tensor | None, side: Side) -> Tensor | None:
-    return None if c is None else c.float().to(side.device)
-
-
-def _cut(
-    stacks: Sequence[Stack],
-    found: Sequence[Coefficients],
-    chosen: Sequence[int],
-    settings: Settings,
-    bare: bool,
-    cut: Cut,
-) -> tuple[list[Products], list[tuple[float, float]]]:
-    """The coefficients of the chosen after the cut, and for each the share of ||ΔW||_F^2 that is
-    left, and that before it."""
-    results: dict[int, Products] = {}
-    shares: dict[int, tuple[float, float]] = {}
-    rows = {k: _rows(stacks[k], found[k], settings) for k in chosen}
-    grams = {k: x.grams for k, x in enumerate(found) if k in rows and x.grams}
-    for members in _of_one_size(grams):
-        a = torch.stack([grams[k][0] for k in members])
-        g = torch.stack([rows[k] for k in members]).to(a)
-        b = g[:, :, None] * torch.stack([grams[k][1] for k in members]) * g[:, None]
-        energies = (a * b).sum((1, 2)).tolist()
-        parts = truncated(a, b, cut.rank, cut.energy, members)
-        for k, gains, energy, part in zip(members, g, energies, parts):
-            sides = _sides(stacks[k], bare)
-            c_b = _times(part.b * gains, found[k].b if found[k].b.dim() == 2 else None)
-            pair = _times(part.a, found[k].a), c_b
-            to = torch.float64 if part.cancels else torch.float32
-            c_a, c_b = (c.to(side.device, to) for c, side in zip(pair, sides))
-            results[k] = (c_a, sides[0]), (c_b, sides[1])
-            shares[k] = part.kept, energy
-    return [results[k] for k in chosen], [shares[k] for k in chosen]
-
-
-def _rows(stack: Stack, x: Coefficients, settings: Settings) -> Tensor:
-    """λ and all gains on the rows of B'^T, [k]."""
-    if x.b.dim() == 1:
-        return settings.scale * x.b.repeat_interleave(torch.tensor(stack.b.ranks))
-    gains = settings.scale * _gains(x, settings) * torch.ones_like(x.b[:, :1], dtype=torch.float64)
-    return gains[:, 0]
-
-
-def _times(c: Tensor, inner: Tensor | None) -> Tensor:
-    return c if inner is None else c @ inner.to(c)
-
-
-def _of_one_size(grams: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[list[int]]:
-    """Positions of Grams of one size, in batches."""
-    found: dict[int, list[int]] = {}
-    for k, (a, _) in grams.items():
-        found.setdefault(len(a), []).append(k)
-    for size, members in found.items():
-        most = max(1, BATCH_BYTES // (16 * size * size))
-        yield from (members[at : at + most] for at in range(0, len(members), most))
+    def _of_batch(self, grams: Batch, state: State, weights: Tensor) -> Coefficients:
+        method = self.chosen.method
+        assert method.coefficients
+        try:
+            return method.coefficients(grams, state, weights, self.chosen.options).settled()
+        except FlatCut as error:
+            raise error.of(grams.names[error.at]) from None
 
 
 def _known(
-    x: Coefficients, stack: Stack, gram_a: Tensor, gram_b: Tensor, order: int | None, cut: bool
+    x: Coefficients, stack: Stack, grams: Batch, order: int | None, cut: bool
 ) -> Coefficients:
-    """With its size, where one of this order is wanted and missing, and with its Grams where it
-    will be cut and has no more rows than ΔW has rank."""
-    few = cut and (len(gram_a) if x.a is None else len(x.a)) <= min(stack.a.d, stack.b.d)
-    if not few and (order is None or x.size is not None):
+    """With the sizes, where those of this order are wanted and missing, and with the Grams where
+    the modules will be cut and have no more rows than ΔW has rank. stack: one of theirs."""
+    rows = grams.a.shape[1] if x.a is None else x.a.shape[1]
+    few = cut and rows <= min(stack.a.d, stack.b.d)
+    if not few and (order is None or x.sizes is not None):
         return x
-    a = gram_a if x.a is None else _turned(x.a, gram_a)
-    b = gram_b if x.b.dim() == 1 else _turned(x.b, gram_b)
-    if order is not None and x.size is None:
-        g = _rows(stack, x, Settings(1.0, torch.float32, "auto")).to(b)
-        size = float(schatten.schatten((g[:, None] * b * g)[None], a[None], order))
-        x = replace(x, size=size)
+    a, b = grams.a, grams.b
+    if x.a is not None:
+        a, b = _turned(x.a, a), _turned(x.b, b)
+    if order is not None and x.sizes is None:
+        g = of_rows(stack, x, Settings(1.0, torch.float32, "auto")).to(b)
+        sizes = schatten.schatten(g[:, :, None] * b * g[:, None], a, order)
+        x = replace(x, sizes=sizes.tolist())
     return replace(x, grams=(a, b)) if few else x
 
 
-def _turned(c: Tensor, gram: Tensor) -> Tensor:
-    c = c.to(gram)
-    return c @ gram @ c.T
+def _turned(c: Tensor, grams: Tensor) -> Tensor:
+    c = c.to(grams)
+    return c @ grams @ c.mT

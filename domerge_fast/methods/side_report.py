@@ -1,12 +1,11 @@
-"""What a method says of one side of a module."""
+"""What a method says of one side of modules."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
-__all__ = ["SideReport"]
+__all__ = ["SideReport", "SideReports"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +13,10 @@ class SideReport:
     """The descent on one side (A or B) of a module.
 
     cross_left is the share of the cross-adapter Gram energy sum_{i != j} ||X_i X_j^T||_F^2 that
-    is left; change is ||Xhat - X||_F / ||X||_F.
+    is left; change is ||Xhat - X||_F / ||X||_F. scaled is known of a side that descended on its
+    factors, as those with more rows than columns do: the share of ||Xhat - X||_F^2 that is numbers
+    times the X_i, shrinking rather than turning; the energy is then that of the X_i over
+    ||X_i||_F^1/2, as in the objective.
     """
 
     steps: int
@@ -22,10 +24,25 @@ class SideReport:
     objective_after: float
     cross_left: float
     change: float
+    scaled: float | None = None
 
-    def times(self, power: int) -> SideReport:
+
+@dataclass(frozen=True, eq=False)
+class SideReports:
+    """Those of the modules of a stack. rows: their numbers, as `ops.orthogonalize` has them."""
+
+    rows: list[list[float]]
+
+    def __getitem__(self, k: int) -> SideReport:
+        steps, *numbers = self.rows[k]
+        return SideReport(int(steps), *numbers)
+
+    def of_module(self, k: int) -> SideReports:
+        return SideReports(self.rows[k : k + 1])
+
+    def times(self, power: int) -> SideReports:
         """Of factors that are 2^power times as large."""
-        before, after = (
-            math.ldexp(f, 2 * power) for f in (self.objective_before, self.objective_after)
+        size = 2 * power
+        return SideReports(
+            [[n, math.ldexp(f, size), math.ldexp(g, size), *rest] for n, f, g, *rest in self.rows]
         )
-        return dataclasses.replace(self, objective_before=before, objective_after=after)

@@ -21,12 +21,16 @@ def apply(
     *,
     backend: str = "auto",
 ) -> list[Tensor]:
-    """C X [K, d] of every problem, with C [K, R] or None for X itself (stacked, scaled, cast).
+    """C X [K, d] of every problem, with C [K, R] or None for X itself (stacked, scaled, cast);
+    [P, K, d] with C [P, K, R] for a side of P modules.
 
-    Computed in float32. Where the first block is the transpose of a row-major [d, r] matrix, so
+    Computed in float32, or with so many bits of C that what is lost is far below the last place of
+    a result in 16 bits. Where the first block is the transpose of a row-major [d, r] matrix, so
     is the result: B sides come out as the transposes of row-major [m, K] matrices.
     """
-    for c, p in zip(coefficients, problems, strict=True):
-        if c is not None and (c.ndim != 2 or c.shape[1] != p.rank):
-            raise ValueError(f"C must be [K, {p.rank}], got {tuple(c.shape)}")
-    return implementation(backend, problems).apply(coefficients, problems, out_dtype)
+    pairs = zip(coefficients, problems, strict=True)
+    for shape, rank, count in {(c.shape, p.rank, p.count) for c, p in pairs if c is not None}:
+        lead, of_modules = ((), "") if count is None else ((count,), f"{count}, ")
+        if len(shape) != len(lead) + 2 or (*shape[:-2], shape[-1]) != (*lead, rank):
+            raise ValueError(f"C must be [{of_modules}K, {rank}], got {tuple(shape)}")
+    return implementation(backend, problems, coefficients).apply(coefficients, problems, out_dtype)

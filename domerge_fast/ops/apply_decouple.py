@@ -35,16 +35,18 @@ def apply_decouple(
     full: Sequence[Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """A' [R, n] of every problem, and ||B_i A_i||_F of its adapters [T] in float64.
+    """A' [R, n] of every problem, and ||B_i A_i||_F of its adapters [T] in float64; with P before
+    all shapes for a side of P modules, which have the same omegas.
 
     coefficients: C [R, R] or None. blocks: the K_i of the B side, packed [sum r_i^2] in float64
     (`block_gram`). omegas: one weight an adapter. full: B^T B [R, R] in float64 of every problem
     to renormalize the merged direction, or None.
     """
-    for p, k, w in zip(problems, blocks, omegas, strict=True):
-        if k.numel() != squares(p.ranks) or len(w) != len(p.ranks):
-            raise ValueError(f"blocks or omegas do not fit the ranks {p.ranks}")
-    module = implementation(backend, problems)
+    rows = zip(problems, blocks, omegas, strict=True)
+    for ranks, size, count in {(p.ranks, k.shape[-1], len(w)) for p, k, w in rows}:
+        if size != squares(ranks) or count != len(ranks):
+            raise ValueError(f"blocks or omegas do not fit the ranks {ranks}")
+    module = implementation(backend, problems, coefficients, blocks, full)
     a, norms = module.apply_decouple(
         coefficients, problems, blocks, omegas, scale, out_dtype, full or None
     )

@@ -16,15 +16,24 @@ __all__ = ["block_products"]
 
 @op
 def block_products(
-    x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int], *, backend: str = "auto"
+    x: Sequence[Tensor] | Tensor,
+    y: Sequence[Tensor] | Tensor,
+    ranks: Sequence[int],
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """[P, T, T] in float64: entry (i, j) of problem p sums x_p y_p, entry by entry, over the block
     of rows of adapter i and columns of adapter j.
 
-    x, y: P matrices [R, R] each. ranks: r_i of the adapters of all of them, summing to R.
+    x, y: P matrices [R, R] each, in a list or as one tensor. ranks: r_i of the adapters of all of
+    them, summing to R.
     """
     size = (sum(ranks), sum(ranks))
-    for m in (*x, *y):
-        if m.shape != size:
-            raise ValueError(f"a matrix of {tuple(m.shape)} does not fit the ranks {tuple(ranks)}")
-    return implementation(backend, x).block_products(x, y, ranks)
+    for side in (x, y):
+        for shape in {side.shape[1:]} if isinstance(side, Tensor) else {m.shape for m in side}:
+            if shape != size:
+                raise ValueError(
+                    f"a matrix of {tuple(shape)} does not fit the ranks {tuple(ranks)}"
+                )
+    things = [m for side in (x, y) for m in ([side] if isinstance(side, Tensor) else side)]
+    return implementation(backend, things).block_products(x, y, ranks)

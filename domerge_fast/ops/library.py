@@ -17,11 +17,13 @@ from torch import Tensor
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..algebra.side import Side
 from ..backends.descent import STATS
+from ..backends.factor_descent import FACTOR_STATS
 from .apply import apply
 from .apply_decouple import apply_decouple
 from .block_products import block_products
 from .entries import entry_counts, entry_merge, entry_sums
 from .gram import block_gram, gram
+from .largest import block_largest, largest
 from .orthogonalize import orthogonalize, orthogonalize_factors
 
 __all__: list[str] = []
@@ -118,7 +120,7 @@ def _orthogonalize_factors(blocks, counts, scales, gamma, steps, tol, backend):
 
 def _fake_orthogonalize_factors(blocks, counts, scales, gamma, steps, tol, backend):
     sides = unflatten(blocks, counts, scales)
-    stats = blocks[0].new_empty(len(sides), len(STATS), dtype=torch.float64)
+    stats = blocks[0].new_empty(len(sides), len(FACTOR_STATS), dtype=torch.float64)
     return [*(x.blocks[0].new_empty(x.rank, x.d, dtype=torch.float32) for x in sides), stats]
 
 
@@ -159,6 +161,22 @@ def _fake_apply_decouple(
     sides = unflatten(x, counts, scales)
     a = [p.blocks[0].new_empty(p.rank, p.d, dtype=out_dtype) for p in sides]
     return [*a, *(p.blocks[0].new_empty(len(p.ranks), dtype=torch.float64) for p in sides)]
+
+
+def _largest(tensors, backend):
+    return largest(tensors, backend=backend)
+
+
+def _fake_largest(tensors, backend):
+    return tensors[0].new_empty(len(tensors), dtype=torch.float64)
+
+
+def _block_largest(blocks, counts, scales, backend):
+    return block_largest(unflatten(blocks, counts, scales), backend=backend)
+
+
+def _fake_block_largest(blocks, counts, scales, backend):
+    return blocks[0].new_empty(len(blocks), dtype=torch.float64)
 
 
 def _updates(
@@ -245,6 +263,8 @@ _define(
     _apply_decouple,
     _fake_apply_decouple,
 )
+_define("largest", "(Tensor[] tensors, str backend) -> Tensor", _largest, _fake_largest)
+_define("block_largest", f"({SIDES}, str backend) -> Tensor", _block_largest, _fake_block_largest)
 _define(
     "entry_counts",
     f"({_FACTORS}, int[] prefixes, str backend) -> Tensor",

@@ -30,15 +30,16 @@ def orthogonalize(
     tol: float = 1e-3,
     backend: str = "auto",
 ) -> tuple[list[Tensor], Tensor]:
-    """C [R, R] of every problem with Xhat = C X, and statistics [P, 5] in float64.
+    """C [R, R] of every problem with Xhat = C X, and statistics [N, 5] in float64.
 
-    grams: X X^T [R, R] in float32. ranks: r_i of each problem's adapters, summing to R.
+    grams: X X^T [R, R] in float32, or [P, R, R] of P modules, for which C is that too; N counts
+    modules. ranks: r_i of each problem's adapters, summing to R.
     The columns of the statistics are steps, objective before, objective after, share of the
     cross-adapter Gram energy left, and ||Xhat - X|| / ||X||.
     """
-    for g, r in zip(grams, ranks, strict=True):
-        if g.shape != (sum(r), sum(r)) or min(r) < 1:
-            raise ValueError(f"a Gram of {tuple(g.shape)} does not fit the ranks {tuple(r)}")
+    for shape, r in {(g.shape, tuple(r)) for g, r in zip(grams, ranks, strict=True)}:
+        if shape[-2:] != (sum(r), sum(r)) or len(shape) > 3 or min(r) < 1:
+            raise ValueError(f"a Gram of {tuple(shape)} does not fit the ranks {r}")
     module = implementation(backend, grams)
     c, stats = module.orthogonalize(grams, ranks, penalty, gamma, steps, tol)
     return c, stats
@@ -53,9 +54,14 @@ def orthogonalize_factors(
     tol: float = 1e-3,
     backend: str = "auto",
 ) -> tuple[list[Tensor], Tensor]:
-    """Xhat [R, d] in float32 of every problem for the squared penalty, and the statistics.
+    """Xhat [R, d] in float32 of every problem for the squared penalty, or [P, R, d], and statistics
+    [N, 6], N counting modules.
 
-    The same descent as `orthogonalize`, at O(R d^2) instead of O(R^3) a step.
+    To the same optimum as `orthogonalize`, by fewer steps of O(R d^2) instead of O(R^3): the rule
+    is in backends/factor_descent.py. f at its end is within `tol` of the optimum's; a backend may
+    multiply rounded to bfloat16 where tol is 3e-4 or more. The statistics are those of
+    `orthogonalize`, but that the energy is the objective's, sum_{i != j} ||X_i X_j^T||^2 over
+    ||X_i|| ||X_j||, and the share of ||Xhat - X||^2 that is numbers times the X_i.
     """
     module = implementation(backend, problems)
     x, stats = module.orthogonalize_factors(problems, gamma, steps, tol)

@@ -17,9 +17,7 @@ from ..recipe import CARD as CARD
 from ..recipe import Recipe
 from .report import Interference, Report
 
-__all__ = ["CARD", "Heading", "model_card"]
-
-_TAGS = "tags: [lora, merge, domerge_fast]"
+__all__ = ["CARD", "Heading", "model_card", "published", "recipe_text", "short_names"]
 
 
 @dataclass(frozen=True)
@@ -34,16 +32,13 @@ class Heading:
 
 def model_card(heading: Heading, report: Report, base_model: str | None) -> str:
     """README.md with the Hub's front matter, the recipe, versions and the interference table."""
-    base = _names([base_model])[0] if base_model else ""
-    front = ["---", _TAGS, "---"]
-    if heading.library:
-        front.insert(1, f"library_name: {heading.library}")
-    if base:
-        front.insert(1, f"base_model: {json.dumps(base, ensure_ascii=False)}")
+    base = short_names([base_model])[0] if base_model else ""
+    if report.converted:
+        return _conversion_card(heading, report, base)
     made = f"Made by domerge_fast from {len(report.adapters)} adapters"
     made += f" of {_code(base)}." if base else "."
     parts = [
-        "\n".join(front),
+        _front(heading, base, "[lora, merge, domerge_fast]"),
         f"# {heading.title}",
         " ".join([made, heading.note]).strip(),
         "## Recipe",
@@ -52,42 +47,76 @@ def model_card(heading: Heading, report: Report, base_model: str | None) -> str:
         _table(("", ""), [(label, _text(text)) for label, text in report.summary()]),
     ]
     if report.interference:
-        parts += ["## Interference before merging", *_interference(report.interference)]
+        title = "Interference before merging" if report.interference.tables else "Adapters"
+        parts += [f"## {title}", *_interference(report.interference)]
     parts += ["## Versions", _table(("package", "version"), list(report.versions.items()))]
     return "\n\n".join(parts) + "\n"
 
 
+def _conversion_card(heading: Heading, report: Report, base: str) -> str:
+    """Of what is written in another format: from which files."""
+    [source] = published(report.recipe).adapters
+    files = [(_code(name), _code(digest)) for name, digest in source.files.items()]
+    parts = [
+        _front(heading, base, "[lora, domerge_fast]"),
+        "# Converted LoRA adapter",
+        f"Converted by domerge_fast from {_code(source.name)}.",
+        _table(("file", "SHA-256"), files),
+        *(f"- {_text(note)}" for note in report.notes),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front(heading: Heading, base: str, tags: str) -> str:
+    """The Hub's front matter."""
+    lines = ["---", f"tags: {tags}", "---"]
+    if heading.library:
+        lines.insert(1, f"library_name: {heading.library}")
+    if base:
+        lines.insert(1, f"base_model: {json.dumps(base, ensure_ascii=False)}")
+    return "\n".join(lines)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as a card has it, on one line."""
+    return json.dumps(published(recipe).plain(), ensure_ascii=False)
+
+
 def published(recipe: Recipe) -> Recipe:
     """The recipe with names in place of paths: what has these files is found by their sums."""
-    names = _names([x.name for x in recipe.adapters])
+    names = short_names([x.name for x in recipe.adapters])
     adapters = tuple(dataclasses.replace(x, name=n) for x, n in zip(recipe.adapters, names))
-    base, model = recipe.base, recipe.base_model
-    if base:
-        base = dataclasses.replace(base, name=_names([base.name])[0])
-    if model:
-        model = _names([model])[0]
-    return dataclasses.replace(recipe, adapters=adapters, base=base, base_model=model)
+    model = recipe.base_model and short_names([recipe.base_model])[0]
+    base, features = (
+        x and dataclasses.replace(x, name=short_names([x.name])[0])
+        for x in (recipe.base, recipe.features)
+    )
+    return dataclasses.replace(
+        recipe, adapters=adapters, base=base, features=features, base_model=model
+    )
 
 
 def _interference(found: Interference) -> list[str]:
     number = [f"{i}" for i in range(1, len(found.adapters) + 1)]
+    names = short_names(found.adapters)
     adapters = [
         (k, _code(name), *(f"{v:.3g}" for v in (norm, *spread)))
-        for k, name, norm, spread in zip(number, _names(found.adapters), found.norms, found.spread)
+        for k, name, norm, spread in zip(number, names, found.norms, found.spread)
     ]
     head = ("#", "adapter", "norm of ΔW", "least of a module", "median", "largest")
     parts = [_table(head, adapters)]
-    for title, table in (
-        ("Overlap of row spaces (A): 0 orthogonal, 1 the same", found.rows),
-        ("Overlap of column spaces (B): 0 orthogonal, 1 the same", found.columns),
-        ("Cosine between the updates ΔW", found.cosine),
-    ):
+    titles = (
+        "Overlap of row spaces (A): 0 orthogonal, 1 the same",
+        "Overlap of column spaces (B): 0 orthogonal, 1 the same",
+        "Cosine between the updates ΔW",
+    )
+    for title, table in zip(titles, found.tables or ()):
         rows = [(k, *(f"{v:.3f}" for v in row)) for k, row in zip(number, table)]
         parts += [f"{title}:", _table(("", *number), rows)]
     return parts
 
 
-def _names(paths: Sequence[str]) -> list[str]:
+def short_names(paths: Sequence[str]) -> list[str]:
     """How models and adapters are called: as they are, but of paths on this machine so many of
     their last parts as tell them apart."""
     parts = [_parts(path) for path in paths]

@@ -1,11 +1,12 @@
 """A merge that grows by one adapter at a time and lives in a folder: the method `opcm` for
 adapters that are trained one after the other.
 
-The folder holds the running sum S of methods/opcm.py, as float32 factors of its numerical support
-under PEFT's keys, and what was added to it. `add` reads the sum and one adapter, group by group,
-and replaces the folder whole or not at all; the folder is locked from the first read, so that two
-who add at once come one after the other. Time, memory and disk do not grow with the adapters
-that were added, only with the rank of their sum: min(m, n) at most, or `rank`.
+The folder is a session on disk (disk.py). It holds the running sum S of methods/opcm.py, as float32
+factors of its numerical support under PEFT's keys, and what was added to it. `add` reads the sum
+and one adapter, group by group, and replaces the folder whole or not at all; the folder is locked
+from the first read, so that two who add at once come one after the other. Time, memory and disk do
+not grow with the adapters that were added, only with the rank of their sum: min(m, n) at most, or
+`rank`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import options
+from .. import options, runtimes
 from ..adapters import Adapter, Kept, check_compatible, keep, one_spelling
 from ..adapters.adapter import called
+from ..adapters.differences import check_none
 from ..adapters.plan import Plan, Stack
+from ..adapters.style import MODEL
 from ..adapters.whole import AUTO, DROP, FROM, check_policy, is_named, listed
 from ..algebra import powers
 from ..algebra.side import Side
@@ -32,6 +35,7 @@ from ..backends import registry
 from ..engine import pipeline as engine
 from ..engine.interference import InterferenceSums, own_norms
 from ..engine.progress_bar import shown
+from ..engine.reader import Budget
 from ..engine.work import Cut, Work
 from ..errors import AdapterError, OptionError, OutputError, printable
 from ..formats import load, tokenizer
@@ -43,19 +47,15 @@ from ..job import Progress, choose_device, versions
 from ..merged import Merged
 from ..methods import opcm
 from ..methods.base import Chosen, Settings
-from ..recipe import DTYPES, Input, Recipe, check_scale, check_weights
-from ..results.report import ModuleReport, Report, energy_kept
-from ..storage.folder import Replacing, recover, whole_folder
+from ..recipe import DTYPES, NORMS, Input, Recipe, check_scale, check_weights
+from ..results.report import ModuleReport, ModuleReports, Report, energy_kept
+from ..storage.folder import whole_output
 from ..storage.lazy import dtype_name
-from ..storage.marker import all_marked
-from ..storage.safetensors_file import SafetensorsFile
 from ..storage.stream import SafetensorsWriter
-from .state import STATE, State, Step
+from . import disk
+from .state import SEQUENTIAL, State, Step
 
 __all__ = ["Sequential"]
-
-FACTORS = "running_sum.safetensors"
-FILES = (STATE, FACTORS)
 
 
 class Sequential:
@@ -91,7 +91,7 @@ class Sequential:
         options.text("base_model", base_model)
         state = State(chosen.alpha, rank, base_model, check_policy(whole))
         made = cls(options.folder("folder", folder), state)
-        with whole_folder(made.folder, _replacing(overwrite, force)) as fresh:
+        with whole_output(made.folder, disk.replacing(overwrite, force)) as fresh:
             made.state.write(fresh)
         return made
 
@@ -99,8 +99,6 @@ class Sequential:
     def open(cls, folder: str | os.PathLike[str]) -> Sequential:
         """The merge that was started in this folder, with all that was added. OptionError."""
         path = options.folder("folder", folder)
-        if not os.path.exists(path):
-            recover(path)
         return cls(path, State.read(path))
 
     def add(
@@ -137,17 +135,21 @@ class Sequential:
         loaded = [x if isinstance(x, Adapter) else load(x) for x in adapters]
         if not loaded:
             raise OptionError("adapters", "there are none", "give at least one")
+        _check_names(loaded)
+        for one in loaded:
+            check_none(one, "a merge that goes on")
         weights = check_weights(weights, len(loaded), each="weight")
         if 0 in weights:
             raise OptionError("weight", "0 adds nothing", "give another, or leave the adapter out")
         run = functools.partial(self._run, backend=backend, device=device, progress=progress)
-        with whole_folder(self.folder, _replacing(True, True)) as fresh:
+        with whole_output(self.folder, disk.replacing(True, True)) as fresh:
             state = self._current()
             running = self._running(state, self.folder)
             calls = ["the sum so far"] * len(running)
             calls += [called(len(state.steps) + k, adapter) for k, adapter in enumerate(loaded)]
             together, notes = one_spelling([*running, *loaded], state.base_model, calls=calls)
             check_compatible(together, state.base_model)
+            _check_modules(loaded)
             running, loaded = together[: len(running)], together[len(running) :]
             for new, weight in zip(loaded, weights):
                 state = self._next(state, running, new, weight, notes, fresh, run)
@@ -177,7 +179,7 @@ class Sequential:
         weight: float,
         notes: Sequence[str],
         fresh: Path,
-        run: Callable[[Plan, InterferenceSums, engine.Sink], Mapping[str, ModuleReport]],
+        run: Callable[[Plan, InterferenceSums, _Sink], Mapping[str, ModuleReport]],
     ) -> State:
         """The state with one more adapter, of which there are notes already; its running sum is in
         the folder `fresh`."""
@@ -186,16 +188,18 @@ class Sequential:
         plan = Plan.make(sources, [*[1.0] * len(running), weight])
         kept = _kept(state, sources)
         target = peft.target(plan, torch.float32, state.base_model, kept)
-        sums = InterferenceSums([source.name for source in sources])
-        path = fresh / f"next_{FACTORS}"
+        sums = InterferenceSums([source.name for source in sources], NORMS)
+        path = fresh / f"next_{disk.TENSORS}"
         with SafetensorsWriter(path, dict(peft.largest(target))) as writer:
             sink = _Sink(writer, target)
             modules = run(plan, sums, sink)
             for key, tensor in target.carried.items():
                 writer.add_pieces(key, tensor)
         target.check_inputs()
-        os.replace(path, fresh / FACTORS)
-        norm = abs(weight) * sums.result().norms[-1]
+        os.replace(path, fresh / disk.TENSORS)
+        counted = sums.result()
+        assert counted
+        norm = abs(weight) * counted.norms[-1]
         notes = tuple(map(printable, (*notes, *_left_out(state, kept, new))))
         step = Step(printable(new.name), weight, norm, energy_kept(modules.values()), notes)
         return dataclasses.replace(
@@ -238,26 +242,27 @@ class Sequential:
         if not state.steps:
             return []
         name = str(self.folder)
-        file = SafetensorsFile(place / FACTORS, functools.partial(AdapterError, name, None))
+        file = disk.tensors(SEQUENTIAL, place, functools.partial(AdapterError, name, None))
         config = read_config(state.config, name)
         inputs = (file.input,)
-        return [assemble(name, config, file.tensors(), lambda module, rank: 1.0, file, inputs)]
+        return [assemble(name, config, file.tensors(), lambda module, rank: 1.0, inputs)]
 
     def _run(
         self,
         plan: Plan,
         sums: InterferenceSums,
-        sink: engine.Sink,
+        sink: _Sink,
         backend: str,
         device: str,
         progress: Progress,
     ) -> Mapping[str, ModuleReport]:
-        place = engine.Place(choose_device(device, plan.adapters))
-        settings = Settings(1.0, torch.float32, registry.choose(backend, place.device.type))
+        budget = Budget(choose_device(device, plan.adapters))
+        settings = Settings(1.0, torch.float32, registry.choose(backend, budget.device.type))
         chosen = Chosen(opcm.SUM, opcm.OpcmOptions(self.state.alpha))
         work = Work(chosen, settings, Cut(self.state.rank))
         with shown(progress, len(plan.names)) as show, torch.no_grad():
-            return engine.run(plan, work, place, sums, sink, True, show).modules
+            found = engine.run(plan, work, budget, sums, engine.one_by_one(plan, sink), True, show)
+        return ModuleReports(plan.names, found.modules)
 
     def _result(self, scale: float, dtype: str | None) -> tuple[Report, Target, _Scaled]:
         """g λ S: its factors are read from the folder when they are asked for."""
@@ -296,10 +301,18 @@ class Sequential:
             notes=(
                 *(note for step in steps for note in step.notes),
                 *_missing(self.state),
-                *peft.notes(target, plan.ranks.values()),
+                *runtimes.notes(None, peft.PEFT, target, plan.ranks.values()),
             ),
         )
         return report, target, _Scaled(running[0], gain, target.dtype)
+
+
+def _check_names(adapters: Sequence[Adapter]) -> None:
+    """AdapterError for names that a PEFT folder, which is what is saved, does not have."""
+    for adapter in adapters:
+        if adapter.style and adapter.style.names != MODEL:
+            problem = f"has the format {adapter.style.format!r}, which cannot grow one by one"
+            raise AdapterError(adapter.name, None, problem, "merge all at once, by opcm")
 
 
 def _kept(state: State, sources: Sequence[Adapter]) -> Kept:
@@ -315,6 +328,16 @@ def _kept(state: State, sources: Sequence[Adapter]) -> Kept:
     if not any(running.carried for running in sources[:-1]):
         return Kept()
     return keep(sources, weights, f"from:{sources[0].name}")
+
+
+def _check_modules(adapters: Iterable[Adapter]) -> None:
+    """AdapterError for parameters that are adapted as they are: the sum is kept by modules."""
+    for adapter in adapters:
+        for module in adapter.modules.values():
+            if module.slice:
+                problem = f"adapts the parameter {module.parameter!r} (target_parameters)"
+                remedy = "merge all adapters at once (merge)"
+                raise AdapterError(adapter.name, None, problem, remedy)
 
 
 def _missing(state: State) -> tuple[str, ...]:
@@ -354,8 +377,8 @@ class _Sink:
         layout = self._layouts[name]
         for key, tensor in zip(peft.keys(layout), layout.stored(a, b)):
             self._writer.add(key, tensor)
-        whole = Stack(name, (0,), Side((a,), (1.0,)), Side((b.T,), (1.0,)), (1.0,))
-        self.energy += own_norms([whole], "auto")[0][0][0] ** 2
+        whole = Stack((name,), (0,), Side((a,), (1.0,)), Side((b.T,), (1.0,)), (1.0,))
+        self.energy += float(own_norms([whole], "auto")[0]) ** 2
 
 
 class _Scaled(Mapping[str, tuple[Tensor, Tensor]]):
@@ -374,19 +397,6 @@ class _Scaled(Mapping[str, tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._adapter.modules)
-
-
-def _replacing(overwrite: bool, force: bool) -> Replacing:
-    return Replacing(overwrite, force, FILES, _is_ours)
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether there is a state, and factors with our mark if it has any."""
-    try:
-        state = State.read(folder)
-    except OptionError:
-        return False
-    return not state.steps or all_marked(folder)
 
 
 def _shared_dtype(so_far: str | None, new: Adapter) -> str:

@@ -1,11 +1,8 @@
-"""What the folder of a sequential merge says beside the factors: a JSON file with one schema."""
+"""What the folder of a sequential merge says beside the factors: fields with one schema."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +14,17 @@ from ..errors import OptionError, is_text
 from ..job import versions
 from ..methods import opcm
 from ..recipe import DTYPES
-from ..storage import json_file
-from ..storage.input_file import InputFile
+from . import disk
 
-__all__ = ["STATE", "State", "Step"]
+__all__ = ["SEQUENTIAL", "State", "Step"]
 
-STATE = "sequential.json"
-FORMAT = 1
+SEQUENTIAL = disk.Kind(
+    "sequential",
+    "sequential merge",
+    "check the path, or start one there",
+    "start again",
+    "sequential.json",
+)
 
 _ALPHA = next(f.metadata for f in dataclasses.fields(opcm.OpcmOptions) if f.name == "alpha")
 
@@ -61,36 +62,18 @@ class State:
     steps: tuple[Step, ...] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=versions)
 
-    def write(self, folder: Path) -> None:
-        plain = {"format": FORMAT, **dataclasses.asdict(self)}
-        text = json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False)
-        (folder / STATE).write_text(text + "\n", encoding="utf-8")
+    def write(self, fresh: Path) -> None:
+        disk.seal(SEQUENTIAL, fresh, dataclasses.asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> State:
-        """OptionError unless a sequential merge of this format is there."""
-        where = repr(str(folder))
-        refuse = functools.partial(_refusal, where)
-        again = "restore the folder, or start again"
-        if not os.path.isfile(folder / STATE):
-            problem = f"{where} holds no sequential merge (it has no {STATE})"
-            raise OptionError("folder", problem, "check the path, or start one there")
-        file = InputFile(folder / STATE, refuse)
-        plain = json_file.read_object(file, json_file.INDEX_BYTES, again)
-        written = plain.pop("format", None)
-        if type(written) is int and written != FORMAT:
-            problem = f"{where} is in format {written}, this version reads {FORMAT}"
-            raise OptionError("folder", problem, "use the version that wrote it")
+        """OptionError unless a sequential merge is there."""
+        plain = disk.read(SEQUENTIAL, folder)
         try:
-            if type(written) is not int:
-                raise OptionError("format", "it has none", "give it")
             return _state(plain)
         except OptionError as error:
-            raise refuse(f"{STATE} is damaged ({error.args[0]}: {error.args[1]})", again) from error
-
-
-def _refusal(where: str, problem: str, remedy: str) -> OptionError:
-    return OptionError("folder", f"{where}: {problem}", remedy)
+            problem = f"{disk.STATE} is damaged ({error.args[0]}: {error.args[1]})"
+            raise disk.refusing(folder)(problem, SEQUENTIAL.remedy) from error
 
 
 def _state(plain: Mapping[str, Any]) -> State:

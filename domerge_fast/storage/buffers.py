@@ -6,37 +6,55 @@ import contextlib
 import ctypes
 import mmap
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Buffers", "aligned", "bytes_of"]
+__all__ = ["Buffers", "Lying", "Pieces", "aligned", "as_tensor", "bytes_of"]
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of this many bytes: a cache line, and the widest vector."""
 
 
-class Buffers:
-    """Pieces of memory of `size` bytes, made as they are needed and handed back by themselves.
+HUGE_BITS = 21
+"""Pieces are made of whole huge pages, and larger ones of whole eighths of a power of two, so that
+those for one group serve the next."""
+
+
+class Pieces:
+    """Pieces of memory, made as they are needed and handed back by themselves.
 
     A piece is free again when the last tensor that shares it is gone, views and results that are
-    views among them: whatever outlives its group keeps its memory, and nothing is read over it.
+    views among them: whatever outlives its group keeps its memory, and nothing is put over it.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
         self._free: list[mmap.mmap] = []
 
-    def take(self) -> tuple[Tensor, memoryview]:
-        """A piece as a vector of bytes that belongs to its views, and as what files are read into
-        (only while one of them is alive)."""
-        memory = self._free.pop() if self._free else self._new()
-        lease = (ctypes.c_char * self.size).from_buffer(memory)
+    def take(self, nbytes: int) -> tuple[Tensor, memoryview]:
+        """A piece of at least so many bytes as a vector of bytes that belongs to its views, and as
+        what files are read into (only while one of them is alive)."""
+        memory = self._fitting(nbytes)
+        lease = (ctypes.c_char * len(memory)).from_buffer(memory)
         weakref.finalize(lease, self._hand_back, memory).atexit = False
         return torch.frombuffer(lease, dtype=torch.uint8), memoryview(memory)
 
-    def _new(self) -> mmap.mmap:
-        memory = mmap.mmap(-1, self.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    def _fitting(self, nbytes: int) -> mmap.mmap:
+        """A free piece of that size or up to twice as large; or a new one, and then the free ones,
+        of sizes that are not asked for any more, are given up."""
+        step = 1 << max(HUGE_BITS, nbytes.bit_length() - 3)
+        nbytes = -(-nbytes // step) * step
+        fitting = [memory for memory in self._free if nbytes <= len(memory) <= 2 * nbytes]
+        if not fitting:
+            self._free.clear()
+            return self._new(nbytes)
+        found = min(fitting, key=len)
+        self._free.remove(found)
+        return found
+
+    def _new(self, nbytes: int) -> mmap.mmap:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             # Filled for the first time, small pages take longer than the reading. A kernel may not
             # have large ones.
@@ -46,6 +64,57 @@ class Buffers:
 
     def _hand_back(self, memory: mmap.mmap) -> None:
         self._free.append(memory)
+
+
+class Lying(NamedTuple):
+    """A row-major matrix in a piece of memory, of which a tensor is made only if somebody asks for
+    one: that takes a hundred times as long as to say where it lies. memory: the piece as a vector
+    of the dtype. at: where the matrix begins in it, in elements."""
+
+    memory: Tensor
+    address: int
+    at: int
+    shape: tuple[int, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.memory.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.memory.device
+
+    def size(self, dimension: int) -> int:
+        return self.shape[dimension]
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def is_contiguous(self) -> bool:
+        return True
+
+    def tensor(self) -> Tensor:
+        # One call: slicing and reshaping instead costs three times as much for small factors.
+        return self.memory.as_strided(self.shape, (self.shape[1], 1), self.at)
+
+
+def as_tensor(x: Tensor | Lying) -> Tensor:
+    """As a tensor."""
+    return x.tensor() if isinstance(x, Lying) else x
+
+
+class Buffers:
+    """What groups of tensors are read into: pieces of at least `size` bytes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.apart: dict[object, Tensor] = {}
+        """Matrices in columns, of the last group (see `read_group`)."""
+        self._pieces = Pieces()
+
+    def take(self) -> tuple[Tensor, memoryview]:
+        """One of `Pieces`."""
+        return self._pieces.take(self.size)
 
 
 def aligned(nbytes: int) -> int:

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import Protocol
 
 from .input_file import InputFile
 
-__all__ = ["Digests", "sha256"]
+__all__ = ["Digests", "Sums", "sha256"]
 
 PIECE_BYTES = 1 << 20
 MOST_THREADS = 4
@@ -20,6 +21,14 @@ MOST_THREADS = 4
 
 class _Stopped(Exception):
     """Nobody wants the sum any more."""
+
+
+class Sums(Protocol):
+    """The sums of files."""
+
+    def of(self, files: Iterable[InputFile]) -> dict[str, str]:
+        """By the files' names."""
+        ...
 
 
 class Digests:

@@ -1,6 +1,6 @@
-"""A folder that appears whole or not at all, and stays through a power cut.
+"""A folder or a file that appears whole or not at all, and stays through a power cut.
 
-Everything is written and flushed to the disk in a hidden folder beside the target, which then takes
+Everything is written and flushed to the disk in a hidden folder beside the target, and then takes
 the target's place in one step; only when that step is on the disk is the old output removed. One
 process at a time works on a target: the lock is held from before the old output is looked at.
 """
@@ -25,12 +25,14 @@ from .workplace import Workplace
 
 __all__ = [
     "Replacing",
+    "Writing",
+    "cannot_write",
     "check_apart",
     "check_path",
     "is_same",
     "last_written",
     "recover",
-    "whole_folder",
+    "whole_output",
 ]
 
 NEW, OLD = "new", "old"
@@ -43,28 +45,30 @@ last_written: Path | None = None
 
 @dataclass(frozen=True)
 class Replacing:
-    """Which existing folder may be replaced: with `overwrite`, one that is ours; with `force`, any
-    that holds nothing but regular files whose names match `names`, patterns as of the shell."""
+    """What may be replaced: with `overwrite`, a folder that is ours; with `force`, any that holds
+    nothing but regular files whose names match `names`, patterns as of the shell. file: the output
+    is one file, not a folder; `force` replaces any regular one."""
 
     overwrite: bool
     force: bool
     names: Collection[str]
     is_ours: Callable[[Path], bool]
+    file: bool = False
 
     def __post_init__(self) -> None:
         options.check("overwrite", self.overwrite, bool)
         options.check("force", self.force, bool)
 
-    def check(self, folder: Path, shown: Path) -> None:
-        """OutputError, about the path `shown`, unless `folder` is absent, empty or such a one."""
+    def check(self, place: Path, shown: Path) -> None:
+        """OutputError, about the path `shown`, unless `place` is absent, empty or such a one."""
+        kind = "file" if self.file else "folder"
         try:
-            if not os.path.lexists(folder):
+            if not os.path.lexists(place):
                 return
-            if not stat.S_ISDIR(folder.stat().st_mode):
-                raise OutputError(str(shown), "is a file", "give a folder that does not exist yet")
-            inside = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            self._check_kind(place.stat().st_mode, shown)
+            inside = [] if self.file else sorted(os.scandir(place), key=lambda entry: entry.name)
             foreign = [entry.name for entry in inside if not self._replaces(entry)]
-            ours = self.force or (self.overwrite and not foreign and self.is_ours(folder))
+            ours = self.force or (self.overwrite and not foreign and self.is_ours(place))
         except FileNotFoundError:  # a link to what does not exist yet
             return
         except OSError as error:
@@ -72,12 +76,20 @@ class Replacing:
         if foreign:
             problem = f"holds other files ({', '.join(foreign[:3])}{', …' if foreign[3:] else ''})"
             raise OutputError(str(shown), problem, "give another folder, or move them away")
-        if inside and not (self.overwrite or self.force):
-            remedy = "give another folder, or say overwrite (--overwrite)"
+        something = self.file or bool(inside)
+        if something and not (self.overwrite or self.force):
+            remedy = f"give another {kind}, or say overwrite (--overwrite)"
             raise OutputError(str(shown), "exists already", remedy)
-        if inside and not ours:
-            problem = "holds files that domerge_fast did not write"
-            raise OutputError(str(shown), problem, "give another folder, or say force (--force)")
+        if something and not ours:
+            problem = "is a file" if self.file else "holds files"
+            remedy = f"give another {kind}, or say force (--force)"
+            raise OutputError(str(shown), f"{problem} that domerge_fast did not write", remedy)
+
+    def _check_kind(self, mode: int, shown: Path) -> None:
+        if self.file and not stat.S_ISREG(mode):
+            raise OutputError(str(shown), "is no regular file", "give another name")
+        if not self.file and not stat.S_ISDIR(mode):
+            raise OutputError(str(shown), "is a file", "give a folder that does not exist yet")
 
     def _replaces(self, entry: os.DirEntry[str]) -> bool:
         named = any(fnmatchcase(entry.name, pattern) for pattern in self.names)
@@ -85,8 +97,9 @@ class Replacing:
 
 
 @contextlib.contextmanager
-def whole_folder(target: Path, replacing: Replacing) -> Iterator[Path]:
-    """A new folder that takes the target's place when the block ends without an error.
+def whole_output(target: Path, replacing: Replacing) -> Iterator[Path]:
+    """A new folder, or a new and empty file where `replacing` is of one, that takes the target's
+    place when the block ends without an error.
 
     Inside the block the target is locked, and what a killed run has left is gone. After an error
     or Ctrl-C all is as it was; after a kill only a hidden folder is left over, until the next run.
@@ -94,7 +107,7 @@ def whole_folder(target: Path, replacing: Replacing) -> Iterator[Path]:
     """
     check_path(target)
     replacing.check(target, target)
-    writing = _Writing(target, replacing)
+    writing = Writing(target, replacing)
     try:
         yield writing.begin()
         writing.commit()
@@ -120,7 +133,7 @@ def whole_folder(target: Path, replacing: Replacing) -> Iterator[Path]:
 def recover(target: Path) -> None:
     """Put back an output that a kill has left without a name. OutputError."""
     check_path(target)
-    writing = _Writing(target, Replacing(False, False, (), lambda folder: False))
+    writing = Writing(target, Replacing(False, False, (), lambda folder: False))
     if not writing.is_torn():
         return
     try:
@@ -173,9 +186,10 @@ def cannot_write(target: Path, error: OSError, left: str = "") -> OutputError:
     return OutputError(str(target), f"cannot be written ({reason}); {kept}", remedy)
 
 
-class _Writing:
+class Writing:
     """One output on its way: `begin`, `commit`, `finish`; or `undo` at any time before it is
-    committed. All but `undo` and `finish` raise OSError or OutputError."""
+    committed. All but `undo` and `finish` raise OSError or OutputError. One that another process
+    has begun: `lock`, `go_on`, and the rest; `let_go` leaves it for the next."""
 
     def __init__(self, target: Path, replacing: Replacing) -> None:
         self._shown = target
@@ -183,25 +197,60 @@ class _Writing:
         self._replacing = replacing
         self._work = Workplace(self._target)
         self._new, self._old = self._work.folder / NEW, self._work.folder / OLD
+        self._fresh = self._new / self._target.name if replacing.file else self._new
         self._made: list[Path] = []
         self._is_swept = False
         self._born: tuple[int, int] | None = None
         self._is_swapping = False
 
+    @property
+    def hidden(self) -> Path:
+        """The folder beside the target in which all happens."""
+        return self._work.folder
+
+    @property
+    def fresh(self) -> Path:
+        """The new folder or file."""
+        return self._fresh
+
     def begin(self) -> Path:
-        """The new folder."""
+        """The new folder or file, empty; what a killed run has left is cleared away."""
+        self.lock()
+        self._clear()
+        self._replacing.check(self._target, self._shown)
+        os.mkdir(self._new)
+        if self._replacing.file:
+            self._fresh.touch(exist_ok=False)
+        self._born = _identity(self._fresh)
+        return self._fresh
+
+    def lock(self) -> None:
+        """Lock the target, unless that is done."""
+        if self._work.is_held:
+            return
         self._made = [parent for parent in self._target.parents if not parent.exists()]
         if self._made:
             self._target.parent.mkdir(parents=True, exist_ok=True)
-        self.sweep()
+        self._work.enter()
+
+    def go_on(self) -> None:
+        """With what another process has begun."""
+        if self.is_torn():
+            os.replace(self._old, self._target)
         self._replacing.check(self._target, self._shown)
-        os.mkdir(self._new)
-        self._born = _identity(self._new)
-        return self._new
+        self._born = _identity(self._fresh)
+        self._is_swept = True
+
+    def let_go(self) -> None:
+        """Leave all as it is."""
+        self._work.let_go()
 
     def sweep(self) -> None:
         """Lock the target, and clear away what a killed run has left."""
-        self._work.enter()
+        self.lock()
+        self._clear()
+
+    def _clear(self) -> None:
         try:
             if self.is_torn():
                 os.replace(self._old, self._target)
@@ -218,21 +267,25 @@ class _Writing:
         return both and not os.path.exists(self._target)
 
     def commit(self) -> None:
-        """Flush everything, and put the new folder in the target's place."""
-        for path in self._new.iterdir():
-            _sync(path)
-        _sync(self._new)
+        """Flush everything, and put what is new in the target's place."""
+        self.flush()
         for folder in self._made:
             _sync(folder.parent)
         _sync(self._target.parent)  # it can be: afterwards there is no way back
         self._replacing.check(self._target, self._shown)  # again: much may have happened meanwhile
         self._is_swapping = True
-        _swap(self._new, self._target)
+        _swap(self._fresh, self._target)
+
+    def flush(self) -> None:
+        """All that is new is on the disk."""
+        for path in self._new.iterdir():
+            _sync(path)
+        _sync(self._new)
 
     def is_committed(self) -> bool:
-        """Whether the new folder has left its place for the target's: as it is on the disk, because
+        """Whether what is new has left its place for the target's: as it is on the disk, because
         an interrupt may come at any moment."""
-        return self._is_swapping and _identity(self._new) != self._born
+        return self._is_swapping and _identity(self._fresh) != self._born
 
     def finish(self, again: bool = False) -> None:
         """Flush the exchange, then remove the old output. There is no way back, so what fails is
@@ -253,7 +306,7 @@ class _Writing:
 
     def _replaced(self) -> Path | None:
         """The old output, once the new one has its name."""
-        return next((path for path in (self._new, self._old) if path.exists()), None)
+        return next((path for path in (self._fresh, self._old) if path.exists()), None)
 
     def _clear_away(self) -> None:
         _sync(self._target.parent)
@@ -324,11 +377,14 @@ def _sync(path: Path) -> None:
 
 def _swap(fresh: Path, target: Path) -> None:
     """Put `fresh` in the target's place and the target, if there is one, in its: in one step where
-    the system can exchange names."""
-    if not target.exists() or not any(target.iterdir()):
+    the system can exchange names. Where it cannot, a file takes another's place at once."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         os.replace(fresh, target)
         return
     if _exchange(fresh, target):
+        return
+    if fresh.is_file():
+        os.replace(fresh, target)
         return
     aside = fresh.with_name(OLD)
     try:

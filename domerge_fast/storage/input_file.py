@@ -25,6 +25,9 @@ Identity: TypeAlias = tuple[int, int, int, int, int]
 Run: TypeAlias = tuple[int, Sequence[memoryview]]
 """Where in the file to start, and the memory to fill one after the other."""
 
+_ELSEWHERE = -1
+"""In place of the number of a file system."""
+
 _MOST_PARTS = 1024
 """Of one preadv; IOV_MAX of Linux."""
 
@@ -42,6 +45,14 @@ class InputFile:
         self.path = path
         self.refuse = refuse
         self._identity: Identity | None = None
+
+    def __getstate__(self) -> tuple[Path, Refuse, Sequence[int]]:
+        """For another process, perhaps on a machine where the file system has another number."""
+        return self.path, self.refuse, self.known_by
+
+    def __setstate__(self, state: tuple[Path, Refuse, Sequence[int]]) -> None:
+        self.path, self.refuse, known_by = state
+        self._identity = (_ELSEWHERE, *known_by) if known_by else None  # type: ignore[assignment]
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
@@ -63,6 +74,12 @@ class InputFile:
             self._compare(os.stat(self.path))
         except OSError as error:
             raise self._unreadable(error) from error
+
+    @property
+    def known_by(self) -> Sequence[int]:
+        """What tells the file from others, and from itself when it has changed, on any machine:
+        its number, size and times; () before it was opened."""
+        return self._identity[1:] if self._identity else ()
 
     @property
     def size(self) -> int:
@@ -123,7 +140,7 @@ class InputFile:
         if not stat.S_ISREG(found.st_mode):
             raise self._problem("is no regular file", "give a file")
         now = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-        if self._identity is None:
+        if self._identity is None or (_ELSEWHERE, *now[1:]) == self._identity:
             self._identity = now
         elif self._identity != now:
             raise self._problem("changed since it was loaded", "start again once it is complete")

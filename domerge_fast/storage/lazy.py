@@ -8,7 +8,17 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["LazyTensor", "MemoryTensor", "dtype_name", "in_step", "pieces"]
+__all__ = [
+    "Columns",
+    "LazyTensor",
+    "MemoryTensor",
+    "Rows",
+    "Turned",
+    "apart",
+    "dtype_name",
+    "in_step",
+    "pieces",
+]
 
 PIECE_BYTES = 16 << 20
 """Of a tensor that goes from file to file."""
@@ -54,7 +64,98 @@ class MemoryTensor:
         return self.tensor.detach()
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self.tensor.detach()[start:stop]
+        return self.read()[start:stop]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """Every `count`-th column of a stored matrix [m, r count], from `index` on: [m, r]."""
+
+    whole: LazyTensor
+    index: int
+    count: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        m, columns = self.whole.shape
+        return m, columns // self.count
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes // self.count
+
+    def read(self) -> torch.Tensor:
+        return self._of(self.whole.read())
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self._of(self.whole.rows(start, stop))
+
+    def _of(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[:, self.index :: self.count].contiguous()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Turned:
+    """The transpose of a stored matrix [n, m]: [m, n]. What is read is a view of that; of a row,
+    all of it is read."""
+
+    whole: LazyTensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n, m = self.whole.shape
+        return m, n
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes
+
+    def read(self) -> torch.Tensor:
+        return self.whole.read().T
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.read()[start:stop]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """Rows first to last - 1 of a tensor."""
+
+    whole: LazyTensor
+    first: int
+    last: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.whole.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.last - self.first, *self.whole.shape[1:]
+
+    @property
+    def nbytes(self) -> int:
+        return self.whole.nbytes // self.whole.shape[0] * self.shape[0]
+
+    def read(self) -> torch.Tensor:
+        return self.whole.rows(self.first, self.last)
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        return self.whole.rows(self.first + start, self.first + stop)
+
+
+def apart(matrix: torch.Tensor, count: int) -> torch.Tensor:
+    """All `Columns` of a matrix [m, r count], one after the other: [count, m, r]."""
+    m = matrix.shape[0]
+    return matrix.reshape(-1, count).T.contiguous().view(count, m, -1)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

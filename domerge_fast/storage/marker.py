@@ -1,4 +1,4 @@
-"""The mark in a safetensors file's metadata by which we know again what we wrote.
+"""The mark in a file's metadata (safetensors, GGUF) by which we know again what we wrote.
 
 Whoever changes the file with another program writes it without the mark, and so takes it over.
 """
@@ -6,16 +6,24 @@ Whoever changes the file with another program writes it without the mark, and so
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..errors import DomergeError
 from . import json_file
+from .gguf_file import GgufFile
 from .safetensors_file import METADATA
 
-__all__ = ["MARK", "all_marked", "marked"]
+__all__ = ["MARK", "RECIPE", "all_marked", "is_marked", "marked"]
 
 MARK = {"domerge_fast": __version__}
+
+_GGUF = ".gguf"
+
+RECIPE = "domerge_fast_recipe"
+"""Under this a merge that is one file has its recipe, as JSON."""
 
 
 def marked(head: bytes) -> bytes:
@@ -32,15 +40,25 @@ def marked(head: bytes) -> bytes:
 
 
 def all_marked(folder: Path) -> bool:
-    """Whether there are safetensors files in a folder, and all of them are marked. OSError."""
-    paths = list(folder.glob("*.safetensors"))
+    """Whether there are safetensors or GGUF files in a folder, and all of them are marked.
+    OSError."""
+    paths = [*folder.glob("*.safetensors"), *folder.glob(f"*{_GGUF}")]
     return bool(paths) and all(map(is_marked, paths))
 
 
 def is_marked(path: Path) -> bool:
     """False also for a damaged file. OSError if it cannot be read."""
-    metadata = _header(path).get(METADATA)
-    return isinstance(metadata, dict) and MARK.keys() <= metadata.keys()
+    metadata = _of_gguf(path) if path.suffix == _GGUF else _header(path).get(METADATA)
+    return isinstance(metadata, Mapping) and MARK.keys() <= metadata.keys()
+
+
+def _of_gguf(path: Path) -> Mapping[str, object]:
+    file = GgufFile(path, lambda problem, remedy: DomergeError(problem))
+    try:
+        file.read_header()
+    except DomergeError:
+        return {}
+    return file.metadata
 
 
 def _header(path: Path) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,23 @@ import torch
 
 from ..errors import DomergeError
 from . import json_file
-from .buffers import Buffers, aligned, bytes_of
-from .input_file import InputFile, Refuse
-from .lazy import LazyTensor
+from .buffers import Buffers, Lying, aligned, as_tensor
+from .input_file import Refuse
+from .lazy import Columns, LazyTensor, MemoryTensor, Rows, Turned, apart
+from .tensor_file import TensorFile
 
-__all__ = ["DTYPES", "METADATA", "FileTensor", "SafetensorsFile", "group_bytes", "read_group"]
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "METADATA",
+    "FileTensor",
+    "Matrix",
+    "SafetensorsFile",
+    "block",
+    "group_bytes",
+    "matrix",
+    "read_group",
+]
 
 METADATA = "__metadata__"
 """What a header has beside its tensors, if anything: a map of texts."""
@@ -50,23 +61,19 @@ DTYPES = {
 }
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Matrix = torch.Tensor | Lying
 _MAX_HEADER = json_file.INDEX_BYTES  # the limit of the safetensors library itself
 _MOST_DIMENSIONS = 64
 _MOST_BYTES = 2**63 - 1  # sizes and strides of torch are int64
 _AGAIN = "download or save the adapter again"
 
 
-class SafetensorsFile:
-    """One file; every read is of the file that was opened first, unchanged, or an error."""
-
-    def __init__(self, path: Path, refuse: Refuse):
-        self.input = InputFile(path, refuse)
-        self.start = 0
-        """Where the data section begins, in bytes."""
-
-    @property
-    def path(self) -> Path:
-        return self.input.path
+class SafetensorsFile(TensorFile):
+    def __init__(self, path: Path, refuse: Refuse) -> None:
+        super().__init__(path, refuse)
+        self.metadata: dict[str, str] = {}
+        """What the file says of itself, once `tensors` has read it."""
 
     def tensors(self) -> dict[str, FileTensor]:
         """The tensors by key. The file does not hold on to them, because they do to the file.
@@ -77,30 +84,6 @@ class SafetensorsFile:
         with self.input.opened() as file:
             header = self._read_header(file)
         return self._check_entries(header)
-
-    def read(self, begin: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
-        """The tensor that starts at byte ``begin`` of the data section, in memory of its own."""
-        tensor = torch.empty(tuple(shape), dtype=dtype)
-        with self.input.opened() as file:
-            self.input.fill(file, [(self.start + begin, [bytes_of(tensor)])])
-        return tensor
-
-    def peek(self, places: Sequence[tuple[int, int]]) -> list[bytes]:
-        """Bytes (begin, count) of the data section, a few each: one call of the system a place."""
-        with self.input.opened() as file:
-            return [os.pread(file, count, self.start + begin) for begin, count in places]
-
-    def read_parts(self, parts: Iterable[tuple[FileTensor, int]], memory: memoryview) -> None:
-        """Read tensors to their places in memory; neighbours in the file by one system call."""
-        runs: list[tuple[int, list[memoryview]]] = []
-        end = -1
-        for x, at in sorted(parts, key=lambda part: part[0].begin):
-            if x.begin != end:
-                runs.append((self.start + x.begin, []))
-            runs[-1][1].append(memory[at : at + x.nbytes])
-            end = x.begin + x.nbytes
-        with self.input.opened() as file:
-            self.input.fill(file, runs)
 
     def head(self) -> bytes:
         """What stands before the data section."""
@@ -160,6 +143,7 @@ class SafetensorsFile:
             isinstance(text, str) for text in metadata.values()
         ):
             raise self._error(f"has a {METADATA} that is no map of texts", _AGAIN)
+        self.metadata = metadata
 
     def _entry(self, key: str, entry: Any) -> FileTensor:
         try:
@@ -189,7 +173,7 @@ class SafetensorsFile:
 class FileTensor:
     """A tensor in a safetensors file; ``begin`` is its byte offset in the data section."""
 
-    file: SafetensorsFile
+    file: TensorFile
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
@@ -203,50 +187,119 @@ class FileTensor:
         return self.file.read(begin, self.dtype, (stop - start, *self.shape[1:]))
 
 
+def block(x: LazyTensor, start: int, stop: int) -> LazyTensor:
+    """Some rows of a tensor as a tensor of their own: of a file they stay there, and what is made
+    of others is not made before they are read."""
+    if isinstance(x, Columns):
+        return Columns(block(x.whole, start, stop), x.index, x.count)
+    if isinstance(x, (MemoryTensor, Turned)):
+        return MemoryTensor(x.read()[start:stop])
+    if not isinstance(x, FileTensor):
+        return Rows(x, start, stop)
+    row = x.nbytes // x.shape[0]
+    shape = (stop - start, *x.shape[1:])
+    return FileTensor(x.file, x.dtype, shape, x.begin + row * start, row * (stop - start))
+
+
+def matrix(x: LazyTensor, index: int) -> LazyTensor:
+    """One of the matrices of a tensor of three dimensions: of a file it stays there."""
+    if not isinstance(x, FileTensor):
+        return MemoryTensor(x.rows(index, index + 1)[0])
+    size = x.nbytes // x.shape[0]
+    return FileTensor(x.file, x.dtype, x.shape[1:], x.begin + size * index, size)
+
+
 def group_bytes(wanted: Iterable[LazyTensor]) -> int:
     """What `read_group` needs of a buffer for these tensors."""
-    return sum(map(_room, wanted))
+    return sum(_rooms(wanted))
 
 
-def read_group(wanted: Sequence[LazyTensor], buffers: Buffers) -> list[torch.Tensor]:
+def read_group(wanted: Sequence[LazyTensor], buffers: Buffers) -> list[Matrix]:
     """Factors as matrices [shape[0], the rest]: those of files in one buffer, every file opened
-    once and read from front to back; those in memory as they are."""
-    places = list(itertools.accumulate(map(_room, wanted), initial=0))
+    once and read from front to back; those in memory as they are. A matrix of which `Columns` are
+    wanted is read once, also if the group before had others of it. What is `Turned` is a view of
+    what is stored; all else is row-major."""
+    if {*map(type, wanted)} == {MemoryTensor}:
+        return _all_in_memory(wanted)
+    stored = [x.whole if type(x) is Turned else x for x in wanted]
+    found = _read_group(stored, buffers)
+    return [as_tensor(x).T if type(w) is Turned else x for x, w in zip(found, wanted)]
+
+
+def _read_group(wanted: Sequence[LazyTensor], buffers: Buffers) -> list[Matrix]:
+    places = list(itertools.accumulate(_rooms(wanted), initial=0))
+    buffers.apart = _apart(wanted, buffers.apart)
     if not places[-1]:
-        return [_in_memory(x) for x in wanted]
-    in_files: dict[SafetensorsFile, list[tuple[FileTensor, int]]] = defaultdict(list)
+        return [_in_memory(x, buffers) for x in wanted]
+    in_files: dict[TensorFile, list[tuple[FileTensor, int]]] = defaultdict(list)
     for x, at in zip(wanted, places):
         if isinstance(x, FileTensor):
             in_files[x.file].append((x, at))
     whole, memory = buffers.take()
     for file, parts in in_files.items():
         file.read_parts(parts, memory)
-    views: dict[torch.dtype, torch.Tensor] = {}
+    dtypes = {x.dtype for x in wanted if isinstance(x, FileTensor)}
+    views, first = {dtype: whole.view(dtype) for dtype in dtypes}, whole.data_ptr()
     return [
-        _matrix(x, at, whole, views) if isinstance(x, FileTensor) else _in_memory(x)
+        Lying(views[x.dtype], first + at, at // x.dtype.itemsize, _flat(x.shape))
+        if isinstance(x, FileTensor)
+        else _in_memory(x, buffers)
         for x, at in zip(wanted, places)
     ]
 
 
-def _room(x: LazyTensor) -> int:
-    return aligned(x.nbytes) if isinstance(x, FileTensor) else 0
+def _rooms(wanted: Iterable[LazyTensor]) -> list[int]:
+    """What each takes of a buffer."""
+    # Asked of every factor of a merge: `type` is no call.
+    stored = [x.whole if type(x) is Turned else x for x in wanted]
+    return [aligned(x.nbytes) if type(x) is FileTensor else 0 for x in stored]
 
 
-def _in_memory(x: LazyTensor) -> torch.Tensor:
-    tensor = x.read()
+def _apart(
+    wanted: Sequence[LazyTensor], known: Mapping[object, torch.Tensor]
+) -> dict[object, torch.Tensor]:
+    """The columns of all matrices of which some are wanted."""
+    found: dict[object, torch.Tensor] = {}
+    for x in wanted:
+        if isinstance(x, Columns) and (key := _matrix_of(x)) not in found:
+            old = known.get(key)
+            found[key] = apart(x.whole.read(), x.count) if old is None else old
+    return found
+
+
+def _matrix_of(x: Columns) -> object:
+    """What columns of one matrix have in common: of a file, it may be known by several objects."""
+    if isinstance(x.whole, FileTensor):
+        return x.whole.file, x.whole.begin, x.whole.nbytes
+    return x.whole
+
+
+def _all_in_memory(wanted: Sequence[Any]) -> list[Matrix]:
+    """As `_in_memory`; whole models are."""
+    tensors: list[torch.Tensor] = [x.tensor for x in wanted]
+    kinds = {(x.dim(), x.is_contiguous(), x.requires_grad) for x in tensors}
+    if kinds == {(2, True, False)}:
+        return [*tensors]
+    return [_matrix_in_memory(x) for x in tensors]
+
+
+def _in_memory(x: LazyTensor, buffers: Buffers) -> torch.Tensor:
+    if isinstance(x, Columns):
+        return buffers.apart[_matrix_of(x)][x.index]
+    # Detached only where that is needed: it takes as long as all else.
+    return _matrix_in_memory(x.tensor if isinstance(x, MemoryTensor) else x.read())
+
+
+def _matrix_in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     plain = tensor.ndim == 2 and tensor.is_contiguous()
     return tensor if plain else tensor.flatten(1).contiguous()
 
 
-def _matrix(
-    x: FileTensor, at: int, whole: torch.Tensor, views: dict[torch.dtype, torch.Tensor]
-) -> torch.Tensor:
-    """The tensor at a byte of the buffer. One call: slicing and reshaping instead costs three
-    times as much for small factors."""
-    if x.dtype not in views:
-        views[x.dtype] = whole.view(x.dtype)
-    rows, columns = x.shape[0], math.prod(x.shape[1:])
-    return views[x.dtype].as_strided((rows, columns), (columns, 1), at // x.dtype.itemsize)
+def _flat(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Of a tensor as a matrix."""
+    return (shape[0], shape[1]) if len(shape) == 2 else (shape[0], math.prod(shape[1:]))
 
 
 def _are_sizes(*values: Any) -> bool:

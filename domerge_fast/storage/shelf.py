@@ -53,6 +53,9 @@ class Shelf:
             remedy = "make room, or name another folder with TMPDIR"
             raise OutputError(tempfile.gettempdir(), problem, remedy) from error
 
+    def has(self, name: str) -> bool:
+        return name in self._here or name in self._there
+
     def take(self, name: str) -> Any:
         """What was put there under the name."""
         if name in self._here:

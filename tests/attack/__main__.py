@@ -8,12 +8,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import faults, interrupts, mutants
+from . import faults, interrupts, mutants, together
 
 STAGES = {
     "damaged files": (mutants.attack, 2100),
     "failing calls": (faults.attack, 200),
     "kills": (interrupts.kills, 100),
+    "kills of several": (together.kills, 60),
     "Ctrl-C": (interrupts.interrupts, 52),
     "two writers": (interrupts.writers, 40),
 }

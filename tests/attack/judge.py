@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
+from peft import PeftConfig  # here: the children that run cases are forked with it
 from safetensors import safe_open
 
 from domerge_fast.cli import main as cli
 
-from .inputs import CONFIG, WEIGHTS
+from .inputs import CONFIG, IN_GGUF, OF_GGUF, OF_MLX, WEIGHTS
 
 LONGEST_LINE = 370
 """Of a refusal: its message and what stands before it."""
@@ -135,6 +138,91 @@ def updates(folder: Path) -> dict[str, torch.Tensor] | None:
     return found
 
 
+def updates_of_experts(folder: Path) -> dict[str, torch.Tensor] | None:
+    """Of every expert, one below the other, by the layout of PEFT's `ParamWrapper`; None where the
+    config names other parameters, or has patterns that are no plain names."""
+    config = json.loads((folder / CONFIG).read_bytes())
+    ends = {str(x).rpartition(".")[2] for x in config.get("target_parameters") or ()}
+    fields = [config.get(field) or {} for field in ("rank_pattern", "alpha_pattern")]
+    if ends != {"gate_up_proj", "down_proj"} or any({*x} - {"down_proj"} for x in fields):
+        return None
+    found, sides = {}, dict[str, dict[str, torch.Tensor]]()
+    for key, tensor in tensors(folder / WEIGHTS).items():
+        if match := _FACTOR.fullmatch(_WRAPPERS.sub("", key)):
+            sides.setdefault(match[1], {})[match[2]] = tensor.double()
+    for path, pair in sides.items():
+        a, b = pair["A"], pair["B"]
+        last = "gate_up_proj" if path.endswith(".base_layer") else "down_proj"
+        is_down = path.endswith("experts")
+        rank = (fields[0] if is_down else {}).get(last, config.get("r", 8))
+        alpha = (fields[1] if is_down else {}).get(last, config.get("lora_alpha", 8))
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        count = len(a) // rank
+        rows = a.reshape(count, rank, -1)
+        found[path] = scaling * torch.einsum("mje,ejn->emn", b.reshape(-1, rank, count), rows)
+    return {name: x.flatten(0, 1) for name, x in found.items()}
+
+
+def file_updates(path: Path) -> dict[str, torch.Tensor]:
+    """alpha / rank times B A of every module of a file of kohya's kind, in float64, as ComfyUI
+    takes them."""
+    found = tensors(path)
+    updates = {}
+    for key in found:
+        module = key.removesuffix(".lora_down.weight")
+        if module == key:
+            continue
+        a, b = found[key].double(), found[f"{module}.lora_up.weight"].double().flatten(1)
+        scale = float(found.get(f"{module}.alpha", torch.tensor(float(len(a))))) / len(a)
+        mid = found.get(f"{module}.lora_mid.weight")
+        if mid is not None:
+            a = torch.einsum("mnxy,nj->mjxy", mid.double(), a.flatten(1))
+        updates[module] = scale * b @ a.flatten(1)
+    return updates | _of_lycoris(found)
+
+
+def _of_lycoris(found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of LoHa and LoKr, by their definitions."""
+    updates = {}
+    for key in found:
+        module, _, part = key.rpartition(".")
+
+        def wide(part: str, module: str = module) -> torch.Tensor:
+            return found[f"{module}.{part}"].double()
+
+        scale = float(found.get(f"{module}.alpha", torch.tensor(2.0))) / 2
+        if part == "hada_w1_a":
+            one, two = (wide(f"hada_w{k}_a") @ wide(f"hada_w{k}_b") for k in (1, 2))
+            updates[module] = scale * one * two
+        elif part == "lokr_w1":
+            two = wide("lokr_w2_a") @ wide("lokr_w2_b")
+            updates[module] = scale * torch.kron(wide(part), two)
+    return updates
+
+
+def updates_of_mlx(folder: Path) -> dict[str, torch.Tensor]:
+    """The same of an MLX folder."""
+    scale = json.loads((folder / CONFIG).read_bytes())["lora_parameters"]["scale"]
+    found = {key: x.double() for key, x in tensors(folder / OF_MLX).items()}
+    modules = {key.rpartition(".")[0] for key in found}
+    return {x: scale * (found[f"{x}.lora_a"] @ found[f"{x}.lora_b"]).T for x in modules}
+
+
+def updates_of_gguf(folder: Path) -> dict[str, torch.Tensor]:
+    """The same of an adapter in GGUF, as llama.cpp applies it."""
+    reader = gguf.GGUFReader(folder / OF_GGUF)
+    alpha = reader.fields.get("adapter.lora.alpha")
+    found = {x.name: torch.tensor(np.array(x.data)).double() for x in reader.tensors}
+    updates = {}
+    for name in {key.rpartition(".")[0] for key in found}:
+        a, b = found[f"{name}.lora_a"], found[f"{name}.lora_b"]
+        scale = alpha.contents() / b.shape[1] if alpha and alpha.contents() else 1.0
+        _, number, stored, _ = name.split(".")
+        module = IN_GGUF.get(stored, stored)
+        updates[f"model.layers.{number}.{module}"] = scale * (b @ a)
+    return updates
+
+
 def differs(got: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str | None:
     """What differs between two sets of updates. Where names differ, which may be right (modules
     are renamed to agree), shapes and norms are compared."""
@@ -167,8 +255,6 @@ def total(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor
 
 def adapter_problem(folder: Path) -> str | None:
     """What is wrong with a written adapter, whatever is in it."""
-    from peft import PeftConfig
-
     config = strict_json(folder / CONFIG)
     try:
         PeftConfig.from_pretrained(str(folder))
@@ -178,7 +264,9 @@ def adapter_problem(folder: Path) -> str | None:
         if not bool(torch.isfinite(tensor.double()).all()):
             return f"{key} is not finite"
         rank = tensor.shape[0] if "lora_A" in key else tensor.shape[1] if "lora_B" in key else None
-        if rank not in (None, config["r"], *(config["rank_pattern"] or {}).values()):
+        several = 3 if config.get("target_parameters") and ".experts" in key else 1
+        ranks = (config["r"], *(config["rank_pattern"] or {}).values())
+        if rank not in (None, *(several * r for r in ranks)):
             return f"{key} has rank {rank}, the config says {config['r']}"
     (folder / "README.md").read_bytes().decode("utf-8")
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -12,10 +12,27 @@ import torch
 
 from . import mutate
 from .forks import Tally, each
-from .inputs import CONFIG, STATE, SUM, WEIGHTS, adapter, base_model, copy
+from .inputs import (
+    CONFIG,
+    FILE,
+    OF_GGUF,
+    OF_MLX,
+    STATE,
+    SUM,
+    WEIGHTS,
+    adapter,
+    base_model,
+    copy,
+    experts,
+    gguf_adapter,
+    lora_file,
+    mlx_adapter,
+)
 from .judge import (
+    Ending,
     adapter_problem,
     differs,
+    file_updates,
     fingerprint,
     hidden,
     remove,
@@ -24,9 +41,15 @@ from .judge import (
     tensors,
     total,
     updates,
+    updates_of_experts,
+    updates_of_gguf,
+    updates_of_mlx,
 )
 
-KINDS = {"weights": 0.35, "config": 0.25, "base": 0.22, "state": 0.18}
+KINDS = {
+    **{"weights": 0.2, "config": 0.15, "base": 0.15, "state": 0.1},
+    **{"file": 0.1, "mlx": 0.1, "gguf": 0.1, "experts": 0.1},
+}
 LARGEST = 1e3
 """Of a weight, for updates beside it to be seen in float32."""
 METHODS = (
@@ -41,7 +64,13 @@ def attack(folder: Path, seed: int, count: int) -> Tally:
     good = folder / "good"
     adapter(good / "a", 4, 1)
     adapter(good / "b", 2, 2)
+    lora_file(good / "file a", 4, 1)
+    lora_file(good / "file b", 2, 2)
     base_model(good / "base")
+    mlx_adapter(good / "mlx")
+    gguf_adapter(good / "gguf")
+    experts(good / "experts", 4, 1)
+    experts(good / "other experts", 2, 2)
     for arguments in (["start", good / "state"], ["add", good / "state", good / "a"]):
         if (ending := run("sequential", *arguments)).code:
             raise RuntimeError(f"a good input is refused: {ending.err}")
@@ -64,23 +93,27 @@ def attack(folder: Path, seed: int, count: int) -> Tally:
     return tally
 
 
-def _adapter(good: Path, work: Path, random: Random, damage: mutate.Damage, name: str) -> tuple:
-    a, b, out = copy(good / "a", work / "a"), good / "b", work / "out"
+def _adapter(
+    good: Path,
+    work: Path,
+    random: Random,
+    damage: mutate.Damage,
+    name: str,
+    kind: str = "a",
+    read: Callable[[Path], dict[str, torch.Tensor] | None] = updates,
+) -> tuple:
+    """A merge of a damaged adapter with a good one of PEFT's. read: what the damaged one says."""
+    a, b, out = copy(good / kind, work / kind), good / "b", work / "out"
     did = damage(a / name, random)
     method = random.choice(METHODS)
     before = _fingerprint(a, b)
-    ending = run("merge", a, b, "-o", out, "-q", "--method", *method)
+    given = ["--format", "peft", "--base-model", "someone/base"] if kind != "a" else []
+    ending = run("merge", a, b, "-o", out, "-q", "--method", *method, *given)
     did = f"{damage.__name__} {did}, {method[0]}"
-    if problem := _after(work, before, a, b):
-        return did, f"!{problem}"
-    if not out.exists():
-        return did, _as_refusal(ending.refusal())
-    if ending.code or ending.err:
-        return did, f"!wrote an output, exit code {ending.code}: {ending.err[:300]}"
-    if problem := adapter_problem(out):
-        return did, f"!{problem}"
+    if ended := _unless_written(work, before, (a, b), out, ending):
+        return did, ended
     if method == ["linear"]:
-        inputs = [updates(_place(a)), updates(b)]
+        inputs = [read(_place(a) if kind == "a" else a), updates(b)]
         if None in inputs:
             return did, "merged"
         problem = differs(updates(out) or {}, total([x for x in inputs if x is not None]))
@@ -94,6 +127,64 @@ def _weights(good: Path, work: Path, random: Random) -> tuple[str, str]:
 
 def _config(good: Path, work: Path, random: Random) -> tuple[str, str]:
     return _adapter(good, work, random, random.choice(mutate.JSON), CONFIG)
+
+
+def _file(good: Path, work: Path, random: Random) -> tuple[str, str]:
+    a, b, out = copy(good / "file a", work / "a"), good / "file b", work / "out.safetensors"
+    damage = random.choice(mutate.SAFETENSORS)
+    did = f"{damage.__name__} {damage(a / FILE, random)}"
+    before = _fingerprint(a, b)
+    ending = run("merge", a / FILE, b / FILE, "-o", out, "-q", "--method", "linear")
+    if problem := _after(work, before, a, b):
+        return did, f"!{problem}"
+    if not out.exists():
+        return did, _as_refusal(ending.refusal())
+    if ending.code or ending.err:
+        return did, f"!wrote an output, exit code {ending.code}: {ending.err[:300]}"
+    problem = differs(file_updates(out), total([file_updates(x / FILE) for x in (a, b)]))
+    return did, f"!{problem}" if problem else "merged to what the files say"
+
+
+def _mlx(good: Path, work: Path, random: Random) -> tuple[str, str]:
+    name = random.choice((OF_MLX, OF_MLX, CONFIG))
+    damage = random.choice(mutate.JSON if name == CONFIG else mutate.SAFETENSORS[:-1])
+    return _adapter(good, work, random, damage, name, "mlx", updates_of_mlx)
+
+
+def _gguf(good: Path, work: Path, random: Random) -> tuple[str, str]:
+    damage = random.choice(mutate.GGUF)
+    return _adapter(good, work, random, damage, OF_GGUF, "gguf", updates_of_gguf)
+
+
+def _unless_written(
+    work: Path, before: str, inputs: Sequence[Path], out: Path, ending: Ending
+) -> str | None:
+    """What a merge ended in; None for an adapter that was written without a word, and is whole."""
+    if problem := _after(work, before, *inputs):
+        return f"!{problem}"
+    if not out.exists():
+        return _as_refusal(ending.refusal())
+    if ending.code or ending.err:
+        return f"!wrote an output, exit code {ending.code}: {ending.err[:300]}"
+    problem = adapter_problem(out)
+    return f"!{problem}" if problem else None
+
+
+def _experts(good: Path, work: Path, random: Random) -> tuple[str, str]:
+    a, b, out = copy(good / "experts", work / "a"), good / "other experts", work / "out"
+    name = random.choice((WEIGHTS, CONFIG))
+    damage = random.choice(mutate.JSON if name == CONFIG else mutate.SAFETENSORS)
+    did = f"{name}: {damage.__name__} {damage(a / name, random)}"
+    before = _fingerprint(a, b)
+    ending = run("merge", a, b, "-o", out, "-q", "--method", "linear")
+    if ended := _unless_written(work, before, (a, b), out, ending):
+        return did, ended
+    inputs = [updates_of_experts(_place(a)), updates_of_experts(b), updates_of_experts(out)]
+    if None in inputs:
+        return did, "merged"
+    *parts, got = [x for x in inputs if x is not None]
+    problem = differs(got, total(parts))
+    return did, f"!{problem}" if problem else "merged to what the files say"
 
 
 def _base(good: Path, work: Path, random: Random) -> tuple[str, str]:
@@ -165,6 +256,10 @@ CASES: dict[str, Callable[[Path, Path, Random], tuple[str, str]]] = {
     "config": _config,
     "base": _base,
     "state": _state,
+    "file": _file,
+    "mlx": _mlx,
+    "gguf": _gguf,
+    "experts": _experts,
 }
 
 

@@ -161,6 +161,11 @@ def _rename(header: dict, key: str, entry: dict, random: Random) -> None:
             key.replace("layers.0", "layers.7"),
             key.replace("model.layers", "model.language_model.layers"),
             key.replace("q_proj", "../../x"),
+            key.replace("lora_down", "lora_up"),
+            key.replace("lora_down", "lora_A"),
+            key.replace("lora_up.weight", "dora_scale"),
+            key.replace("alpha", "diff"),
+            key.replace("lora_unet_", "unet."),
             key + ".bias",
             *("", "x", "x" * 100_000, "\ud800", "a\nb", "/etc/passwd", "lora_A.weight"),
         )
@@ -179,7 +184,7 @@ def _dtype(header: dict, key: str, entry: dict, random: Random) -> None:
 
 
 def _shape(header: dict, key: str, entry: dict, random: Random) -> None:
-    m, n = (*entry["shape"], 1)[:2]
+    m, n = (*entry["shape"], 1, 1)[:2]
     entry["shape"] = random.choice(
         (
             [n, m],
@@ -320,8 +325,20 @@ def folder_of(path: Path, random: Random) -> str:
     return kind
 
 
+def words_of(path: Path, random: Random) -> str:
+    """A number where another one, or a part of a text, stood in the first bytes."""
+    data = bytearray(path.read_bytes())
+    size = random.choice((1, 4, 8))
+    at = random.randrange(min(900, len(data)) - size)
+    word = random.choice((0, 1, 2, 3, 8, 9, 12, 31, 64, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1))
+    data[at : at + size] = (word % 256**size).to_bytes(size, "little")
+    path.write_bytes(data)
+    return f"{word} in {size} bytes at {at}"
+
+
 JSON: tuple[Damage, ...] = (field_of, field_of, field_of, field_of, text_of, bytes_of, place_of)
 SAFETENSORS: tuple[Damage, ...] = (
     *(header_of, header_of, header_of, header_of, values_of, values_of, bytes_of, bytes_of),
     *(place_of, folder_of),
 )
+GGUF: tuple[Damage, ...] = (words_of, words_of, words_of, words_of, bytes_of, bytes_of, place_of)

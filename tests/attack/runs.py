@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import judge
-from .inputs import STATE, adapter, base_model, copy
+from .inputs import FILE, STATE, adapter, base_model, copy, lora_file
 
 SAME_EVERY_TIME = (".safetensors", ".json")
 """Of these files a command always writes the same bytes; a card has times in it."""
@@ -41,18 +41,19 @@ class Command:
         return f"torn: {sorted(now)}"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """The files that are the same every time; of others only that they are there."""
-    if not folder.exists():
+def contents(output: Path) -> dict[str, bytes]:
+    """The files that are the same every time, of a folder or one alone; of others only that they
+    are there."""
+    if not output.exists():
         return {}
     return {
         path.name: path.read_bytes() if path.name.endswith(SAME_EVERY_TIME) else b""
-        for path in sorted(folder.iterdir())
+        for path in (sorted(output.iterdir()) if output.is_dir() else [output])
     }
 
 
 def commands(folder: Path, wide: int) -> list[Command]:
-    """A new merge, one over an older one, a whole model, and one adapter more."""
+    """A new merge, one over an older one, a whole model, one adapter more, a file over an older."""
     a = adapter(folder / "in" / "a", 4, 1, wide)
     b = adapter(folder / "in" / "b", 2, 2, wide)
     base = base_model(folder / "in" / "base", wide)
@@ -61,14 +62,18 @@ def commands(folder: Path, wide: int) -> list[Command]:
     _must("sequential", "add", state, a)
     older = folder / "in" / "older"
     _must("merge", a, "-o", older, "-q")
+    one, two = (lora_file(folder / "in" / x, 4, k, wide) / FILE for k, x in enumerate("xy"))
+    older_file = folder / "in" / "out.safetensors"
+    _must("merge", one, "-o", older_file, "-q")
     made = []
     for name, words, old in (
         ("merge", ["merge", a, b, "-q", "-o", "OUT"], None),
         ("overwrite", ["merge", a, b, "-q", "--overwrite", "-o", "OUT"], older),
         ("model", ["merge", a, b, "-q", "--form", "model", "--base", base, "-o", "OUT"], None),
         ("add", ["sequential", "add", "OUT", b], state),
+        ("file", ["merge", one, two, "-q", "--overwrite", "-o", "OUT"], older_file),
     ):
-        output = folder / name / "out"
+        output = folder / name / ("out.safetensors" if old == older_file else "out")
         output.parent.mkdir(parents=True)
         words = [str(output) if word == "OUT" else str(word) for word in words]
         command = Command(name, tuple(words), output, old, {})

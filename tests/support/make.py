@@ -90,3 +90,16 @@ def write_pair(folder: Path, **config: Any) -> list[Path]:
         write_adapter(folder / "a", random_factors(PAIR, 12, seed=1), **config),
         write_adapter(folder / "b", random_factors(partial, 8, seed=2), **config),
     ]
+
+
+def write_mlx(folder: Path, factors: Factors, scale: float = 1.0, **config: Any) -> Path:
+    """An MLX folder of factors, all of one rank, as mlx-lm saves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{name}.lora_a": a.T.contiguous() for name, (a, _) in factors.items()}
+    tensors |= {f"{name}.lora_b": b.T.contiguous() for name, (_, b) in factors.items()}
+    save_file(tensors, folder / "adapters.safetensors")
+    rank = next(iter(factors.values()))[0].shape[0]
+    parameters = {"rank": rank, "scale": scale, "dropout": 0.0}
+    defaults = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps(defaults | config))
+    return folder

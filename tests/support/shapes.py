@@ -10,6 +10,9 @@ from torch import Tensor
 
 from domerge_fast.algebra.side import Side
 
+CONVERGED = {"steps": 300, "tol": 1e-10}
+"""A descent to the optimum."""
+
 SCALINGS = (0.5, 2.0, 1.25, -0.75, 1.0)
 
 
@@ -45,6 +48,12 @@ class Case:
     def exact_rank(self) -> int:
         """The rank of a merge's factors where nothing is cut off."""
         return min(sum(self.ranks_read), self.a[0].shape[1], len(self.b[0]))
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether a side has more rows than columns. It descends by other steps than the literal
+        method, to the same optimum."""
+        return sum(self.ranks) > min(self.a[0].shape[1], len(self.b[0]))
 
     @property
     def weights(self) -> list[float]:

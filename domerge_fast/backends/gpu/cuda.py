@@ -13,23 +13,28 @@ from .host import Gpu
 from .tables import Table
 
 __all__ = [
-    "all_finite",
+    "BATCHES",
     "apply",
     "apply_decouple",
     "block_gram",
+    "block_largest",
     "block_products",
     "entry_counts",
     "entry_merge",
     "entry_sums",
     "gram",
+    "largest",
     "orthogonalize",
     "orthogonalize_factors",
     "truncate",
 ]
 
+BATCHES = True
+"""Ops take sides of several modules."""
+
 
 class _Kernels:
-    """gpu.Kernels and gpu_entries.EntryKernels by the launches of the extension."""
+    """gpu.kernels.Kernels and gpu.entries.EntryKernels by the launches of the extension."""
 
     def sizes(self, op: str) -> tuple[int, ...]:
         return tuple(getattr(_cuda, f"{op}_sizes")())
@@ -87,6 +92,7 @@ class _Kernels:
         self,
         table: Table,
         size: int,
+        rank: int,
         tiles: Tensor,
         work: Tensor,
         offsets: Tensor,
@@ -97,6 +103,8 @@ class _Kernels:
         out: Tensor,
         energies: Tensor,
     ) -> None:
+        needed = _cuda.apply_decouple_scratch(size, len(tiles), rank)
+        scratch = torch.empty(needed, dtype=torch.uint8, device=out.device)
         numbers = _cuda.Decoupling(
             work=_at(work),
             offsets=_at(offsets),
@@ -106,14 +114,15 @@ class _Kernels:
             scale=scale,
             energies=_at(energies),
             slots=energies.shape[1],
+            scratch=_at(scratch),
         )
         code = CODES[out.dtype]
         _cuda.apply_decouple(
-            _numbers(table), size, *_rows(tiles), numbers, _at(out), code, _stream(out)
+            _numbers(table), size, rank, *_rows(tiles), numbers, _at(out), code, _stream(out)
         )
 
-    def all_finite(self, dtype: torch.dtype, tiles: Tensor, flags: Tensor) -> None:
-        _cuda.all_finite(CODES[dtype], *_rows(tiles), _at(flags), _stream(flags))
+    def largest(self, dtype: torch.dtype, tiles: Tensor, tops: Tensor) -> None:
+        _cuda.largest(CODES[dtype], *_rows(tiles), _at(tops), _stream(tops))
 
     def entry_counts(self, updates: Updates, prefixes: Tensor | None, out: Tensor) -> None:
         behind = 0 if prefixes is None else _at(prefixes)
@@ -176,13 +185,14 @@ def _stream(x: Tensor) -> int:
 _gpu = Gpu(_Kernels)
 gram = _gpu.gram
 block_gram = _gpu.block_gram
+block_largest = _gpu.block_largest
 block_products = _gpu.block_products
 orthogonalize = _gpu.orthogonalize
 orthogonalize_factors = _gpu.orthogonalize_factors
 apply = _gpu.apply
 apply_decouple = _gpu.apply_decouple
 truncate = _gpu.truncate
-all_finite = _gpu.all_finite
+largest = _gpu.largest
 
 _entries = GpuEntries(_Kernels)
 entry_counts = _entries.entry_counts

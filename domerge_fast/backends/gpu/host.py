@@ -14,16 +14,18 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ...algebra.side import Side
-from .. import torch as library
+from ...algebra.roots import root
+from ...algebra.side import CODES, Side, squares, starts
+from .. import torch as by_torch
 from ..descent import STATS
-from ..layout import addresses, dense, matrices, together
+from ..layout import addresses, dense, matrices, row_major, together
+from ..singly import Singly
 from . import tables
+from .kernels import Kernels
 from .tables import Table
 
 __all__ = ["MAX_RANK", "Gpu", "region", "upload_table"]
@@ -31,103 +33,14 @@ __all__ = ["MAX_RANK", "Gpu", "region", "upload_table"]
 GRAM_CHUNK = 4096
 """Columns of X that are summed at a stretch."""
 
-FINITE_CHUNK = 1 << 16
-"""Elements that one block looks through for NaN and Inf."""
+library = Singly(by_torch)
+
+LARGEST_CHUNK = 1 << 16
+"""Elements that one block looks through for the largest."""
 
 MAX_RANK = 256
-"""R up to which one block works on a problem's R x R matrices; beyond it, library GEMMs do."""
-
-
-class Kernels(Protocol):
-    """The launches that a backend supplies.
-
-    All tensors are on the device, all tables int64. `out` is the first problem's result; offsets of
-    the others are distances from its first element, in elements, positive or negative. What
-    results hold before is arbitrary.
-    """
-
-    def sizes(self, op: str) -> tuple[int, ...]:
-        """The padded sizes, rising, that an op has kernels for. The tiles of "gram" and "apply"
-        have these many rows and any R; "orthogonalize" and "apply_decouple" pad R to them."""
-
-    def columns(self, op: str, size: int) -> int:
-        """Columns of X in a tile of "apply" or "apply_decouple" of this size."""
-
-    def gram(
-        self, table: Table, size: int, tiles: Tensor, sums: Tensor, parts: Tensor, out: Tensor
-    ) -> None:
-        """G = X X^T in float32, scaled, both triangles.
-
-        tiles [N, 7]: problem, row tile i, column tile j <= i, begin, end (columns of X), part,
-        offset of G. Tile (i, j) is rows i size to (i + 1) size times rows j size to (j + 1) size.
-        Part -1: the tile spans d and goes to out; else it goes, unscaled, to parts[part]
-        [size, size]. sums [M, 6]: problem, i, j, first part, number of parts, offset of G: the
-        parts are then added in order, scaled, and written to out.
-        """
-
-    def block_gram(self, table: Table, work: Tensor, out: Tensor) -> None:
-        """K_i = X_i X_i^T in float64, scaled. work [N, 4]: problem, block, its rank, offset."""
-
-    def orthogonalize(
-        self,
-        size: int,
-        work: Tensor,
-        starts: Tensor,
-        out: Tensor,
-        stats: Tensor,
-        frobenius: bool,
-        gamma: float,
-        steps: int,
-        tol: float,
-    ) -> None:
-        """C of every problem, by the rule of descent.py.
-
-        work [P, 6]: address of G (float32 [R, R]), R, T, position in starts of its T + 1 entries
-        (the first row of each adapter, then R), offset of C, row of stats [., 5] in float64.
-        """
-
-    def apply(self, table: Table, size: int, tiles: Tensor, work: Tensor, out: Tensor) -> None:
-        """C X, or X where there is no C, scaled and cast to out's dtype.
-
-        work [P, 3]: address of C (float32 [K, R]) or 0, K, offset. tiles [N, 3]: problem, first
-        row, first column of a tile of `size` rows. Results are [K, d]; [d, K] in columns.
-        """
-
-    def roots(self, work: Tensor, out: Tensor, norms: Tensor) -> None:
-        """S (float32 [r, r]) with norm^2 S^T S = K, norm^2 = trace K, of every block.
-
-        work [N, 3]: address of K (float64 [r, r]), r, offset. norms [N] in float32. By Cholesky
-        with diagonal pivoting in float64, stopped where what is left is below 1e-16 r trace K;
-        the rows from there on are zero. K = 0 gives S = 0 and norm 0.
-        """
-
-    def apply_decouple(
-        self,
-        table: Table,
-        size: int,
-        tiles: Tensor,
-        work: Tensor,
-        offsets: Tensor,
-        roots: Tensor,
-        norms: Tensor,
-        omegas: Tensor,
-        scale: float,
-        out: Tensor,
-        energies: Tensor,
-    ) -> None:
-        """A' [R, d] of ops.apply_decouple without `full`, for problems in rows.
-
-        work [P, 2]: address of C (float32 [R, R]) or 0, offset. tiles [N, 3]: problem, first
-        column, slot. offsets [N]: of every block's S in roots; norms and omegas (float64) [N]: one
-        a block. energies [N, slots] in float64, zero before: the sum of mag_i^2 over a slot's
-        columns. Where ||S_i a_i|| <= ZERO_COLUMN ||a_i||, mag_i is zero.
-        """
-
-    def all_finite(self, dtype: torch.dtype, tiles: Tensor, flags: Tensor) -> None:
-        """Sets flags[i] (int32, 1 before) to 0 where tensor i holds NaN or Inf.
-
-        tiles [N, 3]: tensor, address of a stretch of it, elements.
-        """
+"""R up to which one block descends on a problem's R x R matrices, and r up to which it finds the
+root of an adapter's; beyond it, batched library calls do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,10 +56,12 @@ class Gpu:
         kernels = self.load()
         with region("gram", problems[0].device) as device:
             host = tables.describe(problems)
-            grams, offsets = together([(p.rank, p.rank) for p in problems], torch.float32, device)
+            shapes, counts = [(p.rank, p.rank) for p in problems], [p.count for p in problems]
+            grams, offsets = together(shapes, torch.float32, device, counts)
+            every = _every(problems)
             plans = [
-                (size, *tables.gram_tiles(problems, members, offsets, size, GRAM_CHUNK))
-                for size, members in _by_rank(problems, kernels.sizes("gram")).items()
+                (size, *tables.gram_tiles(every, members, offsets, size, GRAM_CHUNK))
+                for size, members in _by_rank(every, kernels.sizes("gram")).items()
             ]
             table, rest = upload_table(host, [x for _, *pair, _ in plans for x in pair])
             for size, _, _, count in plans:
@@ -161,11 +76,11 @@ class Gpu:
         kernels = self.load()
         with region("block_gram", problems[0].device) as device:
             host = tables.describe(problems)
-            sizes = [(sum(r * r for r in p.ranks),) for p in problems]
-            packed, offsets = together(sizes, torch.float64, device)
+            sizes, counts = [(squares(p.ranks),) for p in problems], [p.count for p in problems]
+            packed, offsets = together(sizes, torch.float64, device, counts)
             work: list[int] = []
             block = 0
-            for k, (p, at) in enumerate(zip(problems, offsets)):
+            for k, (p, at) in enumerate(zip(_every(problems), offsets)):
                 for r in p.ranks:
                     work += (k, block, r, at)
                     at += r * r
@@ -189,35 +104,41 @@ class Gpu:
 
         Problems with R above MAX_RANK go through batched library calls.
         """
-        large = [i for i, g in enumerate(grams) if len(g) > MAX_RANK]
-        small = {i: g.float().contiguous() for i, g in enumerate(grams) if len(g) <= MAX_RANK}
+        counts = [len(g) if g.dim() == 3 else None for g in grams]
+        modules = [1 if count is None else count for count in counts]
+        row = [0, *accumulate(modules)]
+        large = [i for i, g in enumerate(grams) if g.shape[-1] > MAX_RANK]
+        small = [i for i, g in enumerate(grams) if g.shape[-1] <= MAX_RANK]
         if not small:
             return library.orthogonalize(grams, ranks, penalty, gamma, steps, tol)
         kernels = self.load()
         results: list[Tensor] = list(grams)
         with region("orthogonalize", grams[0].device) as device:
-            stats = torch.empty(len(grams), len(STATS), dtype=torch.float64, device=device)
+            stats = torch.empty(row[-1], len(STATS), dtype=torch.float64, device=device)
             if large:
-                found, stats[large] = library.orthogonalize(
-                    [grams[i] for i in large], [ranks[i] for i in large], penalty, gamma, steps, tol
-                )
-                for i, c in zip(large, found):
+                part = [grams[i] for i in large], [ranks[i] for i in large]
+                found, rows_of = library.orthogonalize(*part, penalty, gamma, steps, tol)
+                for i, c, own in zip(large, found, rows_of.split([modules[i] for i in large])):
                     results[i] = c
-            cs, offsets = together([g.shape for g in small.values()], torch.float32, device)
-            starts: list[int] = []
-            work: dict[int, tuple[int, ...]] = {}
-            for (i, g), at in zip(small.items(), offsets):
-                work[i] = (g.data_ptr(), len(g), len(ranks[i]), len(starts), at, i)
-                starts += accumulate(ranks[i], initial=0)
-            groups = tables.buckets(
-                {i: len(g) for i, g in small.items()}, kernels.sizes("orthogonalize")
-            )
-            jobs = [tables.rows([work[i] for i in members], 6) for members in groups.values()]
+                    stats[row[i] : row[i + 1]] = own
+            given = [row_major(grams[i].float()) for i in small]
+            shapes = [(g.shape[-1], g.shape[-1]) for g in given]
+            cs, offsets = together(shapes, torch.float32, device, [counts[i] for i in small])
+            begins: list[int] = []
+            work: list[tuple[int, ...]] = []
+            for i, g in zip(small, given):
+                for k, address in enumerate(starts(g)):
+                    of_ranks = len(ranks[i]), len(begins)
+                    work.append((address, g.shape[-1], *of_ranks, offsets[len(work)], row[i] + k))
+                begins += accumulate(ranks[i], initial=0)
+            sizes = {k: rank for k, (_, rank, *_) in enumerate(work)}
+            groups = tables.buckets(sizes, kernels.sizes("orthogonalize"))
+            jobs = [tables.rows([work[k] for k in members], 6) for members in groups.values()]
             jobs = [tables.largest_first(table, table[:, 1]) for table in jobs]
-            begins, *works = tables.upload(device, [tables.numbers(starts), *jobs])
+            begin_of, *works = tables.upload(device, [tables.numbers(begins), *jobs])
             rule = (penalty == "frobenius", gamma, steps, tol)
-            for size, rows_of in zip(groups, works):
-                kernels.orthogonalize(size, rows_of, begins, cs[0], stats, *rule)
+            for size, work_of in zip(groups, works):
+                kernels.orthogonalize(size, work_of, begin_of, cs[0], stats, *rule)
             for i, c in zip(small, cs):
                 results[i] = c
         return results, stats
@@ -225,7 +146,7 @@ class Gpu:
     def orthogonalize_factors(
         self, problems: Sequence[Side], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3
     ) -> tuple[list[Tensor], Tensor]:
-        """Xhat [R, d] where R > d, and statistics [P, 5]: library calls."""
+        """Xhat [R, d] for the squared penalty, and statistics [P, 6]: library calls."""
         return library.orthogonalize_factors(problems, gamma, steps, tol)
 
     def apply(
@@ -238,19 +159,21 @@ class Gpu:
         if not problems:
             return []
         kernels = self.load()
-        with region("apply", problems[0].device) as device:
+        with region("apply", problems[0].device):
             host = tables.describe(problems)
             cs = matrices(coefficients)
-            counts = [p.rank if c is None else len(c) for c, p in zip(cs, problems)]
-            shapes = [(p.d, k) if p.in_columns else (k, p.d) for k, p in zip(counts, problems)]
-            results, offsets = _results(shapes, out_dtype, device)
-            work = tables.rows(zip(addresses(cs), counts, offsets), 3)
+            heights = [p.rank if c is None else c.shape[-2] for c, p in zip(cs, problems)]
+            shapes = [(p.d, k) if p.in_columns else (k, p.d) for k, p in zip(heights, problems)]
+            results, offsets = _results(shapes, out_dtype, problems)
+            every = _every(problems)
+            counts = [k for k, p in zip(heights, problems) for _ in range(p.modules)]
+            work = tables.rows(zip(addresses(cs, problems), counts, offsets), 3)
             groups = tables.buckets(dict(enumerate(counts)), kernels.sizes("apply"))
             tiles = [
                 tables.grid(
                     members,
                     [counts[k] for k in members],
-                    [problems[k].d for k in members],
+                    [every[k].d for k in members],
                     size,
                     kernels.columns("apply", size),
                 )[:, :3]
@@ -260,7 +183,7 @@ class Gpu:
             work_of = next(rest)
             for size in groups:
                 kernels.apply(table, size, next(rest), work_of, results[0])
-        return [x.T if p.in_columns else x for x, p in zip(results, problems)]
+        return [x.mT if p.in_columns else x for x, p in zip(results, problems)]
 
     def apply_decouple(
         self,
@@ -274,13 +197,9 @@ class Gpu:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """A' [R, n] and the adapters' norms ||B_i A_i||_F [T] in float64, of every problem.
 
-        With `full`, or R above MAX_RANK in any problem, by library calls.
+        With `full` by library calls.
         """
-        if (
-            full is not None
-            or max((p.rank for p in problems), default=0) > MAX_RANK
-            or not problems
-        ):
+        if full is not None or not problems:
             return library.apply_decouple(
                 coefficients, problems, blocks, omegas, scale, out_dtype, full
             )
@@ -288,24 +207,28 @@ class Gpu:
         with region("apply_decouple", problems[0].device) as device:
             host = tables.describe(problems, rows_only=True)
             cs = matrices(coefficients)
-            packed = [k.contiguous() for k in blocks]
-            results, offsets = _results([(p.rank, p.d) for p in problems], out_dtype, device)
-            work = tables.rows(zip(addresses(cs), offsets), 2)
-            squares = []
-            for p, k in zip(problems, packed):
-                address = k.data_ptr()
+            packed = [k if k.stride(-1) == 1 else k.contiguous() for k in blocks]
+            shapes = [(p.rank, p.d) for p in problems]
+            results, offsets = _results(shapes, out_dtype, problems)
+            work = tables.rows(zip(addresses(cs, problems), offsets), 2)
+            every = _every(problems)
+            given: list[tuple[int, int]] = []
+            for p, address in zip(every, addresses([k[..., None] for k in packed])):
                 for r in p.ranks:
-                    squares.append((address, r))
+                    given.append((address, r))
                     address += 8 * r * r
-            places, root_total = tables.places(r * r for _, r in squares)
-            roots_of = tables.rows(((*square, at) for square, at in zip(squares, places)), 3)
-            weights = tables.float_bits([w for omega in omegas for w in omega])
-            groups = _by_rank(problems, kernels.sizes("apply_decouple"))
+            places, root_total = tables.places(r * r for _, r in given)
+            small = [(address, r if r <= MAX_RANK else 0) for address, r in given]
+            roots_of = tables.rows(((*square, at) for square, at in zip(small, places)), 3)
+            owners = zip(omegas, problems)
+            shares = [w for omega, p in owners for _ in range(p.modules) for w in omega]
+            weights = tables.float_bits(shares)
+            groups = _by_rank(every, kernels.sizes("apply_decouple"))
             tiles = [
                 tables.grid(
                     members,
                     [1] * len(members),
-                    [problems[k].d for k in members],
+                    [every[k].d for k in members],
                     1,
                     kernels.columns("apply_decouple", size),
                 )[:, [0, 2, 3]]
@@ -316,13 +239,15 @@ class Gpu:
             table, rest = upload_table(host, [*numbers, *tiles])
             work_of, roots_work, root_at, bits = (next(rest) for _ in numbers)
             roots = torch.empty(root_total, device=device)
-            norms = torch.empty(len(squares), device=device)
-            energies = torch.zeros(len(squares), slots, dtype=torch.float64, device=device)
+            norms = torch.empty(len(given), device=device)
+            energies = torch.zeros(len(given), slots, dtype=torch.float64, device=device)
             kernels.roots(roots_work, roots, norms)
-            for size in groups:
+            _find_large_roots(packed, problems, places, roots, norms)
+            for size, members in groups.items():
                 kernels.apply_decouple(
                     table,
                     size,
+                    max(every[k].rank for k in members),
                     next(rest),
                     work_of,
                     root_at,
@@ -333,9 +258,10 @@ class Gpu:
                     results[0],
                     energies,
                 )
-            counts = [len(p.ranks) for p in problems]
+            counts = [p.modules * len(p.ranks) for p in problems]
             sizes = energies.sum(1).sqrt().split_with_sizes(counts)
-        return results, list(sizes)
+        pairs = zip(sizes, problems)
+        return results, [x if p.count is None else x.view(p.count, -1) for x, p in pairs]
 
     def truncate(
         self,
@@ -348,38 +274,81 @@ class Gpu:
         return library.truncate(pairs, rank, energy, out_dtype)
 
     def block_products(
-        self, x: Sequence[Tensor], y: Sequence[Tensor], ranks: Sequence[int]
+        self, x: Sequence[Tensor] | Tensor, y: Sequence[Tensor] | Tensor, ranks: Sequence[int]
     ) -> Tensor:
         """Sums of x_ij y_ij over the block of every two adapters, by batched library calls."""
         return library.block_products(x, y, ranks)
 
-    def all_finite(self, tensors: Sequence[Tensor]) -> list[bool]:
-        """Whether each tensor (float32, bfloat16 or float16) holds neither NaN nor Inf."""
-        if not tensors:
-            return []
+    def largest(self, tensors: Sequence[Tensor]) -> Tensor:
+        """max |x| of every tensor, [N] in float64; NaN and Inf where there are such. With float64
+        among them, by library calls."""
+        if not tensors or any(x.dtype not in CODES for x in tensors):
+            return library.largest(tensors)
         kernels = self.load()
-        with region("all_finite", tensors[0].device) as device:
+        with region("largest", tensors[0].device) as device:
             pieces = [dense(x) for x in tensors]
-            flags = torch.ones(len(pieces), dtype=torch.int32, device=device)
+            tops = torch.zeros(len(pieces), dtype=torch.int32, device=device)
             groups: dict[torch.dtype, list[tuple[int, int, int]]] = {}
             for i, x in enumerate(pieces):
-                for begin in range(0, x.numel(), FINITE_CHUNK):
-                    count = min(FINITE_CHUNK, x.numel() - begin)
+                for begin in range(0, x.numel(), LARGEST_CHUNK):
+                    count = min(LARGEST_CHUNK, x.numel() - begin)
                     address = x.data_ptr() + begin * x.element_size()
                     groups.setdefault(x.dtype, []).append((i, address, count))
             tiles_of = tables.upload(device, [tables.rows(g, 3) for g in groups.values()])
             for dtype, tiles in zip(groups, tiles_of):
-                kernels.all_finite(dtype, tiles, flags)
-        return [bool(flag) for flag in flags.tolist()]
+                kernels.largest(dtype, tiles, tops)
+        return tops.view(torch.float32).double()
+
+    def block_largest(self, problems: Sequence[Side]) -> Tensor:
+        """`largest` of every block, one after the other."""
+        return self.largest([block for p in problems for block in p.blocks])
 
 
 def _results(
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, problems: Sequence[Side]
 ) -> tuple[list[Tensor], list[int]]:
-    """Memory of its own for every result, and each one's offset from the first."""
-    results = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    """Memory of its own for every problem's result, and every module's offset from the first."""
+    device = problems[0].device
+    leads = [() if p.count is None else (p.count,) for p in problems]
+    pairs = zip(leads, shapes)
+    results = [torch.empty((*lead, *shape), dtype=dtype, device=device) for lead, shape in pairs]
     first = results[0].data_ptr()
-    return results, [(x.data_ptr() - first) // dtype.itemsize for x in results]
+    return results, [(at - first) // dtype.itemsize for x in results for at in starts(x)]
+
+
+def _find_large_roots(
+    packed: Sequence[Tensor],
+    problems: Sequence[Side],
+    places: Sequence[int],
+    roots: Tensor,
+    norms: Tensor,
+) -> None:
+    """What Kernels.roots makes, of adapters of r above MAX_RANK: those of a rank in one batch."""
+    alike: dict[int, list[tuple[Tensor, list[int]]]] = {}
+    first = 0
+    for p, k in zip(problems, packed):
+        last = first + p.modules * len(p.ranks)
+        if max(p.ranks) <= MAX_RANK:
+            first = last
+            continue
+        pieces = k.view(p.modules, -1).split([r * r for r in p.ranks], 1)
+        for i, (r, piece) in enumerate(zip(p.ranks, pieces)):
+            if r > MAX_RANK:
+                blocks = list(range(first + i, last, len(p.ranks)))
+                alike.setdefault(r, []).append((piece.reshape(-1, r, r), blocks))
+        first = last
+    for r, found in alike.items():
+        grams = torch.cat([k for k, _ in found])
+        sizes = grams.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).sqrt()[:, None, None]
+        units = torch.where(sizes > 0, root(grams) / sizes, 0.0)
+        for own, size, i in zip(units, sizes, (i for _, blocks in found for i in blocks)):
+            roots[places[i] : places[i] + r * r] = own.flatten()
+            norms[i] = size.squeeze()
+
+
+def _every(problems: Sequence[Side]) -> list[Side]:
+    """A side for every module, which tells its ranks and d."""
+    return [p for p in problems for _ in range(p.modules)]
 
 
 def _by_rank(problems: Sequence[Side], sizes: Sequence[int]) -> dict[int, list[int]]:

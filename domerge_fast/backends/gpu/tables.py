@@ -60,10 +60,6 @@ class Table:
 
 def describe(problems: Sequence[Side], rows_only: bool = False) -> Table:
     """The table of the problems, on the host. Blocks of mixed dtypes become float32."""
-    device = problems[0].device
-    for p in problems:
-        if p.device != device:
-            raise ValueError(f"problems on {device} and {p.device} in one call")
     given = table(problems, rows_only)
     dtypes = {dtype for layout in {x.layout for x in given.sides} for dtype in layout.dtypes}
     if len(dtypes) > 1:

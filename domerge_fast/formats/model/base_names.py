@@ -12,9 +12,10 @@ import difflib
 from collections.abc import Collection, Mapping
 
 from ...adapters.stems import NEUTRAL, core_of, is_below, outer_of, split
-from .checkpoint import Checkpoint, refusal
+from ...storage.lazy import LazyTensor
+from .checkpoint import Checkpoint, quantized, refusal
 
-__all__ = ["OTHER_BASE", "Renaming", "nearest"]
+__all__ = ["OTHER_BASE", "Renaming", "nearest", "stored"]
 
 Shapes = Collection[tuple[int, ...]]
 Family = tuple[bool, str]  # whether it is a list of layers; its stem, or what is before last names
@@ -93,6 +94,20 @@ def nearest(key: str, base: Checkpoint) -> str:
     last = key.rpartition(".")[2]
     close = difflib.get_close_matches(key, [k for k in base.tensors if k.endswith(last)], 1)
     return f" (the nearest is {close[0]!r})" if close else ""
+
+
+def stored(module: str, key: str, base: Checkpoint) -> LazyTensor:
+    """The base's weight of a module. OptionError if it has none."""
+    if key in base.tensors:
+        return base.tensors[key]
+    stem = key.removesuffix("weight")
+    inside = sorted((k.endswith("_bias"), k) for k in base.tensors if k.startswith(stem))
+    if inside:
+        problem = f"stores module {module!r} as {inside[0][1]!r}, not as {key!r}"
+        raise quantized(base, problem, " or changed")
+    raise refusal(
+        base.folder, f"has no {key!r} for module {module!r}{nearest(key, base)}", OTHER_BASE
+    )
 
 
 def _family(path: str) -> Family:

@@ -12,19 +12,16 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from ...adapters import LazyTensor
 from ...adapters.names import EMBEDDINGS, HEADS, is_of_tokens, is_saved
 from ...adapters.stems import split
 from ...adapters.whole import COPY, equal, parameter
 from ...storage.lazy import dtype_name
 from ..target import Layout, Target
-from .checkpoint import TIED, Checkpoint, parts, refusal
+from .checkpoint import FLOATS, TIED, Checkpoint, parts, refusal
 
-__all__ = ["FLOATS", "Vocabulary", "check_replaceable", "check_twins", "is_token_layout", "settle"]
+__all__ = ["Vocabulary", "check_replaceable", "check_twins", "is_token_layout", "settle"]
 
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SIZE = "vocab_size"
 _UNTIE = f"save the base with two weights and {TIED}=false, or write an adapter"
 _OTHER = "give the base model the adapters were trained on, or write an adapter"

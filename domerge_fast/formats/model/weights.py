@@ -22,13 +22,15 @@ def is_turned(layout: Layout, target: Target) -> bool:
     return layout.kind == "embedding" or (linear and bool(target.config["fan_in_fan_out"]))
 
 
-def stored_shape(layout: Layout, turned: bool) -> tuple[int, ...]:
-    return (*layout.inputs, layout.m) if turned else (layout.m, *layout.inputs)
+def stored_shape(layout: Layout, turned: bool, rows: int | None = None) -> tuple[int, ...]:
+    """rows: of ΔW that the weight has, None: all m."""
+    m = layout.m if rows is None else rows
+    return (*layout.inputs, m) if turned else (m, *layout.inputs)
 
 
 def stored(layout: Layout, delta: Tensor, turned: bool) -> Tensor:
-    """ΔW [m, n] in the weight's shape: a view."""
-    return (delta.T if turned else delta).reshape(stored_shape(layout, turned))
+    """ΔW [m, n], or some of its rows, in the weight's shape: a view."""
+    return (delta.T if turned else delta).reshape(stored_shape(layout, turned, len(delta)))
 
 
 def rounded(module: str, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -17,11 +17,12 @@ from ...adapters.names import PREFIX, Spelling, is_of_tokens, is_saved
 from ...errors import AdapterError, is_text
 from ...storage.input_file import InputFile
 from ...storage.lazy import LazyTensor, dtype_name
-from ...storage.safetensors_file import SafetensorsFile
 from .. import foreign
+from .beside import INDICES, Beside
 from .padding import unpadded_ranks
+from .parameters import Wrapped, Wrappers, expanded
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "check_dtype"]
 
 # A live model, and what consolidates its shards, have the adapter's name after the side.
 _FACTOR = re.compile(
@@ -47,38 +48,65 @@ def assemble(
     config: AdapterConfig,
     tensors: Mapping[str, LazyTensor],
     scaling: Callable[[str, int], float],
-    file: SafetensorsFile | None = None,
     inputs: tuple[InputFile, ...] = (),
+    wrappers: Wrappers | None = None,
 ) -> Adapter:
     """An Adapter of tensors under the keys PEFT writes, with or without its prefix.
 
-    ``scaling`` maps (module, rank) to the factor in front of B @ A. Raises AdapterError for any
-    tensor that is not part of a plain LoRA and for factors that do not fit each other.
+    ``scaling`` maps (module, rank) to the factor in front of B @ A; ``wrappers`` tells which
+    modules are parameters (parameters.py). Raises AdapterError for any tensor that is not part of a
+    plain LoRA and for factors that do not fit each other.
     """
     spell = Spelling(tensors)
-    factors, carried, originals = _sort_tensors(name, config, tensors, spell)
+    beside = Beside(name)
+    factors, carried, originals = _sort_tensors(name, config, tensors, spell, beside)
     modules: dict[str, Module] = {}
     stored: dict[str, tuple[LazyTensor, LazyTensor]] = {}
-    for module, sides in sorted(factors.items()):
-        modules[module] = _module(name, module, sides, scaling)
-        stored[module] = sides["A"][1], sides["B"][1]
+    sizes = ((path, sides["A"][1].shape) for path, sides in factors.items() if "A" in sides)
+    rows = {path: shape[0] for path, shape in sizes if shape}
+    bare = wrappers(rows) if wrappers else {}
+    for path, sides in sorted(factors.items()):
+        for module, pair in _modules(name, path, sides, scaling, bare.get(path)):
+            if module.name in modules:
+                problem = "is adapted twice, by itself and by its parameter"
+                raise AdapterError(name, module.name, problem, _SAVE_AGAIN)
+            modules[module.name], stored[module.name] = module, pair
+    modules = dict(sorted(modules.items(), key=lambda item: item[1].place))
     if not modules:
         problem = "has no LoRA factors"
         raise AdapterError(name, None, problem, "leave it out, or check its target_modules")
-    for module, rank in unpadded_ranks(stored).items():
-        modules[module] = _of_rank(modules[module], rank)
+    for padded, rank in unpadded_ranks(stored).items():
+        modules[padded] = _of_rank(modules[padded], rank)
     removed = tuple(spell.removed(tensors))
     if removed:
         config = without_paths(config)
-    return Adapter(name, config, modules, carried, stored, file, inputs, removed, originals)
+    return Adapter(
+        name,
+        config,
+        modules,
+        carried,
+        stored,
+        inputs,
+        removed,
+        originals | beside.originals(),
+        differences=beside.differences(modules, bool(config.raw.get("lora_bias"))),
+        magnitudes=beside.magnitudes_of(modules, bool(config.raw.get("use_dora"))),
+        token_rows=beside.token_rows(config.raw.get(INDICES)),
+    )
 
 
 def _sort_tensors(
-    name: str, config: AdapterConfig, tensors: Mapping[str, LazyTensor], spell: Spelling
+    name: str,
+    config: AdapterConfig,
+    tensors: Mapping[str, LazyTensor],
+    spell: Spelling,
+    beside: Beside,
 ) -> tuple[dict[str, Sides], dict[str, LazyTensor], dict[str, LazyTensor]]:
-    """The factors, what is saved whole, and what of that was before training."""
-    owners: dict[str, str] = {}  # names of adapters in keys, and the first key of each
+    """The factors, what is saved whole, and what of that was before training; what PEFT stores
+    otherwise goes to `beside`."""
+    owners = beside.owners  # names of adapters in keys, and the first key of each
     factors, others = _factors(name, tensors, spell, owners)
+    others = {key: x for key, x in others.items() if not beside.take(spell(key), x)}
     carried, originals = _carried(name, config.modules_to_save or (), others, spell, owners)
     if len(owners) > 1:
         (one, key), (other, other_key) = list(owners.items())[:2]
@@ -152,15 +180,30 @@ def _is_carried(path: str, modules_to_save: Sequence[str]) -> bool:
 
 def _unknown(name: str, path: str) -> AdapterError:
     module, _, tensor = path.partition(".lora_")
-    if tensor.startswith("magnitude_vector"):
-        problem, remedy = "is a DoRA (lora_magnitude_vector)", "train it as a plain LoRA"
-    elif tensor.startswith("B.") and tensor.endswith(".bias"):
-        problem, remedy = "has a bias on B (lora_bias)", "train it with lora_bias=False"
-    elif told := foreign.of_key(path):
+    if told := foreign.of_key(path):
         problem, remedy = f"{told[0]}, by its tensor {path!r}", told[1]
     else:
         problem, remedy = f"unknown tensor {path!r}", _SAVE_AGAIN + ", as a plain LoRA"
     return AdapterError(name, module if tensor else None, problem, remedy)
+
+
+def _modules(
+    adapter: str,
+    path: str,
+    sides: Sides,
+    scaling: Callable[[str, int], float],
+    wrapped: Wrapped | None,
+) -> Iterable[tuple[Module, tuple[LazyTensor, LazyTensor]]]:
+    """What a pair of factors adapts: a module, or a parameter's matrices."""
+    if wrapped is None:
+        module = _module(adapter, path, sides, scaling)
+        return [(module, (sides["A"][1], sides["B"][1]))]
+    rank = wrapped.rank
+    whole = _module(adapter, wrapped.parameter, sides, lambda name, _: scaling(name, rank))
+    if whole.kind != "linear" or len(whole.a_shape) != 2:
+        problem = f"is a parameter that is adapted as a {whole.kind}"
+        raise AdapterError(adapter, whole.name, problem, _SAVE_AGAIN)
+    return expanded(adapter, whole, (sides["A"][1], sides["B"][1]), wrapped)
 
 
 def _module(adapter: str, name: str, sides: Sides, scaling: Callable[[str, int], float]) -> Module:
@@ -169,14 +212,15 @@ def _module(adapter: str, name: str, sides: Sides, scaling: Callable[[str, int],
         missing = "B" if present == "A" else "A"
         raise AdapterError(adapter, name, f"has factor {present} but no {missing}", _SAVE_AGAIN)
     if ".base_layer." in f".{name}.":
-        problem = "is wrapped by another LoRA layer (nn.MultiheadAttention or bare parameters)"
-        raise AdapterError(adapter, name, problem, "leave such modules out of target_modules")
+        problem = "is wrapped by another LoRA layer, and no parameter of target_parameters"
+        remedy = "correct target_parameters in adapter_config.json, or train it without "
+        raise AdapterError(adapter, name, problem, f"{remedy}nn.MultiheadAttention")
     (key, a), (key_b, b) = sides["A"], sides["B"]
     kind = _kind(key, a.shape)
     if (".lora_embedding_B" in key_b) != (kind == "embedding"):
         raise AdapterError(adapter, name, f"mixes {key!r} with {key_b!r}", _SAVE_AGAIN)
     for side, tensor in (("A", a), ("B", b)):
-        _check_dtype(adapter, name, side, tensor.dtype)
+        check_dtype(adapter, name, f"factor {side}", tensor.dtype)
     problem_and_remedy = _shape_problem(kind, a.shape, b.shape)
     if problem_and_remedy or kind is None:
         problem, remedy = problem_and_remedy or ("has factors of no known layer", _SAVE_AGAIN)
@@ -204,13 +248,14 @@ def _kind(key: str, a_shape: tuple[int, ...]) -> Kind | None:
     return kinds.get(len(a_shape))
 
 
-def _check_dtype(adapter: str, module: str, side: str, dtype: torch.dtype) -> None:
+def check_dtype(adapter: str, module: str, what: str, dtype: torch.dtype) -> None:
+    """AdapterError for a dtype that no factor may have. what: the tensor, as messages call it."""
     if dtype in _FLOATS:
         return
     remedy = "dequantize the adapter to float32, float16 or bfloat16"
     if dtype == torch.float64:
         remedy = "cast the adapter to float32"
-    problem = f"factor {side} is {dtype_name(dtype)}"
+    problem = f"{what} is {dtype_name(dtype)}"
     raise AdapterError(adapter, module, problem, remedy)
 
 

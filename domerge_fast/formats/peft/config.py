@@ -17,9 +17,10 @@ from typing import Any
 from ...adapters.adapter import AdapterConfig
 from ...errors import AdapterError
 from ..foreign import of_config
+from .beside import INDICES, check_indices
 from .patterns import BadPattern, Patterns
 
-__all__ = ["read_config", "scalings"]
+__all__ = ["ranks", "read_config", "scalings"]
 
 _CHECKED = {
     "peft_type",
@@ -30,6 +31,9 @@ _CHECKED = {
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",
+    "lora_bias",  # these two are told by the tensors
+    "use_dora",
+    INDICES,
 }
 _HARMLESS = {
     "inference_mode",
@@ -45,10 +49,6 @@ _HARMLESS = {
 _KEPT = {f.name: f.type for f in fields(AdapterConfig) if f.name != "raw"}
 _RETRAIN = "leave this adapter out or train it as a plain LoRA"
 _REFUSED = {
-    "use_dora": ("is a DoRA, its magnitudes are not low rank (use_dora)", _RETRAIN),
-    "lora_bias": ("trains biases with B (lora_bias)", _RETRAIN),
-    "target_parameters": ("adapts bare parameters (target_parameters)", _RETRAIN),
-    "trainable_token_indices": ("trains single tokens (trainable_token_indices)", _RETRAIN),
     "alora_invocation_tokens": ("is an aLoRA, active on some tokens only", _RETRAIN),
     "use_qalora": ("is a QALoRA, its inputs are pooled", _RETRAIN),
     "use_bdlora": ("is a block-diagonal BD-LoRA", _RETRAIN),
@@ -79,6 +79,7 @@ def read_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
     for key, value in raw.items():
         if key in _REFUSED and value:
             raise AdapterError(adapter, None, *_REFUSED[key])
+    check_indices(raw.get(INDICES), adapter)
     _check_init(raw.get("init_lora_weights", True), adapter)
     for key, value in raw.items():
         known = key in _CHECKED or key in _HARMLESS or key in _REFUSED or key in _KEPT
@@ -93,23 +94,31 @@ def read_config(raw: Mapping[str, Any], adapter: str) -> AdapterConfig:
     return AdapterConfig(**kept, raw=raw)
 
 
+def ranks(raw: Mapping[str, Any], adapter: str) -> Callable[[str], int]:
+    """A function from a module to the rank that the config says for it."""
+    return _patterns(raw, "rank_pattern", "r", _is_rank, "a positive whole number", adapter)
+
+
 def scalings(raw: Mapping[str, Any], adapter: str) -> Callable[[str, int], float]:
     """A function (module, rank of its factors) -> scaling, as ``peft.LoraLayer`` computes it.
 
     alpha / r, or alpha / sqrt(r) with ``use_rslora``; r and alpha from the first pattern that
     matches the module. It raises AdapterError if the factors' rank is not the config's.
     """
-    ranks = _patterns(raw, "rank_pattern", "r", _is_rank, "a positive whole number", adapter)
+    rank_of = ranks(raw, adapter)
     alphas = _patterns(raw, "alpha_pattern", "lora_alpha", _is_finite, "a finite number", adapter)
     use_rslora = raw.get("use_rslora")
     if use_rslora is not None and not isinstance(use_rslora, bool):
         raise _wrong_value("use_rslora", use_rslora, "true or false", adapter)
 
     def scaling(module: str, rank: int) -> float:
-        expected = ranks(module)
+        expected = rank_of(module)
         if rank != expected:
             problem = f"its factors have rank {rank}, the config says {expected}"
             remedy = "correct r or rank_pattern in adapter_config.json"
+            if rank % expected == 0 and not raw.get("target_parameters"):
+                remedy += f", or name the parameter that has {rank // expected} experts of rank "
+                remedy += f"{expected} in target_parameters"
             raise AdapterError(adapter, module, problem, remedy)
         return float(alphas(module) / (math.sqrt(rank) if use_rslora else rank))
 
@@ -211,6 +220,7 @@ _SHAPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "task_type": (lambda value: value in _TASKS, "a task type that PEFT knows"),
     "target_modules": (_is_names, "a list of names or a regular expression"),
     "exclude_modules": (_is_names, "a list of names or a regular expression"),
+    "target_parameters": (_are_names, "a list of names"),
     "layers_to_transform": (_is_numbers, "layer numbers"),
     "layers_pattern": (_is_names, "names of layer lists"),
     "layer_replication": (_is_ranges, "a list of layer ranges [start, end]"),

@@ -12,29 +12,33 @@ import os
 import re
 import stat
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ...adapters.adapter import Adapter, AdapterConfig
+from ...adapters.dora import check_no_dora
 from ...adapters.names import AROUND, Spelling, in_peft
+from ...adapters.style import Style
 from ...adapters.whole import NEW_HEADS, WITH_HEAD, parameter
 from ...errors import AdapterError
-from ...storage import json_file
+from ...storage import json_file, pickle_file
 from ...storage.garbage import uncollected
-from ...storage.input_file import InputFile
+from ...storage.input_file import InputFile, Refuse
 from ...storage.lazy import LazyTensor, MemoryTensor
 from ...storage.safetensors_file import SafetensorsFile
 from .. import foreign
 from .assemble import assemble
-from .config import read_config, scalings
+from .config import ranks, read_config, scalings
+from .parameters import BASE, Wrapped, in_config
 
-__all__ = ["CONFIG", "WEIGHTS", "from_model", "load_folder", "unwrapped"]
+__all__ = ["CONFIG", "PICKLE", "WEIGHTS", "from_model", "load_folder", "unwrapped"]
 
+STYLE = Style("peft")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 Scaling = Callable[[str, int], float]
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
 
 
 @uncollected()
@@ -49,21 +53,25 @@ def load_folder(folder: Path, name: str) -> Adapter:
     config_file = InputFile(folder / CONFIG, refuse)
     raw = json_file.read_object(config_file, json_file.CONFIG_BYTES)
     config = read_config(raw, name)
-    weights = folder / WEIGHTS
-    if not os.path.isfile(weights):
-        pickles = [pickle for pickle in _PICKLES if (folder / pickle).exists()]
-        if told := foreign.of_folder(folder):
-            problem, remedy = told
-        elif pickles:
-            problem = f"has its weights only as a pickle ({pickles[0]}), which can run code"
-            remedy = "load it with PEFT and save it again with save_pretrained (safetensors)"
-        else:
-            problem, remedy = f"has no {WEIGHTS}", "download or save it again"
-        raise AdapterError(name, None, problem, remedy)
-    file = SafetensorsFile(weights, refuse)
-    inputs = config_file, file.input
-    tensors = file.tensors()
-    return assemble(name, config, tensors, _scalings(raw, name, tensors), file, inputs)
+    tensors, weights = _weights(folder, refuse)
+    targets = config.target_parameters
+    wrappers = in_config(name, targets, ranks(raw, name)) if targets else None
+    scaling = _scalings(raw, name, tensors)
+    found = assemble(name, config, tensors, scaling, (config_file, weights), wrappers)
+    return dataclasses.replace(found, style=STYLE)
+
+
+def _weights(folder: Path, refuse: Refuse) -> tuple[Mapping[str, LazyTensor], InputFile]:
+    """The tensors and their file: of safetensors on disk, of a pickle, where there is no other, in
+    memory."""
+    if os.path.isfile(folder / WEIGHTS):
+        file = SafetensorsFile(folder / WEIGHTS, refuse)
+        return file.tensors(), file.input
+    if os.path.isfile(folder / PICKLE):
+        pickled = InputFile(folder / PICKLE, refuse)
+        return pickle_file.load(pickled), pickled
+    told = foreign.of_folder(folder) or (f"has no {WEIGHTS}", "download or save it again")
+    raise refuse(*told)
 
 
 def from_model(peft_model: Any, adapter_name: str = "default", name: str | None = None) -> Adapter:
@@ -82,11 +90,13 @@ def from_model(peft_model: Any, adapter_name: str = "default", name: str | None 
     raw = _plain_config(configs[adapter_name].to_dict(), name)
     config = read_config(raw, name)
     of_adapter = re.compile(
-        rf".+\.(?:lora_\w+|modules_to_save)\.{re.escape(adapter_name)}(?:\..+)?"
+        rf".+\.(?:lora_\w+|modules_to_save|trainable_tokens_delta)\.{re.escape(adapter_name)}"
+        r"(?:\..+)?"
     )
     tensors: dict[str, LazyTensor] = {}
     for key, tensor in peft_model.state_dict().items():
-        if not of_adapter.fullmatch(key):
+        is_before = key.endswith(".token_adapter.base_layer.weight") and not tensor.is_meta
+        if not of_adapter.fullmatch(key) and not is_before:
             continue
         if tensor.is_meta:
             problem = f"{key!r} has no values yet (meta device)"
@@ -103,10 +113,31 @@ def from_model(peft_model: Any, adapter_name: str = "default", name: str | None 
         if isinstance(layer_scaling := getattr(module, "scaling", None), dict)
         and adapter_name in layer_scaling
     }
-    found = assemble(name, config, tensors, lambda module, rank: float(scaling[module]))
-    originals = _originals(peft_model, config, spell, found)
+    bare = dict(_wrapped(peft_model, adapter_name, spell))
+    path_of = {wrapped.parameter: path for path, wrapped in bare.items()}
+    found = assemble(
+        name,
+        config,
+        tensors,
+        lambda module, rank: float(scaling[path_of.get(module, module)]),
+        wrappers=lambda rows: bare,
+    )
+    check_no_dora(found)
+    originals = {**found.originals, **_originals(peft_model, config, spell, found)}
     model = weakref.ref(unwrapped(peft_model))
-    return dataclasses.replace(found, originals=originals, model=model)
+    return dataclasses.replace(found, originals=originals, model=model, style=STYLE)
+
+
+def _wrapped(peft_model: Any, adapter_name: str, spell: Spelling) -> Iterator[tuple[str, Wrapped]]:
+    """The parameters that an adapter of a live model adapts, by the paths of their wrappers."""
+    for path, module in peft_model.named_modules(remove_duplicate=False):
+        parameter = getattr(module, "parameter_name", None)
+        ranks = getattr(module, "r", None)
+        if isinstance(parameter, str) and isinstance(ranks, dict) and adapter_name in ranks:
+            owner, depth = spell(path), 0
+            while owner.endswith(BASE):
+                owner, depth = owner.removesuffix(BASE), depth + 1
+            yield spell(path), Wrapped(f"{owner}.{parameter}", ranks[adapter_name], depth)
 
 
 def _originals(
@@ -168,7 +199,7 @@ def _find(folder: Path, name: str) -> Path:
             return folder
         inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if path.is_file())
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a NUL
-        remedy = "check the path; an adapter on the Hugging Face Hub has to be downloaded first"
+        remedy = "check the path, or give an id on the Hugging Face Hub (owner/name)"
         raise AdapterError(name, None, "no such folder", remedy) from error
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"

@@ -10,9 +10,10 @@ written, so it is what the merge needs at most. A ragged folder has a pattern fo
 from __future__ import annotations
 
 import contextlib
-import functools
+import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,25 +23,38 @@ from ...adapters import Adapter, AdapterConfig, Kept
 from ...adapters.names import PREFIX
 from ...adapters.plan import Plan
 from ...adapters.whole import lacks_head
-from ...errors import some
+from ...errors import DomergeError
 from ...results.card import CARD, Heading
 from ...results.report import Report
 from ...storage.stream import SafetensorsWriter, copy_file
 from .. import tokenizer
-from ..format import Format, holds
+from ..format import EACH, Format, Holds, has_file
 from ..merge_folder import MergeFolder
 from ..target import Layout, Target
-from .read import CONFIG, WEIGHTS, load_folder
+from .beside import fields, written
+from .gather import Gathered, joined
+from .parameters import BASE, order, owner_of
+from .read import CONFIG, PICKLE, WEIGHTS, load_folder
 
-__all__ = ["ADAPTER", "WHERE", "PeftFolder", "keys", "largest", "notes", "rank_fields", "target"]
+__all__ = [
+    "PEFT",
+    "WHERE",
+    "PeftFolder",
+    "exactly",
+    "keys",
+    "largest",
+    "rank_fields",
+    "target",
+    "wrappers",
+]
 
 FILES = (CONFIG, WEIGHTS, CARD)
 
-WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+WHERE = (
+    *("target_modules", "target_parameters", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern"),
+)
 """Fields of a config that say which modules it adapts."""
-
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for max_lora_rank (0.33); it serves no adapter of a larger rank."""
 
 
 def target(
@@ -54,20 +68,22 @@ def target(
     """What the merge of a plan is written as; `copied` is left to the caller. ranks: what every
     module's rank is at most, None: that of the stacked adapters."""
     ranks = ranks or plan.ranks
-    layouts = {}
-    for name in plan.names:
-        module = plan.module(name)
-        shape = module.a_shape[1:]
-        layouts[name] = Layout(name, module.kind, module.m, shape, ranks[name])
+    layouts = {
+        name: Layout(name, x.kind, x.b_shape[0], x.a_shape[1:], ranks[name], x.slice)
+        for name, x in plan.described.items()
+    }
     merging = [a for a, w in zip(plan.adapters, plan.weights) if w != 0]
-    config = _config(merging, plan.names, base_model, whole)
-    inputs = frozenset(a.file.path.parent.resolve() for a in plan.adapters if a.file)
+    config = _config(merging, layouts, base_model, whole)
+    inputs = frozenset(a.folder.resolve() for a in plan.adapters if a.folder)
     files = tuple(file for a in plan.adapters for file in a.inputs)
     return Target(config, layouts, whole, dtype, inputs, files, ragged=ragged)
 
 
 def _config(
-    adapters: Sequence[Adapter], names: Sequence[str], base_model: str | None, whole: Kept
+    adapters: Sequence[Adapter],
+    layouts: Mapping[str, Layout],
+    base_model: str | None,
+    whole: Kept,
 ) -> dict[str, object]:
     """The fields that do not depend on ranks.
 
@@ -78,10 +94,13 @@ def _config(
     first = configs[0]
     where = _selection(first)
     alike = all(_selection(c) == where for c in configs[1:])
-    same = all(set(a.modules) == set(names) for a in adapters)
-    listed = isinstance(first.target_modules, list) and first.target_modules
+    same = all(a.modules.keys() == layouts.keys() for a in adapters)
+    names = [name for name, layout in layouts.items() if not layout.slice]
+    parameters = sorted({layout.parameter for layout in layouts.values() if layout.slice})
+    listed = isinstance(first.target_modules, list) and bool(first.target_modules) == bool(names)
     if not (alike and same and listed):
-        where = dict.fromkeys(WHERE) | {"target_modules": _exactly(names)}
+        where = dict.fromkeys(WHERE) | {"target_modules": exactly(names)}
+        where["target_parameters"] = parameters or None
 
     def stated(field: str) -> object:
         return next((v for c in configs if (v := getattr(c, field))), None)
@@ -112,7 +131,7 @@ def _selection(config: AdapterConfig) -> dict[str, object]:
     return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def _exactly(names: Sequence[str]) -> list[str] | str:
+def exactly(names: Sequence[str]) -> list[str] | str:
     """`target_modules` for these modules and no others.
 
     PEFT takes a name in a list also for the end of a longer dotted name. Where an outermost module
@@ -130,57 +149,72 @@ def _ambiguous(names: Sequence[str]) -> list[str]:
     return sorted(endings.intersection(names))
 
 
-def keys(layout: Layout) -> tuple[str, str]:
-    """The names of A and B in the file."""
-    stem = f"{PREFIX}{layout.name}.lora_"
+def wrappers(layouts: Collection[Layout]) -> dict[str, str]:
+    """The paths of the wrappers that adapt these modules' parameters, by parameter. DomergeError
+    where nothing says how they lie in each other."""
+    owners: dict[str, dict[str, int]] = {}
+    for layout in layouts:
+        if layout.slice:
+            owner = owners.setdefault(owner_of(layout.parameter), {})
+            owner.setdefault(layout.parameter, layout.slice.depth)
+    return {p: path for owner, depths in owners.items() for p, path in _nested(owner, depths)}
+
+
+def _nested(owner: str, depths: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    if sorted(depths.values()) != [*range(len(depths))]:
+        # Not all adapters have all of them.
+        if (found := order([*depths])) is None:
+            names = ", ".join(map(repr, sorted(depths)))
+            problem = f"adapters adapt different ones of {names}, whose order no file says"
+            raise DomergeError(f"{problem}; merge adapters of the same parameters")
+        depths = {name: k for k, name in enumerate(reversed(found))}
+    for name, depth in depths.items():
+        yield name, f"{owner}{depth * BASE}"
+
+
+def keys(layout: Layout, path: str | None = None) -> tuple[str, str]:
+    """The names of A and B in the file. path: of the module or wrapper, if that is not its name."""
+    stem = f"{PREFIX}{path or layout.name}.lora_"
     if layout.kind == "embedding":
         return f"{stem}embedding_A", f"{stem}embedding_B"
     return f"{stem}A.weight", f"{stem}B.weight"
 
 
-def rank_fields(ranks: Mapping[str, int]) -> dict[str, object]:
-    """r, lora_alpha and the patterns for modules of these ranks: every scaling is 1.
-
-    PEFT tries every pattern on every module and matches it against the end of the name, so there
-    is one anchored pattern for each rank that is not r. r is the largest: servers size their memory
-    by it.
-    """
+def rank_fields(
+    ranks: Mapping[str, int], scales: Mapping[str, float] | None = None
+) -> dict[str, object]:
+    """r, lora_alpha and the patterns for modules of these ranks and scales, which are 1 where
+    nothing is said. r is the largest: servers size their memory by it; lora_alpha is what most
+    modules of that rank have."""
     largest = max(ranks.values())
-    members: dict[int, list[str]] = {}
-    for name, rank in ranks.items():
-        if rank != largest:
-            members.setdefault(rank, []).append(re.escape(name))
-    pattern = {f"^(?:{'|'.join(n)})": r for r, n in sorted(members.items())}
-    return {"r": largest, "lora_alpha": largest, "rank_pattern": pattern, "alpha_pattern": pattern}
+    alphas = {name: _alpha((scales or {}).get(name, 1.0), rank) for name, rank in ranks.items()}
+    counts = Counter(alphas[name] for name, rank in ranks.items() if rank == largest)
+    usual = counts.most_common(1)[0][0]
+    return {
+        "r": largest,
+        "lora_alpha": usual,
+        "rank_pattern": _pattern(ranks, largest),
+        "alpha_pattern": _pattern(alphas, usual),
+    }
 
 
-def notes(target: Target, ranks: Collection[int]) -> tuple[str, ...]:
-    """What whoever serves the adapter has to know. ranks: those of its modules in memory."""
-    rank = target.rank or max(ranks)
-    found = []
-    if target.ragged and len(set(ranks)) > 1:
-        found.append(
-            f"modules have ranks from {min(ranks)} to {rank} (ragged): llama.cpp and TensorRT-LLM "
-            "scale such adapters wrongly, SGLang refuses them"
-        )
-    if allowed := [r for r in VLLM_RANKS if r >= rank]:
-        found.append(f"written with rank {rank}: serve it with vLLM's --max-lora-rank {allowed[0]}")
-    else:
-        most = VLLM_RANKS[-1]
-        found.append(f"written with rank {rank}, vLLM serves {most} at most: --rank {most} cuts it")
-    if isinstance(target.config["target_modules"], str):
-        names = ", ".join(_ambiguous(list(target.layouts)))
-        found.append(
-            f"target_modules is a regular expression, which SGLang refuses: {names} ends the names "
-            "of other modules too"
-        )
-    if target.carried:
-        saved = some([key.removeprefix(PREFIX) for key in target.carried], 1)
-        found.append(
-            f"{saved}: saved whole, which SGLang does not load and vLLM refuses (but for "
-            "classifier and score)"
-        )
-    return tuple(found)
+def _alpha(scale: float, rank: int) -> float:
+    """alpha with alpha / rank = scale, to the bit where there is one; a whole number where it is
+    one."""
+    near = scale * rank
+    tried = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+    found = next((alpha for alpha in tried if alpha / rank == scale), near)
+    return int(found) if found == int(found) else found
+
+
+def _pattern(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """PEFT tries every pattern on every module and matches it against the end of the name, so there
+    is one anchored pattern for each value that is not the usual one."""
+    members: dict[float, list[str]] = {}
+    for name, value in values.items():
+        if value != usual:
+            members.setdefault(value, []).append(re.escape(name))
+    return {f"^(?:{'|'.join(names)})": x for x, names in sorted(members.items())}
 
 
 class PeftFolder(MergeFolder):
@@ -191,36 +225,59 @@ class PeftFolder(MergeFolder):
     def __init__(self, path: Path, target: Target, overwrite: bool, force: bool = False) -> None:
         super().__init__(path, target, overwrite, force, (*FILES, *tokenizer.FILES))
         self._ranks: dict[str, int] = {}
+        self._scales: dict[str, float] = {}
         self._shapes = dict(largest(target, target.rank))
+        self._wrappers = wrappers(target.layouts.values())
+        self._gathered = Gathered(target.layouts.values(), target.dtype)
+        numbered = any(layout.is_numbered for layout in target.layouts.values())
+        self.is_placed = target.rank is not None and not numbered
 
     def _open(self, folder: Path, files: contextlib.ExitStack) -> None:
-        self._writer = files.enter_context(SafetensorsWriter(folder / WEIGHTS, self._shapes))
+        if self.is_placed:  # of one rank, wherever they are added
+            for layout in self._target.layouts.values():
+                self._note(layout, self._target.rank or 0)
+        writer = SafetensorsWriter(
+            folder / WEIGHTS, self._shapes, placed=self.is_placed, attached=self.is_attached
+        )
+        self._writer = files.enter_context(writer)
 
     def add(self, name: str, a: Tensor, b: Tensor) -> None:
         """A [k, n] and B [m, k] of a module, with ΔW = B A."""
-        layout = self._target.layouts[name]
-        if self._target.rank is not None:
-            missing = self._target.rank - a.shape[0]
-            a, b = _longer(a, missing), _longer(b.T, missing).T
-        for key, tensor in zip(keys(layout), layout.stored(a, b)):
+        layout, rank = self._target.layouts[name], self._target.rank
+        if not layout.is_numbered:
+            a, b = self._target.padded(a, b)
+            self._write(layout, a, b, len(a))
+        elif pairs := self._gathered.add(layout, a, b):
+            assert layout.slice
+            rank = rank or max(len(a) for a, _ in pairs.values())
+            self._write(layout, *joined(pairs, layout.slice.count, rank), rank)
+
+    def _write(self, layout: Layout, a: Tensor, b: Tensor, rank: int) -> None:
+        for key, tensor in zip(keys(layout, self._wrappers.get(layout.key)), layout.stored(a, b)):
             self._writer.add(key, tensor.to(self._target.dtype))
-        self._ranks[name] = a.shape[0]
+        self._note(layout, rank)
+
+    def _note(self, layout: Layout, rank: int) -> None:
+        self._ranks[layout.key] = rank
+        self._scales[layout.key] = self._target.scale(layout.name)
 
     def finish(self, report: Report) -> None:
-        """Everything but the merged factors: carried tensors, tokenizer, config and card."""
-        for key, tensor in self._target.carried.items():
+        """Everything but the merged factors: modules of zeros, carried tensors, tokenizer, config
+        and card."""
+        for name in self._target.empty:
+            layout = self._target.layouts[name]
+            self.add(name, torch.zeros(1, math.prod(layout.inputs)), torch.zeros(layout.m, 1))
+        for key, tensor in (*self._target.carried.items(), *written(self._target)):
             self._writer.add_pieces(key, tensor)
         for file in self._target.copied:
             copy_file(file, self._folder / file.path.name)
-        self._write_json(CONFIG, dict(self._target.config) | rank_fields(self._ranks))
+        config = (
+            dict(self._target.config)
+            | rank_fields(self._ranks, self._scales)
+            | fields(self._target)
+        )
+        self._write_json(CONFIG, config)
         self._write_card(report)
-
-
-def _longer(x: Tensor, rows: int) -> Tensor:
-    """x with so many rows of zeros below it."""
-    if rows < 0:
-        raise AssertionError(f"a module has rank {len(x)}, more than was planned")
-    return torch.cat([x, x.new_zeros(rows, x.shape[1])]) if rows else x
 
 
 def largest(
@@ -228,20 +285,34 @@ def largest(
 ) -> Iterable[tuple[str, tuple[torch.dtype, tuple[int, ...]]]]:
     """The dtype and the largest shape of every tensor, by key. rank: of all modules, None: each
     one's own."""
-    for layout in target.layouts.values():
-        key_a, key_b = keys(layout)
-        rank_of, ones = rank or layout.largest_rank, (1,) * (len(layout.inputs) - 1)
-        yield key_a, (target.dtype, (rank_of, *layout.inputs))
-        yield key_b, (target.dtype, (layout.m, rank_of, *ones))
-    for key, tensor in target.carried.items():
+    paths = wrappers(target.layouts.values())
+    most: dict[str, int] = {}
+    for x in target.layouts.values():
+        most[x.key] = max(most.get(x.key, 0), x.largest_rank)
+    for layout in {x.key: x for x in target.layouts.values()}.values():
+        key_a, key_b = keys(layout, paths.get(layout.key))
+        count = layout.slice.count if layout.slice else 1
+        for key, shape in zip((key_a, key_b), layout.shapes(count * (rank or most[layout.key]))):
+            yield key, (target.dtype, shape)
+    for key, tensor in (*target.carried.items(), *written(target)):
         yield key, (tensor.dtype, tensor.shape)
 
 
-ADAPTER = Format(
-    "adapter",
+PEFT = Format(
+    "peft",
     "a PEFT folder: A and B of every module",
-    functools.partial(holds, file=WEIGHTS),
+    lambda path: has_file(path, WEIGHTS) or has_file(path, PICKLE),
     load_folder,
     PeftFolder,
-    notes=notes,
+    holds=Holds(
+        ranks=True,
+        whole=True,
+        convolutions=True,
+        embeddings=True,
+        experts=True,
+        biases=True,
+        rows=True,
+        scales=EACH,
+    ),
+    files=(CONFIG, WEIGHTS),
 )

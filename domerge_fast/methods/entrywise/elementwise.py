@@ -1,7 +1,7 @@
 """What the elementwise methods share: from a rule for entries to the merged ΔW of a module.
 
 Updates are made tile by tile (ops/entries.py), never T dense matrices. Thresholds are exact order
-statistics of |τ_i|: their 31 bits are counted in two passes, of a module or of the whole model.
+statistics of |τ_i| (thresholds.py), of a module or of the whole model.
 Cost: 2 m n R flops a pass over a module; one pass for the merge, two more for a threshold (three
 for two of them), one for rescaling to the L1 norm. Returns a dense ΔW, written as such or cut to
 rank k by randomized SVD.
@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ... import ops
 from ...adapters.plan import Stack
-from ...algebra.entry_rules import LOW_BITS, Draw, Election, Trim
-from ...errors import OptionError
+from ...algebra.entry_rules import Draw, Election, Trim
 from ...options import option
 from ..base import Dense, Merge, Method, ScaleRule, Settings
+from ..groups import Groups, Here
+from ..thresholds import Bands, Positions, bands
 
 __all__ = [
     "Rule",
@@ -62,10 +62,6 @@ def seed() -> int:
     return option(0, "of the random choices", low=0, high=2**63 - 1)
 
 
-Positions = Callable[[int], tuple[int, int]]
-"""Of N entries by ascending |τ|: the first and the last that are kept; first > last: none."""
-
-
 @dataclass(frozen=True)
 class Rule:
     """How a method treats every entry. positions: None to keep all, by size. rescale: nothing, by
@@ -99,14 +95,13 @@ def method(
 ) -> Method:
     """The row of a method that is a rule for entries: rule(options) -> Rule."""
 
-    def prepare(groups: Iterable[Sequence[Stack]], options: object, settings: Settings) -> Merge:
+    def prepare(groups: Groups[Sequence[Stack]], options: object, settings: Settings) -> Merge:
         found = rule(options)
-        bands: Bands | None = None
+        ends: Bands | None = None
         if found.whole and found.positions:
-            modules = _Flat(groups)
-            bands = _bands(modules, found.positions, settings.backend)
+            ends = bands(groups, found.positions, settings.backend, settings.counted)
         return lambda stacks, grams_a, grams_b, options, settings: [
-            Dense(_merged(s, found, bands, settings)) for s in stacks
+            Dense(_merged(s, found, ends, settings)) for s in stacks
         ]
 
     def merge(
@@ -117,7 +112,7 @@ def method(
         settings: Settings,
     ) -> list[Dense]:
         """Of a model that consists of these modules."""
-        prepared = prepare([stacks], options, settings)
+        prepared = prepare(Here([stacks]), options, settings)
         return prepared(stacks, grams_a, grams_b, options, settings)  # type: ignore[return-value]
 
     return Method(
@@ -135,26 +130,12 @@ def method(
     )
 
 
-Bands = dict[int, tuple[float, float]]
-"""The least and the largest |τ_i| that is kept, by the adapter's position in the plan."""
-
-
-@dataclass(frozen=True)
-class _Flat:
-    """The modules of groups, one after the other, as often as they are wanted."""
-
-    groups: Iterable[Sequence[Stack]]
-
-    def __iter__(self) -> Iterator[Stack]:
-        return (stack for group in self.groups for stack in group)
-
-
-def _merged(stack: Stack, rule: Rule, bands: Bands | None, settings: Settings) -> Tensor:
-    if bands is None and rule.positions:
-        bands = _bands([stack], rule.positions, settings.backend)
+def _merged(stack: Stack, rule: Rule, ends: Bands | None, settings: Settings) -> Tensor:
+    if ends is None and rule.positions:
+        ends = bands(Here([[stack]]), rule.positions, settings.backend, settings.counted)
     divided = rule.rescale == "probability"
-    ends = [bands[i] if bands else (0.0, math.inf) for i in stack.adapters]
-    trims = [Trim(*band, rule.keep, rule.spread, rescale=divided) for band in ends]
+    own = [ends[i] if ends else (0.0, math.inf) for i in stack.adapters]
+    trims = [Trim(*band, rule.keep, rule.spread, rescale=divided) for band in own]
     draw = Draw(rule.seed, zlib.crc32(stack.name.encode()), stack.adapters)
     if rule.rescale == "norm":
         sums = ops.entry_sums(stack.a, stack.b, trims, draw, backend=settings.backend)
@@ -175,56 +156,3 @@ def _merged(stack: Stack, rule: Rule, bands: Bands | None, settings: Settings) -
 
 def _gain(before: float, after: float, least: float) -> float:
     return before / after if min(before, after) >= least else 1.0
-
-
-def _bands(stacks: Iterable[Stack], positions: Positions, backend: str) -> Bands:
-    """Over all entries of the stacks, which are gone through two or three times."""
-    upper = _counts(stacks, None, backend)
-    totals = {i: int(row.sum()) for i, row in upper.items()}
-    wanted = {i: positions(count) for i, count in totals.items()}
-    low = _values(stacks, upper, {i: min(w[0], totals[i] - 1) for i, w in wanted.items()}, backend)
-    high = dict.fromkeys(totals, math.inf)
-    if any(last < totals[i] - 1 for i, (_, last) in wanted.items()):
-        high = _values(stacks, upper, {i: max(w[1], 0) for i, w in wanted.items()}, backend)
-    return {
-        i: (low[i], high[i]) if first <= last else (math.inf, math.inf)
-        for i, (first, last) in wanted.items()
-    }
-
-
-def _counts(
-    stacks: Iterable[Stack], prefixes: dict[int, int] | None, backend: str
-) -> dict[int, Tensor]:
-    """Counts of the upper bits, or of the lower ones behind a prefix, by adapter."""
-    found: dict[int, Tensor] = {}
-    power: int | None = None
-    for s in stacks:
-        if power not in (None, sum(s.powers)):
-            problem = f"module {s.name!r} is larger or smaller than others beyond float32"
-            raise OptionError("scope", problem, "seek the largest entries in each tensor")
-        power = sum(s.powers)
-        chosen = None if prefixes is None else [prefixes[i] for i in s.adapters]
-        counts = ops.entry_counts(s.a, s.b, chosen, backend=backend).cpu()
-        for i, row in zip(s.adapters, counts):
-            found[i] = found[i] + row if i in found else row
-    return found
-
-
-def _values(
-    stacks: Iterable[Stack], upper: dict[int, Tensor], at: dict[int, int], backend: str
-) -> dict[int, float]:
-    """The |τ_i| at position at[i] of the ascending ones."""
-    places = {i: _place(row, at[i]) for i, row in upper.items()}
-    lower = _counts(stacks, {i: prefix for i, (prefix, _) in places.items()}, backend)
-    values = {}
-    for i, (prefix, rest) in places.items():
-        bits = prefix << LOW_BITS | _place(lower[i], rest)[0]
-        values[i] = float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
-    return values
-
-
-def _place(counts: Tensor, position: int) -> tuple[int, int]:
-    """The bin that holds a position, and the position within the bin."""
-    before = counts.cumsum(0)
-    at = int(torch.searchsorted(before, position, right=True))
-    return at, position - (int(before[at - 1]) if at else 0)

@@ -13,7 +13,7 @@ inner method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,10 @@ from ...adapters.plan import Stack
 from ...algebra.full_precision import full_precision
 from ...algebra.roots import column_norms, root
 from ...algebra.side import Side
-from ..base import Dense, Factors, Merge, Merged, Settings
+from ..base import Dense, Factors, Made, Merge, Settings
+from ..groups import Groups
 from ..running import prepared
-from ..side_report import SideReport
+from ..side_report import SideReports
 from ..weighted.combination import of_stacks
 
 __all__ = ["Apart", "apart", "prepare"]
@@ -39,8 +40,8 @@ class Apart:
 
     stack: Stack
     magnitudes: Tensor
-    norms: Sequence[float]
-    reports: tuple[SideReport | None, SideReport | None]
+    norms: Sequence[Sequence[float]]
+    reports: tuple[SideReports | None, SideReports | None]
 
 
 TakeApart = Callable[
@@ -49,36 +50,34 @@ TakeApart = Callable[
 """(stacks, grams_a, grams_b) -> every stack's directions and magnitudes."""
 
 
-@full_precision()
 def apart(
-    stack: Stack, a: Tensor, bt: Tensor, reports: tuple[SideReport | None, SideReport | None]
+    stack: Stack, a: Tensor, bt: Tensor, reports: tuple[SideReports | None, SideReports | None]
 ) -> Apart:
     """Of the factors A [R, n] and B^T [R, m] that take the place of the stack's."""
-    ranks = list(stack.a.ranks)
+    ranks, dtype = list(stack.a.ranks), full_precision(a.device)
     rows, columns = a.split_with_sizes(ranks), bt.split_with_sizes(ranks)
     roots = (root(c.double() @ c.double().T) for c in columns)
-    magnitudes = torch.stack([column_norms(r, block) for r, block in zip(roots, rows)])
+    sizes = torch.stack([column_norms(r, block.to(dtype)) for r, block in zip(roots, rows)])
+    magnitudes = sizes.float()
     inverse = torch.where(magnitudes > 0, 1 / magnitudes, 0.0)
     ones = (1.0,) * len(ranks)
     directions = Stack(
-        stack.name,
+        stack.names,
         stack.adapters,
         Side(tuple(r * c for r, c in zip(rows, inverse)), ones),
         Side(columns, ones),
         stack.omegas,
     )
-    shares = torch.tensor(stack.omegas).abs().to(magnitudes)
+    shares = torch.tensor(stack.omegas).abs().to(sizes)
     norms = magnitudes.double().norm(dim=1).tolist()
-    return Apart(directions, shares @ magnitudes, norms, reports)
+    return Apart(directions, (shares @ sizes).float(), [norms], reports)
 
 
-def prepare(
-    groups: Callable[[], Iterator[list[Stack]]], take_apart: TakeApart, settings: Settings
-) -> Merge:
+def prepare(groups: Groups[Sequence[Stack]], take_apart: TakeApart, settings: Settings) -> Merge:
     """The merge by `settings.inner`. groups: the directions of the whole model."""
     assert settings.inner
     plain = Settings(1.0, torch.float32, settings.backend, rank=settings.rank)
-    inner = prepared(settings.inner, _Again(groups), plain)
+    inner = prepared(settings.inner, groups, plain)
 
     def merge(
         stacks: Sequence[Stack],
@@ -86,7 +85,7 @@ def prepare(
         grams_b: Sequence[Tensor | None],
         options: object,
         settings: Settings,
-    ) -> Merged:
+    ) -> Made:
         parts = take_apart(stacks, grams_a, grams_b)
         given = [x.stack for x in parts]
         merged = inner(given, plain)
@@ -95,16 +94,6 @@ def prepare(
         return [_together(x, m, gain) for x, m, gain in zip(parts, merged, gains)]
 
     return merge
-
-
-@dataclass(frozen=True)
-class _Again:
-    """An iterable that starts once more for every pass."""
-
-    start: Callable[[], Iterator[list[Stack]]]
-
-    def __iter__(self) -> Iterator[list[Stack]]:
-        return self.start()
 
 
 def _sums(stacks: Sequence[Stack], backend: str) -> list[float]:
@@ -116,7 +105,7 @@ def _sums(stacks: Sequence[Stack], backend: str) -> list[float]:
     return found
 
 
-def _norms(merged: Merged, backend: str) -> list[float]:
+def _norms(merged: Made, backend: str) -> list[float]:
     """||ΔW||_F of merges."""
     factors = [x for x in merged if isinstance(x, Factors)]
     sides = [Side((x.a,), (1.0,)) for x in factors]

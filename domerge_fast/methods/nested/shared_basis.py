@@ -8,8 +8,8 @@ again, K_B x K_A instead of m x n large, so that the inner method is any method 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ...adapters.plan import Stack
 from ...algebra.side import Side
 from ...errors import FlatCut
 from ..base import (
+    Based,
     Chosen,
     Dense,
     Factors,
@@ -29,6 +30,7 @@ from ..base import (
     Settings,
     bare_sides,
 )
+from ..groups import Groups, Here, Through
 from ..running import Run, prepared
 from ..spectral import space
 
@@ -43,13 +45,19 @@ coordinates."""
 def method(name: str, summary: str, options: type, spectra: Spectra, **row: Any) -> Method:
     """The row of a method that merges in the bases that `spectra` gives."""
 
-    def prepare(groups: Iterable[Sequence[Stack]], options: Any, settings: Settings) -> Merge:
+    def basis(stacks: Sequence[Stack], options: Any, settings: Settings) -> list[Based]:
+        return _reduce(name, stacks, spectra, options, settings)
+
+    def prepare(groups: Groups[Sequence[Stack]], options: Any, settings: Settings) -> Merge:
         assert settings.inner
 
-        def reduce(stacks: Sequence[Stack]) -> list[_Small]:
-            return _reduce(name, stacks, spectra, options, settings)
+        def reduce(stacks: Sequence[Stack]) -> list[Based]:
+            return basis(stacks, options, settings)
 
-        inner = prepared(settings.inner, _Reduced(groups, reduce), settings)
+        based: Groups[Sequence[Stack]] = Through(
+            groups, lambda stacks: [x.stack for x in reduce(stacks)]
+        )
+        inner = prepared(settings.inner, based, settings)
         return lambda stacks, grams_a, grams_b, options, settings: _merge(
             inner, reduce(stacks), stacks, settings
         )
@@ -62,7 +70,9 @@ def method(name: str, summary: str, options: type, spectra: Spectra, **row: Any)
         settings: Settings,
     ) -> list[Factors]:
         """Of a model that consists of these modules."""
-        found = prepare([stacks], options, settings)(stacks, grams_a, grams_b, options, settings)
+        found = prepare(Here([stacks]), options, settings)(
+            stacks, grams_a, grams_b, options, settings
+        )
         return [x for x in found if isinstance(x, Factors)]
 
     return Method(
@@ -71,6 +81,7 @@ def method(name: str, summary: str, options: type, spectra: Spectra, **row: Any)
         options,
         merge,
         inner="inner",
+        basis=basis,
         prepare=prepare,
         own_scale=None,
         rule=_inner_rule,
@@ -83,33 +94,11 @@ def _inner_rule(options: Any, inner: Chosen | None) -> ScaleRule:
     return inner.rule if inner else ScaleRule()
 
 
-@dataclass(frozen=True, eq=False)
-class _Small:
-    """A module in the basis: its stack, and E_A [K_A, R] (None: V = I), E_B [K_B, R] with
-    V^T = E_A A and U^T = E_B B^T (B without scalings)."""
-
-    stack: Stack
-    to_a: Tensor | None
-    to_b: Tensor
-
-
-@dataclass(frozen=True)
-class _Reduced:
-    """The stacks of groups in their bases, as often as they are wanted."""
-
-    groups: Iterable[Sequence[Stack]]
-    reduce: Callable[[Sequence[Stack]], list[_Small]]
-
-    def __iter__(self) -> Iterator[list[Stack]]:
-        for group in self.groups:
-            yield [x.stack for x in self.reduce(group)]
-
-
 def _reduce(
     name: str, stacks: Sequence[Stack], spectra: Spectra, options: Any, settings: Settings
-) -> list[_Small]:
+) -> list[Based]:
     """name: of the method, for its errors."""
-    found: dict[int, _Small] = {}
+    found: dict[int, Based] = {}
     for members, x, to_a, to_b in space.in_coordinates(stacks, settings.backend):
         gains = torch.tensor([_scalings(stacks[k]) for k in members], dtype=torch.float64)
         b = gains[..., None].to(x.bare) * x.bare
@@ -125,7 +114,7 @@ def _reduce(
             if turns_a is not None:
                 small = replace(small, a=_side(x.a[p] @ turns_a[p], x.ranks))
                 basis = (turns_a[p].T @ to_a[p]).float()
-            found[k] = _Small(small, basis, (turns_b[p].T @ to_b[p]).float())
+            found[k] = Based(small, basis, (turns_b[p].T @ to_b[p]).float())
     return [found[k] for k in range(len(stacks))]
 
 
@@ -146,7 +135,7 @@ def _bases(energies: Tensor) -> list[Tensor]:
 
 
 def _merge(
-    inner: Run, small: Sequence[_Small], stacks: Sequence[Stack], settings: Settings
+    inner: Run, small: Sequence[Based], stacks: Sequence[Stack], settings: Settings
 ) -> list[Factors]:
     merged = inner([x.stack for x in small], replace(settings, dtype=torch.float32))
     pairs = [_thin(m) for m in merged]

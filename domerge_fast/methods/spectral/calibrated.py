@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from ...adapters.plan import Stack
 from ...algebra.side import Side
-from .. import running
+from ..applying import factors
 from ..base import Factors, Found, Settings
 from ..contract import Coefficients
 from . import space, svc
@@ -23,15 +23,15 @@ __all__ = ["find", "make"]
 def find(
     stacks: Sequence[Stack], merged: Sequence[Factors], settings: Settings
 ) -> list[Coefficients]:
-    """Of the stacks with their merges."""
+    """Of the stacks, of one module each, with their merges."""
     found: dict[int, Coefficients] = {}
     together = beside(stacks, merged)
     for members, x, to_a, to_b in space.in_coordinates(together, settings.backend):
         *tasks, (b, a) = x.tasks()
-        left, right, *measured = svc.measured(tasks, b.mT, a)
-        for p, k in enumerate(members):
-            more = measured[0][p], measured[1][p]
-            found[k] = space.balanced(left[p], right[p], to_a[p], to_b[p], measured=more)
+        left, right, strengths, overlaps = svc.measured(tasks, b.mT, a)
+        one = space.balanced(left, right, to_a, to_b)
+        one = dataclasses.replace(one, strengths=strengths, overlaps=overlaps).settled()
+        found |= {k: one.of_modules(slice(p, p + 1)) for p, k in enumerate(members)}
     return [found[k] for k in range(len(stacks))]
 
 
@@ -43,7 +43,7 @@ def make(
 ) -> list[Factors]:
     """λ times the calibrated merges, with the reports of those given, which are at λ = 1."""
     known = [x for x in found if isinstance(x, Coefficients)]
-    new = running.factors(beside(stacks, merged), known, settings, bare=True)
+    new = factors(beside(stacks, merged), known, settings, bare=True)
     return [dataclasses.replace(f, a=x.a, b=x.b) for f, x in zip(merged, new)]
 
 

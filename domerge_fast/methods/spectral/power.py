@@ -31,7 +31,8 @@ def field() -> Any:
 def raised(s: Tensor, power: float) -> Tensor:
     """g s^p of singular values s [P, q]."""
     size = s.norm(dim=1, keepdim=True)
-    values = torch.where(s > NOISE * size, s**power, 0.0)
+    present = s > NOISE * size
+    values = torch.where(present, s.where(present, 1.0) ** power, 0.0)
     norm = values.norm(dim=1, keepdim=True)
     return torch.where(norm > 0, size / norm, 0.0) * values
 

@@ -8,7 +8,6 @@ strongest directions alone, as the spectral norm does.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -26,34 +25,37 @@ TINY = 1e-300
 
 
 def schatten(gram_b: Tensor, gram_a: Tensor, order: int) -> Tensor:
-    """||B A||_Sq [P] from B^T B and A A^T [P, k, k] in float64, for an even order q.
+    """||B A||_Sq [P] in float64 from B^T B and A A^T [P, k, k], for an even order q.
 
-    Divided by the trace first, G has no eigenvalue above 1. Cost: log2(q) products of k x k.
+    Divided by the trace first, G has no eigenvalue above 1. Cost: log2(q) products of k x k, in
+    the dtype of the Grams; none for q = 2.
     """
+    if order == 2:
+        return (gram_b * gram_a).sum((1, 2), dtype=torch.float64).clamp_min(0).sqrt()
     product = gram_b @ gram_a
     trace = _trace(product).clamp_min(0)
-    product = product * torch.where(trace > 0, 1 / trace, 0.0)[:, None, None]
+    product *= torch.where(trace > 0, 1 / trace, 0.0)[:, None, None].to(product)
     sums = _trace_of_power(product, order // 2).clamp_min(0)
     return trace.sqrt() * sums ** (1 / order)
 
 
-def of_adapters(
-    grams_a: Sequence[Tensor], grams_b: Sequence[Tensor], ranks: Sequence[int], order: int
-) -> Tensor:
+def of_adapters(grams_a: Tensor, grams_b: Tensor, ranks: Sequence[int], order: int) -> Tensor:
     """||B_i A_i||_Sq [P, T] of adapters of these ranks, from the diagonal blocks [r_i, r_i] of
-    both Grams of P modules: packed one after the other, as `ops.block_gram` has them."""
-    a, b = (torch.stack(list(x)).split([r * r for r in ranks], 1) for x in (grams_a, grams_b))
-    found = [
-        schatten(y.unflatten(1, (r, r)), x.unflatten(1, (r, r)), order)
-        for x, y, r in zip(a, b, ranks)
-    ]
-    return torch.stack(found, 1)
+    both Grams of P modules, [P, sum r_i^2]: one after the other, as `ops.block_gram` has them."""
+    a, b = (x.split([r * r for r in ranks], 1) for x in (grams_a, grams_b))
+    found = a[0].new_empty(len(ranks), len(grams_a), dtype=torch.float64)
+    for r in {*ranks}:
+        at = [i for i, rank in enumerate(ranks) if rank == r]
+        x, y = (torch.cat([side[i] for i in at]).unflatten(1, (r, r)) for side in (a, b))
+        found[at] = schatten(y, x, order).view(len(at), -1)
+    return found.T
 
 
-def packed(gram: Tensor, ranks: Sequence[int]) -> Tensor:
-    """The diagonal blocks [r_i, r_i] of a Gram [R, R], one after the other."""
-    ends = list(itertools.accumulate(ranks))
-    return torch.cat([gram[e - r : e, e - r : e].flatten() for e, r in zip(ends, ranks)])
+def packed(gram: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """The diagonal blocks [r_i, r_i] of a Gram [..., R, R], one after the other."""
+    rows = gram.split(ranks, -2)
+    blocks = [x.split(ranks, -1)[k].flatten(-2) for k, x in enumerate(rows)]
+    return torch.cat(blocks, -1)
 
 
 def of_triplets(left: Tensor, right: Tensor, order: int) -> Tensor:
@@ -93,7 +95,7 @@ def _trace_of_power(x: Tensor, power: int) -> Tensor:
         return _trace(x)
     half = _power(x, power // 2)
     rest = half if power % 2 == 0 else half @ x
-    return (half * rest.mT).sum((1, 2))
+    return (half * rest.mT).sum((1, 2), dtype=torch.float64)
 
 
 def _power(x: Tensor, power: int) -> Tensor:
@@ -104,4 +106,4 @@ def _power(x: Tensor, power: int) -> Tensor:
 
 
 def _trace(x: Tensor) -> Tensor:
-    return x.diagonal(dim1=1, dim2=2).sum(1)
+    return x.diagonal(dim1=1, dim2=2).sum(1, dtype=torch.float64)

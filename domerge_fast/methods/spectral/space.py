@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...adapters.plan import Stack
+from ...algebra import derivatives
 from ..base import Method, wide_grams
-from ..contract import Batch, Coefficients, Needs, State, alike, batch
+from ..contract import Batch, Coefficients, Needs, State, batched
 from . import schatten, svc
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "method",
     "norm",
     "polar",
+    "pseudoinverse",
     "svd",
 ]
 
@@ -90,7 +93,7 @@ def method(name: str, summary: str, options: type, core: Core, **row: Any) -> Me
     row.setdefault("cost", "two reads, R x R decompositions")
     row.setdefault("takes", lambda options: NEEDS)
     found = functools.partial(coefficients, core)
-    return Method(name, summary, options, coefficients=found, **row)
+    return Method(name, summary, options, coefficients=found, core=core, **row)
 
 
 def norm(b: Tensor, a: Tensor) -> Tensor:
@@ -104,13 +107,14 @@ def svd(b: Tensor, a: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Triplets with a singular value of at most NOISE times size [P] are zero. q is the least of r,
     K_B and K_A.
     """
-    if b.shape[1] < min(b.shape[2], a.shape[2]):
+    wanted = b.requires_grad or a.requires_grad
+    if b.shape[1] < min(b.shape[2], a.shape[2]) and not wanted:
         q_b, r_b = torch.linalg.qr(b.mT)
         q_a, r_a = torch.linalg.qr(a.mT)
         u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
         u, v = q_b @ u, q_a @ vh.mT
     else:
-        u, s, vh = torch.linalg.svd(b.mT @ a, full_matrices=False)
+        u, s, vh = derivatives.svd(b.mT @ a)
         v = vh.mT
     present = s > NOISE * size[:, None]
     return u * present[:, None], s * present, v * present[:, None]
@@ -118,8 +122,16 @@ def svd(b: Tensor, a: Tensor, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def polar(x: Tensor) -> Tensor:
     """orth(X) = (X X^T)^(-1/2) X of X [P, K, q], on its support; zero columns stay zero."""
-    values, vectors = torch.linalg.eigh(x @ x.mT)
-    return vectors @ (inverse(values).sqrt()[..., None] * (vectors.mT @ x))
+    given = x.detach()
+    values, vectors = torch.linalg.eigh(given @ given.mT)
+    made = vectors @ (inverse(values).sqrt()[..., None] * (vectors.mT @ given))
+    return derivatives.polar(x, made, SUPPORT)
+
+
+def pseudoinverse(gram: Tensor) -> Tensor:
+    """Of symmetric positive semidefinite [P, K, K], on its support."""
+    values, vectors = torch.linalg.eigh(gram.detach())
+    return derivatives.inverted(gram, (vectors * inverse(values)[:, None]) @ vectors.mT)
 
 
 def inverse(values: Tensor) -> Tensor:
@@ -135,63 +147,41 @@ def level(s: Tensor) -> Tensor:
 
 
 def coefficients(
-    core: Core, grams: Batch, state: State, weights: Sequence[Sequence[float]], options: Any
-) -> list[Coefficients]:
-    """What `core` makes of every module."""
+    core: Core, grams: Batch, state: State, weights: Tensor, options: Any
+) -> Coefficients:
+    """What `core` makes of the modules."""
     x, to_a, to_b = coordinates(grams, weights)
     left, right = core(x, options)
-    measured = None
+    strengths = overlaps = None
     if state.calibrated:
-        left, right, *measured = svc.measured(x.tasks(), left, right)
-    sizes = [None] * len(left)
-    if state.order:
-        sizes = schatten.of_triplets(left, right, state.order).tolist()
-    found = []
-    for p, size in enumerate(sizes):
-        more = (measured[0][p], measured[1][p]) if measured else None
-        found.append(balanced(left[p], right[p], to_a[p], to_b[p], size, more))
-    return found
+        left, right, strengths, overlaps = svc.measured(x.tasks(), left, right)
+    found = balanced(left, right, to_a, to_b)
+    sizes = schatten.of_triplets(left, right, state.order).tolist() if state.order else None
+    return replace(found, sizes=sizes, strengths=strengths, overlaps=overlaps)
 
 
-def balanced(
-    left: Tensor,
-    right: Tensor,
-    to_a: Tensor,
-    to_b: Tensor,
-    size: float | None = None,
-    measured: tuple[Tensor, Tensor] | None = None,
-) -> Coefficients:
-    """Q_B left right Q_A^T of a module, in float32: what is kept of it until it is applied.
-    measured: its s_i^r and overlaps, where it is in singular triplets."""
-    kept, columns, rows = _balanced(left, right)
-    a, b = (rows @ to_a).float(), (columns @ to_b).float()
-    if measured is None:
-        return Coefficients(size, a=a, b=b)
-    strengths, overlaps = measured
-    return Coefficients(size, overlaps, a=a, b=b, strengths=strengths[:, kept])
+def balanced(left: Tensor, right: Tensor, to_a: Tensor, to_b: Tensor) -> Coefficients:
+    """Q_B left right Q_A^T of modules, in float32: what is kept of it until it is applied."""
+    columns, rows = _balanced(left, right)
+    return Coefficients(a=(rows @ to_a).float(), b=(columns @ to_b).float())
 
 
-def coordinates(
-    grams: Batch, weights: Sequence[Sequence[float]]
-) -> tuple[Coordinates, Tensor, Tensor]:
-    """The modules' coordinates, and E_A, E_B [P, K, R] with Q_A^T = E_A A and Q_B^T = E_B B^T (B
-    without scalings)."""
+def coordinates(grams: Batch, weights: Tensor) -> tuple[Coordinates, Tensor, Tensor]:
+    """The modules' coordinates for weights [P, T], and E_A, E_B [P, K, R] with Q_A^T = E_A A and
+    Q_B^T = E_B B^T (B without scalings)."""
     a, to_a = _side(grams.a, grams.sides[0])
     b, to_b = _side(grams.b, grams.sides[1])
-    rows = [_gains(*pair, grams.ranks) for pair in zip(weights, grams.scales)]
-    gains = torch.tensor(rows, dtype=torch.float64)
-    return Coordinates(a, b, gains[..., None].to(b.device), grams.ranks), to_a, to_b
+    gains = grams.of_rows(weights * grams.scales)[..., None]
+    return Coordinates(a, b, gains.to(b.device), grams.ranks), to_a, to_b
 
 
 def in_coordinates(
     stacks: Sequence[Stack], backend: str
-) -> Iterator[tuple[list[int], Coordinates, Tensor, Tensor]]:
-    """Batches of positions of stacks with their `coordinates`."""
-    grams_a, grams_b = wide_grams(stacks, backend)
-    for members in alike(stacks):
-        chosen = [stacks[k] for k in members]
-        grams = batch(chosen, [grams_a[k] for k in members], [grams_b[k] for k in members])
-        yield members, *coordinates(grams, [s.weights for s in chosen])
+) -> Iterator[tuple[Sequence[int], Coordinates, Tensor, Tensor]]:
+    """Batches of positions of stacks of one module with their `coordinates`."""
+    for members, grams, weights in batched(stacks, *wide_grams(stacks, backend)):
+        for at in grams.parts:
+            yield members[at], *coordinates(grams.part(at), weights[at])
 
 
 def _side(grams: Tensor, d: int) -> tuple[Tensor, Tensor]:
@@ -210,22 +200,27 @@ def _side(grams: Tensor, d: int) -> tuple[Tensor, Tensor]:
     return x, (unit * vectors * scales).mT
 
 
-def _gains(weights: Sequence[float], scales: Sequence[float], ranks: Sequence[int]) -> list[float]:
-    """w_i s_i of every row."""
-    return [w * scale for w, scale, rank in zip(weights, scales, ranks) for _ in range(rank)]
+def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """left^T [P, q, K_B] and right [P, q, K_A] of the same products, with directions of equal norms
+    on both sides: zeros where one is zero, and no more others than the smaller of K_A and K_B."""
+    left, right = _uncrowded(left, right)
+    norms = left.norm(dim=1)[..., None], right.norm(dim=2)[..., None]
+    live = norms[0] * norms[1] > 0
+    ratio = torch.where(live, norms[1] / norms[0], 1.0).sqrt()
+    return ratio * left.mT * live, right / ratio * live
 
 
-def _balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Which directions are kept, and left^T [q, K_B] and right [q, K_A] of the same product and
-    with directions of equal norms on both sides: none of norm zero (one, where all are), and at
-    most the smaller of K_A and K_B."""
-    norms = left.norm(dim=0), right.norm(dim=1)
-    kept = (norms[0] * norms[1] > 0).nonzero().flatten()
-    count, columns = len(left), right.shape[1]
-    if len(kept) > min(count, columns):
-        product, identity = left @ right, torch.eye(min(count, columns)).to(left)
-        return _balanced(*((product, identity) if columns < count else (identity, product)))
-    if not len(kept):
-        return kept.new_zeros(1), torch.zeros_like(left.mT[:1]), torch.zeros_like(right[:1])
-    ratio = (norms[1] / norms[0]).sqrt()[kept, None]
-    return kept, ratio * left.mT[kept], right[kept] / ratio
+def _uncrowded(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same products, of modules with more directions than there can be as the product beside a
+    unit matrix."""
+    count, columns = left.shape[1], right.shape[2]
+    most, given = min(count, columns), left.shape[2]
+    if given <= most:
+        return left, right
+    crowded = ((left.norm(dim=1) * right.norm(dim=2) > 0).sum(1) > most)[:, None, None]
+    if not bool(crowded.any()):
+        return left, right
+    product, unit = left @ right, torch.eye(most).to(left).expand(len(left), -1, -1)
+    pair = (product, unit) if columns < count else (unit, product)
+    whole = pad(pair[0], (0, given - most)), pad(pair[1], (0, 0, 0, given - most))
+    return torch.where(crowded, whole[0], left), torch.where(crowded, whole[1], right)

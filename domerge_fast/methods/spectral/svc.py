@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ...algebra import derivatives
 from ...errors import DomergeError
 from ..base import ScaleRule
 
@@ -53,7 +54,7 @@ def measured(
         size = (of_b * (gram @ of_b)).sum(1)
         own = ((b @ b.mT) * gram).sum((1, 2))
         present = size > NOISE**2 * own[:, None]
-        strengths.append(torch.where(present, s * along / size, 0.0))
+        strengths.append(torch.where(present, s * along / size.where(present, 1.0), 0.0))
         overlaps.append(torch.stack([(s * along).sum(1), own], 1))
     return u * s[:, None], v.mT, torch.stack(strengths, 1), torch.stack(overlaps, 2)
 
@@ -73,9 +74,9 @@ def projection(overlaps: Sequence[Sequence[tuple[float, float]]]) -> float:
 
 
 def gains(strengths: Tensor, mean: float) -> Tensor:
-    """What every σ_r is multiplied by, [q, 1], for the s_i^r [T, q] of a module."""
-    adapters = len(strengths)
-    return (adapters / (strengths / mean).clamp_min(1).sum(0) / mean)[:, None]
+    """What every σ_r is multiplied by, [.., q, 1], for the s_i^r [.., T, q] of a module."""
+    adapters = strengths.shape[-2]
+    return (adapters / (strengths / mean).clamp_min(1).sum(-2) / mean)[..., None]
 
 
 def _triplets(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,13 +86,13 @@ def _triplets(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     they are taken as they are; each module is looked at by itself.
     """
     lengths = left.norm(dim=1), right.norm(dim=2)
-    u = left * torch.where(lengths[0] > 0, 1 / lengths[0], 0.0)[:, None]
-    v = right.mT * torch.where(lengths[1] > 0, 1 / lengths[1], 0.0)[:, None]
+    inverse = [torch.where(x > 0, 1 / x.where(x > 0, 1.0), 0.0)[:, None] for x in lengths]
+    u, v = left * inverse[0], right.mT * inverse[1]
     s = lengths[0] * lengths[1]
     plain = _apart(u) & _apart(v)
     if not bool(plain.all()):
         size = torch.linalg.matrix_norm(left) * torch.linalg.matrix_norm(right)
-        whole = torch.linalg.svd(left @ right, full_matrices=False)
+        whole = derivatives.svd(left @ right)
         present = whole[1] > NOISE * size[:, None]
         found = whole[0] * present[:, None], whole[1] * present, whole[2].mT * present[:, None]
         u, s, v = (_chosen(plain, x, y) for x, y in zip((u, s, v), found))

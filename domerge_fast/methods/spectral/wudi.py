@@ -33,12 +33,12 @@ def core(x: space.Coordinates, options: WudiOptions) -> tuple[Tensor, Tensor]:
     reads = options.ridge * present
     sums = options.ridge * (x.b.mT @ x.a)
     for (b, a), norm in zip(x.tasks(), x.norms.T):
-        share = torch.where(norm > 0, 1 / norm.square(), 0.0)[:, None, None]
+        there = norm > 0
+        share = torch.where(there, norm.where(there, 1.0) ** -2, 0.0)[:, None, None]
         half = share * (b @ b.mT) @ a
         reads = reads + a.mT @ half
         sums = sums + b.mT @ (a @ a.mT) @ half
-    values, vectors = torch.linalg.eigh(reads)
-    return (sums @ vectors * space.inverse(values)[:, None]) @ vectors.mT, present
+    return sums @ space.pseudoinverse(reads), present
 
 
 METHOD = space.method(

@@ -8,6 +8,7 @@ from . import (
     equalize,
     norm_match,
     orthogonalize,
+    osrm_project,
     pico,
     smooth,
     subspace_boost,
@@ -17,6 +18,8 @@ from .base import PostStep, PreStep
 __all__ = ["POST", "PRE"]
 
 PRE = Registry(
-    "pre", PreStep, (m.STEP for m in (orthogonalize, pico, canonicalize, equalize, smooth))
+    "pre",
+    PreStep,
+    (m.STEP for m in (orthogonalize, pico, canonicalize, equalize, smooth, osrm_project)),
 )
 POST = Registry("post", PostStep, (m.STEP for m in (subspace_boost, norm_match)))

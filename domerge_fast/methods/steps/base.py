@@ -7,9 +7,22 @@ from dataclasses import dataclass
 
 from ...adapters.plan import Stack
 from ...registry import usable
+from ...storage.features_file import FeaturesFile
 from ..base import Factors, Settings
 
-__all__ = ["PostStep", "PreStep", "alike"]
+__all__ = ["Beside", "PostStep", "PreStep", "Run", "alike"]
+
+Run = Callable[[Sequence[Stack], Settings], list[Stack]]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a merge is given beside factors. names: of its adapters. features: what layers are given
+    by task; energy: the share of that which is meant, None for the step's own."""
+
+    names: tuple[str, ...]
+    features: FeaturesFile | None = None
+    energy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -17,13 +30,22 @@ class PreStep:
     """A row of `PRE`.
 
     run(stacks, settings) -> stacks of the same modules, adapters, ranks and weights in the same
-    order, with other updates. Blocks that it makes are float32.
+    order, with other updates. Blocks that it makes are float32. of(beside) -> run, for a step that
+    needs what a merge is given besides, in place of it.
     """
 
     name: str
     summary: str
-    run: Callable[[Sequence[Stack], Settings], list[Stack]]
+    run: Run | None = None
     why_not: Callable[[], str | None] = usable
+    of: Callable[[Beside], Run] | None = None
+
+    def bound(self, beside: Beside) -> Run:
+        """What it does in one merge. OptionError where that lacks what it needs."""
+        if self.of:
+            return self.of(beside)
+        assert self.run
+        return self.run
 
 
 @dataclass(frozen=True)

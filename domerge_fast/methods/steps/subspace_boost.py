@@ -33,7 +33,8 @@ def run(stacks: Sequence[Stack], merged: Sequence[Factors], settings: Settings) 
 
 def _alone(stack: Stack, merged: Factors) -> Stack:
     """The merged factors as a module's only adapter."""
-    return Stack(stack.name, (0,), Side((merged.a,), (1.0,)), Side((merged.b.T,), (1.0,)), (1.0,))
+    a, b = Side((merged.a,), (1.0,)), Side((merged.b.T,), (1.0,))
+    return Stack(stack.names, (0,), a, b, (1.0,))
 
 
 STEP = PostStep("subspace_boost", "raise weak singular values to a strong one", run)

@@ -10,10 +10,8 @@ SVD of R x R.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ..base import Method
@@ -38,16 +36,16 @@ def takes(options: LinearOptions) -> Needs:
 
 
 def coefficients(
-    grams: Batch, state: State, weights: Sequence[Sequence[float]], options: LinearOptions
-) -> list[Coefficients]:
+    grams: Batch, state: State, weights: Tensor, options: LinearOptions
+) -> Coefficients:
     if options.power == 1:
         return combined(weights)
     return space.coefficients(core, grams, state, weights, options)
 
 
-def combined(weights: Sequence[Sequence[float]]) -> list[Coefficients]:
-    """sum_i c_i τ_i of every module: the A's as they are, and the B's times c_i."""
-    return [Coefficients(a=None, b=torch.tensor(c, dtype=torch.float64)) for c in weights]
+def combined(gains: Tensor) -> Coefficients:
+    """sum_i c_i τ_i with gains c_i [P, T]: the A's as they are, and the B's times c_i."""
+    return Coefficients(a=None, b=gains)
 
 
 METHOD = Method(
@@ -55,7 +53,9 @@ METHOD = Method(
     "exact weighted sum of the updates, rank R (task arithmetic)",
     LinearOptions,
     coefficients=coefficients,
+    core=core,
     takes=takes,
+    sums=lambda options: options.power == 1,
     own_scale=True,
     cost="one copy of the factors",
     source="arXiv 2212.04089",

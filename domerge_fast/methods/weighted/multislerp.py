@@ -27,10 +27,10 @@ from torch import Tensor
 from ...errors import OptionError
 from ..base import Method
 from ..contract import Batch, Coefficients, State
-from .combination import NEEDS, inner_products, shares
+from .combination import NEEDS, inner_products, shares_of
 from .linear import combined
 
-__all__ = ["METHOD"]
+__all__ = ["METHOD", "gains"]
 
 CANCELLED = 1e-6
 """A mean of unit vectors of at most this length is rounding noise."""
@@ -42,23 +42,31 @@ class MultislerpOptions:
 
 
 def coefficients(
-    grams: Batch, state: State, weights: Sequence[Sequence[float]], options: MultislerpOptions
-) -> list[Coefficients]:
-    rows = zip(grams.names, weights, inner_products(grams))
-    return combined([_coefficients(*row) for row in rows])
+    grams: Batch, state: State, weights: Tensor, options: MultislerpOptions
+) -> Coefficients:
+    return combined(gains(grams.names, weights, inner_products(grams)))
 
 
-def _coefficients(name: str, given: Sequence[float], inner: Tensor) -> list[float]:
-    weights = torch.tensor(shares(name, given), dtype=torch.float64)
-    norms = inner.diagonal().sqrt()
-    direction = torch.where(norms > 0, weights / norms, 0.0)
-    length = (direction @ inner @ direction).clamp_min(0).sqrt()
-    if length > CANCELLED * weights.abs().sum():
-        return (weights @ norms / length * direction).tolist()
-    if len(weights) > 2 and norms.any():
-        problem = f"the updates of module {name!r} cancel out: they have no mean direction"
-        raise OptionError("weights", problem, "give others, or use 'linear'")
-    return weights.tolist()
+def gains(names: Sequence[str], weights: Tensor, products: Tensor) -> Tensor:
+    """The coefficients c_i of modules by name for weights [.., P, T], through which gradients go.
+    products: <τ_i, τ_j> [P, T, T]."""
+    shares = shares_of(names, weights)
+    norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    direction = shares * torch.where(norms > 0, 1 / norms, 0.0)
+    square = (direction * (products @ direction[..., None])[..., 0]).sum(-1, keepdim=True)
+    floor = (CANCELLED * shares.abs().sum(-1, keepdim=True)).square()
+    present = square > floor
+    lost = ~present[..., 0] & (norms > 0).any(-1)
+    if weights.shape[-1] > 2 and bool(lost.any()):
+        raise _cancelled(names[int(lost.flatten().nonzero()[0]) % len(names)])
+    length = square.where(present, 1.0).sqrt()
+    size = (shares * norms).sum(-1, keepdim=True)
+    return torch.where(present, size / length * direction, shares)
+
+
+def _cancelled(name: str) -> OptionError:
+    problem = f"the updates of module {name!r} cancel out: they have no mean direction"
+    return OptionError("weights", problem, "give others, or use 'linear'")
 
 
 METHOD = Method(

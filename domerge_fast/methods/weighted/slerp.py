@@ -14,17 +14,19 @@ the factors and 2 R^2 (m + n) flops. Source: Shoemake, "Animating rotation with 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from ...errors import OptionError
 from ..base import Method
 from ..contract import Batch, Coefficients, State
-from .combination import NEEDS, inner_products, shares
+from .combination import NEEDS, inner_products, shares_of
 from .linear import combined
 
-__all__ = ["METHOD"]
+__all__ = ["METHOD", "gains"]
 
 PARALLEL = 0.9995
 """|cos θ| above which interpolation is linear."""
@@ -36,25 +38,30 @@ class SlerpOptions:
 
 
 def coefficients(
-    grams: Batch, state: State, weights: Sequence[Sequence[float]], options: SlerpOptions
-) -> list[Coefficients]:
-    count = len(grams.ranks)
-    if count > 2:
-        problem = f"slerp is between two adapters, and {count} have {grams.names[0]!r}"
-        raise OptionError("method", problem, "use 'multislerp', or give two adapters")
+    grams: Batch, state: State, weights: Tensor, options: SlerpOptions
+) -> Coefficients:
+    return combined(gains(grams.names, weights, inner_products(grams)))
+
+
+def gains(names: Sequence[str], weights: Tensor, products: Tensor) -> Tensor:
+    """The coefficients of modules by name for weights [.., P, T], through which gradients go.
+    products: <τ_i, τ_j> [P, T, T]."""
+    count = weights.shape[-1]
+    _check_two(names, count)
     if count == 1:
-        return combined([[1.0]] * len(weights))
-    rows = zip(inner_products(grams), grams.names, weights)
-    return combined([_coefficients(x.tolist(), shares(name, w)) for x, name, w in rows])
+        return torch.ones_like(weights)
+    ends = shares_of(names, weights)
+    size = (products[:, 0, 0] * products[:, 1, 1]).sqrt()
+    cosine = torch.where(size > 0, products[:, 0, 1] / size, 1.0)
+    plain = cosine.abs() > PARALLEL
+    angle = cosine.where(~plain, 0.0).acos()[:, None]
+    return torch.where(plain[:, None], ends, (ends * angle).sin() / angle.sin())
 
 
-def _coefficients(inner: list[list[float]], ends: list[float]) -> list[float]:
-    size = math.sqrt(inner[0][0]) * math.sqrt(inner[1][1])
-    cosine = inner[0][1] / size if size else 1.0
-    if abs(cosine) > PARALLEL:
-        return ends
-    angle = math.acos(cosine)
-    return [math.sin(t * angle) / math.sin(angle) for t in ends]
+def _check_two(names: Sequence[str], count: int) -> None:
+    if count > 2:
+        problem = f"slerp is between two adapters, and {count} have {names[0]!r}"
+        raise OptionError("method", problem, "use 'multislerp', or give two adapters")
 
 
 METHOD = Method(

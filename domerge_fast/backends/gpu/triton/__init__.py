@@ -10,28 +10,34 @@ from ..host import Gpu
 from .kernels import TritonKernels
 
 __all__ = [
-    "all_finite",
+    "BATCHES",
     "apply",
     "apply_decouple",
     "block_gram",
+    "block_largest",
     "block_products",
     "entry_counts",
     "entry_merge",
     "entry_sums",
     "gram",
+    "largest",
     "orthogonalize",
     "orthogonalize_factors",
     "truncate",
 ]
 
+BATCHES = True
+"""Ops take sides of several modules."""
+
 _gpu = Gpu(TritonKernels)
 
-all_finite = _gpu.all_finite
 apply = _gpu.apply
 apply_decouple = _gpu.apply_decouple
 block_gram = _gpu.block_gram
+block_largest = _gpu.block_largest
 block_products = _gpu.block_products
 gram = _gpu.gram
+largest = _gpu.largest
 orthogonalize = _gpu.orthogonalize
 orthogonalize_factors = _gpu.orthogonalize_factors
 truncate = _gpu.truncate

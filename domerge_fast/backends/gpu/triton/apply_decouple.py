@@ -23,13 +23,16 @@ from .tiles import ELEMENTS, cast
 
 __all__ = ["COLUMNS", "SIZES", "apply_decouple"]
 
-SIZES = (16, 32, 64, 256)
-COLUMNS = 128
-ROWS = {16: 16, 32: 32, 64: 64, 256: 64}
+SIZES = (16, 32, 64)
 """Rows of C X that are made at a time."""
+
+COLUMNS = 128
 
 MAX_ROOT_ROWS = 64
 PROGRAMS_PER_PROCESSOR = 2
+MAX_WORKSPACE = 256 << 20
+"""Bytes of all programs, unless R is so large that one needs more."""
+
 ZERO_COLUMN = tl.constexpr(library.ZERO_COLUMN)
 
 
@@ -141,6 +144,7 @@ def apply_decouple_kernel(
 def apply_decouple(
     table: Table,
     size: int,
+    rank: int,
     tiles: Tensor,
     work: Tensor,
     offsets: Tensor,
@@ -152,8 +156,10 @@ def apply_decouple(
     energies: Tensor,
 ) -> None:
     """See Kernels.apply_decouple."""
-    programs = min(len(tiles), _programs(out.device))
-    workspace = torch.empty(programs, 2 * size * COLUMNS, device=out.device)
+    size_of_one = 2 * rank * COLUMNS
+    fit = max(1, MAX_WORKSPACE // (size_of_one * 4))
+    programs = min(len(tiles), _programs(out.device), fit)
+    workspace = torch.empty(programs, size_of_one, device=out.device)
     apply_decouple_kernel[(programs,)](
         table.blocks,
         table.owner,
@@ -171,7 +177,7 @@ def apply_decouple(
         out,
         energies,
         energies.shape[1],
-        ROWS=ROWS[size],
+        ROWS=size,
         COLUMNS=COLUMNS,
         CHUNK=CHUNK,
         ROOT_ROWS=min(MAX_ROOT_ROWS, max(16, triton.next_power_of_2(table.largest))),

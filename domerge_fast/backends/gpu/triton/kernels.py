@@ -1,14 +1,14 @@
-"""The launches of the Triton backend, as backends/gpu/host.py and gpu_entries.py want them."""
+"""The launches of the Triton backend, as backends/gpu/kernels.py and entries.py want them."""
 
 from __future__ import annotations
 
 from . import (
-    all_finite,
     apply,
     apply_decouple,
     block_gram,
     entries,
     gram,
+    largest,
     orthogonalize,
     roots,
 )
@@ -17,7 +17,7 @@ __all__ = ["TritonKernels"]
 
 
 class TritonKernels:
-    """See backends.gpu.Kernels and backends.gpu_entries.EntryKernels."""
+    """See gpu.kernels.Kernels and gpu.entries.EntryKernels."""
 
     gram = staticmethod(gram.gram)
     block_gram = staticmethod(block_gram.block_gram)
@@ -25,7 +25,7 @@ class TritonKernels:
     orthogonalize = staticmethod(orthogonalize.orthogonalize)
     roots = staticmethod(roots.roots)
     apply_decouple = staticmethod(apply_decouple.apply_decouple)
-    all_finite = staticmethod(all_finite.all_finite)
+    largest = staticmethod(largest.largest)
     entry_counts = staticmethod(entries.entry_counts)
     entry_sums = staticmethod(entries.entry_sums)
     entry_merge = staticmethod(entries.entry_merge)

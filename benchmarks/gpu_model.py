@@ -1,0 +1,199 @@
+"""What the CUDA kernels can reach at best on a GPU that is not here: a prediction, no measurement.
+
+    python benchmarks/gpu_model.py
+
+writes the table in docs/kernels.md: for every op, the least time by its bytes and flops, the least
+that its kernel can take, and their ratio. A kernel takes as long as the slowest of three: its
+bytes; its products, with what tiles pad and with C in two parts; the instructions of its straight
+stretches with products, from tests/data/machine_code.json, and of copies to shared memory. Left out
+is what comes before and after a tile and all waiting, so a kernel is slower than that.
+`orthogonalize` and `roots` wait for one number after another, of which such counts tell nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from least import coefficients, problem
+from pages import fill
+
+from domerge_fast.bench import bounds
+from domerge_fast.bench.bounds import NOTHING, Rates, Work
+from domerge_fast.bench.workloads import WORKLOADS, Workload
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "kernels.md"
+RECORD = ROOT / "tests" / "data" / "machine_code.json"
+CHOSEN = ("llama3-8b-8", "llama3-8b-64", "moe-30b-4", "sdxl-mixed")
+ARCH = "90"
+
+RATES = Rates(4.8e12, {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12, "float64": 67e12})
+"""Bytes and flops a second of an H200, by its maker."""
+FLOAT64_UNITS = 34e12
+"""Flops a second in float64 beside tensor cores."""
+ISSUED = 132 * 4 * 1.755e9
+"""Instructions that the warps of all multiprocessors issue a second."""
+
+HMMA_FLOPS = {"bfloat16": 16 * 8 * 16 * 2, "tf32": 16 * 8 * 8 * 2}
+DFMA_FLOPS = 64
+COPY_BYTES, COPY_INSTRUCTIONS = 512, 15
+"""What an asynchronous copy of a warp moves, and takes with its addresses: counted in Gram<128>."""
+
+Kernels = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of the units that multiply, and instructions of warps."""
+
+    units: float
+    instructions: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.units + other.units, self.instructions + other.instructions)
+
+    def __mul__(self, count: float) -> Cost:
+        return Cost(self.units * count, self.instructions * count)
+
+
+FREE = Cost(0, 0)
+
+
+def up(n: int, multiple: int) -> int:
+    return -(-n // multiple)
+
+
+def fitting(n: int, sizes: Sequence[int]) -> int:
+    return next((size for size in sizes if size >= n), sizes[-1])
+
+
+def stretch(kernel: Mapping[str, Any], dtype: str, place: int = 0) -> Cost:
+    """A stretch of a kernel with matrix products, executed once by a warp."""
+    row = kernel["matrix"][place]
+    return Cost(row["HMMA"] * HMMA_FLOPS[dtype] / RATES.gemm[dtype], row["all"])
+
+
+def copies(elements: int) -> Cost:
+    return Cost(0, 2 * elements / COPY_BYTES * COPY_INSTRUCTIONS)
+
+
+def gram(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
+    """Tiles at and below the diagonal; on it a quarter of the warps have nothing to do, unless
+    there are no parts of strips (TensorGram in csrc/cuda/tensor_gram.h)."""
+    rank = sum(ranks)
+    size = fitting(rank, (16, 32, 64, 128))
+    count, parts = up(rank, size), 1 if size < 64 else 2
+    diagonal = count * (0.75 if parts == 2 else 1)
+    below = count * (count - 1) // 2
+    warps = size // 16 * parts * up(d, 16) * (diagonal + below)
+    moved = size * d * (count + 2 * below)
+    return stretch(kernels[f"Gram<BFloat16, {size}>"], "bfloat16") * warps + copies(moved)
+
+
+def product(kernel: Mapping[str, Any], rank: int, rows: int, d: int) -> Cost:
+    """C X in tiles of `rows` (TensorProduct in csrc/cuda/tensor_product.h): eight warps, each with
+    a stretch for 32 rows of X."""
+    columns, step = {16: (512, 16), 32: (256, 32)}.get(rows, (16384 // rows, 32))
+    tiles = up(rank, rows) * up(d, columns)
+    once = stretch(kernel, "bfloat16") * (8 * up(rank, step))
+    return (once + copies(rank * columns)) * tiles
+
+
+def apply(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
+    rank = sum(ranks)
+    rows = fitting(rank, (16, 32, 64, 128))
+    return product(kernels[f"TensorApply<BFloat16, {rows}>"], rank, rows, d)
+
+
+def apply_decouple(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
+    """The product, and S a of every adapter for 16 rows of S, 8 of a and 32 columns at a time."""
+    rank = sum(ranks)
+    size = fitting(rank, (16, 32, 64, 128, 256, 512))
+    kernel = kernels[f"ApplyDecouple<BFloat16, {size}, true>"]
+    places = {"LDSM" in row: place for place, row in reversed([*enumerate(kernel["matrix"])])}
+    total = product(kernel, rank, min(size, 256) if size < 512 else 128, d)
+    steps = sum(up(r, 16) * up(r, 8) for r in ranks) * up(d, 32)
+    return total + stretch(kernel, "tf32", places[False]) * steps
+
+
+def block_gram(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
+    """Squares of 8, 16, 32 or 64 in float64."""
+    loop = kernels["BlockGram<BFloat16>"]["loop"]
+    products = 0.0
+    for r in ranks:
+        size = fitting(r, (8, 16, 32, 64))
+        count = up(r, size)
+        products += count * (count + 1) / 2 * size**2 * d / 32
+    return Cost(products * DFMA_FLOPS / FLOAT64_UNITS, products * loop["all"] / loop["DFMA"])
+
+
+OPS: dict[str, Callable[[Kernels, Sequence[int], int], Cost]] = {
+    "gram": gram,
+    "apply": apply,
+    "block_gram": block_gram,
+    "apply_decouple": apply_decouple,
+}
+
+
+def sides(workload: Workload, op: str) -> Iterator[tuple[tuple[int, ...], int, int]]:
+    """Ranks, d and number of the sides that an op of a `do` merge is for."""
+    ranks: dict[str, list[int]] = {}
+    for member in workload.members:
+        for shape in member.modules:
+            ranks.setdefault(shape.name, []).append(member.rank)
+    kinds: Counter[tuple[tuple[int, ...], int]] = Counter()
+    for shape in workload.modules:
+        own = tuple(ranks[shape.name])
+        lengths = {"gram": (shape.n, shape.m), "apply_decouple": (shape.n,)}.get(op, (shape.m,))
+        kinds.update((own, d) for d in lengths)
+    for (own, d), count in kinds.items():
+        if sum(own) <= d or op == "block_gram":
+            yield own, d, count
+
+
+def least_work(workload: Workload, op: str, ranks: tuple[int, ...], d: int) -> Work:
+    x = problem(ranks, d, workload.dtype)
+    if op in ("gram", "block_gram"):
+        return getattr(bounds, op)([x])
+    return getattr(bounds, op)([coefficients(x)], [x], workload.dtype)
+
+
+def row(workload: Workload, op: str, kernels: Kernels) -> str:
+    work, cost = NOTHING, FREE
+    for ranks, d, count in sides(workload, op):
+        one = least_work(workload, op, ranks, d)
+        work += Work(one.bytes * count, {k: n * count for k, n in one.flops_in.items()})
+        cost += OPS[op](kernels, ranks, d) * count
+    bound, limit = RATES.seconds(work)
+    takes = {
+        "bytes": work.bytes / RATES.copy,
+        "products": cost.units,
+        "instructions": cost.instructions / ISSUED,
+    }
+    slowest = max(takes, key=lambda name: takes[name])
+    numbers = " | ".join(f"{1e3 * seconds:.3f}" for seconds in takes.values())
+    share = f"{min(1.0, bound / takes[slowest]):.0%}"
+    return f"| {workload.name} | `{op}` | {1e3 * bound:.3f} ({limit}) | {numbers} | {share} |"
+
+
+def table() -> str:
+    record = json.loads(RECORD.read_text())
+    kernels = {name: row for source in record.values() for name, row in source[ARCH].items()}
+    head = [
+        "| workload | op | least, ms | bytes | products | instructions | share at best |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*head, *(row(WORKLOADS[name], op, kernels) for name in CHOSEN for op in OPS)])
+
+
+def main() -> None:
+    PAGE.write_text(fill(PAGE.read_text(), {"gpu model": table()}))
+
+
+if __name__ == "__main__":
+    main()

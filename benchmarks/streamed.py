@@ -1,0 +1,154 @@
+"""`do` on adapters read in batches: 10,000 small ones from files, with its peak memory, and what is
+left to the optimum of 200, over sets: python benchmarks/streamed.py [--publish].
+
+The optimum is that of the descent on all factors at once, in float64, until it stands still. CPU
+seconds are of the process that merges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import domerge_fast as dm
+from domerge_fast.algebra.side import Side
+from domerge_fast.backends.factor_descent import in_factor_form
+from domerge_fast.methods.streamed.descent import Descent, Rule
+
+PAGE = Path(__file__).parents[1] / "docs" / "scale.md"
+MARKS = "<!-- streamed -->", "<!-- end streamed -->"
+SHAPES = {"layers.0.q_proj": (192, 256)}
+RANK = 4
+SETS = {
+    "at random": (0.0, 1.0),
+    "30 % shared": (0.3, 1.0),
+    "90 % shared": (0.9, 1.0),
+    "norms 36 times apart": (0.0, 36.0),
+}
+"""The share of the adapters' energy in one space of their rank, and how far norms are apart."""
+
+
+def side(count: int, rank: int, d: int, shared: float, spread: float) -> Iterator[Tensor]:
+    """The X_i [rank, d] of a set."""
+    generator = torch.Generator().manual_seed(d)
+    common = torch.randn(rank, d, generator=generator)
+    for i in range(count):
+        own = torch.randn(rank, d, generator=generator)
+        mixed = torch.randn(rank, rank, generator=generator) @ common / math.sqrt(rank)
+        size = spread ** (i / (count - 1) - 0.5)
+        yield size * (math.sqrt(1 - shared) * own + math.sqrt(shared) * mixed)
+
+
+def gaps(count: int = 200, rank: int = 4, d: int = 96) -> Iterator[list[str]]:
+    """A row of every set: passes, f over the optimum's less 1, and what was estimated."""
+    for name, (shared, spread) in SETS.items():
+        x = list(side(count, rank, d, shared, spread))
+        whole = Side(tuple(x), (1.0,) * count)
+        _, stats = in_factor_form(torch.cat(x).double(), whole.ranks, 1.0, 300, 1e-10)
+        found = Descent(d, Rule(1.0, 50, 1e-3))
+        found.measure(whole)
+        found.settle()
+        while not found.done:
+            found.step(whole, range(count))
+            found.settle()
+        left = found.row[2] / float(stats[2]) - 1
+        estimate = found.gap / found.after
+        yield [name, str(found.passes), f"{left:.1e}", f"{estimate:.1e}"]
+
+
+def write_library(folder: Path, count: int) -> list[Path]:
+    """PEFT folders of small adapters in bfloat16, a third of their energy shared."""
+    sides = {
+        name: tuple(side(count, RANK, d, 0.3, 4.0) for d in (n, m))
+        for name, (m, n) in SHAPES.items()
+    }
+    config = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": RANK,
+        "base_model_name_or_path": "base",
+        "target_modules": ["q_proj"],
+    }
+    paths = []
+    for i in range(count):
+        path = folder / f"{i:05}"
+        path.mkdir()
+        tensors = {}
+        for name, (a, b) in sides.items():
+            stem = f"base_model.model.{name}"
+            tensors[f"{stem}.lora_A.weight"] = next(a).bfloat16()
+            tensors[f"{stem}.lora_B.weight"] = next(b).bfloat16().T.contiguous()
+        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        paths.append(path)
+    return paths
+
+
+def merge(folder: Path) -> None:
+    """Merge all in the folder, and print what it took."""
+    began = time.process_time()
+    merged = dm.merge(
+        sorted(folder.iterdir()),
+        "do",
+        descent="streamed",
+        report="none",
+        output=folder.with_name("merged"),
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    notes = [note for note in merged.report.notes if "batches" in note]
+    print(json.dumps([time.process_time() - began, peak * 1024, *notes]))
+
+
+def library(count: int) -> str:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "adapters"
+        folder.mkdir()
+        write_library(folder, count)
+        command = [sys.executable, __file__, "--merge", str(folder)]
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    seconds, peak, note = json.loads(found.stdout.splitlines()[-1])
+    (m, n) = SHAPES["layers.0.q_proj"]
+    what = f"{count:,} adapters of rank {RANK}, one module of {m} x {n}, from files"
+    took = f"{seconds:.0f} CPU seconds, {peak / 2**20:.0f} MiB at the peak of the process"
+    return f"{what}: {took}. Its report: {note}."
+
+
+def page(counts: list[int]) -> str:
+    rows = [["200 adapters of rank 4, d = 96", "passes", "over the optimum", "estimated"]]
+    rows += [["---"] * 4, *gaps()]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return "\n\n".join([table, *map(library, counts)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--publish", action="store_true")
+    parser.add_argument("--merge", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.merge:
+        merge(given.merge)
+        return
+    text = page(given.counts)
+    print(text)
+    if given.publish:
+        whole = PAGE.read_text(encoding="utf-8")
+        before, rest = whole.split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        PAGE.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

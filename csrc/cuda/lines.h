@@ -1,0 +1,121 @@
+// X in shared memory as it lies in memory, for tensor cores: kRows stacked rows and kColumns
+// columns, in lines of 16-bit elements that run along the rows, or along the columns where X is in
+// columns.
+#pragma once
+
+#include "copies.h"
+#include "warp.h"
+
+namespace domerge {
+
+template <class Format, bool kInColumns, int kRows, int kColumns, int kThreads>
+struct Lines {
+    using Storage = typename Format::Storage;
+    static_assert(sizeof(Storage) == 2 && kRows % 16 == 0 && kColumns % 16 == 0);
+    static constexpr int kUnits = (kInColumns ? kRows : kColumns) / 8;  // of a line
+    static constexpr int kSize = kRows * kColumns / 8;                  // Words
+    static constexpr int kEach = (kSize + kThreads - 1) / kThreads;     // of a thread
+    using Tile = Swizzled<kUnits>;
+
+    static DOMERGE_DEVICE int row(int unit) {
+        return kInColumns ? unit % kUnits * 8 : unit / kUnits;
+    }
+    static DOMERGE_DEVICE int column(int unit) {
+        return kInColumns ? unit / kUnits : unit % kUnits * 8;
+    }
+
+    // Where the vectors come from, in shared memory: one entry a row, or eight rows in columns.
+    static constexpr int kSources = kInColumns ? kRows / 8 : kRows;
+    static constexpr int kMostPitch = 1 << 26;
+    struct Sources {
+        const Storage* at[kSources];  // in column 0
+        // From column to column; times 16 and besides, of how many rows, 0 where they are outside;
+        // -1 where one copy does not take a vector.
+        int step[kSources];
+    };
+
+    // Where a copy of no elements may come from: copies want aligned addresses all the same.
+    static DOMERGE_DEVICE const Storage* nothing(const Reader<Format>& x) {
+        return reinterpret_cast<const Storage*>(x.blocks);
+    }
+
+    static DOMERGE_DEVICE void locate(int thread, const Reader<Format>& x, int first,
+                                      Sources& sources) {
+        for (int i = thread; i < kSources; i += kThreads) {
+            const int row = first + (kInColumns ? 8 * i : i);
+            const bool inside = row < x.rows;
+            const int64_t pitch = inside && kInColumns ? x.block(row).pitch : 1;
+            const Storage* const at = inside ? x.element(row, 0) : nothing(x);
+            const int count = !inside ? 0 : kInColumns ? least(x.rows - row, 8) : 1;
+            const bool whole = inside && x.is_in_one_block(row) && is_even(at, pitch, 8);
+            sources.at[i] = at;
+            sources.step[i] = !inside                       ? 0
+                              : whole && pitch < kMostPitch ? static_cast<int>(pitch) * 16 + count
+                                                            : -1;
+        }
+    }
+
+    static DOMERGE_DEVICE bool is_even(const Storage* at, int64_t pitch, int width) {
+        return is_aligned(at, width * 2) && (!kInColumns || pitch % width == 0);
+    }
+
+    // Starts the way of a tile, from row `first` and column `c` on, to shared memory.
+    static DOMERGE_DEVICE void start(Copies<kThreads>& copies, int thread, Words* to,
+                                     const Reader<Format>& x, const Sources& sources, int first,
+                                     int c) {
+        bool whole = true;
+        DOMERGE_UNROLL
+        for (int e = 0; e < kEach; ++e) {
+            const int unit = thread + e * kThreads, at = c + column(unit);
+            if (kSize % kThreads != 0 && unit >= kSize) break;
+            const int source = kInColumns ? unit % kUnits : unit / kUnits;
+            const int step = sources.step[source];
+            whole = whole && step >= 0;
+            if (step < 0) continue;
+            const int left = step == 0 || at >= x.end ? 0 : kInColumns ? step & 15 : x.end - at;
+            const int64_t distance = left == 0 ? 0 : kInColumns ? at * int64_t{step >> 4} : at;
+            copies.template start<16>(thread, Tile::at(to, unit / kUnits, unit % kUnits),
+                                      sources.at[source] + distance, 2 * least(left, 8));
+        }
+        if (whole) return;
+        DOMERGE_ROLLED
+        for (int e = 0; e < kEach; ++e) {
+            const int unit = thread + e * kThreads;
+            if (kSize % kThreads != 0 && unit >= kSize) break;
+            if (sources.step[kInColumns ? unit % kUnits : unit / kUnits] < 0)
+                start_in_pieces(copies, thread, *Tile::at(to, unit / kUnits, unit % kUnits), x,
+                                first + row(unit), c + column(unit));
+        }
+    }
+
+    // A vector that is not aligned, or of several blocks: by two copies where its halves allow it;
+    // element by element otherwise, and then it is there at once.
+    static DOMERGE_DEVICE void start_in_pieces(Copies<kThreads>& copies, int thread, Words& to,
+                                               const Reader<Format>& x, int row, int c) {
+        const int count = c < x.end ? least(kInColumns ? x.rows - row : x.end - c, 8) : 0;
+        bool halves = true;
+        DOMERGE_UNROLL
+        for (int i = 0; i < 8; i += 4)
+            if (i < count) halves = halves && is_half(x, kInColumns ? row + i : row);
+        if (!halves) {
+            to = x.read(row, c);
+            return;
+        }
+        DOMERGE_UNROLL
+        for (int i = 0; i < 8; i += 4) {
+            const int some = i < count ? least(count - i, 4) : 0;
+            const Storage* const from =
+                some == 0 ? nothing(x)
+                          : (kInColumns ? x.element(row + i, c) : x.element(row, c + i));
+            copies.template start<8>(thread, &to.at[i / 2], from, 2 * some);
+        }
+    }
+
+    // Whether one copy takes four elements: of one column, or from a multiple of four on of a row.
+    static DOMERGE_DEVICE bool is_half(const Reader<Format>& x, int row) {
+        const bool together = !kInColumns || x.owner[row] == x.owner[least(row + 4, x.rows) - 1];
+        return together && is_even(x.element(row, 0), x.block(row).pitch, 4);
+    }
+};
+
+}  // namespace domerge

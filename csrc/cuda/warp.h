@@ -1,0 +1,268 @@
+// What a warp does as one: products of 16-bit matrices on tensor cores, and their operands' way
+// from shared memory to registers. On the host each is a loop over the lanes, by the layouts that
+// PTX documents for mma.m16n8k16 and ldmatrix.
+#pragma once
+
+#include "table.h"
+#ifndef __CUDACC__
+#include <utility>
+#endif
+
+namespace domerge {
+
+constexpr int kLanesOfWarp = 32;
+
+#ifdef __CUDACC__
+
+// kCount T of every lane.
+template <class T, int kCount>
+struct Fragment {
+    T values[kCount];
+    DOMERGE_DEVICE T (&of(int)) [kCount] { return values; } DOMERGE_DEVICE const
+        T (&of(int) const)[kCount] {
+        return values;
+    }
+};
+
+// visit(lane): nothing that one lane does may depend on another.
+template <class Visit>
+DOMERGE_DEVICE void lanes(Visit visit) {
+    visit(static_cast<int>(threadIdx.x % kLanesOfWarp));
+}
+
+// The lanes wait for each other, and have what each wrote to memory: before what all do together.
+DOMERGE_DEVICE void converge() {
+    __syncwarp();
+}
+
+// The lane, for addresses: what is derived from it is not kept in registers for the next phase.
+DOMERGE_DEVICE int own_lane() {
+    converge();
+    return opaque(static_cast<int>(threadIdx.x % kLanesOfWarp));
+}
+
+#else
+
+inline void converge() {}
+
+inline int own_lane() {
+    return 0;  // Swizzled::load goes through all
+}
+
+template <class T, int kCount>
+struct Fragment {
+    T values[kLanesOfWarp][kCount];
+    T (&of(int lane)) [kCount] { return values[lane]; } const T (&of(int lane) const)[kCount] {
+        return values[lane];
+    }
+};
+
+template <class Visit>
+void lanes(Visit visit) {
+    in_order(kLanesOfWarp, [&](int64_t lane) { visit(static_cast<int>(lane)); });
+}
+
+#endif
+
+// Sums of 16 x 8: lane 4 g + t has (g, 2 t), (g, 2 t + 1), (g + 8, 2 t), (g + 8, 2 t + 1).
+using Sums16x8 = Fragment<float, 4>;
+
+// Elements of 16 x 16, two a word, the first in the lower half: lane 4 g + t has (g, 2 t),
+// (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8), each with the element to its right.
+using Block16x16 = Fragment<uint32_t, 4>;
+
+DOMERGE_DEVICE void clear(Sums16x8& sums) {
+    lanes([&](int lane) {
+        DOMERGE_UNROLL
+        for (int i = 0; i < 4; ++i) sums.of(lane)[i] = 0.0f;
+    });
+}
+
+DOMERGE_DEVICE void add(Sums16x8& to, const Sums16x8& from) {
+    lanes([&](int lane) {
+        DOMERGE_UNROLL
+        for (int i = 0; i < 4; ++i) to.of(lane)[i] += from.of(lane)[i];
+    });
+}
+
+// Transposes the 4 x 4 words of every four lanes: lane t gets the t-th words.
+DOMERGE_DEVICE void transpose_quads(Fragment<uint32_t, 4>& words) {
+#ifdef __CUDACC__
+    const int lane = threadIdx.x % kLanesOfWarp;
+    auto& w = words.values;
+    const auto exchange = [&](uint32_t& first, uint32_t& second, int distance) {
+        const bool upper = (lane & distance) != 0;
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, upper ? first : second, distance);
+        (upper ? first : second) = other;
+    };
+    exchange(w[0], w[1], 1);
+    exchange(w[2], w[3], 1);
+    exchange(w[0], w[2], 2);
+    exchange(w[1], w[3], 2);
+#else
+    for (int lane = 0; lane < kLanesOfWarp; lane += 4)
+        for (int i = 0; i < 4; ++i)
+            for (int j = 0; j < i; ++j) std::swap(words.of(lane + i)[j], words.of(lane + j)[i]);
+#endif
+}
+
+// Adds up what every four lanes have: each gets the sums.
+template <int kCount>
+DOMERGE_DEVICE void add_quads(Fragment<float, kCount>& numbers) {
+    DOMERGE_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+#ifdef __CUDACC__
+        float& number = numbers.values[i];
+        number += __shfl_xor_sync(0xffffffffu, number, 1);
+        number += __shfl_xor_sync(0xffffffffu, number, 2);
+#else
+        for (int lane = 0; lane < kLanesOfWarp; lane += 4) {
+            const auto of = [&](int k) -> float& { return numbers.of(lane + k)[i]; };
+            const float sum = (of(0) + of(1)) + (of(2) + of(3));
+            for (int k = 0; k < 4; ++k) of(k) = sum;
+        }
+#endif
+    }
+}
+
+#ifndef __CUDACC__
+
+// How a tensor core of the host adds: -1 rounds the exact sum to nearest; otherwise eight products
+// and the sum so far are cut to the last place of the largest of them and so many bits more, added,
+// and cut to 24 bits, all towards zero.
+inline int extra_bits = -1;
+
+inline double cut(double value, int exponent) {
+    return std::ldexp(std::trunc(std::ldexp(value, -exponent)), exponent);
+}
+
+template <int kCount>
+float sum_of_products(float before, const double (&products)[kCount]) {
+    if (extra_bits < 0) {
+        double sum = before;
+        for (double product : products) sum += product;
+        return static_cast<float>(sum);
+    }
+    double sum = before;
+    for (int first = 0; first < kCount; first += 8) {
+        double largest = std::abs(sum);
+        for (int k = 0; k < 8; ++k) largest = std::fmax(largest, std::abs(products[first + k]));
+        if (largest == 0.0 || !std::isfinite(largest)) {
+            for (int k = 0; k < 8; ++k) sum += products[first + k];
+            continue;
+        }
+        const int last = std::ilogb(largest) - 23 - extra_bits;
+        double total = cut(sum, last);
+        for (int k = 0; k < 8; ++k) total += cut(products[first + k], last);
+        sum = total == 0.0 || !std::isfinite(total) ? total : cut(total, std::ilogb(total) - 23);
+    }
+    return static_cast<float>(sum);
+}
+
+// The element of a block that its lanes hold.
+template <class Format>
+float element(const Block16x16& block, int row, int column) {
+    const int lane = row % 8 * 4 + column % 8 / 2;
+    const uint32_t word = block.of(lane)[row / 8 + column / 8 * 2];
+    return Format::load(static_cast<uint16_t>(word >> column % 2 * 16));
+}
+
+#endif
+
+// sums += left right^T of the eight rows of `right` from 8 half on.
+template <class Format>
+DOMERGE_DEVICE void add_product(Sums16x8& sums, const Block16x16& left, const Block16x16& right,
+                                int half) {
+#ifdef __CUDACC__
+#define DOMERGE_MMA(TYPE)                                                                        \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                   \
+        ".f32 "                                                                                  \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
+        : "+f"(sums.values[0]), "+f"(sums.values[1]), "+f"(sums.values[2]), "+f"(sums.values[3]) \
+        : "r"(left.values[0]), "r"(left.values[1]), "r"(left.values[2]), "r"(left.values[3]),    \
+          "r"(right.values[half]), "r"(right.values[half + 2]))
+    if constexpr (std::is_same_v<Format, BFloat16>)
+        DOMERGE_MMA("bf16");
+    else
+        DOMERGE_MMA("f16");
+#undef DOMERGE_MMA
+#else
+    float a[16][16], b[8][16];
+    for (int k = 0; k < 16; ++k) {
+        for (int i = 0; i < 16; ++i) a[i][k] = element<Format>(left, i, k);
+        for (int j = 0; j < 8; ++j) b[j][k] = element<Format>(right, 8 * half + j, k);
+    }
+    for (int i = 0; i < 16; ++i) {
+        for (int j = 0; j < 8; ++j) {
+            double products[16];
+            for (int k = 0; k < 16; ++k) products[k] = double{a[i][k]} * b[j][k];
+            float& sum = sums.of(i % 8 * 4 + j / 2)[i / 8 * 2 + j % 2];
+            sum = sum_of_products(sum, products);
+        }
+    }
+#endif
+}
+
+// A tile of 16-bit elements in shared memory, kUnits vectors of eight a line, which lie so that
+// eight lines' vectors of one position, and all of a line, are in different banks.
+template <int kUnits>
+struct Swizzled {
+    static_assert((kUnits & (kUnits - 1)) == 0);
+    static constexpr int kShift = kUnits >= 8 ? 0 : kUnits == 4 ? 1 : kUnits == 2 ? 2 : 3;
+    static constexpr int kMask = (kUnits < 8 ? kUnits : 8) - 1;
+
+    static DOMERGE_DEVICE int place(int line, int unit) {
+        return line * kUnits + (unit ^ (line >> kShift & kMask));
+    }
+    static DOMERGE_DEVICE Words* at(Words* tile, int line, int unit) {
+        return tile + place(line, unit);
+    }
+
+    // Rows and columns of a matrix from `row` and `column` on, multiples of 16: lines are its rows,
+    // or its columns where kAcross; where wanted, which is the same for all lanes. lane:
+    // own_lane().
+    template <bool kAcross>
+    static DOMERGE_DEVICE void load(const Words* tile, int lane, int row, int column,
+                                    Block16x16& block, bool wanted = true) {
+#ifdef __CUDACC__
+        const Words* const from =
+            tile + (kAcross ? place(column + lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2)
+                            : place(row + lane % 16, column / 8 + lane / 16));
+        const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(from));
+        auto& to = block.values;
+#define DOMERGE_LDMATRIX(TRANSPOSED)                          \
+    asm volatile(                                             \
+        "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n" \
+        "@wanted ldmatrix.sync.aligned.m8n8.x4" TRANSPOSED    \
+        ".shared.b16 "                                        \
+        "{%0, %1, %2, %3}, [%4];\n}"                          \
+        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])  \
+        : "r"(address), "r"(static_cast<int>(wanted))         \
+        : "memory")
+        if constexpr (kAcross)
+            DOMERGE_LDMATRIX(".trans");
+        else
+            DOMERGE_LDMATRIX("");
+#undef DOMERGE_LDMATRIX
+#else
+        if (!wanted) return;
+        for (; lane < kLanesOfWarp; ++lane) {
+            for (int i = 0; i < 4; ++i) {
+                const int r = row + lane / 4 + i % 2 * 8, c = column + lane % 4 * 2 + i / 2 * 8;
+                block.of(lane)[i] = get<kAcross>(tile, r, c) | get<kAcross>(tile, r, c + 1) << 16;
+            }
+        }
+#endif
+    }
+
+#ifndef __CUDACC__
+    template <bool kAcross>
+    static uint32_t get(const Words* tile, int row, int column) {
+        const int line = kAcross ? column : row, position = kAcross ? row : column;
+        const uint32_t word = tile[place(line, position / 8)].at[position % 8 / 2];
+        return word >> position % 2 * 16 & 0xffffu;
+    }
+#endif
+};
+
+}  // namespace domerge

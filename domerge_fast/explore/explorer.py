@@ -1,0 +1,220 @@
+"""What the page asks for: merges that are prepared in the background, figures, losses, saving."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .. import options
+from ..api import run
+from ..errors import OptionError, OutputError
+from ..formats import load
+from ..learning.batches import Runner
+from ..learning.losses import chosen as chosen_loss
+from ..methods import TABLE
+from ..reading import Source
+from ..recipe import SVC, Input, Recipe, all_options, check_scale, check_weights
+from ..sessions.kinds.rotated import Cores
+from ..sessions.measures import Measured, Measures
+from ..sessions.prepare import prepare
+from ..sessions.prepared import Prepared
+from ..sessions.preparing import has_parts
+from ..storage import side_file, yaml_file
+
+__all__ = ["Asked", "Explorer", "Losses", "Ready", "Trial", "offered"]
+
+T = TypeVar("T")
+FORMS = ("adapter", "recipe")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A merge as the page asks for it. scale: None for the one that is found."""
+
+    method: str
+    weights: tuple[float, ...]
+    scale: float | None
+
+    @classmethod
+    def of(cls, plain: Any, count: int) -> Asked:
+        """Of JSON. OptionError for what is no merge of `count` adapters."""
+        if not isinstance(plain, dict):
+            raise OptionError("request", "is no JSON object", "reload the page")
+        method = options.choose("method", plain.get("method"), offered())
+        weights, scale = plain.get("weights"), plain.get("scale")
+        if not isinstance(weights, list):
+            raise OptionError("weights", "is no list", "reload the page")
+        given = None if scale is None else check_scale(scale)
+        return cls(method, tuple(check_weights(weights, count)), given)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A model and batches by text, for losses."""
+
+    model: Any
+    data: Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean loss by text: of the model without adapters, and with each of them alone."""
+
+    base: Mapping[str, float]
+    adapters: Sequence[Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A merge that was prepared. scale: the λ that was found."""
+
+    prepared: Prepared
+    measures: Measures
+    scale: float
+
+
+def offered() -> tuple[str, ...]:
+    """Methods with a merge that is prepared once; the others make each anew."""
+    kept = (name for name in TABLE if name != "auto" and has_parts(Recipe.make(method=name).chosen))
+    return ("auto", *kept)
+
+
+class Explorer:
+    """adapters: names. output: the folder that merges and recipes are saved in.
+
+    Each method is prepared by a thread when it is asked for first, and kept; losses are computed
+    by another, one at a time.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[Source],
+        output: Path,
+        trial: Trial | None = None,
+        **prepared: Any,
+    ) -> None:
+        """prepared: what `prepare` is given besides. Raises as that does for the adapters."""
+        self._sources = tuple(adapters)
+        self._loaded = tuple(load(x) if isinstance(x, (str, Path)) else x for x in adapters)
+        self._given, self.output, self._trial = prepared, output, trial
+        self._work = ThreadPoolExecutor(1, "domerge-prepare")
+        self._losses = ThreadPoolExecutor(1, "domerge-losses")
+        self._lock = threading.Lock()
+        self._ready: dict[str, Future[Ready]] = {}
+        self._alone: Future[Losses] | None = None
+        first = self._of("auto").result()
+        self.adapters = first.prepared.adapters
+        self.interference = first.prepared.interference
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the adapters that are in files."""
+        return tuple(str(x) for x in self._sources if isinstance(x, (str, Path)))
+
+    @property
+    def has_trial(self) -> bool:
+        return self._trial is not None
+
+    def close(self) -> None:
+        """Let go of the threads; what they are at is finished first."""
+        self._work.shutdown(cancel_futures=True)
+        self._losses.shutdown(cancel_futures=True)
+
+    def ready(self, method: str) -> Ready | None:
+        """None while it is still being prepared. Raises as `prepare` does."""
+        return _if_done(self._of(method))
+
+    def figures(self, asked: Asked) -> tuple[Ready, Measured] | None:
+        """Of the merge; None while its method is being prepared."""
+        ready = self.ready(asked.method)
+        if ready is None:
+            return None
+        return ready, ready.measures.at(asked.weights, asked.scale or ready.scale)
+
+    def alone(self) -> Losses | None:
+        """Losses without a merge; None while they are computed."""
+        with self._lock:
+            if self._alone is None:
+                self._alone = self._losses.submit(self._of_each)
+            return _if_done(self._alone)
+
+    def loss(self, asked: Asked) -> Mapping[str, float]:
+        """By text, with the merge on the model."""
+        ready = self._of(asked.method).result()
+        prepared = ready.prepared.at_scale(asked.scale or ready.scale)
+        return self._losses.submit(self._loss, prepared, asked.weights).result()
+
+    def save(self, asked: Asked, name: Any, form: Any) -> Path:
+        """Write the merge, or its recipe, into the folder. OptionError for a name that is none of a
+        file there; OutputError for one that is there already; otherwise raises as `merge` does."""
+        options.choose("form", form, FORMS)
+        if not isinstance(name, str) or not _is_name(name):
+            raise OptionError("name", "is no name of a file", "give one without slashes")
+        place = self.output / (f"{name}.yml" if form == "recipe" else name)
+        recipe = self.recipe(asked)
+        if form == "adapter":
+            run(recipe, self._loaded, output=place)
+            return place
+        side_file.check(str(place))
+        if os.path.lexists(place):
+            raise OutputError(str(place), "is there already", "give another name")
+        with side_file.told(str(place)), open(place, "x", encoding="utf-8") as file:
+            file.write(yaml_file.text(recipe.plain()))
+        return place
+
+    def recipe(self, asked: Asked) -> Recipe:
+        """Of the merge, with the method and λ that are taken."""
+        ready = self._of(asked.method).result()
+        taken = ready.prepared
+        calibrated = any(isinstance(x, Cores) and x.calibrated for x in taken.alike)
+        recipe = dataclasses.replace(
+            taken.recipe,
+            method=taken.method.method.name,
+            options=all_options(taken.method),
+            post=(SVC,) if calibrated else (),
+            adapters=tuple(map(Input, self.paths)),
+            weights=asked.weights,
+            scale=asked.scale or ready.scale,
+        )
+        return recipe.absolute()
+
+    def _of(self, method: str) -> Future[Ready]:
+        with self._lock:
+            if method not in self._ready:
+                self._ready[method] = self._work.submit(self._prepared, method)
+            return self._ready[method]
+
+    def _prepared(self, method: str) -> Ready:
+        found = prepare(self._loaded, method, scale="auto", **self._given)
+        return Ready(found, Measures.of(found), found.scale)
+
+    def _of_each(self) -> Losses:
+        """Of every adapter alone, which is a sum with one weight."""
+        linear = self._of("linear").result().prepared.at_scale(1.0)
+        count = len(self.adapters)
+        units = [tuple(float(i == k) for i in range(count)) for k in range(count)]
+        base = self._loss(linear, (0.0,) * count)
+        return Losses(base, [self._loss(linear, unit) for unit in units])
+
+    def _loss(self, prepared: Prepared, weights: Sequence[float]) -> Mapping[str, float]:
+        if self._trial is None:
+            raise OptionError("model", "is not given", "say --model and --text")
+        with prepared.attach(self._trial.model) as live:
+            live.set(weights)
+            runner = Runner(self._trial.model, chosen_loss("cross_entropy"), None)
+            return runner.mean(self._trial.data)
+
+
+def _is_name(name: str) -> bool:
+    """Whether it is that of a file in a folder."""
+    return Path(name).name == name and name not in ("", "..") and "\0" not in name
+
+
+def _if_done(future: Future[T]) -> T | None:
+    return future.result() if future.done() else None

@@ -1,0 +1,1 @@
+"""LoRA in GGUF, as llama.cpp loads it, read and written."""

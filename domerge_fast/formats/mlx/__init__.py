@@ -1,0 +1,1 @@
+"""MLX folders, as mlx-lm has them, read and written."""

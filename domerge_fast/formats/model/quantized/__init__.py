@@ -1,0 +1,1 @@
+"""Base models in quantized formats: their weights as numbers again, read on demand."""

@@ -1,0 +1,1 @@
+"""Merges of any number of adapters, which are read one batch after another."""

@@ -1,0 +1,283 @@
+"""DO-Merging of any number of adapters, read one batch after another: of a module's side nothing
+larger than [d, d] is kept, and of an adapter a few numbers.
+
+With n_i = ||X_i||_F, Y_i = Xhat_i / sqrt(n_i) and S = sum_j Y_j^T Y_j, f is the objective of
+backends/factor_descent.py. Where it is least in one block, the others being as they are,
+
+    Xhat_i = γ n_i X_i (γ n_i + 2 (S - Y_i^T Y_i))^-1
+
+which takes the eigenvectors of S, one for all adapters, and for the own block Woodbury's identity
+in r x r, a few times over, because Y_i is on both sides. All blocks at once, from the S of the pass
+before, give Φ = sum Y_i^T Y_i; then S moves by a share θ of Φ - S. A pass:
+
+    f    at these Xhat, exactly: ||Φ||^2 - sum ||Y_i Y_i^T||^2 + γ ||Xhat - X||^2. Where it has
+         risen, S goes back to what it was, and on by half the θ
+    θ    by which Φ - S would have been least in the last step, were it linear in S
+    gap  4 tr(Φ (Φ - S) (γ n + 2 S)^-1 (Φ - S)), n the mean of the n_i: what the blocks would gain
+         by one step of Newton, which is more than what is left to the optimum
+
+It starts from the S of X, times what the α_i of `mean_field` make of its trace, and ends when gap
+is below `tol` of f. Products are in float32, sums over adapters in float64. O(R d^2) a pass, and
+the eigenvectors of S. Source: derived here; docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...algebra.powers import times
+from ...algebra.side import Side
+from ...backends.descent import NEGLIGIBLE
+from ...backends.factor_descent import mean_field
+
+__all__ = ["Descent", "Rule", "blocks", "state_bytes"]
+
+INNER = 8
+"""Times that an own block is put in its own equation. More of them let S swing where one adapter
+has a large share of it; what these leave of f is below 1e-4 where none has a tenth."""
+FIRST, LEAST, MOST = 0.5, 0.1, 0.7
+"""θ of the first pass, and its limits."""
+SMALL = 1e-12
+"""Of the largest eigenvalue of S: less is rounding."""
+ROUNDING = 1e-6
+"""Of ||S||: a pass that moves it by less moves it by what float32 products leave to chance."""
+
+
+def state_bytes(d: int) -> int:
+    """What a descent keeps of one side [d, d], with what finding eigenvectors takes."""
+    return 64 * d**2
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Options of `do`."""
+
+    gamma: float
+    steps: int
+    tol: float
+
+
+def blocks(side: Side, power: int) -> Tensor:
+    """The X_i over 2^power, [t, r, d] in float32, rows of zeros below those of lower rank."""
+    rows = times(side.stack(torch.float64), -power).float()
+    if len({*side.ranks}) == 1:
+        return rows.view(len(side.ranks), -1, side.d)
+    sizes = torch.tensor(side.ranks, device=side.device)
+    x = rows.new_zeros(len(side.ranks), max(side.ranks), side.d)
+    x[torch.arange(x.shape[1], device=side.device) < sizes[:, None]] = rows
+    return x
+
+
+@dataclass(eq=False)
+class _Pass:
+    """What a pass adds up: Φ, in the eigenvectors of S where there is one; sum ||Y_i Y_i^T||^2; and
+    ||Xhat - X||^2, with what of it is numbers times the X_i."""
+
+    whole: Tensor
+    own: float = 0.0
+    moved: float = 0.0
+    along: float = 0.0
+
+    @classmethod
+    def fresh(cls, d: int, device: torch.device) -> _Pass:
+        return cls(torch.zeros(d, d, dtype=torch.float64, device=device))
+
+    def times(self, power: int) -> None:
+        """In another unit: the Y_i^T Y_i are as large as X."""
+        self.whole *= 2.0**power
+        self.own *= 4.0**power
+
+    def add(self, y: Tensor) -> None:
+        rows = y.flatten(0, 1)
+        self.whole += rows.T @ rows
+        self.own += float((y @ y.mT).double().square().sum())
+
+    @property
+    def overlap(self) -> float:
+        return float(self.whole.square().sum()) - self.own
+
+
+@dataclass(eq=False)
+class Descent:
+    """On one side of a module. First `measure` all adapters, then `settle`; then, as long as it is
+    not `done`, a pass: `step` on all of them, and `settle`. `moved` is Xhat from then on.
+
+    rule: None for a side that stays as it is. norms: the n_i in the adapters' own size; power: log2
+    of the unit that Xhat is given in. gap: as estimated, of the objective `after`, in that unit.
+    """
+
+    d: int
+    rule: Rule | None
+    norms: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    power: int = 0
+    passes: int = 0
+    done: bool = False
+    gap: float = 0.0
+    before: float = 0.0
+    after: float = 0.0
+    left: float = 0.0
+    moved_by: float = 0.0
+    shrinking: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._measured: list[Tensor] = []
+        self._sums: _Pass | None = None
+        self._s: Tensor | None = None
+        self._best: tuple[float, Tensor, Tensor] | None = None
+        self._theta = FIRST
+        self._alpha, self._total = 1.0, 0.0
+
+    # The first pass
+
+    def measure(self, side: Side) -> Tensor:
+        """Count adapters in, in their order. Their norms [t]."""
+        parts = side.stack(torch.float64).split(list(side.ranks))
+        norms = torch.stack([torch.linalg.vector_norm(x) for x in parts]).cpu()
+        if self._sums is None:
+            self._sums = _Pass.fresh(self.d, side.device)
+        if not self.power and bool((norms > 0).any() & norms.isfinite().all()):
+            self.power = _exponent(norms)
+        self._measured.append(norms)
+        if self.rule:
+            n = times(norms, -self.power).where(norms > 0, 1.0).rsqrt().float()
+            self._sums.add(blocks(side, self.power) * n.to(side.device)[:, None, None])
+        return norms
+
+    def _begin(self, sums: _Pass) -> None:
+        """After it."""
+        self.norms, self._measured = torch.cat(self._measured), []
+        power, self.power = self.power, _exponent(self.norms)
+        sums.times(power - self.power)
+        n = times(self.norms, -self.power)
+        self._total = float(n.square().sum())
+        n = self._live = n.where(n > NEGLIGIBLE * n.amax(), 0.0)
+        self.before = self.after = overlap = sums.overlap
+        if self.rule is None or not self.rule.steps or not overlap > 0 or int((n > 0).sum()) < 2:
+            self.done, self.left = True, float(overlap > 0)
+            return
+        weights = float(n.sum() ** 2 - n.square().sum())
+        alpha = mean_field(n, self.rule.gamma, overlap / weights)
+        share = float((alpha.square() * n).sum() / n.sum())
+        self._alpha = share**0.5
+        self._decompose(share * sums.whole)
+
+    # Every other pass
+
+    def _decompose(self, s: Tensor) -> None:
+        values, vectors = torch.linalg.eigh(s)
+        self._s, self._values = s, values.clamp_min(0)
+        self._vectors = vectors.float()
+        self._sums = _Pass.fresh(self.d, s.device)
+
+    def step(self, side: Side, at: Sequence[int]) -> None:
+        """One pass's part of some adapters. at: their positions among those that were measured."""
+        x, x_hat, y = self._minimised(blocks(side, self.power), at)
+        change = x_hat - x
+        squares, along = _inner(x, x), _inner(change, x)
+        assert self._sums
+        self._sums.add(y)
+        self._sums.moved += float(_inner(change, change).sum())
+        self._sums.along += float(torch.where(squares > 0, along.square() / squares, 0.0).sum())
+
+    def moved(self, side: Side, at: Sequence[int]) -> Tensor:
+        """Xhat [t, r, d] of adapters, rows of zeros below those of lower rank, in the unit."""
+        x = blocks(side, self.power)
+        return x if self._best is None else self._minimised(x, at)[1] @ self._vectors.T
+
+    def _minimised(self, x: Tensor, at: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """X, Xhat and Y in the eigenvectors of S; adapters that count as zero stay, and their Y is
+        0."""
+        assert self.rule
+        n = self._live[list(at)].to(x.device, torch.float32)[:, None, None]
+        size = n.where(n > 0, 1.0)
+        x = x @ self._vectors
+        values, gamma = self._values.float(), self.rule.gamma
+        low = values.clamp_min(SMALL * float(values.amax()))
+        gain, given = gamma * size.sqrt(), gamma * size + 2 * values
+        y = self._alpha * x / size.sqrt()
+        for _ in range(INNER):
+            y = _own(x, y, gain, given, low)
+        return x, torch.where(n > 0, y * size.sqrt(), x), torch.where(n > 0, y, 0.0)
+
+    def settle(self) -> None:
+        """After the last adapter of a pass."""
+        sums, s = self._sums, self._s
+        assert sums
+        if s is None or self.rule is None:
+            self._begin(sums)
+            return
+        self.passes += 1
+        sums.whole = self._vectors.double() @ sums.whole @ self._vectors.double().T
+        objective, residual = sums.overlap + self.rule.gamma * sums.moved, sums.whole - s
+        if self._best and not objective <= self._best[0]:
+            self._theta /= 2
+            _, s, residual = self._best
+            moves = self._theta * float(residual.norm())
+        else:
+            if self._best:
+                self._theta = _secant(self._theta, self._best[2], residual)
+            self._best = objective, s, residual
+            self._tell(sums, objective, residual)
+            moves = math.inf if self.gap > self.rule.tol * objective else 0.0
+        moves = min(moves, float(residual.norm()))
+        self.done = self.passes >= self.rule.steps or moves <= ROUNDING * float(s.norm())
+        if not self.done or s is not self._s:
+            self._decompose(s if self.done else s + self._theta * residual)
+
+    def _tell(self, sums: _Pass, objective: float, residual: Tensor) -> None:
+        vectors = self._vectors.double()
+        turned = residual @ vectors
+        assert self.rule
+        mean = float(self._live.sum() / (self._live > 0).sum())
+        given = (self.rule.gamma * mean + 2 * self._values).clamp_min(math.ulp(0.0))
+        self.gap = 4 * float(((sums.whole @ turned) * (turned / given)).sum())
+        self.after, self.left = objective, sums.overlap / self.before
+        self.moved_by = (sums.moved / self._total) ** 0.5
+        self.shrinking = min(1.0, sums.along / sums.moved) if sums.moved else 0.0
+
+    @property
+    def row(self) -> list[float]:
+        """What `SideReports` has of it, in the adapters' own size."""
+        unit = 2 * self.power
+        objectives = [math.ldexp(x, unit) for x in (self.before, self.after)]
+        return [self.passes, *objectives, self.left, self.moved_by, self.shrinking]
+
+
+def _exponent(norms: Tensor) -> int:
+    """log2 of the largest, nearly."""
+    return math.frexp(float(norms.amax()))[1]
+
+
+def _secant(theta: float, before: Tensor, after: Tensor) -> float:
+    """θ that would have made `before`, which a step along it has made `after`, least."""
+    change = before - after
+    total = float(change.square().sum())
+    if total > 0:
+        theta *= float((before * change).sum()) / total
+    return min(MOST, max(LEAST, theta))
+
+
+def _own(x: Tensor, y: Tensor, gain: Tensor, given: Tensor, values: Tensor) -> Tensor:
+    """gain X (given - 2 Y^T Y)^-1, all in the eigenvectors of S: the Y_i that follow from others.
+    given: γ n_i + 2 S [t, 1, d]; of S itself the values, above 0."""
+    y = y * _within(y, values)
+    over, alone = y / given, x / given
+    inner = torch.eye(x.shape[1], device=x.device) - 2 * over @ y.mT
+    turn = torch.linalg.solve(inner, alone @ y.mT, left=False)
+    return torch.baddbmm(alone, turn, over, alpha=2).mul_(gain)
+
+
+def _within(y: Tensor, values: Tensor) -> Tensor:
+    """What Y has to be multiplied by for S - Y^T Y to have no negative eigenvalue, at most 1."""
+    largest = torch.linalg.eigvalsh((y / values) @ y.mT)[:, -1]
+    return largest.clamp_min(1.0).rsqrt()[:, None, None]
+
+
+def _inner(x: Tensor, y: Tensor) -> Tensor:
+    """<x, y> of every matrix [t, r, d], in float64: [t]."""
+    return (x * y).sum(2).sum(1, dtype=torch.float64)

@@ -1,0 +1,1 @@
+"""Pages that people look at: what is drawn, how it is drawn, and the templates around it."""

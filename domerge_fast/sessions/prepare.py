@@ -1,0 +1,178 @@
+"""From adapters to what is prepared of their merge."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters import Adapter
+from ..adapters.adapter import called
+from ..engine import pipeline as engine
+from ..engine.interference import InterferenceSums, told
+from ..errors import AdapterError, OptionError
+from ..formats import load
+from ..job import Job
+from ..reading import Source
+from ..recipe import DETAILS, NONE, Recipe
+from .kinds.alike import Alike
+from .making import WRITTEN
+from .part import Bases
+from .prepared import Prepared
+from .preparing import has_parts, prepared
+
+__all__ = ["prepare"]
+
+
+def prepare(
+    adapters: Iterable[Source],
+    method: str,
+    *,
+    scale: float | str = 1.0,
+    rank: int | None = None,
+    pre: Sequence[str] = (),
+    post: Sequence[str] = (),
+    backend: str = "auto",
+    device: str = "auto",
+    whole: str = "auto",
+    base_model: str | None = None,
+    report: str = "full",
+    features: str | os.PathLike[str] | None = None,
+    features_energy: float | None = None,
+    **method_options: Any,
+) -> Prepared:
+    """Read adapters once, and keep all of their merge by `method` that weights do not change.
+
+    adapters, method, pre, backend, device, whole, base_model, report, features, features_energy and
+        the method's own options as of `merge`, without "details". post: "svc", after a spectral
+        method.
+    scale: λ; "auto" finds it once, at weights of 1.
+    rank: what merges are cut to by a method that cuts by itself (svd); None: as in `merge`.
+
+    Memory: the factors, in float32 for all methods but sums, R (m + n) numbers a module. Raises as
+    `merge` does, and for what has no sum of factors as its merge: DoRA, changes of parameters
+    beside factors, and factors whose sizes are beyond float32 products.
+    """
+    for name in method_options:
+        if name == "weights_for" or name in {f.name for f in dataclasses.fields(Recipe)}:
+            remedy = "give it to save" if name in WRITTEN else "leave it out"
+            raise OptionError(name, "is no option of prepare", remedy)
+    if report == DETAILS:
+        problem = "'details' are of a merge, not of what merges are made from"
+        raise OptionError("report", problem, "say full, norms or none")
+    recipe = Recipe.make(
+        method=method,
+        scale=scale,
+        rank=rank,
+        pre=pre,
+        post=post,
+        backend=backend,
+        device=device,
+        whole=whole,
+        base_model=base_model,
+        report=report,
+        features=features,
+        features_energy=features_energy,
+        **method_options,
+    ).absolute()
+    if isinstance(adapters, (str, os.PathLike)):
+        raise OptionError("adapters", "is one adapter, not a list", "put it in a list: [adapter]")
+    given = tuple(adapters)
+    sources = tuple(load(x) if isinstance(x, (str, os.PathLike)) else x for x in given)
+    job = Job.make(recipe, sources)
+    _check(job, recipe)
+    names = [a.name for a in job.plan.adapters]
+    sums = InterferenceSums(names, told(recipe.report, len(names)))
+    with torch.no_grad():
+        return _of_job(recipe, sources, tuple(map(_place, given)), job, sums)
+
+
+def _place(source: Source) -> str | None:
+    """Where an adapter was read from, from anywhere."""
+    if isinstance(source, Adapter):
+        return None
+    path = os.fspath(source)
+    return os.path.abspath(path) if os.path.lexists(path) else path
+
+
+def _of_job(
+    recipe: Recipe,
+    sources: tuple[Adapter, ...],
+    places: tuple[str | None, ...],
+    job: Job,
+    sums: InterferenceSums,
+) -> Prepared:
+    work, plan = job.parts[0].work, job.plan
+    scales: Mapping[int, float] = {}
+    if work.twice:
+        uncounted = InterferenceSums((), NONE)
+        found = engine.run(plan, work, job.budget, uncounted, _dropped, False, _untold)
+        scales = found.scales
+    alike: list[Alike] = []
+    bases: dict[str, Bases] = {}
+    norms: dict[str, Sequence[float]] = {}
+    if has_parts(work.method):
+        given, parts = prepared(plan, work, job.budget.device, sums)
+        alike = [
+            dataclasses.replace(x, scale=_scale(x, scales, work.settings.scale)) for x in given
+        ]
+        bases = {name: parts[name].bases for name in plan.names}
+        norms = {name: parts[name].norms for name in plan.names}
+    return Prepared(
+        recipe=recipe,
+        method=work.method,
+        sources=lambda: sources,
+        places=places,
+        adapters=tuple(a.name for a in plan.adapters),
+        owners=plan.owners,
+        shapes={name: (plan.module(name).m, plan.module(name).n) for name in plan.names},
+        alike=tuple(alike),
+        bases=bases,
+        norms=norms,
+        ranks={n: sum(x.ranks) for x in alike for n in x.names} or plan.ranks,
+        interference=sums.result() if alike else None,
+        scale=scales[max(scales)] if scales else work.settings.scale,
+        scales=scales,
+    )
+
+
+def _scale(x: Alike, scales: Mapping[int, float], usual: float) -> Tensor:
+    """λ of modules that are alike: 1 in search of another where one adapter alone has them."""
+    own = scales.get(len(x.owners), 1.0) if scales else usual
+    return torch.full((len(x.names),), own, dtype=torch.float64)
+
+
+def _dropped(*_: object) -> None:
+    """Of a merge that only finds λ."""
+
+
+def _untold(done: int, total: int) -> None:
+    """Nobody is told how far that is."""
+
+
+def _check(job: Job, recipe: Recipe) -> None:
+    """AdapterError or OptionError for what is no merge of factors by coefficients."""
+    part = job.parts[0]
+    for k, adapter in enumerate(job.plan.adapters):
+        if adapter.changed:
+            problem = (
+                f"{called(k, adapter)} changes {adapter.changed[0]!r} by no product of factors"
+            )
+            raise AdapterError(adapter.name, None, problem, "merge it as often as need be (merge)")
+    work = part.work
+    if work.post:
+        problem = f"{recipe.post[-1]!r} is no part of what is prepared"
+        raise OptionError("post", problem, "leave it out, or merge once for each weight (merge)")
+    if work.calibrated and (work.calibrates_factors or work.method.truncates):
+        problem = f"'svc' after {work.method.method.name!r} is not prepared"
+        raise OptionError("post", problem, "leave it out, or take a spectral method, as 'tsvm'")
+    if work.streamed:
+        problem = "adapters that are read in batches are not prepared"
+        raise OptionError("descent", problem, "prepare fewer, or give descent='whole'")
+    if recipe.rank is not None and not part.work.method.truncates:
+        problem = f"{part.work.method.method.name!r} does not cut by itself"
+        raise OptionError("rank", problem, "give it to save")

@@ -1,0 +1,91 @@
+"""The CUDA kernels' machine code against what tests/data/machine_code.json has of it.
+
+The quick tests read the record, which is of the sources there are; the slow one compiles them.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import machine_code
+import pytest
+from machine_code import ARCHS, fingerprint, read, record, sources
+
+FEWER, MORE = 0.95, 1.05
+"""How far another nvcc may be off in what it makes of a loop."""
+
+needs_nvcc = pytest.mark.skipif(
+    shutil.which("nvcc") is None or machine_code.disassembler() is None,
+    reason="no nvcc, or no disassembler",
+)
+every_source = pytest.mark.parametrize("source", sources())
+
+
+def rows(source: str) -> dict[tuple[int, str], dict]:
+    kept = record()[source]
+    return {(arch, name): row for arch in ARCHS for name, row in kept[str(arch)].items()}
+
+
+def test_the_record_has_every_source():
+    assert set(record()) == set(sources())
+
+
+@every_source
+def test_the_record_is_of_these_sources(source):
+    """python tests/machine_code.py makes it anew, where there is an nvcc."""
+    assert record()[source]["sources"] == fingerprint(source)
+
+
+@every_source
+def test_no_kernel_spills_registers(source):
+    assert {key for key, row in rows(source).items() if row["spilled"]} == set()
+
+
+def test_grams_of_16_bit_factors_are_made_on_tensor_cores():
+    for (_, name), row in rows("gram").items():
+        if "Float16" not in name:
+            continue
+        loop = row["loop"]
+        assert loop["HMMA"] > 0, name
+        assert "FFMA" not in loop, name
+        assert row["code"] > loop["all"], name
+        assert loop["LDSM"] <= loop["HMMA"], name
+
+
+def test_products_of_16_bit_factors_are_made_on_tensor_cores_and_stored_in_whole_vectors():
+    for (_, name), row in rows("apply").items():
+        if not name.startswith("TensorApply"):
+            continue
+        loop = row["loop"]
+        assert loop["HMMA"] > loop["LDSM"] > 0, name
+        assert "FFMA" not in loop, name
+        assert row["stores"]["STG128"] >= 4, name
+
+
+def test_decoupled_products_are_made_on_tensor_cores_and_so_are_magnitudes_of_all_formats():
+    for (_, name), row in rows("apply_decouple").items():
+        products = [x for x in row["matrix"] if "LDSM" in x]
+        magnitudes = [x for x in row["matrix"] if "LDSM" not in x]
+        assert bool(products) == name.endswith("true>"), name
+        assert all(x["HMMA"] > x["LDSM"] for x in products), name
+        assert magnitudes[0]["HMMA"] == 12, name  # three of 16 x 8 x 8 for each of four blocks
+        assert magnitudes[0]["all"] <= 15 * 12, name
+        assert row["stores"]["STG128"] >= 2, name
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("arch", ARCHS)
+@every_source
+def test_the_machine_code_is_no_worse_than_recorded(source, arch):
+    kept, found = record()[source][str(arch)], read(source, arch)
+    assert set(found) == set(kept)
+    for name, row in found.items():
+        before, loop = kept[name]["loop"], row["loop"]
+        assert row["spilled"] <= kept[name]["spilled"], name
+        assert loop["all"] <= MORE * before["all"], name
+        for kind in ("HMMA", "LDG128", "LDGSTS128", "LDSM", "LDS128"):
+            assert loop.get(kind, 0) >= FEWER * before.get(kind, 0), (name, kind)
+        wide = ("STG128", "STG64")
+        stores, stored = (sum(r["stores"].get(k, 0) for k in wide) for r in (row, kept[name]))
+        assert stores >= FEWER * stored, name
