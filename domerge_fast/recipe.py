@@ -40,6 +40,7 @@ __all__ = [
     "FULL",
     "NONE",
     "NORMS",
+    "REPORTS",
     "SVC",
     "Input",
     "Recipe",

@@ -240,6 +240,27 @@ def test_the_command_line(tmp_path, capsys):
     assert {"shares.png", *first} <= {path.name for path in folder.iterdir()}
 
 
+def test_a_recipe_that_is_run_has_them_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_pair(tmp_path)
+    Path("r.yml").write_text("adapters: [a, b]\nmethod: linear\nreport: norms\n")
+    flags = ["--html", "page.html", "--plots", "plots", "--save-recipe", "saved.yml"]
+    assert main(["run", "r.yml", "-o", "one", "-q", *flags]) == 0
+    merged = ["merge", "a", "b", "--method", "linear", "-o", "two", "-q"]
+    assert main([*merged, "--html", "other.html"]) == 0
+    rows = [Parsed(Path(x).read_text()).rows("shares") for x in ("page.html", "other.html")]
+    assert rows[0] == rows[1] != []
+    assert Path("plots/shares.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["run", "saved.yml", "-o", "three", "-q"]) == 0
+    factors = [Path(x, "adapter_model.safetensors").read_bytes() for x in ("one", "two", "three")]
+    assert len(set(factors)) == 1
+    for given, kept in ((["--report", "none"], "none"), ([], "norms")):
+        assert main(["run", "r.yml", "-o", "four", "--overwrite", "--json", *given]) == 0
+        assert json.loads(capsys.readouterr().out)["recipe"]["report"] == kept
+    assert main(["run", "r.yml", "-o", "five", "--report", "al"]) == 2
+    assert "option 'report': 'al' is not known" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -259,9 +280,11 @@ def test_what_cannot_be_written_is_refused_before(flags, said, tmp_path, monkeyp
     Path("mine.html").write_text("<p>mine")
     Path("mine").mkdir()
     Path("mine/rows.png").write_bytes(b"\x89PNG mine")
+    Path("r.yml").write_text("adapters: [a, b]\n")
     before = sorted(tmp_path.rglob("*"))
-    assert main(["merge", *paths, "-o", "out", *flags]) == 2
-    assert said in capsys.readouterr().err
+    for command in (["merge", *paths], ["run", "r.yml"]):
+        assert main([*command, "-o", "out", *flags]) == 2
+        assert said in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -16,7 +16,7 @@ if typing.TYPE_CHECKING:
     from ..merged import Merged
     from ..recipe import Recipe
 
-__all__ = ["COMMAND", "add_dry_run", "add_verify", "merged"]
+__all__ = ["COMMAND", "add_beside", "check_beside", "merged"]
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
@@ -48,16 +48,8 @@ def fill(parser: argparse.ArgumentParser) -> None:
     add("--rules", type=_rules, default=(), metavar="JSON", help=rules)
     add("--base", metavar="FOLDER", help="the base model, e.g. for the form model")
     add("--whole", default="auto", help="of tensors saved whole: auto, drop or from:NAME")
-    said = "of the adapters, in the report: details, full, norms or none (default: full)"
-    add("--report", help=said)
-    shared.add_pages(parser)
-    add("--max-device-memory", metavar="SIZE", help="of the device, e.g. 4GiB")
     add("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
-    saved = "write the recipe, which 'domerge-fast run' repeats, as YAML"
-    add("--save-recipe", metavar="FILE", help=saved)
-    add_verify(parser)
-    add_dry_run(parser)
-    shared.add_json(parser)
+    add_beside(parser, "full")
     flags.add_method_options(parser, known.options)
 
 
@@ -96,21 +88,26 @@ def _rules(text: str) -> object:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no JSON ({error})") from None
 
 
-def add_verify(parser: argparse.ArgumentParser) -> None:
-    help = "merge some modules again by the reference, and write nothing if they differ"
-    parser.add_argument("--verify", action="store_true", help=help)
-
-
-def add_dry_run(parser: argparse.ArgumentParser) -> None:
-    help = "say what will be read, written and taken, and write nothing"
-    parser.add_argument("--dry-run", action="store_true", help=help)
+def add_beside(parser: argparse.ArgumentParser, report: str) -> None:
+    """What may be asked of any merge beside what it is made of. report: which is the usual one."""
+    add = parser.add_argument
+    said = f"of the adapters, in the report: details, full, norms or none (default: {report})"
+    add("--report", help=said)
+    shared.add_pages(parser)
+    saved = "write the recipe, which 'domerge-fast run' repeats, as YAML"
+    add("--save-recipe", metavar="FILE", help=saved)
+    add("--max-device-memory", metavar="SIZE", help="of the device, e.g. 4GiB")
+    again = "merge some modules again by the reference, and write nothing if they differ"
+    add("--verify", action="store_true", help=again)
+    dry = "say what will be read, written and taken, and write nothing"
+    add("--dry-run", action="store_true", help=dry)
+    shared.add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..recipe import Recipe
 
-    _check_beside(args)
-    shared.check_pages(args)
+    check_beside(args)
     given = shared.given(args)
     adapters = given.pop("adapters")
     given["weights_for"] = _by_pattern(given["weights_for"] or ())
@@ -125,8 +122,6 @@ def merged(args: argparse.Namespace, recipe: Recipe, adapters: Sequence[str] | N
     """Merge as a recipe says, or tell what that takes."""
     from .. import api
 
-    if args.dry_run and args.verify:
-        raise OptionError("verify", "a dry run writes nothing", "leave one of them out")
     most, together = args.max_device_memory, _has_others()
     is_first = not together or os.environ["RANK"] == "0"
     if args.dry_run:
@@ -149,10 +144,9 @@ def merged(args: argparse.Namespace, recipe: Recipe, adapters: Sequence[str] | N
     )
     if done is None:  # rank 0 tells of it
         return 0
-    if getattr(args, "save_recipe", None) is not None:
+    if args.save_recipe is not None:
         _save(args.save_recipe, done.report.recipe)
-    if hasattr(args, "html"):
-        shared.write_pages(args, done.report)
+    shared.write_pages(args, done.report)
     if not args.quiet or args.json:
         written = f"written to {printable(args.output)}"
         plain = done.report.to_dict() | {"output": args.output}
@@ -165,11 +159,12 @@ def _has_others() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
-def _check_beside(args: argparse.Namespace) -> None:
+def check_beside(args: argparse.Namespace) -> None:
     """What is written beside the merge, before anything is merged."""
-    for name in ("save_recipe", "html", "plots"):
-        if args.dry_run and getattr(args, name) is not None:
+    for name in ("save_recipe", "html", "plots", "verify"):
+        if args.dry_run and getattr(args, name) not in (None, False):
             raise OptionError(name, "a dry run writes nothing", "leave one of them out")
+    shared.check_pages(args)
     if args.save_recipe is None:
         return
     side_file.check(args.save_recipe)

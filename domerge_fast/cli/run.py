@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from .. import options
 from ..errors import OptionError
 from . import merge, shared
 
@@ -20,20 +21,20 @@ def fill(parser: argparse.ArgumentParser) -> None:
     shared.add_replacing(parser)
     add("--backend", help="in place of the recipe's")
     add("--device", help="in place of the recipe's")
-    add("--max-device-memory", metavar="SIZE", help="of the device, e.g. 4GiB")
     add("-q", "--quiet", action="store_true", help="no progress, no summary")
-    merge.add_verify(parser)
-    merge.add_dry_run(parser)
-    shared.add_json(parser)
+    merge.add_beside(parser, "the recipe's")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..recipe import Recipe
+    from ..recipe import REPORTS, Recipe
 
     if args.output is None and not args.dry_run:
         raise OptionError("output", "is not given", "say where to write (-o OUT), or --dry-run")
+    merge.check_beside(args)
+    if args.report is not None:
+        options.choose("report", args.report, REPORTS)
     recipe = Recipe.read(args.recipe, args.adapters, args.base)
-    given = {name: getattr(args, name) for name in ("backend", "device")}
+    given = {name: getattr(args, name) for name in ("backend", "device", "report")}
     recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
     return merge.merged(args, recipe, None)
 

@@ -54,7 +54,10 @@ _OWN = ("run", "parser", "full_parser", "verbose", "quiet", "output", "json", "h
 
 def given(args: argparse.Namespace) -> dict[str, Any]:
     """What was given that is an argument of the API."""
-    return {name: value for name, value in vars(args).items() if name not in _OWN}
+    found = {name: value for name, value in vars(args).items() if name not in _OWN}
+    if found.get("report") is None:
+        found.pop("report", None)
+    return found
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +76,7 @@ def add_pages(parser: argparse.ArgumentParser) -> None:
 
 def check_pages(args: argparse.Namespace) -> None:
     """Before anything is computed: where pages and pictures go, what they need of this machine, and
-    of the report."""
+    of the report, where none is asked for."""
     if args.html is not None:
         from ..pages.page import check_html
 
@@ -82,8 +85,8 @@ def check_pages(args: argparse.Namespace) -> None:
         from ..pages.plots import check_plots
 
         check_plots(args.plots)
-    if args.report is None:
-        args.report = "full" if args.html is None and args.plots is None else "details"
+    if args.report is None and (args.html is not None or args.plots is not None):
+        args.report = "details"
 
 
 def write_pages(args: argparse.Namespace, found: Report | Interference) -> None:
