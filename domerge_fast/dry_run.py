@@ -15,7 +15,8 @@ import torch
 from .adapters.differences import NO_CHANGES
 from .adapters.plan import Plan
 from .formats.peft.write import largest
-from .job import Job, Part
+from .job import Job
+from .parts import Part
 
 __all__ = ["Estimate", "estimate"]
 

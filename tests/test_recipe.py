@@ -20,7 +20,8 @@ from support.make import PAIR, random_factors, write_adapter, write_pair
 
 import domerge_fast as dm
 from domerge_fast.cli import main as cli
-from domerge_fast.recipe import Input, Recipe, Rule, mergekit, parse
+from domerge_fast.recipe import Input, Recipe, Rule, parse
+from domerge_fast.recipe.mergekit import mergekit
 
 NAMES = tuple(sorted(PAIR))
 ASKED: dict[str, Any] = {

@@ -14,9 +14,9 @@ import domerge_fast
 ROOT = Path(domerge_fast.__file__).parent
 ROOMS = (
     *("_version", "errors", "aliases", "options", "registry", "storage", "algebra"),
-    *("adapters", "backends", "ops", "methods", "mergekit_recipe", "recipe", "results", "pages"),
-    *("formats", "runtimes", "merged", "engine", "reading", "direction", "on_inputs", "base"),
-    *("costs", "job", "distributed", "dry_run", "conversion", "api", "unlearning", "sessions"),
+    *("adapters", "backends", "ops", "methods", "recipe", "results", "pages", "formats"),
+    *("runtimes", "merged", "engine", "reading", "direction", "on_inputs", "base", "costs"),
+    *("parts", "job", "distributed", "dry_run", "conversion", "api", "unlearning", "sessions"),
     *("evaluators", "osrm", "routing", "integrations", "learning", "explore", "bench", "cli"),
     "__main__",
 )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from . import aliases, options
-from .errors import OptionError
+from .. import aliases, options
+from ..errors import OptionError
 
 __all__ = ["mergekit"]
 
