@@ -558,3 +558,20 @@ def test_saving_from_a_state_needs_the_adapters_as_they_were(tmp_path):
     with pytest.raises(dm.AdapterError, match="not what was prepared"):
         q.save(WEIGHTS, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("scale", "passes"), [(1.0, 1), ("auto", 3)])
+def test_progress_is_told_module_by_module(scale, passes):
+    seen = []
+    given = {"scale": scale, "progress": lambda *done: seen.append(done)}
+    dm.prepare(inputs("tsvm")[0], "tsvm", **given)
+    total = passes * len(MODULES)
+    assert seen == [(k + 1, total) for k in range(total)]
+
+
+def test_an_error_that_progress_raises_stops_it():
+    def stop(done: int, total: int) -> None:
+        raise InterruptedError(done)
+
+    with pytest.raises(InterruptedError, match="1"):
+        dm.prepare(inputs("tsvm")[0], "tsvm", progress=stop)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-__all__ = ["shown"]
+__all__ = ["shown", "untold"]
 
 BAR = "{percentage:3.0f}% {bar} {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
 """What tqdm shows, as wide as the terminal."""
+
+
+def untold(done: int, total: int) -> None:
+    """Nobody is told how far it is."""
 
 
 @contextlib.contextmanager
@@ -20,7 +24,7 @@ def shown(
         yield progress
         return
     if not progress:
-        yield lambda done, total: None
+        yield untold
         return
     from tqdm import tqdm
 

@@ -113,9 +113,11 @@ def _asked(explorer: Explorer, plain: Mapping[str, Any]) -> Asked:
 
 def _figures(explorer: Explorer, plain: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers, and the figures that show them; or that the method is still being prepared."""
-    found = explorer.figures(_asked(explorer, plain))
+    asked = _asked(explorer, plain)
+    found = explorer.figures(asked)
     if found is None:
-        return {"preparing": True}
+        done, total = explorer.done(asked.method)
+        return {"preparing": f"Preparing, {100 * done // total} % …"}
     ready, measured = found
     return {
         "norm": measured.norm,
@@ -130,7 +132,7 @@ def _loss(explorer: Explorer, plain: Mapping[str, Any]) -> dict[str, Any]:
     """By text, of the merge; once they are known also of the model alone and of each adapter."""
     alone = explorer.alone()
     if alone is None:
-        return {"preparing": True}
+        return {"preparing": "Computing losses …"}
     losses = explorer.loss(_asked(explorer, plain))
     return {"losses": losses, "html": losses_of(explorer, losses, alone)}
 

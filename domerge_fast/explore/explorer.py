@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from ..sessions.prepare import prepare
 from ..sessions.prepared import Prepared
 from ..sessions.preparing import has_parts
 from ..storage import side_file, yaml_file
+from .worker import Check, Worker
 
 __all__ = ["Asked", "Explorer", "Losses", "Ready", "Trial", "offered"]
 
@@ -88,8 +90,8 @@ def offered() -> tuple[str, ...]:
 class Explorer:
     """adapters: names. output: the folder that merges and recipes are saved in.
 
-    Each method is prepared by a thread when it is asked for first, and kept; losses are computed
-    by another, one at a time.
+    Each method is prepared by a thread when it is asked for first, and kept, but for the first,
+    "auto"; losses are computed by another, one at a time.
     """
 
     def __init__(
@@ -103,12 +105,13 @@ class Explorer:
         self._sources = tuple(adapters)
         self._loaded = tuple(load(x) if isinstance(x, (str, Path)) else x for x in adapters)
         self._given, self.output, self._trial = prepared, output, trial
-        self._work = ThreadPoolExecutor(1, "domerge-prepare")
-        self._losses = ThreadPoolExecutor(1, "domerge-losses")
+        self._preparing, self._running = Worker("domerge-prepare"), Worker("domerge-run")
         self._lock = threading.Lock()
-        self._ready: dict[str, Future[Ready]] = {}
+        self._done: dict[str, tuple[int, int]] = {}
+        self._ready: dict[str, Future[Ready]] = {"auto": Future()}
         self._alone: Future[Losses] | None = None
-        first = self._of("auto").result()
+        first = self._prepared("auto", lambda: None)  # here, where Ctrl-C ends it at once
+        self._ready["auto"].set_result(first)
         self.adapters = first.prepared.adapters
         self.interference = first.prepared.interference
 
@@ -121,14 +124,24 @@ class Explorer:
     def has_trial(self) -> bool:
         return self._trial is not None
 
+    def stop(self) -> None:
+        """Stop what is being worked on; whoever waits for it gets Superseded."""
+        self._preparing.stop()
+        self._running.stop()
+
     def close(self) -> None:
-        """Let go of the threads; what they are at is finished first."""
-        self._work.shutdown(cancel_futures=True)
-        self._losses.shutdown(cancel_futures=True)
+        """Stop, and let go of the threads."""
+        self.stop()
+        self._preparing.close()
+        self._running.close()
 
     def ready(self, method: str) -> Ready | None:
         """None while it is still being prepared. Raises as `prepare` does."""
         return _if_done(self._of(method))
+
+    def done(self, method: str) -> tuple[int, int]:
+        """How many modules of how many were gone through of what is being prepared."""
+        return self._done.get(method, (0, 1))
 
     def figures(self, asked: Asked) -> tuple[Ready, Measured] | None:
         """Of the merge; None while its method is being prepared."""
@@ -141,14 +154,15 @@ class Explorer:
         """Losses without a merge; None while they are computed."""
         with self._lock:
             if self._alone is None:
-                self._alone = self._losses.submit(self._of_each)
+                self._alone = self._running.lasting(self._of_each)
             return _if_done(self._alone)
 
     def loss(self, asked: Asked) -> Mapping[str, float]:
         """By text, with the merge on the model."""
         ready = self._of(asked.method).result()
         prepared = ready.prepared.at_scale(asked.scale or ready.scale)
-        return self._losses.submit(self._loss, prepared, asked.weights).result()
+        given = prepared, asked.weights
+        return self._running.newest("loss", asked, lambda x: self._loss(*given, x)).result()
 
     def save(self, asked: Asked, name: Any, form: Any) -> Path:
         """Write the merge, or its recipe, into the folder. OptionError for a name that is none of a
@@ -159,7 +173,8 @@ class Explorer:
         place = self.output / (f"{name}.yml" if form == "recipe" else name)
         recipe = self.recipe(asked)
         if form == "adapter":
-            run(recipe, self._loaded, output=place)
+            goes_on = self._preparing.check
+            run(recipe, self._loaded, output=place, progress=lambda done, total: goes_on())
             return place
         side_file.check(str(place))
         if os.path.lexists(place):
@@ -187,28 +202,42 @@ class Explorer:
     def _of(self, method: str) -> Future[Ready]:
         with self._lock:
             if method not in self._ready:
-                self._ready[method] = self._work.submit(self._prepared, method)
+                work = functools.partial(self._prepared, method)
+                self._ready[method] = self._preparing.lasting(work)
             return self._ready[method]
 
-    def _prepared(self, method: str) -> Ready:
-        found = prepare(self._loaded, method, scale="auto", **self._given)
-        return Ready(found, Measures.of(found), found.scale)
+    def _prepared(self, method: str, check: Check) -> Ready:
+        def progress(done: int, total: int) -> None:
+            self._done[method] = done, total
+            check()
 
-    def _of_each(self) -> Losses:
+        found = prepare(self._loaded, method, scale="auto", progress=progress, **self._given)
+        measures = Measures.of(found, progress=lambda done, total: check())
+        return Ready(found, measures, found.scale)
+
+    def _of_each(self, check: Check) -> Losses:
         """Of every adapter alone, which is a sum with one weight."""
         linear = self._of("linear").result().prepared.at_scale(1.0)
         count = len(self.adapters)
         units = [tuple(float(i == k) for i in range(count)) for k in range(count)]
-        base = self._loss(linear, (0.0,) * count)
-        return Losses(base, [self._loss(linear, unit) for unit in units])
+        base = self._loss(linear, (0.0,) * count, check)
+        return Losses(base, [self._loss(linear, unit, check) for unit in units])
 
-    def _loss(self, prepared: Prepared, weights: Sequence[float]) -> Mapping[str, float]:
+    def _loss(
+        self, prepared: Prepared, weights: Sequence[float], check: Check
+    ) -> Mapping[str, float]:
         if self._trial is None:
             raise OptionError("model", "is not given", "say --model and --text")
         with prepared.attach(self._trial.model) as live:
             live.set(weights)
             runner = Runner(self._trial.model, chosen_loss("cross_entropy"), None)
-            return runner.mean(self._trial.data)
+            return runner.mean({k: _checked(x, check) for k, x in self._trial.data.items()})
+
+
+def _checked(batches: Sequence[Any], check: Check) -> Iterator[Any]:
+    for batch in batches:
+        check()
+        yield batch
 
 
 def _is_name(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import socket
 from collections.abc import Callable
+from types import FrameType
 
 import uvicorn
 
@@ -22,6 +23,7 @@ def serve(explorer: Explorer, port: int, tell: Callable[[str], None]) -> None:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listening.bind(("127.0.0.1", port))
+            listening.listen()  # who is told the address may come at once
         except OSError as error:
             problem = f"{port} cannot be had ({error.strerror})"
             raise OptionError("port", problem, "give another, or none") from error
@@ -30,4 +32,16 @@ def serve(explorer: Explorer, port: int, tell: Callable[[str], None]) -> None:
         config = uvicorn.Config(
             app(explorer, token, taken), log_level="warning", access_log=False, lifespan="off"
         )
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config, explorer).run(sockets=[listening])
+
+
+class _Server(uvicorn.Server):
+    """Ctrl-C also stops what requests wait for, which are answered before the server ends."""
+
+    def __init__(self, config: uvicorn.Config, explorer: Explorer) -> None:
+        super().__init__(config)
+        self._explorer = explorer
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._explorer.stop()
+        super().handle_exit(sig, frame)

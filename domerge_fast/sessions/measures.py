@@ -16,21 +16,21 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..adapters.plan import Stack
+from ..adapters.plan import Plan, Stack
 from ..algebra.full_precision import full_precision
-from ..errors import OptionError
-from ..job import Job
+from ..engine.progress_bar import untold
+from ..reading import read
 from .coefficients import Kappa
 from .kinds.alike import Alike, Inner
 from .kinds.rotated import Cores
 from .part import Bases
-from .prepared import Prepared
+from .prepared import Prepared, check_stays
 
 __all__ = ["Measured", "Measures"]
 
@@ -70,20 +70,29 @@ class Measures:
     _products: tuple[_Products, ...]
 
     @classmethod
-    def of(cls, prepared: Prepared, most: int = MOST_NUMBERS) -> Measures:
+    def of(
+        cls,
+        prepared: Prepared,
+        most: int = MOST_NUMBERS,
+        progress: Callable[[int, int], None] = untold,
+    ) -> Measures:
         """Read the adapters' factors again, and keep products of theirs with the bases of what was
-        prepared: at most so many numbers, but of one module at least. OptionError for a method
-        whose merges are made anew (kind "tiles")."""
-        if not prepared.alike:
-            problem = f"{prepared.recipe.method!r} has no factors that stay"
-            raise OptionError("method", problem, "prepare 'core' with it inside")
+        prepared: at most so many numbers, but of one module at least. progress: is called after
+        every module; an error that it raises stops it. OptionError for a method whose merges are
+        made anew (kind "tiles")."""
+        check_stays(prepared)
         chosen = set(_spread(prepared, most))
         places = [[k for k, n in enumerate(x.names) if n in chosen] for x in prepared.alike]
         parts = [x.part(at) for x, at in zip(prepared.alike, places) if at]
-        plan = Job.make(prepared.recipe, prepared.sources()).plan
-        products = []
+        loaded, _ = read(prepared.sources(), prepared.recipe.base_model)
+        plan = Plan.make(loaded, [1.0] * len(loaded))
+        products, done = [], 0
         for x in parts:
-            made = [_of_module(x, prepared.bases[n], plan.stack(n)) for n in x.names]
+            made = []
+            for name in x.names:
+                made.append(_of_module(x, prepared.bases[name], plan.stack(name)))
+                done += 1
+                progress(done, len(chosen))
             products.append(type(made[0]).together(made, x))
         norms = torch.zeros(len(prepared.adapters), dtype=torch.float64)
         for own in products:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,15 @@ from ..adapters import Adapter
 from ..adapters.adapter import called
 from ..engine import pipeline as engine
 from ..engine.interference import InterferenceSums, told
+from ..engine.progress_bar import shown
 from ..errors import AdapterError, OptionError
 from ..formats import load
-from ..job import Job
+from ..job import Job, Progress
 from ..reading import Source
 from ..recipe import DETAILS, NONE, Recipe
 from .kinds.alike import Alike
 from .making import WRITTEN
-from .part import Bases
+from .part import Part
 from .prepared import Prepared
 from .preparing import has_parts, prepared
 
@@ -43,6 +44,7 @@ def prepare(
     report: str = "full",
     features: str | os.PathLike[str] | None = None,
     features_energy: float | None = None,
+    progress: Progress = False,
     **method_options: Any,
 ) -> Prepared:
     """Read adapters once, and keep all of their merge by `method` that weights do not change.
@@ -52,6 +54,7 @@ def prepare(
         method.
     scale: λ; "auto" finds it once, at weights of 1.
     rank: what merges are cut to by a method that cuts by itself (svd); None: as in `merge`.
+    progress: as of `merge`; modules are gone through three times where λ is found.
 
     Memory: the factors, in float32 for all methods but sums, R (m + n) numbers a module. Raises as
     `merge` does, and for what has no sum of factors as its merge: DoRA, changes of parameters
@@ -88,7 +91,7 @@ def prepare(
     names = [a.name for a in job.plan.adapters]
     sums = InterferenceSums(names, told(recipe.report, len(names)))
     with torch.no_grad():
-        return _of_job(recipe, sources, tuple(map(_place, given)), job, sums)
+        return _of_job(recipe, sources, tuple(map(_place, given)), job, sums, progress)
 
 
 def _place(source: Source) -> str | None:
@@ -105,23 +108,20 @@ def _of_job(
     places: tuple[str | None, ...],
     job: Job,
     sums: InterferenceSums,
+    progress: Progress,
 ) -> Prepared:
     work, plan = job.parts[0].work, job.plan
-    scales: Mapping[int, float] = {}
-    if work.twice:
-        uncounted = InterferenceSums((), NONE)
-        found = engine.run(plan, work, job.budget, uncounted, _dropped, False, _untold)
-        scales = found.scales
-    alike: list[Alike] = []
-    bases: dict[str, Bases] = {}
-    norms: dict[str, Sequence[float]] = {}
-    if has_parts(work.method):
-        given, parts = prepared(plan, work, job.budget.device, sums)
-        alike = [
-            dataclasses.replace(x, scale=_scale(x, scales, work.settings.scale)) for x in given
-        ]
-        bases = {name: parts[name].bases for name in plan.names}
-        norms = {name: parts[name].norms for name in plan.names}
+    keeps, gone = has_parts(work.method), 2 * len(plan.names) if work.twice else 0
+    total = gone + keeps * len(plan.names)
+    with shown(progress, total) as tell:
+        scales = _scales(job, lambda done, _: tell(done, total)) if work.twice else {}
+        given: list[Alike] = []
+        parts: dict[str, Part] = {}
+        if keeps:
+            rest = job.budget.device, sums
+            given, parts = prepared(plan, work, *rest, lambda done, _: tell(gone + done, total))
+    alike = [dataclasses.replace(x, scale=_scale(x, scales, work.settings.scale)) for x in given]
+    names = plan.names if keeps else ()
     return Prepared(
         recipe=recipe,
         method=work.method,
@@ -131,13 +131,19 @@ def _of_job(
         owners=plan.owners,
         shapes={name: (plan.module(name).m, plan.module(name).n) for name in plan.names},
         alike=tuple(alike),
-        bases=bases,
-        norms=norms,
+        bases={name: parts[name].bases for name in names},
+        norms={name: parts[name].norms for name in names},
         ranks={n: sum(x.ranks) for x in alike for n in x.names} or plan.ranks,
         interference=sums.result() if alike else None,
         scale=scales[max(scales)] if scales else work.settings.scale,
         scales=scales,
     )
+
+
+def _scales(job: Job, progress: Callable[[int, int], None]) -> Mapping[int, float]:
+    """λ by the number of adapters that have a module, found by a merge that is dropped."""
+    given = job.plan, job.parts[0].work, job.budget, InterferenceSums((), NONE)
+    return engine.run(*given, _dropped, False, progress).scales
 
 
 def _scale(x: Alike, scales: Mapping[int, float], usual: float) -> Tensor:
@@ -148,10 +154,6 @@ def _scale(x: Alike, scales: Mapping[int, float], usual: float) -> Tensor:
 
 def _dropped(*_: object) -> None:
     """Of a merge that only finds λ."""
-
-
-def _untold(done: int, total: int) -> None:
-    """Nobody is told how far that is."""
 
 
 def _check(job: Job, recipe: Recipe) -> None:

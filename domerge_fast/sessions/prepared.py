@@ -43,7 +43,7 @@ from .prepared_merge import Made, PreparedMerge
 from .saving import Writing, planned, written
 from .stored import Kept, opened
 
-__all__ = ["TILES", "Prepared"]
+__all__ = ["TILES", "Prepared", "check_stays"]
 
 TILES = "tiles"
 ORDER = ("scaled", "rotated", "gains")
@@ -187,9 +187,7 @@ class Prepared(Kept):
         """
         options.check("in_place", in_place, bool)
         word = dtype and options.choose("dtype", dtype, (*DTYPES, "float64"))
-        if not self.alike:
-            problem = f"{self.recipe.method!r} has no factors that stay"
-            raise OptionError("method", problem, "prepare 'core' with it inside")
+        check_stays(self)
         return attached(self, model, adapter, in_place, getattr(torch, word) if word else None)
 
     def save(
@@ -331,6 +329,14 @@ class Prepared(Kept):
     def _selections(self) -> list[Callable[[Tensor, Tensor | None], Weights]]:
         places = {name: k for k, name in enumerate(self.modules)}
         return [selection(x, places, len(self.adapters)) for x in self.alike]
+
+
+def check_stays(prepared: Prepared, option: str = "method", beside: str = "") -> None:
+    """OptionError of an option for a method whose merges are made anew (kind "tiles"). beside: what
+    else may be done about it."""
+    if prepared.kind == TILES:
+        problem = f"{prepared.recipe.method!r} has no factors that stay"
+        raise OptionError(option, problem, f"prepare 'core' with it inside{beside}")
 
 
 def _is_name(name: Any) -> bool:

@@ -73,16 +73,22 @@ def _works_inside(inner: Chosen) -> bool:
 
 
 def prepared(
-    plan: Plan, work: Work, device: torch.device, sums: InterferenceSums
+    plan: Plan,
+    work: Work,
+    device: torch.device,
+    sums: InterferenceSums,
+    progress: Callable[[int, int], None],
 ) -> tuple[list[Alike], dict[str, Part]]:
     """All modules of a plan whose weights are 1: those alike together, and every one by itself.
-    AdapterError for what is not finite, or far from 1 in size."""
+    progress: is called after every module; an error that it raises stops it. AdapterError for what
+    is not finite, or far from 1 in size."""
     parts: dict[str, Part] = {}
     members: dict[tuple, list[Part]] = {}
     for stacks, norms in _groups(plan, work, device, sums):
         for part, own in zip(_built(stacks, work), norms):
             parts[part.stack.name] = part if part.norms else dataclasses.replace(part, norms=own)
             members.setdefault(part.key, []).append(part)
+            progress(len(parts), len(plan.names))
     return [_together(group) for group in members.values()], parts
 
 

@@ -24,13 +24,13 @@ function put(key, value) {
   document.querySelector(`[data-of="${key}"]`).value = value;
 }
 
-async function show(number, path, into, state) {
+async function show(number, path, into) {
   try {
     const found = await ask(path);
     if (number !== newest) return false;
     if (found.preparing) {
-      at("state").textContent = state;
-      setTimeout(() => show(number, path, into, state), 300);
+      at("state").textContent = found.preparing;
+      setTimeout(() => show(number, path, into), 300);
       return false;
     }
     const open = [...at(into).querySelectorAll("details[open]")].map((x) => x.closest("figure").id);
@@ -40,7 +40,7 @@ async function show(number, path, into, state) {
     at("state").textContent = "";
     if (path === "figures" && !own) put("scale", Number(found.scale.toPrecision(4)));
     if (path === "figures" && at("losses")) {
-      timer = setTimeout(() => show(number, "loss", "losses", "Computing losses …"), 250);
+      timer = setTimeout(() => show(number, "loss", "losses"), 250);
     }
   } catch (error) {
     if (number === newest) at("state").textContent = error.message;
@@ -50,7 +50,7 @@ async function show(number, path, into, state) {
 function refresh() {
   clearTimeout(timer);
   newest += 1;
-  show(newest, "figures", "figures", "Preparing …");
+  show(newest, "figures", "figures");
 }
 
 for (const number of numbers) {

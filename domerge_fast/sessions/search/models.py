@@ -17,7 +17,7 @@ from ..densities import Density
 from ..kinds.alike import Alike, Inner
 from ..live import Attached, attached
 from ..part import Bases
-from ..prepared import TILES, Prepared
+from ..prepared import Prepared, check_stays
 from .mixing import combined, folded, with_density
 from .space import Candidate
 
@@ -34,10 +34,7 @@ class Models:
             problem = "is a merge on a model"
             raise OptionError("live", problem, "detach it, and give the model")
         for prepared in several.values() if live is not None else ():
-            if prepared.kind == TILES:
-                problem = f"{prepared.recipe.method!r} has no factors that stay on a live model"
-                remedy = "prepare 'core' with it inside, or leave live out"
-                raise OptionError("live", problem, remedy)
+            check_stays(prepared, "live", ", or leave live out")
         self._several, self._live = several, live
         self._attached: dict[str, Attached] = {}
         self._undo = contextlib.ExitStack()
