@@ -245,11 +245,11 @@ class Adapter:
         """The parameters that it changes by no product of factors."""
         return sorted({*self.differences, *self.token_rows})
 
-    @property
-    def devices(self) -> set[torch.device]:
+    @cached_property
+    def devices(self) -> frozenset[torch.device]:
         """Where the factors are that are in memory."""
         pairs = self.stored.values()
-        return {x.tensor.device for pair in pairs for x in pair if type(x) is MemoryTensor}
+        return frozenset(x.tensor.device for pair in pairs for x in pair if type(x) is MemoryTensor)
 
     @property
     def nbytes(self) -> int:

@@ -169,8 +169,10 @@ def _head(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
 
 
 def _numbered(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
+    if not runtime.numbered:
+        return
     outside = [n for n in facts.layouts if not any(map(str.isdecimal, n.split(".")))]
-    if runtime.numbered and outside:
+    if outside:
         why = f"{runtime.title} passes over what is in no numbered layer"
         yield Miss(f"{some(outside, 1)} (in none)", why, "leave it out by a rule (leave_out)")
 
