@@ -32,7 +32,6 @@ CPP_FLAGS += ["-ffp-contract=fast", "-fno-math-errno"]  # products fuse, square 
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 # Host code that a kernel reaches is a mere warning otherwise.
 NVCC_FLAGS += ["--diag-error", "20011,20013,20014"]
-NVCC_FLAGS += ["-Xptxas", "-v"]  # what compile_cuda reports
 DEFAULT_ARCHS = ("80", "90", "100")
 OLDEST_ARCH = 80  # those before it have less shared memory than the kernels use
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -213,10 +212,10 @@ def nvcc_command(cuda: Cuda, source: str, target: Path) -> list[str]:
 
 
 def compile_cuda(cuda: Cuda, source: str, folder: Path) -> str:
-    """Compiles one .cu and returns its object; ptxas's report on its kernels is next to it."""
+    """Compiles one .cu and returns its object."""
     target = folder / (Path(source).stem + ".cuda.o")
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_suffix(".txt").write_text(run(nvcc_command(cuda, source, target)))
+    run(nvcc_command(cuda, source, target))
     return str(target)
 
 

@@ -226,9 +226,10 @@ def test_cuda_objects_hold_code_for_the_architectures(build, tmp_path):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A folder with a whole build in it: with CUDA where there is an nvcc."""
+    """A folder with a whole build in it: with CUDA where there is an nvcc, for one architecture;
+    tests/test_machine_code.py compiles for all."""
     folder = tmp_path_factory.mktemp("build")
-    done = build_into(folder, DOMERGE_CUDA="1" if NVCC else "0", DOMERGE_CUDA_ARCHS="")
+    done = build_into(folder, DOMERGE_CUDA="1" if NVCC else "0", DOMERGE_CUDA_ARCHS="80")
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -271,7 +272,7 @@ def test_the_extension_runs_without_torch(built):
 @needs_nvcc
 def test_the_cuda_extension_runs_without_torch_and_without_a_driver(built):
     cuda = ask(built, "_cuda", "info()")
-    assert cuda["archs"].startswith("80;90")
+    assert cuda["archs"] == "80"
     assert cuda["runtime"] >= 12000
     assert (cuda["devices"] > 0) == (cuda["error"] == "")
     if cuda["driver"] == 0:
@@ -302,27 +303,7 @@ def test_without_a_device_the_cuda_build_merges_on_the_cpu_and_doctor_says_why(b
     where, found = json.loads(done.stdout)
     assert where.startswith(str(tmp_path))
     assert re.match(r"off: (CUDA driver is missing|no CUDA)", found["backend cuda"])
-    assert re.match(r"built for 80;90.*; (CUDA driver is missing|no CUDA)", found["CUDA kernels"])
-
-
-@pytest.mark.slow
-@needs_nvcc
-def test_no_kernel_spills_registers(build, built):
-    cuda = build.find_cuda({**os.environ, "DOMERGE_CUDA": "1", "DOMERGE_CUDA_ARCHS": ""})
-    reports = {p.name.split(".")[0]: p.read_text() for p in (built / "temp").glob("*.cuda.txt")}
-    assert set(reports) == {Path(source).stem for source in build.cuda_sources()}
-    kernels = {}
-    for report in reports.values():
-        kernels |= dict(
-            re.findall(
-                r"Compiling entry function '(\S+' for 'sm_\d+)'.*?(\d+ bytes spill stores)",
-                report,
-                re.DOTALL,
-            )
-        )
-    for arch in cuda.archs:
-        assert sum(name.endswith(f"sm_{arch}") for name in kernels) > 40
-    assert {name: spill for name, spill in kernels.items() if spill != "0 bytes spill stores"} == {}
+    assert re.match(r"built for 80; (CUDA driver is missing|no CUDA)", found["CUDA kernels"])
 
 
 @pytest.mark.slow
