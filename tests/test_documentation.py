@@ -27,10 +27,13 @@ from domerge_fast.api import FormatInfo
 from domerge_fast.backends import registry
 from domerge_fast.cli import main as cli
 from domerge_fast.cli.commands import COMMANDS
+from domerge_fast.engine.scaling import DAMPING
 from domerge_fast.formats import FORMATS
 from domerge_fast.formats.format import FORMS
-from domerge_fast.methods import TABLE
-from domerge_fast.methods.base import Method
+from domerge_fast.methods import TABLE, auto
+from domerge_fast.methods.base import Method, ScaleRule
+from domerge_fast.methods.decoupled import ABOVE
+from domerge_fast.methods.spectral import svc
 from domerge_fast.methods.steps import POST, PRE
 from domerge_fast.runtimes import RUNTIMES
 
@@ -57,6 +60,23 @@ def method_rows() -> dict[str, list[str]]:
 
 def words(cell: str) -> set[str]:
     return set(re.findall(r"`(\w+)`", cell))
+
+
+WRITTEN = re.compile(r"<!-- (\w+) -->.*?<!-- end \1 -->|^```.*?^```$|\(https?:[^)]*\)", re.S | re.M)
+"""What a program writes into a page, code, and addresses."""
+COMMAND = re.compile(r"^    (?:domerge-fast|torchrun|make|pip) .*$", re.M)
+FIGURE = re.compile(r"(?<![\w.])\d*\.\d+(?![\w.])|\d+ %")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/quickstart.md"])
+def test_figures_are_written_by_programs_or_constants_of_the_code(page):
+    python = re.findall(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+    constants = [auto.FAR, auto.POWER, DAMPING, ScaleRule().constant, svc.SCALE.constant, ABOVE]
+    known = {*python, *(f"{x:g}" for x in constants)}
+    text = COMMAND.sub("", WRITTEN.sub("", (ROOT / page).read_text(encoding="utf-8")))
+    text = text.replace("arXiv 2505.15875", "")
+    assert {x for x in FIGURE.findall(text) if x not in known} == set()
+    assert page != "docs/choosing.md" or known - {*python} <= {*FIGURE.findall(text)}
 
 
 def test_the_list_of_methods_is_whole():
