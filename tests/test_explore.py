@@ -22,6 +22,7 @@ from domerge_fast.formats import from_tensors
 TOKEN, PORT = "a-token", 8123
 ADDRESS = f"http://127.0.0.1:{PORT}"
 WEIGHTS = [1.0, 0.25]
+PROMPT = {"prompt": "w1 w2", "tokens": 12, "of": "merge"}
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +139,7 @@ def test_what_is_no_json_is_refused(explorer):
     assert client(explorer).post("/figures", json=[1]).status_code == 422
 
 
-@pytest.mark.parametrize("path", ["/figures", "/loss", "/save"])
+@pytest.mark.parametrize("path", ["/figures", "/loss", "/text", "/save"])
 @pytest.mark.parametrize(
     "headers",
     [
@@ -181,13 +182,14 @@ def test_hostile_names_are_text(tmp_path):
     assert "49" not in [x.strip() for x in page.split("&#39;twice&#39; &amp; ")[1:2]]
 
 
-def test_losses_need_a_model(explorer):
-    answer = client(explorer).post("/loss", json=asked())
+@pytest.mark.parametrize(("path", "more"), [("/loss", {}), ("/text", PROMPT)])
+def test_what_a_model_does_needs_one(explorer, path, more):
+    answer = client(explorer).post(path, json=asked(**more))
     for _ in range(500):
         if answer.status_code == 422:
             break
         time.sleep(0.02)
-        answer = client(explorer).post("/loss", json=asked())
+        answer = client(explorer).post(path, json=asked(**more))
     assert "--model" in answer.json()["error"]
 
 
@@ -203,12 +205,12 @@ def test_answers_stay_small(tmp_path):
 
 def test_the_command_checks_first(tmp_path, capsys):
     a, b = map(str, write_pair(tmp_path))
-    assert main(["explore", a, b, "--model", "m"]) == 2
+    assert main(["explore", a, b, "--text", "t"]) == 2
     assert main(["explore", a, b, "--folder", str(tmp_path / "none")]) == 2
     assert main(["explore", a, str(tmp_path / "none"), "-q"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
-    assert "say both" in said[0]
+    assert "option 'model': is not given" in said[0]
 
 
 def test_a_taken_port_is_refused(tmp_path, capsys):

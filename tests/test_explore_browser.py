@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -89,6 +90,50 @@ def test_a_slider_is_moved_by_the_keyboard_and_the_figures_follow(address, brows
         browser.press("ArrowRight")
     until(browser, f"{NORM} !== {before!r}")
     assert float(browser.run("document.querySelector('[data-of=weight-0]').value")) > 1
+
+
+TEXTS = "[...document.querySelectorAll('#texts dd')].map(x => x.textContent)"
+
+
+def generated(browser: Browser, prompt: str) -> list[str]:
+    """What stands there once all is written: of the merge, the base and the two adapters."""
+    browser.run(f"document.getElementById('prompt').value = {prompt!r}")
+    browser.run("document.querySelector('#write button').click()")
+    until(browser, f"{TEXTS}.every(Boolean) && !document.getElementById('wrote').textContent")
+    return browser.run(TEXTS)
+
+
+def test_the_merge_writes_beside_each_adapter(address, browser):
+    browser.open(address, 1280)
+    until(browser, "document.querySelector('#losses table') !== null")
+    first = generated(browser, "w1 w2")
+    assert len(first) == 4
+    assert all(text.split()[0] in [*WORDS, "<unk>"] for text in first)
+    for name, value in (("weight-0", 0), ("weight-1", 0)):
+        browser.run(f"document.querySelector('[data-of={name}]').value = {value}")
+    browser.run("document.querySelector('[data-of=weight-0]').dispatchEvent(new Event('change'))")
+    said = browser.run("document.getElementById('wrote').textContent")
+    assert said == "The merge was another one: generate again."
+    merge, base, *adapters = generated(browser, "w1 w2")
+    assert merge == base == first[1]
+    assert adapters == first[2:]
+
+
+def test_what_is_written_is_text(address, browser):
+    browser.open(address, 1280)
+    hostile = "<img src=x onerror=document.title='hit'> </dd><b>bold</b>"
+    answer = f"new Response(JSON.stringify({{ text: {json.dumps(hostile)}, html: '' }}))"
+    browser.run(f"window.fetch = async () => {answer}; 0")
+    assert generated(browser, "w1") == [hostile] * 4
+    assert browser.run("document.querySelectorAll('#texts dd *').length") == 0
+    assert browser.run("document.title") != "hit"
+
+
+def test_a_prompt_that_is_refused_is_told(address, browser):
+    browser.open(address, 1280)
+    browser.run("document.getElementById('prompt').value = ' '")
+    browser.run("document.querySelector('#write button').click()")
+    until(browser, "document.getElementById('wrote').textContent.includes('has no tokens')")
 
 
 def test_what_is_saved_is_a_recipe_that_runs(address, browser, folder, tmp_path):

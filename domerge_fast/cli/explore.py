@@ -11,7 +11,7 @@ from ..errors import DomergeError, OptionError, OutputError
 from . import shared, streams
 
 if typing.TYPE_CHECKING:
-    from ..explore.explorer import Trial
+    from ..explore.trial import Trial
 
 __all__ = ["COMMAND"]
 
@@ -21,7 +21,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--port", type=int, default=0, help="of 127.0.0.1 (default: any that is free)")
     add("--folder", default=".", metavar="DIR", help="where merges are saved (default: here)")
-    add("--model", metavar="FOLDER", help="a base model with its tokenizer, for losses")
+    add("--model", metavar="FOLDER", help="a base model with its tokenizer, that writes texts")
     help = "text whose loss is shown, in UTF-8; several are shown one by one"
     add("--text", nargs="+", metavar="FILE", default=(), help=help)
     add("--length", type=int, default=128, help="tokens of a passage (default: 128)")
@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         problem = f"a page with sliders needs more ({error}); pip install 'domerge-fast[explore]'"
         raise DomergeError(problem) from error
-    if bool(args.model) != bool(args.text):
-        raise OptionError("text" if args.model else "model", "is not given", "say both, or neither")
+    if args.text and not args.model:
+        raise OptionError("model", "is not given, and losses are a model's", "give it too")
     folder = Path(args.folder)
     if not folder.is_dir():
         raise OutputError(args.folder, "is no folder", "make it first")
@@ -50,13 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _trial(args: argparse.Namespace) -> Trial | None:
-    from ..explore.explorer import Trial
+    from ..explore.trial import Trial
     from ..learning import causal
 
     if not args.model:
         return None
     model, tokenizer = causal.loaded(args.model, causal.place(args.device))
-    return Trial(model, causal.passages(args.text, tokenizer, args.length, args.passages))
+    data = causal.passages(args.text, tokenizer, args.length, args.passages)
+    return Trial(model, tokenizer, data)
 
 
 def _tell(args: argparse.Namespace, address: str) -> None:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ..errors import DomergeError, OptionError, printable
 from ..pages.render import rendered
 from .explorer import Asked, Explorer, offered
+from .trial import MOST_CHARACTERS, MOST_TOKENS, Prompt
 from .views import adapters_of, figures_of, interference_of, losses_of
 
 __all__ = ["app"]
@@ -37,6 +38,7 @@ def app(explorer: Explorer, token: str, port: int) -> Starlette:
         Route("/", functools.partial(_page, explorer)),
         Route("/figures", _posted(functools.partial(_figures, explorer)), methods=["POST"]),
         Route("/loss", _posted(functools.partial(_loss, explorer)), methods=["POST"]),
+        Route("/text", _posted(functools.partial(_text, explorer)), methods=["POST"]),
         Route("/save", _posted(functools.partial(_save, explorer)), methods=["POST"]),
     ]
     guard = Middleware(_Guard, token=token, hosts=[f"127.0.0.1:{port}", f"localhost:{port}"])
@@ -79,7 +81,10 @@ def _page(explorer: Explorer, request: Request) -> Response:
         names=adapters_of(explorer),
         methods=offered(),
         figures=interference_of(explorer),
-        has_trial=explorer.has_trial,
+        has_model=explorer.has_model,
+        has_texts=explorer.has_texts,
+        most_tokens=MOST_TOKENS,
+        most_characters=MOST_CHARACTERS,
         folder=printable(str(explorer.output)),
     )
     return HTMLResponse(page, headers=HEADERS)
@@ -135,6 +140,12 @@ def _loss(explorer: Explorer, plain: Mapping[str, Any]) -> dict[str, Any]:
         return {"preparing": "Computing losses …"}
     losses = explorer.loss(_asked(explorer, plain))
     return {"losses": losses, "html": losses_of(explorer, losses, alone)}
+
+
+def _text(explorer: Explorer, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model writes, which the page shows as text."""
+    prompt = Prompt.of(plain.get("prompt"), plain.get("tokens"))
+    return {"text": explorer.text(_asked(explorer, plain), prompt, plain.get("of"))}
 
 
 def _save(explorer: Explorer, plain: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,6 @@ from .. import options
 from ..api import run
 from ..errors import OptionError, OutputError
 from ..formats import load
-from ..learning.batches import Runner
-from ..learning.losses import chosen as chosen_loss
 from ..methods import TABLE
 from ..reading import Source
 from ..recipe import SVC, Input, Recipe, all_options, check_scale, check_weights
@@ -27,9 +25,10 @@ from ..sessions.prepare import prepare
 from ..sessions.prepared import Prepared
 from ..sessions.preparing import has_parts
 from ..storage import side_file, yaml_file
+from .trial import Losses, Prompt, Trial
 from .worker import Check, Worker
 
-__all__ = ["Asked", "Explorer", "Losses", "Ready", "Trial", "offered"]
+__all__ = ["Asked", "Explorer", "Ready", "offered"]
 
 T = TypeVar("T")
 FORMS = ("adapter", "recipe")
@@ -57,22 +56,6 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A model and batches by text, for losses."""
-
-    model: Any
-    data: Mapping[str, Sequence[Any]]
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Mean loss by text: of the model without adapters, and with each of them alone."""
-
-    base: Mapping[str, float]
-    adapters: Sequence[Mapping[str, float]]
-
-
-@dataclass(frozen=True)
 class Ready:
     """A merge that was prepared. scale: the λ that was found."""
 
@@ -91,7 +74,7 @@ class Explorer:
     """adapters: names. output: the folder that merges and recipes are saved in.
 
     Each method is prepared by a thread when it is asked for first, and kept, but for the first,
-    "auto"; losses are computed by another, one at a time.
+    "auto"; what is tried on the model is done by another, one thing at a time.
     """
 
     def __init__(
@@ -110,6 +93,7 @@ class Explorer:
         self._done: dict[str, tuple[int, int]] = {}
         self._ready: dict[str, Future[Ready]] = {"auto": Future()}
         self._alone: Future[Losses] | None = None
+        self._texts: dict[tuple[Prompt, Any], str] = {}
         first = self._prepared("auto", lambda: None)  # here, where Ctrl-C ends it at once
         self._ready["auto"].set_result(first)
         self.adapters = first.prepared.adapters
@@ -121,8 +105,12 @@ class Explorer:
         return tuple(str(x) for x in self._sources if isinstance(x, (str, Path)))
 
     @property
-    def has_trial(self) -> bool:
+    def has_model(self) -> bool:
         return self._trial is not None
+
+    @property
+    def has_texts(self) -> bool:
+        return self._trial is not None and bool(self._trial.data)
 
     def stop(self) -> None:
         """Stop what is being worked on; whoever waits for it gets Superseded."""
@@ -159,10 +147,22 @@ class Explorer:
 
     def loss(self, asked: Asked) -> Mapping[str, float]:
         """By text, with the merge on the model."""
-        ready = self._of(asked.method).result()
-        prepared = ready.prepared.at_scale(asked.scale or ready.scale)
-        given = prepared, asked.weights
-        return self._running.newest("loss", asked, lambda x: self._loss(*given, x)).result()
+        trial, given = self._model(), self._merge(asked)
+        return self._running.newest("loss", asked, lambda x: trial.losses(*given, x)).result()
+
+    def text(self, asked: Asked, prompt: Prompt, of: Any) -> str:
+        """What the model writes after a prompt. of: "merge", "base" for the model without adapters,
+        or the number of an adapter, alone; these are kept until another prompt is given."""
+        trial, key = self._model(), (prompt, of)
+        given = self._merge(asked) if of == "merge" else self._lone(self._of_numbers(of))
+        self._texts = {k: text for k, text in self._texts.items() if k[0] == prompt}
+        if key in self._texts:
+            return self._texts[key]
+        work = functools.partial(trial.text, *given, prompt)
+        found = self._running.newest("text", asked, work).result()
+        if of != "merge":
+            self._texts[key] = found
+        return found
 
     def save(self, asked: Asked, name: Any, form: Any) -> Path:
         """Write the merge, or its recipe, into the folder. OptionError for a name that is none of a
@@ -216,28 +216,30 @@ class Explorer:
         return Ready(found, measures, found.scale)
 
     def _of_each(self, check: Check) -> Losses:
-        """Of every adapter alone, which is a sum with one weight."""
-        linear = self._of("linear").result().prepared.at_scale(1.0)
-        count = len(self.adapters)
-        units = [tuple(float(i == k) for i in range(count)) for k in range(count)]
-        base = self._loss(linear, (0.0,) * count, check)
-        return Losses(base, [self._loss(linear, unit, check) for unit in units])
+        trial, each = self._model(), ("base", *range(len(self.adapters)))
+        found = [trial.losses(*self._lone(self._of_numbers(of)), check) for of in each]
+        return Losses(found[0], found[1:])
 
-    def _loss(
-        self, prepared: Prepared, weights: Sequence[float], check: Check
-    ) -> Mapping[str, float]:
+    def _merge(self, asked: Asked) -> tuple[Prepared, tuple[float, ...]]:
+        """What the model gets of a merge, once its method is prepared."""
+        ready = self._of(asked.method).result()
+        return ready.prepared.at_scale(asked.scale or ready.scale), asked.weights
+
+    def _lone(self, weights: tuple[float, ...]) -> tuple[Prepared, tuple[float, ...]]:
+        """An adapter alone is a sum with one weight."""
+        return self._of("linear").result().prepared.at_scale(1.0), weights
+
+    def _model(self) -> Trial:
         if self._trial is None:
-            raise OptionError("model", "is not given", "say --model and --text")
-        with prepared.attach(self._trial.model) as live:
-            live.set(weights)
-            runner = Runner(self._trial.model, chosen_loss("cross_entropy"), None)
-            return runner.mean({k: _checked(x, check) for k, x in self._trial.data.items()})
+            raise OptionError("model", "is not given", "say --model")
+        return self._trial
 
-
-def _checked(batches: Sequence[Any], check: Check) -> Iterator[Any]:
-    for batch in batches:
-        check()
-        yield batch
+    def _of_numbers(self, of: Any) -> tuple[float, ...]:
+        """Weights of an adapter alone by its number, or of none for "base"."""
+        count = len(self.adapters)
+        if of != "base" and not (type(of) is int and 0 <= of < count):
+            raise OptionError("of", f"{str(of)[:20]!r} is no adapter", "reload the page")
+        return tuple(float(of == k) for k in range(count))
 
 
 def _is_name(name: str) -> bool:

@@ -11,7 +11,8 @@ from ..pages.merge_figures import shares_of
 from ..pages.render import rendered
 from ..results.card import short_names
 from ..sessions.measures import Measured
-from .explorer import Explorer, Losses, Ready
+from .explorer import Explorer, Ready
+from .trial import Losses
 
 __all__ = ["adapters_of", "figures_of", "interference_of", "losses_of"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import DomergeError, OptionError
 
-__all__ = ["loaded", "passages", "place"]
+__all__ = ["continued", "loaded", "passages", "place"]
 
 
 def place(device: str) -> str:
@@ -37,6 +37,40 @@ def loaded(folder: str, device: str = "cpu") -> tuple[torch.nn.Module, Any]:
             "model", problem, "give a folder with a causal model and tokenizer"
         ) from error
     return model.eval().to(device), tokenizer
+
+
+@torch.no_grad()
+def continued(
+    model: Any, tokenizer: Any, prompt: str, most: int, check: Callable[[], None] = lambda: None
+) -> str:
+    """What the model writes after a prompt: the likeliest token each time, up to `most` of them, or
+    its end. check: is called before every token; an error that it raises stops it. OptionError for
+    a prompt without tokens, and one that leaves the model no room for `most` more."""
+    encoded = tokenizer(prompt, return_tensors="pt")
+    given = {name: encoded[name].to(model.device) for name in ("input_ids", "attention_mask")}
+    count = given["input_ids"].shape[1]
+    if not count:
+        raise OptionError("prompt", "has no tokens", "give more text")
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and count + most > room:
+        problem = f"has {count} tokens, and the model takes {room} with the {most} to be written"
+        raise OptionError("prompt", problem, "give less text, or let fewer be written")
+
+    def stops(ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        check()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    check()
+    own = (x for x in (tokenizer.pad_token_id, tokenizer.eos_token_id) if x is not None)
+    written = model.generate(
+        **given,
+        max_new_tokens=most,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=next(own, 0),
+        stopping_criteria=[stops],
+    )
+    return str(tokenizer.decode(written[0, count:], skip_special_tokens=True))
 
 
 def passages(

@@ -5,6 +5,7 @@ const at = (id) => document.getElementById(id);
 const numbers = [...document.querySelectorAll("input[data-of]")];
 let own = false; // whether the user has set λ
 let newest = 0, timer = 0;
+let writing = 0, written = false; // the newest request for texts, and whether any are shown
 
 async function ask(path, more) {
   const weights = numbers.filter((x) => x.dataset.of !== "scale").map((x) => Number(x.value));
@@ -50,6 +51,8 @@ async function show(number, path, into) {
 function refresh() {
   clearTimeout(timer);
   newest += 1;
+  writing += 1;
+  if (written) at("wrote").textContent = "The merge was another one: generate again.";
   show(newest, "figures", "figures");
 }
 
@@ -63,6 +66,25 @@ for (const number of numbers) {
   slider.addEventListener("input", changed(slider, number));
   number.addEventListener("change", changed(number, slider));
 }
+at("write")?.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const number = ++writing, places = [...document.querySelectorAll("#texts dd")];
+  const prompt = at("prompt").value, tokens = Number(at("tokens").value);
+  for (const place of places) place.textContent = "";
+  written = true;
+  try {
+    for (const place of places) {
+      at("wrote").textContent = `${place.previousElementSibling.textContent} is writing …`;
+      const of = Number.isNaN(Number(place.dataset.of)) ? place.dataset.of : Number(place.dataset.of);
+      const found = await ask("text", { prompt, tokens, of });
+      if (number !== writing) return;
+      place.textContent = found.text;
+    }
+    at("wrote").textContent = "";
+  } catch (error) {
+    if (number === writing) at("wrote").textContent = error.message;
+  }
+});
 at("method").addEventListener("change", () => { own = false; refresh(); });
 at("found").addEventListener("click", () => { own = false; refresh(); });
 at("merge").addEventListener("submit", (event) => event.preventDefault());
