@@ -18,7 +18,6 @@ from support.make import random_factors, write_adapter
 
 import domerge_fast as dm
 from domerge_fast.cli import streams
-from domerge_fast.engine import progress_bar
 
 COLOUR = "\x1b["
 CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -27,13 +26,19 @@ WIDE = "適応器" * 20
 
 
 def run(folder: Path, columns: int, *arguments: str, **environment: str) -> tuple[int, str]:
-    """The exit code, and what a terminal of so many columns is sent: standard output and error."""
+    """`in_terminal`, of domerge-fast."""
+    return in_terminal(folder, columns, "-m", "domerge_fast", *arguments, **environment)
+
+
+def in_terminal(folder: Path, columns: int, *arguments: str, **environment: str) -> tuple[int, str]:
+    """The exit code of Python, and what a terminal of so many columns is sent: standard output and
+    error."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     inherited = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "TERM")}
     here = str(Path(dm.__file__).parents[1])
     process = subprocess.Popen(
-        [sys.executable, "-m", "domerge_fast", *arguments],
+        [sys.executable, *arguments],
         cwd=folder,
         stdout=theirs,
         stderr=theirs,
@@ -100,7 +105,7 @@ def test_nobody_gets_colours_who_wants_none(folder, given):
 def test_a_merge_tells_how_long_it_takes_and_leaves_lines_that_fit(folder):
     code, text = run(folder, 80, "merge", LONG, WIDE, "plain", "-o", "out", "--verify")
     assert code == 0
-    assert re.search(r" of 80, .*, .* left", text)
+    assert re.search(r"\d% .* of 80", text)
     lines = shown(text)
     assert max(map(streams.cells, lines)) <= 80
     assert not [line for line in lines if "left" in line and "%" in line and " of 80" in line]
@@ -153,8 +158,41 @@ def test_what_controls_a_terminal_is_escaped():
     assert streams.wrap("note: \x1b]0;x") == ["note: \\x1b]0;x"]
 
 
-def test_rate_and_time_left_are_told(capsys):
-    with progress_bar.shown(True, 10) as show:
-        show(1, 10)
-        show(10, 10)
-    assert re.search(r"of 10, .*modules/s|of 10, \?", capsys.readouterr().err)
+BAR = """
+import sys, time
+from domerge_fast.engine.progress_bar import shown
+
+try:
+    with shown(True, 448) as show:
+        time.sleep(1.2)
+        show(1, 448)
+        sys.stderr.write("^C")  # as a terminal does
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def screen(text: str, columns: int) -> list[str]:
+    """The lines that a terminal shows in the end: what is too long goes on in the next one."""
+    lines, at = [[" "] * columns], 0
+    for letter in text.replace("\r\n", "\n"):
+        if letter == "\r":
+            at = 0
+        elif letter == "\n" or at == columns:
+            lines.append([" "] * columns)
+            at = 0
+        if letter not in "\r\n":
+            lines[-1][at] = letter
+            at += 1
+    return [found for line in lines if (found := "".join(line).rstrip())]
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+def test_ctrl_c_leaves_nothing_of_the_bar(columns, tmp_path):
+    code, text = in_terminal(tmp_path, columns, "-c", BAR)
+    assert code == 0
+    first, *_, last = [x for x in re.split("[\r\n]", text) if "of 448" in x]
+    assert first.endswith(" 0 of 448")
+    assert re.search(r"1 of 448,  ?0\.\d\d modules/s, \d+:\d\d left", last)
+    assert screen(text, columns) == ["interrupted"]

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TextIO
 
 __all__ = ["shown", "untold"]
 
-BAR = "{percentage:3.0f}% {bar} {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
-"""What tqdm shows, as wide as the terminal."""
+FIRST = "{percentage:3.0f}% {bar} {n_fmt} of {total_fmt}"
+BAR = f"{FIRST}, {{rate_noinv_fmt}}, {{remaining}} left"
+"""What tqdm shows before anything is done, and from then on."""
+
+ROOM = 3
+"""Columns that the bar leaves free: for "^C", which a terminal shows where Ctrl-C is pressed, and
+for the cursor."""
 
 
 def untold(done: int, total: int) -> None:
@@ -28,11 +34,23 @@ def shown(
         return
     from tqdm import tqdm
 
-    look = {"bar_format": BAR, "dynamic_ncols": True, "leave": False}
-    with tqdm(total=total, unit=f" {unit}", **look) as bar:
+    look = {"bar_format": FIRST, "dynamic_ncols": True, "leave": False, "delay": 1e-9}
+    bar = tqdm(total=total, unit=f" {unit}", **look)
+    size, bar.delay = bar.dynamic_ncols, 0  # nothing was shown yet, at another width
 
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
+    def narrower(file: TextIO) -> tuple[int | None, int | None]:
+        columns, lines = size(file)
+        return columns and max(1, columns - ROOM), lines
 
+    def show(done: int, total: int) -> None:
+        bar.total, bar.bar_format = total, BAR
+        bar.update(done - bar.n)
+
+    bar.dynamic_ncols = narrower
+    bar.refresh()
+    try:
         yield show
+    finally:
+        bar.close()
+        if bar.ncols:
+            bar.fp.write(f"\r{' ' * (bar.ncols + ROOM - 1)}\r")

@@ -58,7 +58,7 @@ def taken(plan: Plan) -> Taken:
         return Taken(_tsvm(), False, "auto took the updates as they are: none share a module")
     step = max(1, len(several) // MODULES)
     far = size([_first(plan.stack(name)) for name in several[step // 2 :: step][:MODULES]])
-    why = f"the updates are about {far:.2g} times as large as the weights, trained"
+    why = f"the updates are about {float(f'{far:.2g}'):g} times as large as the weights, trained"
     if far > FAR:
         return Taken(_do(), False, f"auto took do: {why} far")
     return Taken(_tsvm(), True, f"auto took tsvm with power={POWER:g}, then svc: {why} gently")
