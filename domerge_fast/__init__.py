@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from .sessions.search.run import search
     from .sessions.search.space import Space
     from .sessions.sequential import Sequential
+    from .sessions.streamed import Streamed
     from .unlearning import project_out
 
 _HOME = {
@@ -87,6 +88,7 @@ _HOME = {
     "Report": "results.report",
     "Router": "routing.router",
     "Sequential": "sessions.sequential",
+    "Streamed": "sessions.streamed",
     "Space": "sessions.search.space",
     "Unmet": "errors",
     "adamerge": "learning.adamerge",
@@ -143,6 +145,7 @@ __all__ = [
     "Router",
     "Sequential",
     "Space",
+    "Streamed",
     "Unmet",
     "adamerge",
     "check",

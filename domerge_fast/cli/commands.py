@@ -20,6 +20,7 @@ from . import (
     run,
     runtimes,
     sequential,
+    streamed,
     tune,
 )
 from .shared import Command
@@ -32,7 +33,8 @@ COMMANDS = Registry(
     (
         m.COMMAND
         for m in (
-            *(merge, run, recipe, inspect, check, convert, sequential, methods, formats, runtimes),
+            *(merge, run, recipe, inspect, check, convert, sequential, streamed),
+            *(methods, formats, runtimes),
             *(explore, osrm, tune, plan, bench, doctor, completion),
         )
     ),

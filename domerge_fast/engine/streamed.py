@@ -4,7 +4,7 @@ batch, once a pass, and nothing is kept of them but what the descents add up (me
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,10 +20,13 @@ from .interference import InterferenceSums
 from .pipeline import Outcome, Progress, Sink
 from .reader import Budget, Reader
 from .scaling import Sums, rounded
-from .streamed_module import Module, Update, finished, report
+from .streamed_module import Module, Past, Update, finished, report
 from .work import Work
 
-__all__ = ["memory", "run"]
+__all__ = ["Found", "Module", "gone_through", "memory", "merged", "none_before", "run"]
+
+Found = Callable[[str], Past | None]
+"""What there is of a module's first adapters."""
 
 STATE_BYTES = 512 << 20
 """Of what is kept of a group of modules; one module may take more."""
@@ -31,6 +34,10 @@ PART_BYTES = 16 << 20
 """Of the factors of a batch of adapters, of one group."""
 COPIES = 20
 """Bytes of a batch's copies for a byte of its factors: X and Xhat, in float64 and float32."""
+
+
+def none_before(name: str) -> None:
+    """Of adapters of which nothing was merged before."""
 
 
 @uncollected()
@@ -44,12 +51,36 @@ def run(
     progress: Progress,
 ) -> Outcome:
     """Merge as `pipeline.run` does, whose arguments and errors these are. The factors are read once
-    more for every pass of the slowest descent of a group, and twice besides. All updates are [m, n]
-    until they are written; where λ is found, they wait on a shelf."""
+    more for every pass of the slowest descent of a group, and twice besides."""
+    order = (work.rule.order or 2) if work.rule else None
+    if order is None and sums.report != NONE:
+        order = 2
+    worst, most = 0.0, 0
+
+    def seen() -> Iterator[Module]:
+        nonlocal worst, most
+        for module in gone_through(plan, work, budget, order):
+            worst, most = max(worst, module.gap), max(most, module.passes)
+            yield module
+
+    found = merged(seen(), plan, work, sums, sink, to_host, progress)
+    return replace(found, notes=(_note(most, worst),))
+
+
+def merged(
+    modules: Iterable[Module],
+    plan: Plan,
+    work: Work,
+    sums: InterferenceSums,
+    sink: Sink,
+    to_host: bool,
+    progress: Progress,
+) -> Outcome:
+    """Give what modules make to the sink, as `run`. All updates are [m, n] until they are written;
+    where λ is found, they wait on a shelf."""
     shelf, reports = Shelf(), list[StackReport]()
     scaling = Sums(work.rule, work.merge_by_ratio) if work.rule else None
     total = len(plan.names) * (2 if work.twice else 1)
-    worst, most = 0.0, 0
     scales: dict[int, float] = {}
 
     def give(merge: Update) -> None:
@@ -61,27 +92,25 @@ def run(
         reports.append(report(plan, merge, result))
         progress(total - len(plan.names) + len(reports), total)
 
-    with Reader.opened(plan, budget) as reader:
-        done = 0
-        for names in plan.groups(lambda name: _state(plan.kinds[name]) / STATE_BYTES):
-            for module in _gone_through(reader, plan.only(names), work, sums):
-                worst, most = max(worst, module.gap), max(most, module.passes)
-                merge = module.merge(work)
-                if scaling is None:
-                    give(merge)
-                    continue
-                scaling.count(
-                    *(module.name, module.weights, *module.given, merge.rows, merge.size),
-                    true=2.0**module.unit,
-                )
-                shelf.put(merge.name, merge, merge.delta.nbytes)
-                done += 1
-                progress(done, total)
+    for done, module in enumerate(modules, 1):
+        if sums.report != NONE:
+            norms = powers.times(torch.cat(module.own, 1)[1].sqrt(), module.unit)
+            sums.count(module.owners, norms[None])
+        merge = module.merge(work)
+        if scaling is None:
+            give(merge)
+            continue
+        scaling.count(
+            *(module.name, module.weights, *module.given, merge.rows, merge.size),
+            true=2.0**module.unit,
+        )
+        shelf.put(merge.name, merge, merge.delta.nbytes)
+        progress(done, total)
     if scaling:
         scales |= {n: rounded(x) for n, x in scaling.scales().items() if n > 1}
         for name in plan.names:
             give(shelf.take(name))
-    return Outcome(reports, scales, (_note(plan, most, worst),))
+    return Outcome(reports, scales, ())
 
 
 def memory(plan: Plan) -> int:
@@ -94,59 +123,86 @@ def _state(kind: Kind) -> int:
     return state_bytes(kind.m) + state_bytes(kind.n) + 16 * kind.m * kind.n
 
 
-def _note(plan: Plan, passes: int, gap: float) -> str:
+def _note(passes: int, gap: float) -> str:
     return (
         f"do read the adapters in batches, {passes + 2} times at most, instead of all at once: "
         f"what is left to its descents' optimum is estimated as at most {100 * gap:.2g} % of f"
     )
 
 
-def _gone_through(
-    reader: Reader, plan: Plan, work: Work, sums: InterferenceSums
+def gone_through(
+    plan: Plan,
+    work: Work,
+    budget: Budget,
+    order: int | None,
+    known: int = 0,
+    before: Found = none_before,
+    share: float = 1.0,
 ) -> Iterator[Module]:
-    """The plan's modules, merged."""
+    """The plan's modules, all of whose adapters are merged. order: of the norm of the adapters that
+    λ takes, None where none is wanted. known: adapters, the first of the plan, of which `before`
+    has what modules keep; of these modules the others are read, and the first ones only where what
+    is left to the optimum is above `tol`. share: of `tol`, at which they stop."""
+    with Reader.opened(plan, budget) as reader:
+        for names in plan.groups(lambda name: _state(plan.kinds[name]) / STATE_BYTES):
+            yield from _of_group(reader, plan.only(names), work, order, known, before, share)
+
+
+def _of_group(
+    reader: Reader,
+    plan: Plan,
+    work: Work,
+    order: int | None,
+    known: int,
+    before: Found,
+    share: float,
+) -> Iterator[Module]:
     options, device = work.method.options, reader.budget.device
-    modules = {name: Module.of(plan, name, options, device) for name in plan.names}
-    bounds = list(_bounds(plan))
-    for module, stack in _batches(reader, plan, bounds, modules):
+    modules = {n: Module.of(plan, n, options, device, before(n), share) for n in plan.names}
+    bounds = [*_bounds(plan, 0, known), *_bounds(plan, known, len(plan.adapters))]
+
+    def batches(chosen: dict[str, Module]) -> Iterator[tuple[Module, Stack]]:
+        late = {n: x for n, x in chosen.items() if x.past}
+        yield from _batches(reader, plan, [x for x in bounds if x[0] >= known], late)
+        rest = {n: x for n, x in chosen.items() if not x.past}
+        yield from _batches(reader, plan, bounds, rest)
+
+    grown = {n: x for n, x in modules.items() if not x.done}
+    for module, stack in batches(grown):
         module.measure(plan, stack)
-    for module in modules.values():
+    for module in grown.values():
         module.settle()
-    while left := {name: x for name, x in modules.items() if not x.done}:
-        for module, stack in _batches(reader, plan, bounds, left):
+    while left := {n: x for n, x in grown.items() if not x.done}:
+        for module, stack in batches(left):
             module.step(stack)
         for module in left.values():
             module.settle()
-    order = (work.rule.order or 2) if work.rule else None
-    if order is None and sums.report != NONE:
-        order = 2
-    for module, stack in _batches(reader, plan, bounds, modules):
+    for module, stack in batches(grown):
         module.add(stack, order)
     for name in plan.names:
-        module = modules.pop(name)
-        if sums.report != NONE:
-            norms = powers.times(torch.cat(module.own, 1)[1].sqrt(), module.unit)
-            sums.count(module.owners, norms[None])
-        yield module
+        yield modules.pop(name)
 
 
-def _bounds(plan: Plan) -> Iterator[tuple[int, int]]:
+def _bounds(plan: Plan, begin: int, end: int) -> Iterator[tuple[int, int]]:
     """The positions of adapters, batch by batch."""
-    begin, filled = 0, 0
-    for i, adapter in enumerate(plan.adapters):
+    filled = 0
+    for i, adapter in enumerate(plan.adapters[begin:end], begin):
         own = [adapter.stored[name] for name in plan.names if name in adapter.stored]
         size = sum(a.nbytes + b.nbytes for a, b in own)
         if filled and filled + size > PART_BYTES:
             yield begin, i
             begin, filled = i, 0
         filled += size
-    yield begin, len(plan.adapters)
+    if begin < end:
+        yield begin, end
 
 
 def _batches(
     reader: Reader, plan: Plan, bounds: Sequence[tuple[int, int]], modules: dict[str, Module]
 ) -> Iterator[tuple[Module, Stack]]:
     """Every batch of adapters, of one of the modules after the other."""
+    if not modules:
+        return
     chosen = plan.only([*modules])
     room = max(part.read_bytes(part.names) for part in _parts(chosen, bounds))
     for stacks in reader.parts(_parts(chosen, bounds), room):

@@ -1,11 +1,11 @@
-"""A module whose adapters are read in batches: what its descents and its sums have so far, the
-update that they make, and what the sink takes of it."""
+"""A module whose adapters are read in batches: what its descents and its sums have so far, what is
+kept of them for more adapters, the update that they make, and what the sink takes of it."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +20,13 @@ from ..methods.side_report import SideReports
 from ..methods.spectral import schatten
 from ..methods.streamed.descent import Descent, Rule, blocks
 from ..methods.streamed.mean import Mean
+from ..methods.streamed.sums import Kept
 from ..results.report import StackReport
 from .finish import Result, beside_unit, cut_dense
 from .group import not_finite
 from .work import Work
 
-__all__ = ["Module", "Update", "finished", "report"]
+__all__ = ["Module", "Past", "Update", "finished", "report"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,30 +52,96 @@ class Update:
         return self.delta.shape[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Past:
+    """What is kept of a module whose first adapters were merged. power: log2 of the unit of their
+    weights; own, moved: as of `Module`, [2, t] and [t]."""
+
+    a: Kept
+    b: Kept
+    mean: Mean
+    own: Tensor
+    moved: Tensor
+    power: int
+
+    @property
+    def count(self) -> int:
+        return len(self.moved)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """For `of`: 4 (m^2 + n^2) + 4 m n bytes."""
+        mean = self.mean
+        found = {f"{side}.{k}": x for side in "ab" for k, x in getattr(self, side).tensors.items()}
+        weights = torch.tensor([mean.weight, self.power], dtype=torch.float64)
+        found |= {"directions": mean.directions.float(), "weights": weights}
+        if mean.apart:
+            found |= {"magnitudes": mean.magnitudes, "present": mean.present}
+        return {**found, "own": self.own, "moved": self.moved}
+
+    @classmethod
+    def of(
+        cls, m: int, n: int, tensors: Mapping[str, Tensor], apart: bool, device: torch.device
+    ) -> Past:
+        """From `tensors`. KeyError or ValueError where that is not what they are."""
+        a, b = (
+            Kept.of(d, {k[2:]: x for k, x in tensors.items() if k.startswith(side)}, device)
+            for d, side in ((n, "a."), (m, "b."))
+        )
+        mean = Mean.fresh(m, n, apart, device)
+        mean.directions += tensors["directions"].to(device)
+        if apart:
+            mean.magnitudes += tensors["magnitudes"].to(device)
+            mean.present += tensors["present"].to(device)
+        mean.weight, power = tensors["weights"].tolist()
+        return cls(a, b, mean, tensors["own"], tensors["moved"], int(power))
+
+
 @dataclass(eq=False)
 class Module:
     """A module while it is gone through. weights: near 1. own: ||τ_i|| in the norm of λ and
-    ||τ_i||_F^2 of the adapters so far, [2, t] each; moved: ||Bhat_i Ahat_i||_F."""
+    ||τ_i||_F^2 of the adapters so far, [2, t] each; moved: ||Bhat_i Ahat_i||_F. past: of its first
+    adapters; as long as there is one, it takes the others alone."""
 
     name: str
     owners: tuple[int, ...]
     weights: list[float]
+    power: int
     a: Descent
     b: Descent
     mean: Mean
+    past: Past | None = None
     own: list[Tensor] = field(default_factory=list)
     moved: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, plan: Plan, name: str, options: Any, device: torch.device) -> Module:
+    def of(
+        cls,
+        plan: Plan,
+        name: str,
+        options: Any,
+        device: torch.device,
+        past: Past | None = None,
+        share: float = 1.0,
+    ) -> Module:
+        """share: as of `Rule`."""
         kind = plan.kinds[name]
-        rule = Rule(options.gamma, options.steps, options.tol)
+        rule = Rule(options.gamma, options.steps, options.tol, share)
+        moves = [options.orthogonalize and options.sides in ("both", side) for side in "AB"]
         a, b = (
-            Descent(d, rule if options.orthogonalize and options.sides in ("both", side) else None)
-            for d, side in ((kind.n, "A"), (kind.m, "B"))
+            Descent(d, rule if moving else None, before)
+            for d, moving, before in zip(
+                (kind.n, kind.m), moves, (past.a, past.b) if past else (None, None)
+            )
         )
         mean = Mean.fresh(kind.m, kind.n, options.decouple, device)
-        return cls(name, plan.owners[name], near_one(kind.weights), a, b, mean)
+        power = math.frexp(max(map(abs, kind.weights)))[1]
+        found = cls(name, plan.owners[name], near_one(kind.weights), power, a, b, mean, past)
+        if past and past.count == len(found.owners):
+            for x in found.descents:
+                x.leave()
+            found._take(past)
+        return found
 
     @property
     def descents(self) -> tuple[Descent, Descent]:
@@ -92,7 +159,8 @@ class Module:
     @property
     def gap(self) -> float:
         """The larger one of both sides, of the objective."""
-        return max(x.gap / x.after if x.after > 0 else 0.0 for x in self.descents)
+        after = [(x.gap, x.after) for x in self.descents]
+        return max(gap / f if f > 0 else 0.0 for gap, f in after)
 
     @property
     def passes(self) -> int:
@@ -123,6 +191,33 @@ class Module:
         for x in self.descents:
             if not x.done:
                 x.settle()
+        if not self.past:
+            return
+        if not self.moved:
+            self._take(self.past)
+        late = self.done and not all(x.is_within for x in self.descents)
+        if late or any(x.opened for x in self.descents):
+            self._open()
+
+    def _take(self, past: Past) -> None:
+        """Begin with what there is of its first adapters, in its own units."""
+        shift = past.a.power + past.b.power - self.unit
+        self.mean = past.mean.times(past.power - self.power, shift)
+        units = torch.tensor([[2.0**shift], [4.0**shift]], dtype=torch.float64)
+        self.own, self.moved = [past.own * units], [past.moved * 2.0**shift]
+
+    def _open(self) -> None:
+        """Take all adapters from here on."""
+        mean, self.past, self.own, self.moved = self.mean, None, [], []
+        self.mean = Mean.fresh(*mean.directions.shape, mean.apart, mean.directions.device)
+        for x in self.descents:
+            x.open()
+
+    @property
+    def kept(self) -> Past:
+        """For another one, with more adapters, when all is done."""
+        own, moved = torch.cat(self.own, 1), torch.cat(self.moved)
+        return Past(self.a.kept, self.b.kept, self.mean, own, moved, self.power)
 
     def add(self, stack: Stack, order: int | None) -> None:
         """In the last pass. order: of the norm that λ takes, None where none of the adapters is

@@ -25,6 +25,7 @@ from .making import WRITTEN
 from .part import Part
 from .prepared import Prepared
 from .preparing import has_parts, prepared
+from .sources import place
 
 __all__ = ["prepare"]
 
@@ -91,15 +92,7 @@ def prepare(
     names = [a.name for a in job.plan.adapters]
     sums = InterferenceSums(names, told(recipe.report, len(names)))
     with torch.no_grad():
-        return _of_job(recipe, sources, tuple(map(_place, given)), job, sums, progress)
-
-
-def _place(source: Source) -> str | None:
-    """Where an adapter was read from, from anywhere."""
-    if isinstance(source, Adapter):
-        return None
-    path = os.fspath(source)
-    return os.path.abspath(path) if os.path.lexists(path) else path
+        return _of_job(recipe, sources, tuple(map(place, given)), job, sums, progress)
 
 
 def _of_job(

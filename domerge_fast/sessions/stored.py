@@ -6,21 +6,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..adapters import Adapter
-from ..errors import AdapterError, OptionError
-from ..formats import load
+from ..errors import OptionError
 from ..job import versions
 from ..methods import choose
 from ..methods.base import Chosen
 from ..recipe import Recipe, all_options
 from ..results.report import Interference
-from ..storage.digests import sha256
 from ..storage.folder import whole_output
 from ..storage.stream import SafetensorsWriter
 from . import disk
@@ -30,6 +28,7 @@ from .kinds.joint import Joint
 from .kinds.rotated import Cores, Given, Inside
 from .kinds.scaled import Columns, Unit
 from .part import Bases
+from .sources import listed, loaded
 
 __all__ = ["Kept", "Sources", "opened", "written"]
 
@@ -114,14 +113,7 @@ def _tensors(kept: Kept) -> dict[str, torch.Tensor]:
 
 
 def _plain(kept: Kept) -> dict[str, Any]:
-    adapters = [
-        {
-            "name": name,
-            "place": place,
-            "files": {file.path.name: sha256(file) for file in x.inputs},
-        }
-        for name, place, x in zip(kept.adapters, kept.places, kept.sources())
-    ]
+    adapters = listed(kept.adapters, kept.places, kept.sources())
     return {
         "versions": versions(),
         "recipe": kept.recipe.plain(),
@@ -159,7 +151,7 @@ def _kept(plain: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Kept
     return Kept(
         recipe=Recipe.of_plain(plain["recipe"]),
         method=chosen,
-        sources=functools.cache(functools.partial(_loaded, adapters)),
+        sources=functools.cache(functools.partial(loaded, adapters, "prepared", "prepare")),
         places=tuple(x["place"] for x in adapters),
         adapters=tuple(x["name"] for x in adapters),
         owners={name: tuple(x["owners"]) for name, x in modules.items()},
@@ -191,19 +183,3 @@ def _alike(
 def _tuples(x: Any) -> Any:
     """With tuples where JSON has lists."""
     return tuple(map(_tuples, x)) if isinstance(x, list) else x
-
-
-def _loaded(entries: Iterable[Mapping[str, Any]]) -> list[Adapter]:
-    """The adapters as they were when they were prepared. AdapterError."""
-    found = []
-    for entry in entries:
-        name, place = entry["name"], entry["place"]
-        if place is None:
-            problem = "was in memory when it was prepared"
-            raise AdapterError(name, None, problem, "prepare it again to save merges of it")
-        adapter = load(place)
-        if {file.path.name: sha256(file) for file in adapter.inputs} != entry["files"]:
-            problem = "is not what was prepared any more"
-            raise AdapterError(name, None, problem, "restore it, or prepare again")
-        found.append(adapter)
-    return found

@@ -18,7 +18,15 @@ before, give Φ = sum Y_i^T Y_i; then S moves by a share θ of Φ - S. A pass:
 
 It starts from the S of X, times what the α_i of `mean_field` make of its trace, and ends when gap
 is below `tol` of f. Products are in float32, sums over adapters in float64. O(R d^2) a pass, and
-the eigenvectors of S. Source: derived here; docs/algorithm.md.
+the eigenvectors of S.
+
+Going on, with more adapters than there were (`Kept`): those before stay where they are, and f is
+descended on in the Xhat_i of the new ones alone, whose passes read no others. What the blocks
+before would gain is no more than (g^(1/2) + h^(1/2))^2, with g what they would have gained before,
+and h the gap's formula of their Φ and the new ones' Φ in place of Φ - S: it is a square of a norm.
+Where gap, of both, is above `tol` of f then, `open` lets all descend, from the S that there is.
+
+Source: derived here; docs/algorithm.md.
 """
 
 from __future__ import annotations
@@ -34,6 +42,7 @@ from ...algebra.powers import times
 from ...algebra.side import Side
 from ...backends.descent import NEGLIGIBLE
 from ...backends.factor_descent import mean_field
+from .sums import Kept, Sums
 
 __all__ = ["Descent", "Rule", "blocks", "state_bytes"]
 
@@ -50,16 +59,18 @@ ROUNDING = 1e-6
 
 def state_bytes(d: int) -> int:
     """What a descent keeps of one side [d, d], with what finding eigenvectors takes."""
-    return 64 * d**2
+    return 80 * d**2
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Options of `do`."""
+    """Options of `do`. share: of `tol`, at which a descent stops, to leave room for what adapters
+    that follow make of its gap."""
 
     gamma: float
     steps: int
     tol: float
+    share: float = 1.0
 
 
 def blocks(side: Side, power: int) -> Tensor:
@@ -74,63 +85,63 @@ def blocks(side: Side, power: int) -> Tensor:
 
 
 @dataclass(eq=False)
-class _Pass:
-    """What a pass adds up: Φ, in the eigenvectors of S where there is one; sum ||Y_i Y_i^T||^2; and
-    ||Xhat - X||^2, with what of it is numbers times the X_i."""
-
-    whole: Tensor
-    own: float = 0.0
-    moved: float = 0.0
-    along: float = 0.0
-
-    @classmethod
-    def fresh(cls, d: int, device: torch.device) -> _Pass:
-        return cls(torch.zeros(d, d, dtype=torch.float64, device=device))
-
-    def times(self, power: int) -> None:
-        """In another unit: the Y_i^T Y_i are as large as X."""
-        self.whole *= 2.0**power
-        self.own *= 4.0**power
-
-    def add(self, y: Tensor) -> None:
-        rows = y.flatten(0, 1)
-        self.whole += rows.T @ rows
-        self.own += float((y @ y.mT).double().square().sum())
-
-    @property
-    def overlap(self) -> float:
-        return float(self.whole.square().sum()) - self.own
-
-
-@dataclass(eq=False)
 class Descent:
     """On one side of a module. First `measure` all adapters, then `settle`; then, as long as it is
     not `done`, a pass: `step` on all of them, and `settle`. `moved` is Xhat from then on.
 
-    rule: None for a side that stays as it is. norms: the n_i in the adapters' own size; power: log2
-    of the unit that Xhat is given in. gap: as estimated, of the objective `after`, in that unit.
+    rule: None for a side that stays as it is. before: what a descent on the first adapters has
+    left, None where there are none; all else is of those that follow then, until it is `opened`.
+    norms: the n_i in the adapters' own size; power: log2 of the unit that Xhat is given in. gap: as
+    estimated, of the objective `after`, in that unit.
     """
 
     d: int
     rule: Rule | None
+    before: Kept | None = None
     norms: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
     power: int = 0
     passes: int = 0
     done: bool = False
+    opened: bool = False
     gap: float = 0.0
-    before: float = 0.0
-    after: float = 0.0
-    left: float = 0.0
-    moved_by: float = 0.0
-    shrinking: float = 0.0
 
     def __post_init__(self) -> None:
         self._measured: list[Tensor] = []
-        self._sums: _Pass | None = None
+        self._sums: Sums | None = None
+        self._given: Sums | None = None
+        self._reached: Sums | None = None
+        self._fixed: Kept | None = None
         self._s: Tensor | None = None
-        self._best: tuple[float, Tensor, Tensor] | None = None
+        self._best: tuple[float, Tensor] | None = None
         self._theta = FIRST
-        self._alpha, self._total = 1.0, 0.0
+        self._alpha = 1.0
+        if self.before:
+            self.power, self.norms = self.before.power, self.before.norms
+
+    @property
+    def after(self) -> float:
+        """f, in the unit."""
+        assert self._reached
+        gamma = self.rule.gamma if self.rule else 0.0
+        return self._reached.overlap + gamma * self._reached.moved
+
+    @property
+    def is_within(self) -> bool:
+        """Whether what is left is below `tol`."""
+        return self.rule is None or self.gap <= self.rule.tol * self.after
+
+    @property
+    def kept(self) -> Kept:
+        """For `before`, when it is done."""
+        assert self._given
+        assert self._reached
+        return Kept(self.norms, self.power, self._given, self._reached, self.gap, self.passes)
+
+    def leave(self) -> None:
+        """As it was before, where no adapters follow."""
+        assert self.before
+        self._given, self._reached = self.before.given, self.before.reached
+        self.gap, self.passes, self.done = self.before.gap, self.before.passes, True
 
     # The first pass
 
@@ -139,7 +150,7 @@ class Descent:
         parts = side.stack(torch.float64).split(list(side.ranks))
         norms = torch.stack([torch.linalg.vector_norm(x) for x in parts]).cpu()
         if self._sums is None:
-            self._sums = _Pass.fresh(self.d, side.device)
+            self._sums = Sums.fresh(self.d, side.device)
         if not self.power and bool((norms > 0).any() & norms.isfinite().all()):
             self.power = _exponent(norms)
         self._measured.append(norms)
@@ -148,23 +159,45 @@ class Descent:
             self._sums.add(blocks(side, self.power) * n.to(side.device)[:, None, None])
         return norms
 
-    def _begin(self, sums: _Pass) -> None:
+    def _begin(self, sums: Sums) -> None:
         """After it."""
-        self.norms, self._measured = torch.cat(self._measured), []
+        count = len(self.norms)
+        self.norms, self._measured = torch.cat([self.norms, *self._measured]), []
         power, self.power = self.power, _exponent(self.norms)
-        sums.times(power - self.power)
+        sums = given = sums.times(power - self.power)
         n = times(self.norms, -self.power)
-        self._total = float(n.square().sum())
-        n = self._live = n.where(n > NEGLIGIBLE * n.amax(), 0.0)
-        self.before = self.after = overlap = sums.overlap
-        if self.rule is None or not self.rule.steps or not overlap > 0 or int((n > 0).sum()) < 2:
-            self.done, self.left = True, float(overlap > 0)
+        self._live = live = n.where(n > NEGLIGIBLE * n.amax(), 0.0)
+        if self.before:
+            self._fixed = self.before.times(self.before.power - self.power)
+            given = self._fixed.given.plus(sums)
+            first = n[:count]
+            if not torch.equal(live[:count], first.where(first > NEGLIGIBLE * first.amax(), 0.0)):
+                self._fixed, self.opened = None, True
+        self._given = self._reached = given
+        overlap = given.overlap
+        if self.rule is None or not self.rule.steps or not overlap > 0 or int((live > 0).sum()) < 2:
+            self.done = True
+            if self._fixed:
+                self._reached = self._fixed.reached.plus(sums)
             return
-        weights = float(n.sum() ** 2 - n.square().sum())
-        alpha = mean_field(n, self.rule.gamma, overlap / weights)
-        share = float((alpha.square() * n).sum() / n.sum())
+        weights = float(live.sum() ** 2 - live.square().sum())
+        alpha = mean_field(live, self.rule.gamma, overlap / weights)
+        if self._fixed:
+            alpha, live = alpha[count:], live[count:]
+        total = float(live.sum())
+        share = float((alpha.square() * live).sum()) / total if total > 0 else 1.0
         self._alpha = share**0.5
-        self._decompose(share * sums.whole)
+        if self._fixed:
+            self._decompose(self._fixed.reached.whole + share * sums.whole)
+        else:
+            self._decompose(share * given.whole)
+
+    def open(self) -> None:
+        """Let all adapters descend that were before, too."""
+        self._fixed, self.opened = None, True
+        if self._best and self._reached:
+            self._best, self._theta, self.passes, self.done = None, FIRST, 0, False
+            self._decompose(self._reached.whole)
 
     # Every other pass
 
@@ -172,7 +205,7 @@ class Descent:
         values, vectors = torch.linalg.eigh(s)
         self._s, self._values = s, values.clamp_min(0)
         self._vectors = vectors.float()
-        self._sums = _Pass.fresh(self.d, s.device)
+        self._sums = Sums.fresh(self.d, s.device)
 
     def step(self, side: Side, at: Sequence[int]) -> None:
         """One pass's part of some adapters. at: their positions among those that were measured."""
@@ -212,40 +245,53 @@ class Descent:
             self._begin(sums)
             return
         self.passes += 1
-        sums.whole = self._vectors.double() @ sums.whole @ self._vectors.double().T
+        new = self._vectors.double() @ sums.whole @ self._vectors.double().T
+        sums.whole = new
+        if self._fixed:
+            sums = self._fixed.reached.plus(sums)
         objective, residual = sums.overlap + self.rule.gamma * sums.moved, sums.whole - s
         if self._best and not objective <= self._best[0]:
+            assert self._reached
             self._theta /= 2
-            _, s, residual = self._best
+            s = self._best[1]
+            residual = self._reached.whole - s
             moves = self._theta * float(residual.norm())
         else:
-            if self._best:
-                self._theta = _secant(self._theta, self._best[2], residual)
-            self._best = objective, s, residual
-            self._tell(sums, objective, residual)
-            moves = math.inf if self.gap > self.rule.tol * objective else 0.0
+            if self._best and self._reached:
+                self._theta = _secant(self._theta, self._reached.whole - self._best[1], residual)
+            self._best, self._reached = (objective, s), sums
+            self.gap = own = self._left(new, residual)
+            if self._fixed:
+                before = self._fixed.gap**0.5 + self._left(self._fixed.reached.whole, new) ** 0.5
+                self.gap = own + before**2
+            enough = self.rule.share * self.rule.tol * objective
+            moves = math.inf if own > enough else 0.0
         moves = min(moves, float(residual.norm()))
         self.done = self.passes >= self.rule.steps or moves <= ROUNDING * float(s.norm())
         if not self.done or s is not self._s:
             self._decompose(s if self.done else s + self._theta * residual)
 
-    def _tell(self, sums: _Pass, objective: float, residual: Tensor) -> None:
+    def _left(self, whole: Tensor, residual: Tensor) -> float:
+        """What blocks of this Φ would gain where their S is off by the residual."""
         vectors = self._vectors.double()
         turned = residual @ vectors
         assert self.rule
         mean = float(self._live.sum() / (self._live > 0).sum())
         given = (self.rule.gamma * mean + 2 * self._values).clamp_min(math.ulp(0.0))
-        self.gap = 4 * float(((sums.whole @ turned) * (turned / given)).sum())
-        self.after, self.left = objective, sums.overlap / self.before
-        self.moved_by = (sums.moved / self._total) ** 0.5
-        self.shrinking = min(1.0, sums.along / sums.moved) if sums.moved else 0.0
+        return max(0.0, 4 * float(((whole @ turned) * (turned / given)).sum()))
 
     @property
     def row(self) -> list[float]:
         """What `SideReports` has of it, in the adapters' own size."""
-        unit = 2 * self.power
-        objectives = [math.ldexp(x, unit) for x in (self.before, self.after)]
-        return [self.passes, *objectives, self.left, self.moved_by, self.shrinking]
+        assert self._given
+        assert self._reached
+        first, last = self._given.overlap, self._reached
+        total = float(times(self.norms, -self.power).square().sum())
+        left = last.overlap / first if first > 0 else 0.0
+        moved = (last.moved / total) ** 0.5 if total > 0 else 0.0
+        shrinking = min(1.0, last.along / last.moved) if last.moved else 0.0
+        objectives = [math.ldexp(x, 2 * self.power) for x in (first, self.after)]
+        return [self.passes, *objectives, left, moved, shrinking]
 
 
 def _exponent(norms: Tensor) -> int:

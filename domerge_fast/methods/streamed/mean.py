@@ -52,6 +52,13 @@ class Mean:
         self.present += w.abs() @ (sizes > 0).double()
         return torch.linalg.vector_norm(sizes, dim=1).cpu()
 
+    def times(self, weights: int, updates: int) -> Mean:
+        """With weights and updates 2^.. times as large."""
+        size, both = 2.0**weights, 2.0 ** (weights + updates)
+        directions = self.directions * (size if self.apart else both)
+        present, weight = size * self.present, size * self.weight
+        return Mean(directions, both * self.magnitudes, present, self.apart, weight)
+
     def _add(self, a: Tensor, b: Tensor) -> None:
         self.directions += b.flatten(0, 1).T @ a.flatten(0, 1)
 
