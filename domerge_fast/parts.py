@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,13 +31,15 @@ __all__ = ["Part", "parts_of", "uncut"]
 @dataclass(frozen=True)
 class Part:
     """Modules to which the same is done. said: of what was taken where nobody chose. auto: whether
-    λ is found from the adapters. patterns: of the rules that made them a part."""
+    λ is found from the adapters. patterns: of the rules that made them a part. done: the modules,
+    where a session has merged their adapters already."""
 
     plan: Plan
     work: Work
     said: tuple[str, ...]
     auto: bool
     patterns: tuple[str, ...]
+    done: Callable[[], Iterable[streamed.Module]] | None = None
 
     @property
     def passes(self) -> int:
@@ -65,6 +67,8 @@ class Part:
         if verify:
             problem = "the reference takes all adapters at once, which are read in batches here"
             raise OptionError("verify", problem, "leave it out, or give descent='whole'")
+        if self.done:
+            return streamed.merged(self.done(), self.plan, self.work, *given[3:])
         return streamed.run(*given)
 
     def memory(self, budget: Budget) -> int:

@@ -26,8 +26,9 @@ from ..engine import streamed as engine
 from ..engine.progress_bar import shown
 from ..engine.streamed_module import Past
 from ..errors import AdapterError, OptionError, OutputError
-from ..job import Job, Part, Progress, versions
+from ..job import Job, Progress, versions
 from ..merged import Merged
+from ..parts import Part
 from ..reading import opened
 from ..recipe import Recipe, check_weights
 from ..storage.folder import whole_output
