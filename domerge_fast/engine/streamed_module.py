@@ -209,7 +209,8 @@ class Module:
     def _open(self) -> None:
         """Take all adapters from here on."""
         mean, self.past, self.own, self.moved = self.mean, None, [], []
-        self.mean = Mean.fresh(*mean.directions.shape, mean.apart, mean.directions.device)
+        m, n = mean.directions.shape
+        self.mean = Mean.fresh(m, n, mean.apart, mean.directions.device)
         for x in self.descents:
             x.open()
 
