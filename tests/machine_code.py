@@ -43,15 +43,16 @@ def sources() -> list[str]:
 
 
 def fingerprint(source: str) -> str:
-    """A hash of a source and of all that it includes from its folder, without comments."""
+    """A hash of a source and of all that it includes of ours, without comments."""
     seen: set[Path] = set()
-    todo = [SOURCES / f"{source}.cu"]
+    todo = [(SOURCES / f"{source}.cu").resolve()]
     while todo:
         path = todo.pop()
         if path in seen:
             continue
         seen.add(path)
-        todo += [SOURCES / name for name in re.findall(r'#include "(\w+\.h)"', path.read_text())]
+        found = re.findall(r'#include "([\w./]+\.h)"', path.read_text())
+        todo += [(path.parent / name).resolve() for name in found]
     digest = hashlib.sha256()
     for path in sorted(seen):
         lines = [line.split("//")[0].rstrip() for line in path.read_text().splitlines()]

@@ -17,10 +17,7 @@ using factor_descent::Line;
 using factor_descent::make_line;
 using factor_descent::Pairs;
 
-constexpr double kNegligible = 1e-6;  // share of the largest norm below which a factor is left
-constexpr int kHalvings = 60;         // of the error of the start
-constexpr double kGuard = 3;          // times what geometric decrease leaves
-constexpr double kLittle = 0.1;       // of tol, which a step may gain in the end
+constexpr int kHalvings = 60;  // of the error of the start
 
 int64_t size_of(DType dtype) {
     return dtype == DType::float32 ? 4 : 2;
@@ -291,7 +288,7 @@ class Descent {
 
     void iterate(FactorStats& stats, double& overlap) {
         double old = 0;
-        std::vector<double> gains;
+        Gains gains{};
         for (int64_t step = 0; step < options_.steps; ++step) {
             const double beta = find_gradient(old);
             // Of a gradient that is rounding alone, the line is, too.
@@ -299,8 +296,7 @@ class Descent {
             const double gain = find_step(beta, overlap, stats);
             if (!(gain >= 0)) break;
             stats.steps += 1;
-            gains.push_back(gain);
-            if (enough(gains, stats.objective_after)) break;
+            if (enough(gains, gain, options_.tol * stats.objective_after)) break;
         }
     }
 
@@ -356,16 +352,6 @@ class Descent {
              [&](int64_t i, Arena&) { kernels_.advance(s_.whole, e_.whole, f_.whole, i, eta); });
         for (int64_t i = 0; i < own_size_; ++i)
             s_.own[i] += eta * e_.own[i] + eta * eta * f_.own[i];
-    }
-
-    // Whether what is left to gain is below tol, several times over.
-    bool enough(const std::vector<double>& gains, double objective) const {
-        const size_t n = gains.size();
-        const double allowed = std::max(0.0, options_.tol * objective);
-        if (gains[n - 1] <= kLittle * allowed) return true;
-        if (n < 3) return false;
-        const double ratio = std::max(gains[n - 1] / gains[n - 2], gains[n - 2] / gains[n - 3]);
-        return ratio < 1 && kGuard * gains[n - 1] * ratio / (1 - ratio) <= allowed;
     }
 
     void finish(FactorStats& stats) {

@@ -3,12 +3,11 @@
 
 #include <cstdint>
 
+#include "../common/descent.h"
 #include "simd.h"
 
 namespace domerge {
 namespace DOMERGE_ISA {
-
-constexpr double kFrobeniusFloor = 1e-3;  // EPS: what smooths the norm at zero
 
 struct Point {
     double value;

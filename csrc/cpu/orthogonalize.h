@@ -1,9 +1,10 @@
 // The descent on R x R matrices, one problem at a time, all of its state in this core's cache.
 //
 // Stored transposed where that makes every product a plain or a transposed-left one: with Ct = C^T,
-// M = V o H and Q = D G,  Pt = Ct M + 2 gamma (Ct - I),  Qt = G Dt,  E = Qt^T Ct + Ct^T Qt,
-// F = Qt^T Dt. H, E and F are kept only where they are used: below the diagonal blocks. What lies
-// beyond a matrix in its last vectors and tiles is zero: sums run over it.
+// M = V o H and Q = D G,  Pt = (Ct M + 2 gamma (Ct - I)) K^-1,  Qt = G Dt,  E = Qt^T Ct + Ct^T Qt,
+// F = Qt^T Dt, where K are the curvatures of all rows, which precondition them. H, E and F are kept
+// only where they are used: below the diagonal blocks. What lies beyond a matrix in its last
+// vectors and tiles is zero: sums run over it.
 #pragma once
 
 #include "kernels.h"
@@ -12,9 +13,6 @@
 
 namespace domerge {
 namespace DOMERGE_ISA {
-
-// Factors below this share of the largest are left as they are, as zero ones are.
-constexpr double kNegligible = 1e-6;
 
 struct Segments {
     int64_t count;
@@ -29,16 +27,18 @@ constexpr int64_t kDownColumns = 256;
 struct Matrices {
     int64_t rank, rows, columns, ld;
     float *gram, *h, *ct, *pt, *pt_old, *dt, *qt, *qpt, *e, *f;
-    float* m;         // shares memory with e: M is used up before E is made
-    float* diagonal;  // of Ct - I, exactly; ct itself holds Ct or Ct - I: see set_diagonal
-    double* sums;     // [5, ld]
-    float* weight;    // [count, ld]: row j is V_ij over the columns of every earlier segment i
+    float* m;                 // shares memory with e: M is used up before E is made
+    float* diagonal;          // of Ct - I, exactly; ct itself holds Ct or Ct - I: see set_diagonal
+    float *curvature, *step;  // [ld]: K of every row and its inverse, 0 of one that stays
+    double* sums;             // [5, ld]
+    float* weight;  // [count, ld]: row j is V_ij over the columns of every earlier segment i
 };
 
 // <A, B>_G = tr(A G B^T), kept up to date instead of being computed anew.
 struct Products {
-    double pp, p_old_p, p_d, p_change;  // of P with P, the last P, D, and C - I
-    double dd, d_change;                // of D with D and with C - I
+    double kpp, kp_old_p, kp_d;  // of the gradient K P with P, the last P, and D
+    double pp, p_d, p_change;    // of P with P, D, and C - I
+    double dd, d_change;         // of D with D and with C - I
 };
 
 inline Segments make_segments(const int64_t* ranks, int64_t count, int64_t rank, Arena& arena) {
@@ -70,6 +70,10 @@ inline Matrices make_matrices(int64_t rank, int64_t count, Arena& arena) {
     }
     m.m = m.e;
     m.diagonal = static_cast<float*>(arena.take(rank * sizeof(float)));
+    for (float** row : {&m.curvature, &m.step}) {
+        *row = static_cast<float*>(arena.take(m.ld * sizeof(float)));
+        for (int64_t j = 0; j < m.ld; ++j) (*row)[j] = 0.0f;
+    }
     m.sums = static_cast<double*>(arena.take(5 * m.ld * sizeof(double)));
     m.weight = static_cast<float*>(arena.take(count * m.ld * sizeof(float)));
     for (int64_t i = 0; i < count * m.ld; ++i) m.weight[i] = 0.0f;
@@ -194,12 +198,46 @@ inline void weigh(const Matrices& m, const Segments& s, float* out) {
     }
 }
 
+// The curvatures along the rows of X_i, from M = V o G: that of the penalty is
+// sum_j V_ij ||G_ij||^2 / n_i^2.
+inline void find_curvatures(const Matrices& m, const Segments& s, const float* weighed,
+                            double gamma) {
+    double largest = 0;
+    for (int64_t j = 0; j < s.count; ++j) {
+        double sum = 0;
+        for (int64_t i = s.start[j]; i < s.start[j + 1]; ++i) {
+            FloatVec part{};
+            for (int64_t c = 0; c < m.columns; c += kWidth)
+                part +=
+                    load<FloatVec>(weighed + i * m.ld + c) * load<FloatVec>(m.gram + i * m.ld + c);
+            sum += sum_lanes(part);
+        }
+        const double norm = s.factor_norm[j], mean = norm > 0 ? sum / (norm * norm) : 0.0;
+        if (mean > largest) largest = mean;
+        m.sums[j] = mean;
+    }
+    for (int64_t i = 0; i < m.rank; ++i) {
+        const double k = bounded_curvature(m.sums[s.of_row[i]], largest, gamma);
+        m.curvature[i] = static_cast<float>(k);
+        m.step[i] = k > 0 ? static_cast<float>(1 / k) : 0.0f;
+    }
+}
+
+// Pt K^-1
+inline void precondition(const Matrices& m) {
+    for (int64_t i = 0; i < m.rank; ++i)
+        for (int64_t j = 0; j < m.columns; j += kWidth) {
+            float* at = m.pt + i * m.ld + j;
+            store(at, load<FloatVec>(at) * load<FloatVec>(m.step + j));
+        }
+}
+
 // Makes ct hold Ct (identity 1) or Ct - I (identity 0), by which the change is measured.
 inline void set_diagonal(const Matrices& m, float identity) {
     for (int64_t i = 0; i < m.rank; ++i) m.ct[i * m.ld + i] = identity + m.diagonal[i];
 }
 
-// Pt = Ct M + 2 gamma (Ct - I) = M + (Ct - I) M + 2 gamma (Ct - I), of ct = Ct - I.
+// Pt K = Ct M + 2 gamma (Ct - I) = M + (Ct - I) M + 2 gamma (Ct - I), of ct = Ct - I.
 inline void find_gradient(const Matrices& m, double gamma) {
     const float pull = static_cast<float>(2 * gamma);
     const auto all = [&](int64_t) { return m.columns; };
@@ -213,6 +251,12 @@ inline void find_gradient(const Matrices& m, double gamma) {
                 tile.sum[k][v] = load<FloatVec>(m.m + at) + load<FloatVec>(m.ct + at) * pull;
             }
         tile.template add_product<false>(m.ct + i * m.ld, m.ld, m.m + j, m.ld, m.rank);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) {
+            const FloatVec step = load<FloatVec>(m.step + j + v * kWidth);
+#pragma GCC unroll 8
+            for (int k = 0; k < kTileRows; ++k) tile.sum[k][v] *= step;
+        }
         tile.store_to(m.pt + i * m.ld + j, m.ld);
     });
 }
@@ -230,39 +274,47 @@ DOMERGE_INLINE void add_product(const Matrices& m, T& tile, const float* along, 
 // Qpt = G Pt, and the products of P with what is known, of ct = Ct - I; `kFirst`: C = I, D = 0.
 template <bool kFirst>
 inline void find_gradient_products(const Matrices& m, Products& products) {
-    double sum[4] = {};
+    constexpr int sums = kFirst ? 2 : 6;
+    double sum[6] = {};
     const auto all = [&](int64_t) { return m.columns; };
     for_tiles<float>(m.rows, m.columns, m.rank, all, [&](auto tile, int64_t i, int64_t j) {
         constexpr int vectors = sizeof(tile.sum[0]) / sizeof(FloatVec);
         tile.clear();
         add_product(m, tile, m.gram, m.gram, i, m.pt + j);
         tile.store_to(m.qpt + i * m.ld + j, m.ld);
-        FloatVec part[4] = {};
+        FloatVec part[sums] = {};
         for (int k = 0; k < kTileRows; ++k) {
             for (int v = 0; v < vectors; ++v) {
                 const int64_t at = (i + k) * m.ld + j + v * kWidth;
                 const FloatVec q = load<FloatVec>(m.qpt + at);
-                part[0] += q * load<FloatVec>(m.pt + at);
+                const FloatVec kq = q * load<FloatVec>(m.curvature + j + v * kWidth);
+                const FloatVec p = load<FloatVec>(m.pt + at);
+                part[0] += kq * p;
+                part[1] += q * p;
                 if constexpr (!kFirst) {
-                    part[1] += q * load<FloatVec>(m.pt_old + at);
-                    part[2] += q * load<FloatVec>(m.dt + at);
-                    part[3] += q * load<FloatVec>(m.ct + at);
+                    const FloatVec d = load<FloatVec>(m.dt + at);
+                    part[2] += kq * load<FloatVec>(m.pt_old + at);
+                    part[3] += kq * d;
+                    part[4] += q * d;
+                    part[5] += q * load<FloatVec>(m.ct + at);
                 }
             }
         }
-        for (int k = 0; k < (kFirst ? 1 : 4); ++k) sum[k] += sum_lanes(part[k]);
+        for (int k = 0; k < sums; ++k) sum[k] += sum_lanes(part[k]);
     });
-    products.pp = sum[0];
-    products.p_old_p = sum[1];
-    products.p_d = sum[2];
-    products.p_change = sum[3];
+    products.kpp = sum[0];
+    products.pp = sum[1];
+    products.kp_old_p = sum[2];
+    products.kp_d = sum[3];
+    products.p_d = sum[4];
+    products.p_change = sum[5];
 }
 
 // D = -P + beta D by Polak and Ribiere, and Q = D G by the same recurrence; `kFirst`: beta = 0.
 template <bool kFirst>
-inline void turn(const Matrices& m, Products& products, double pp_old) {
-    double beta = pp_old > 0 ? (products.pp - products.p_old_p) / pp_old : 0.0;
-    if (!(beta > 0) || -products.pp + beta * products.p_d >= 0) beta = 0;
+inline void turn(const Matrices& m, Products& products, double kpp_old) {
+    double beta = kpp_old > 0 ? (products.kpp - products.kp_old_p) / kpp_old : 0.0;
+    if (!(beta > 0) || -products.kpp + beta * products.kp_d >= 0) beta = 0;
     products.dd = products.pp - 2 * beta * products.p_d + beta * beta * products.dd;
     products.d_change = -products.p_change + beta * products.d_change;
     const float b = static_cast<float>(beta);
@@ -383,7 +435,8 @@ inline DescentStats descend(Matrices& m, const Segments& s, const Pairs& pairs,
     find_quartics<1>(m, s, pairs);
     move_energies(pairs, 0.0);
     const double energy_before = total_energy(pairs);
-    double moved = 0.0, pp_old = 0.0;
+    double moved = 0.0, kpp_old = 0.0;
+    Gains gains{};
     Line start = make_line(pairs, options.frobenius, options.gamma, 0, 0, 0);
     DescentStats stats{};
     stats.objective_before = stats.objective_after = start.at(0.0).value;
@@ -392,22 +445,24 @@ inline DescentStats descend(Matrices& m, const Segments& s, const Pairs& pairs,
     for (int64_t step = 0; energy_before > 0 && step < options.steps; ++step) {
         if (options.frobenius) set_weights(m, s, pairs, true);
         if (step == 0) {
-            weigh(m, s, m.pt);  // P = M where C = I
+            weigh(m, s, m.pt);  // the gradient where C = I
+            find_curvatures(m, s, m.pt, options.gamma);
+            precondition(m);
             find_gradient_products<true>(m, products);
-            if (!(products.pp > 0)) break;
-            turn<true>(m, products, pp_old);
+            if (!(products.kpp > 0)) break;
+            turn<true>(m, products, kpp_old);
             find_first_change(m);
         } else {
             weigh(m, s, m.m);
             set_diagonal(m, 0.0f);
             find_gradient(m, options.gamma);
             find_gradient_products<false>(m, products);
-            if (!(products.pp > 0)) break;
-            turn<false>(m, products, pp_old);
+            if (!(products.kpp > 0)) break;
+            turn<false>(m, products, kpp_old);
             set_diagonal(m, 1.0f);
             find_change(m, s);
         }
-        pp_old = products.pp;
+        kpp_old = products.kpp;
         find_second_change(m, s);
         find_quartics<5>(m, s, pairs);
         const Line line = make_line(pairs, options.frobenius, options.gamma, moved,
@@ -422,7 +477,7 @@ inline DescentStats descend(Matrices& m, const Segments& s, const Pairs& pairs,
         products.d_change += eta * products.dd;
         stats.steps += 1;
         stats.objective_after = after;
-        if (before - after <= options.tol * before) break;
+        if (enough(gains, before - after, options.tol * after)) break;
         move_h(m, s, eta);
         float* used = m.pt_old;
         m.pt_old = m.pt;

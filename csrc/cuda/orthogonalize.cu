@@ -2,9 +2,9 @@
 // one launch.
 //
 // Stored transposed so that every product reads whole rows of both sides, sum_k L[k][i] R[k][j]:
-// with Ct = C^T, M = V o H and Q = D G,  Pt = Ct M + 2 gamma (Ct - I),  Qt = G Dt,  Y = Qt^T Ct,
-// E = Y + Y^T,  F = Qt^T Dt. H, E and F are used below the diagonal blocks only; F is made whole,
-// since idle threads would save nothing.
+// with Ct = C^T, M = V o H and Q = D G,  Pt = (Ct M + 2 gamma (Ct - I)) K^-1,  Qt = G Dt,
+// Y = Qt^T Ct,  E = Y + Y^T,  F = Qt^T Dt, where K are the curvatures of all rows. H, E and F are
+// used below the diagonal blocks only; F is made whole, since idle threads would save nothing.
 //
 // A step: 8 R^3 flops in four products, and 34 reads or writes of a matrix (136 R^2 bytes). As many
 // matrices as fit stay in shared memory. The others are scratch memory of a block that stays and
@@ -14,18 +14,18 @@
 
 #include <algorithm>
 
+#include "../common/descent.h"
 #include "line_search.h"
 #include "table.h"
 
 namespace domerge {
 namespace {
 
-constexpr double kFrobeniusFloor = 1e-3;  // EPS: what smooths the norm at zero
-constexpr double kNegligible = 1e-6;      // share of the largest norm below which a factor is left
-constexpr int kPanel = 8;                 // rows of an operand that are staged at a time
+constexpr int kPanel = 8;  // rows of an operand that are staged at a time
 constexpr int kMatrices = 8;
-constexpr int kSums = 5;     // as many are added up at once
-constexpr int kGroups = 16;  // of threads, whose sums are added first
+constexpr int kCoefficients = 5;  // of a quartic
+constexpr int kSums = 6;          // as many are added up at once
+constexpr int kGroups = 16;       // of threads, whose sums are added first
 
 // A grid of threads makes a product, each a tile of rows x columns of it.
 struct Shape {
@@ -119,8 +119,9 @@ struct Pairs {
 
 // <A, B>_G = tr(A G B^T), kept up to date instead of being computed anew.
 struct Products {
-    double pp, p_old_p, p_d, p_change;  // of P with P, the last P, D, and C - I
-    double dd, d_change;                // of D with D and with C - I
+    double kpp, kp_old_p, kp_d;  // of the gradient K P with P, the last P, and D
+    double pp, p_d, p_change;    // of P with P, D, and C - I
+    double dd, d_change;         // of D with D and with C - I
 };
 
 struct Stats {
@@ -153,7 +154,7 @@ struct Descent {
     static constexpr int kLd = kSize + 4;                           // away from bank conflicts
     static constexpr int64_t kMatrixBytes = int64_t{4} * kSize * kLd;
     static constexpr int64_t kMaxPairs = int64_t{kSize} * (kSize - 1) / 2;
-    static constexpr int64_t kPairsBytes = kMaxPairs * (8 * (kSums + 1) + 4);
+    static constexpr int64_t kPairsBytes = kMaxPairs * (8 * (kCoefficients + 1) + 4);
     static_assert(kShape.grid_columns * kShape.columns == kSize && kSize % kRegion == 0);
 
     struct Panels {
@@ -167,9 +168,11 @@ struct Descent {
         };
         double group[kSums][kGroups];
         double total[kSums];
-        double norm[kSize];    // n_j of every factor, 0 if negligible
-        float inverse[kSize];  // 1 / n of every row's factor, 0 if negligible
-        int owner[kSize];      // the factor of every row, -1 beyond R
+        double norm[kSize];                  // n_j of every factor, 0 if negligible
+        float inverse[kSize];                // 1 / n of every row's factor, 0 if negligible
+        alignas(16) float curvature[kSize];  // K of every row, and
+        alignas(16) float step[kSize];       // its inverse, 0 of one that stays
+        int owner[kSize];                    // the factor of every row, -1 beyond R
         int start[kSize + 1];
     };
     static constexpr int64_t kOwnBytes = (sizeof(Shared) + 15) / 16 * 16;  // matrices follow
@@ -235,7 +238,7 @@ struct Descent {
         pairs.count = static_cast<int64_t>(count) * (count - 1) / 2;
         pairs.quartic =
             reinterpret_cast<double*>(own_scratch() + (kMatrices - params.resident) * kMatrixBytes);
-        pairs.floor = pairs.quartic + kSums * kMaxPairs;
+        pairs.floor = pairs.quartic + kCoefficients * kMaxPairs;
         pairs.v = reinterpret_cast<float*>(pairs.floor + kMaxPairs);
     }
 
@@ -343,9 +346,10 @@ struct Descent {
         }
     };
 
-    // out = sum_k left[k][row] right[k][column] + pull (Ct - I). Operands go through panels in
+    // out = sum_k left[k][row] right[k][column], or for the gradient that, plus 2 gamma (Ct - I),
+    // times K^-1. Operands go through panels in
     // shared memory; the next is fetched while one is used.
-    DOMERGE_DEVICE void multiply(Operand left, Operand right, float* out, float pull) {
+    DOMERGE_DEVICE void multiply(Operand left, Operand right, float* out, bool gradient) {
         const int depth = (rank + kPanel - 1) / kPanel * kPanel;
         Panels& panels = shared.panels;
         for (int begin = 0; begin < kSize; begin += kRegion) {
@@ -365,7 +369,7 @@ struct Descent {
                     stage(thread, k + kPanel, [&] { add_panel(tiles[thread], thread, k); });
                 });
             }
-            each([&](int thread) { write_out(tiles[thread], thread, begin, out, pull); });
+            each([&](int thread) { write_out(tiles[thread], thread, begin, out, gradient); });
         }
     }
 
@@ -385,7 +389,7 @@ struct Descent {
     }
 
     DOMERGE_DEVICE void write_out(const OneTile& tile, int thread, int begin, float* out,
-                                  float pull) const {
+                                  bool gradient) const {
         constexpr int height = OneTile::kRowWidth, width = OneTile::kColumnWidth;
         DOMERGE_UNROLL
         for (int i = 0; i < kShape.rows; ++i) {
@@ -397,10 +401,13 @@ struct Descent {
                 Vec<width> values;
                 DOMERGE_UNROLL
                 for (int j = 0; j < width; ++j) values.at[j] = tile.at[i][v * width + j];
-                if (pull != 0.0f) {
-                    const Vec<width> change = change_at<width>(row, column);
+                if (gradient) {
+                    const float pull = static_cast<float>(2 * params.gamma);
+                    const Vec<width> change = change_at<width>(row, column),
+                                     steps = load<width>(shared.step + column);
                     DOMERGE_UNROLL
-                    for (int j = 0; j < width; ++j) values.at[j] += change.at[j] * pull;
+                    for (int j = 0; j < width; ++j)
+                        values.at[j] = (values.at[j] + change.at[j] * pull) * steps.at[j];
                 }
                 store(out + row * kLd + column, values);
             }
@@ -556,6 +563,49 @@ struct Descent {
         });
     }
 
+    // The curvatures along the rows of X_i, from M in e: that of the penalty is
+    // sum_j V_ij ||G_ij||^2 / n_i^2.
+    DOMERGE_DEVICE void find_curvatures() {
+        each([&](int thread) {
+            for (int i = thread; i < kSize; i += kThreads) {
+                float sum = 0;
+                for (int k = 0; k < rank; ++k) sum += e[k * kLd + i] * gram[k * kLd + i];
+                shared.step[i] = sum;
+                shared.curvature[i] = 0.0f;
+            }
+        });
+        each([&](int thread) {
+            for (int j = thread; j < count; j += kThreads) {
+                double sum = 0;
+                for (int i = shared.start[j]; i < shared.start[j + 1]; ++i) sum += shared.step[i];
+                const double norm = shared.norm[j];
+                if (norm > 0)
+                    shared.curvature[shared.start[j]] = static_cast<float>(sum / (norm * norm));
+            }
+        });
+        each([&](int thread) {
+            float largest = 0;
+            for (int j = 0; j < count; ++j) {
+                const float mean = shared.curvature[shared.start[j]];
+                if (mean > largest) largest = mean;
+            }
+            for (int i = thread; i < kSize; i += kThreads) {
+                const int owner = shared.owner[i];
+                shared.step[i] = 0.0f;
+                if (owner < 0) continue;
+                const float mean = shared.curvature[shared.start[owner]];
+                const double k = bounded_curvature(mean, largest, params.gamma);
+                if (k > 0) shared.step[i] = static_cast<float>(1 / k);
+            }
+        });
+        each([&](int thread) {
+            for (int i = thread; i < kSize; i += kThreads) {
+                const float step = shared.step[i];
+                shared.curvature[i] = step > 0 ? 1 / step : 0.0f;
+            }
+        });
+    }
+
     // Ct - I, exactly: the difference is what the change is measured by.
     template <int kWidth>
     DOMERGE_DEVICE Vec<kWidth> change_at(int row, int column) const {
@@ -567,12 +617,12 @@ struct Descent {
     }
 
     // The products of a step, by one piece of code: its compilation is what takes time.
-    //     0  Pt = Ct M + 2 gamma (Ct - I)
+    //     0  Pt = (Ct M + 2 gamma (Ct - I)) K^-1
     //     1  G Pt, after which the direction is turned
     //     2  Y = D G C^T
     //     3  F = D G D^T
     // False where the gradient is zero.
-    DOMERGE_DEVICE bool find_direction(Products& products, double pp_old) {
+    DOMERGE_DEVICE bool find_direction(Products& products, double kpp_old) {
         DOMERGE_ROLLED
         for (int product = 0; product < 4; ++product) {
             const Operand left{product == 0 ? ct : product == 1 ? gram : qt, product == 0};
@@ -581,45 +631,50 @@ struct Descent {
                                 : product == 2 ? ct
                                                : dt,
                                 false};
-            const float pull = product == 0 ? static_cast<float>(2 * params.gamma) : 0.0f;
-            multiply(left, right, product == 1 || product == 2 ? e : pt, pull);
+            multiply(left, right, product == 1 || product == 2 ? e : pt, product == 0);
             if (product != 1) continue;
             find_gradient_products(products);
-            if (!(products.pp > 0)) return false;
-            turn(products, pp_old);
+            if (!(products.kpp > 0)) return false;
+            turn(products, kpp_old);
         }
         return true;
     }
 
     // The products of P with what is known, from G Pt.
     DOMERGE_DEVICE void find_gradient_products(Products& products) {
-        const Totals<4> totals = total<4>([&](int thread, double (&sums)[4]) {
+        const Totals<kSums> totals = total<kSums>([&](int thread, double (&sums)[kSums]) {
             for_quads(thread, [&](int row, int column) {
                 const int at = row * kLd + column;
                 const Vec<4> q = load(e + at), p = load(pt + at), old = load(pt_old + at),
-                             d = load(dt + at), change = change_at<4>(row, column);
-                float part[4] = {};
+                             d = load(dt + at), change = change_at<4>(row, column),
+                             k = load(shared.curvature + column);
+                float part[kSums] = {};
                 DOMERGE_UNROLL
                 for (int c = 0; c < 4; ++c) {
-                    part[0] += q.at[c] * p.at[c];
-                    part[1] += q.at[c] * old.at[c];
-                    part[2] += q.at[c] * d.at[c];
-                    part[3] += q.at[c] * change.at[c];
+                    const float kq = k.at[c] * q.at[c];
+                    part[0] += kq * p.at[c];
+                    part[1] += kq * old.at[c];
+                    part[2] += kq * d.at[c];
+                    part[3] += q.at[c] * p.at[c];
+                    part[4] += q.at[c] * d.at[c];
+                    part[5] += q.at[c] * change.at[c];
                 }
                 DOMERGE_UNROLL
-                for (int k = 0; k < 4; ++k) sums[k] += part[k];
+                for (int i = 0; i < kSums; ++i) sums[i] += part[i];
             });
         });
-        products.pp = totals.at[0];
-        products.p_old_p = totals.at[1];
-        products.p_d = totals.at[2];
-        products.p_change = totals.at[3];
+        products.kpp = totals.at[0];
+        products.kp_old_p = totals.at[1];
+        products.kp_d = totals.at[2];
+        products.pp = totals.at[3];
+        products.p_d = totals.at[4];
+        products.p_change = totals.at[5];
     }
 
     // D = -P + beta D by Polak and Ribiere, and Q = D G by the same recurrence.
-    DOMERGE_DEVICE void turn(Products& products, double pp_old) {
-        double beta = pp_old > 0 ? (products.pp - products.p_old_p) / pp_old : 0.0;
-        if (!(beta > 0) || -products.pp + beta * products.p_d >= 0) beta = 0;
+    DOMERGE_DEVICE void turn(Products& products, double kpp_old) {
+        double beta = kpp_old > 0 ? (products.kpp - products.kp_old_p) / kpp_old : 0.0;
+        if (!(beta > 0) || -products.kpp + beta * products.kp_d >= 0) beta = 0;
         products.dd = products.pp - 2 * beta * products.p_d + beta * beta * products.dd;
         products.d_change = -products.p_change + beta * products.d_change;
         const float b = static_cast<float>(beta);
@@ -642,13 +697,13 @@ struct Descent {
 
     // E = Y + Y^T on and below the diagonal, and the coefficients of the sum of
     // ||H_ij + eta E_ij + eta^2 F_ij||^2 / (n_i n_j).
-    DOMERGE_DEVICE Totals<kSums> find_quartic() {
-        Totals<kSums> quartic = total<kSums>([&](int thread, double (&sums)[kSums]) {
+    DOMERGE_DEVICE Totals<kCoefficients> find_quartic() {
+        auto quartic = total<kCoefficients>([&](int thread, double (&sums)[kCoefficients]) {
             for_lower(thread, [&](int row, int column) {
                 Vec<4> flipped[4];
                 DOMERGE_UNROLL
                 for (int c = 0; c < 4; ++c) flipped[c] = load(e + (column + c) * kLd + row);
-                float part[kSums] = {};
+                float part[kCoefficients] = {};
                 DOMERGE_UNROLL
                 for (int r = 0; r < 4; ++r) {
                     const int at = (row + r) * kLd + column;
@@ -664,7 +719,7 @@ struct Descent {
                     store(e + at, y);
                 }
                 DOMERGE_UNROLL
-                for (int k = 0; k < kSums; ++k) sums[k] += part[k];
+                for (int k = 0; k < kCoefficients; ++k) sums[k] += part[k];
             });
         });
         quartic.at[1] *= 2;
@@ -672,7 +727,7 @@ struct Descent {
         return quartic;
     }
 
-    static DOMERGE_DEVICE void add_quartic(float (&part)[kSums], float x, float y, float z,
+    static DOMERGE_DEVICE void add_quartic(float (&part)[kCoefficients], float x, float y, float z,
                                            float w) {
         part[0] += w * x * x;
         part[1] += w * x * y;
@@ -689,14 +744,14 @@ struct Descent {
         const int at_once = kThreads / lanes;
         for (int64_t first = 0; first < pairs.count; first += at_once) {
             each([&](int thread) {
-                float part[kSums] = {};
+                float part[kCoefficients] = {};
                 if (first + thread / lanes < pairs.count)
                     add_pair(part, first + thread / lanes, thread % lanes, lanes);
                 DOMERGE_UNROLL
-                for (int k = 0; k < kSums; ++k) shared.partial[k][thread] = part[k];
+                for (int k = 0; k < kCoefficients; ++k) shared.partial[k][thread] = part[k];
             });
             each([&](int thread) {
-                for (int i = thread; i < kSums * at_once; i += kThreads) {
+                for (int i = thread; i < kCoefficients * at_once; i += kThreads) {
                     const int k = i / at_once, slot = i % at_once;
                     if (first + slot >= pairs.count) continue;
                     double sum = 0;
@@ -707,7 +762,8 @@ struct Descent {
         }
     }
 
-    DOMERGE_DEVICE void add_pair(float (&part)[kSums], int64_t p, int lane, int lanes) const {
+    DOMERGE_DEVICE void add_pair(float (&part)[kCoefficients], int64_t p, int lane,
+                                 int lanes) const {
         if (!(pairs.floor[p] > 0)) return;
         const int j = later_of(p), i = static_cast<int>(p - pair(0, j));
         const int width = shared.start[i + 1] - shared.start[i];
@@ -719,9 +775,9 @@ struct Descent {
     }
 
     DOMERGE_DEVICE Point pair_at(int64_t p, double eta) const {
-        double c[kSums];
+        double c[kCoefficients];
         DOMERGE_UNROLL
-        for (int k = 0; k < kSums; ++k) c[k] = pairs.quartic[k * kMaxPairs + p];
+        for (int k = 0; k < kCoefficients; ++k) c[k] = pairs.quartic[k * kMaxPairs + p];
         const Point energy = evaluate(c, eta);
         return Point{energy.value > 0 ? energy.value : 0.0, energy.slope, energy.curvature};
     }
@@ -757,8 +813,8 @@ struct Descent {
     // The objective on one line. Ordered pairs count twice.
     struct Line {
         Descent& descent;
-        double quartic[kSums];  // of the squared penalty
-        double change[3];       // gamma ||Xhat - X||^2
+        double quartic[kCoefficients];  // of the squared penalty
+        double change[3];               // gamma ||Xhat - X||^2
 
         DOMERGE_DEVICE Point operator()(double eta) const {
             const Point sum =
@@ -770,11 +826,11 @@ struct Descent {
     };
 
     DOMERGE_DEVICE Line find_line(double q0, double q1, double q2) {
-        const Totals<kSums> quartic = find_quartic();
+        const Totals<kCoefficients> quartic = find_quartic();
         if (params.frobenius) find_pair_quartics();
         Line line{*this, {}, {params.gamma * q0, params.gamma * q1, params.gamma * q2}};
         DOMERGE_UNROLL
-        for (int k = 0; k < kSums; ++k) line.quartic[k] = quartic.at[k];
+        for (int k = 0; k < kCoefficients; ++k) line.quartic[k] = quartic.at[k];
         return line;
     }
 
@@ -811,12 +867,14 @@ struct Descent {
         stats.objective_before = find_line(0, 0, 0)(0.0).value;  // E = F = 0
         stats.objective_after = stats.objective_before;
         if (params.frobenius) set_weights(0.0);
-        double moved = 0.0, pp_old = 0.0;
+        double moved = 0.0, kpp_old = 0.0;
+        Gains gains{};
         Products products{};
         for (int64_t step = 0; energy_before > 0 && step < params.steps; ++step) {
             weigh();
-            if (!find_direction(products, pp_old)) break;
-            pp_old = products.pp;
+            if (step == 0) find_curvatures();
+            if (!find_direction(products, kpp_old)) break;
+            kpp_old = products.kpp;
             const Line line = find_line(moved, 2 * products.d_change, products.dd);
             const double before = line(0.0).value;
             double after = before;
@@ -828,7 +886,7 @@ struct Descent {
             products.d_change += eta * products.dd;
             stats.steps += 1;
             stats.objective_after = after;
-            if (before - after <= params.tol * before) break;
+            if (enough(gains, before - after, params.tol * after)) break;
         }
         stats.cross_left = energy_before > 0 ? cross_energy() / energy_before : 0.0;
         stats.change = sqrt(moved > 0 ? moved : 0.0);

@@ -11,18 +11,35 @@ Xhat = C X throughout and the whole descent runs on C and H = C G C^T. Where the
 than columns it is cheaper to descend on Xhat (factor_descent.py).
 
 The rule, the same in every backend: Polak-Ribiere+ conjugate gradients in the Frobenius metric
-of Xhat with an exact line search. Along a line every ||H_ij||^2 is a quartic, so the search costs
-a few scalars and f cannot rise. X is normalised first: the factors' scale has no influence.
+of Xhat, preconditioned, with an exact line search. Along a line every ||H_ij||^2 is a quartic, so
+the search costs a few scalars and f cannot rise. X is normalised first: the factors' scale has no
+influence. The rows of adapter i are preconditioned by
+
+    1 / (2 gamma + sum_j V_ij ||H_ij||_F^2 / n_i^2)     V_ij = 2 phi'(x) / x, at Xhat = X
+
+one over the mean curvature of f along the rows of X_i, the others being as they are. It stops when
+what is left to gain is below `tol` of f (`enough`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["EPSILON", "NEGLIGIBLE", "STATS", "Line", "in_gram_form"]
+__all__ = [
+    "EPSILON",
+    "GUARD",
+    "LEAST_CURVATURE",
+    "LITTLE",
+    "NEGLIGIBLE",
+    "STATS",
+    "Line",
+    "enough",
+    "in_gram_form",
+]
 
 EPSILON = 1e-3
 FIRST_BRACKET = 1.0 / 64
@@ -32,6 +49,13 @@ PRECISION = 1e-9
 NEGLIGIBLE = 1e-6
 """Adapters below this share of the largest norm are left as they are: the condition of the problem
 grows with the spread of the norms."""
+GUARD = 3
+"""Gaps to the converged optimum stayed below `tol` with it, and not without, where gamma is .1:
+20 sets of 2 to 250 adapters, 0 to 99 % of their directions shared, norms spread up to 36 times."""
+LEAST_CURVATURE = 1e-4
+"""Of the largest: where gamma is 0, an adapter that hardly overlaps would make all others wait."""
+LITTLE = 0.1
+"""Of `tol`: a step that gains less ends a descent of any length."""
 STATS = ("steps", "objective_before", "objective_after", "cross_left", "change")
 
 
@@ -93,6 +117,21 @@ class Line:
         return torch.where(self.value(eta) > start, 0.0, eta)
 
 
+def enough(gains: Sequence[Tensor], allowed: Tensor) -> Tensor:
+    """Whether what is left to gain is below what is allowed, GUARD times over.
+
+    Of what every step so far has lowered f by; all of one shape, and so is what is returned. What
+    is left is what later steps gain, if gains keep falling as they did at worst in the last two.
+    The same in csrc/common/descent.h.
+    """
+    last = gains[-1]
+    stops = last <= LITTLE * allowed
+    if len(gains) < 3:
+        return stops
+    ratio = torch.maximum(last / gains[-2], gains[-2] / gains[-3])
+    return stops | ((ratio < 1) & (GUARD * last * ratio <= allowed * (1 - ratio)))
+
+
 def _inner(x: Tensor, y: Tensor) -> Tensor:
     """<x, y> per problem [P], the sums of the rows added in float64."""
     return (x * y).sum(-1).sum(1, dtype=torch.float64)
@@ -107,14 +146,17 @@ def _descend(form: _GramForm, steps: int, tol: float) -> tuple[Tensor, Tensor, T
     taken, still = torch.zeros_like(moved), torch.zeros_like(moved)
     before = after = form.overlap()
     running = torch.ones_like(moved, dtype=torch.bool)
+    gains = list[Tensor]()
     pg_old = d = dg = torch.zeros_like(form.c)
     norm_old = still
     for _ in range(steps):
-        p = form.gradient()
+        gradient = form.gradient()
+        p = form.step * gradient
         pg = form.metric(p)
-        norm = _inner(p, pg)
-        beta = torch.where(norm_old > 0, (norm - _inner(p, pg_old)) / norm_old, 0.0).clamp_min(0)
-        descends = beta * _inner(p, dg) < norm
+        norm = _inner(gradient, pg)
+        change = norm - _inner(gradient, pg_old)
+        beta = torch.where(norm_old > 0, change / norm_old, 0.0).clamp_min(0)
+        descends = beta * _inner(gradient, dg) < norm
         factor = beta.where(descends, 0.0).to(p.dtype)[:, None, None]
         d = (factor * d).sub_(p)
         dg = (factor * dg).sub_(pg)
@@ -127,7 +169,8 @@ def _descend(form: _GramForm, steps: int, tol: float) -> tuple[Tensor, Tensor, T
         taken += running
         moved = line.moved_at(eta)
         after = torch.where(running, f_new, after)
-        running = running & (f - f_new > tol * f)
+        gains.append(f - f_new)
+        running = running & ~enough(gains, (tol * f_new).clamp_min(0))
         if not running.any():
             break
     return taken, before, after, moved
@@ -162,10 +205,11 @@ class _GramForm:
         inverse = torch.where(_counts(norms), 1 / norms, 0.0)
         self.weight = inverse[:, self.pairs[0]] * inverse[:, self.pairs[1]]  # [P, pairs]
         self.smoothing = torch.where(self.weight > 0, (EPSILON / self.weight).square(), 0.0)
-        self.v = self._per_entry(4 * self.weight)
         self.eye = torch.eye(g.shape[-1], dtype=g.dtype, device=device)
         self.c, self.h = self.eye.repeat(len(g), 1, 1), g
         self.d = self.e = self.f = torch.zeros_like(g)
+        self.v = self._couplings()
+        self.step = self._steps()
 
     def _pair_sums(self, x: Tensor, y: Tensor) -> Tensor:
         """<x_ij, y_ij> of every pair of adapters i < j, [P, pairs] in float64."""
@@ -179,6 +223,22 @@ class _GramForm:
         table[:, self.pairs[0], self.pairs[1]] = values.to(table.dtype)
         return (table + table.mT)[:, self.owner][:, :, self.owner]
 
+    def _couplings(self) -> Tensor:
+        """V_ij of every entry [P, R, R]."""
+        if self.squared:
+            return self._per_entry(4 * self.weight)
+        root = (self._pair_sums(self.h, self.h) + self.smoothing).sqrt()
+        return self._per_entry(torch.where(self.weight > 0, 2 / root, 0.0))
+
+    def _steps(self) -> Tensor:
+        """What preconditions every row [P, R, 1]: 0 of adapters that overlap with none."""
+        pull = (self.v * self.h * self.h).sum(-1) @ self.member
+        size = self.g.diagonal(dim1=1, dim2=2) @ self.member
+        curvature = torch.where(pull > 0, pull / size, 0.0)
+        least = LEAST_CURVATURE * curvature.amax(1, keepdim=True)
+        step = torch.where(curvature > 0, 1 / (2 * self.gamma + curvature.maximum(least)), 0.0)
+        return step[:, self.owner, None]
+
     def cross(self) -> Tensor:
         """Half the cross-adapter energy of H [P]."""
         return self._pair_sums(self.h, self.h).sum(1)
@@ -190,9 +250,6 @@ class _GramForm:
         return 2 * (squares + self.smoothing).sqrt().where(self.weight > 0, 0.0).sum(1)
 
     def gradient(self) -> Tensor:
-        if not self.squared:
-            root = (self._pair_sums(self.h, self.h) + self.smoothing).sqrt()
-            self.v = self._per_entry(torch.where(self.weight > 0, 2 / root, 0.0))
         return (self.v * self.h) @ self.c + 2 * self.gamma * (self.c - self.eye)
 
     def metric(self, p: Tensor) -> Tensor:
@@ -225,6 +282,8 @@ class _GramForm:
         s = eta.to(self.g.dtype)[:, None, None]
         self.c = self.c + s * self.d
         self.h = self.h + s * self.e + s * s * self.f
+        if not self.squared:
+            self.v = self._couplings()
 
 
 def _counts(norms: Tensor) -> Tensor:

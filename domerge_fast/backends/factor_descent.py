@@ -9,10 +9,8 @@ The rule, the same in csrc/cpu/factor_descent.cpp: conjugate gradients as in des
 
 - from the best of all alpha_i X_i, if that is better than X: the alpha_i are those of X_i with
   directions at random that overlap as much in all (`mean_field`);
-- preconditioned: the rows of adapter i by 1 / (2 gamma + 4 tr(S) / (n_i d)), one over the mean
-  curvature;
-- until what is left to gain is below `tol` of f: a step's gain, times what all later ones add if
-  gains keep falling as they did at worst in the last two, times GUARD.
+- preconditioned by what needs no Gram: the rows of adapter i by 1 / (2 gamma + 4 tr(S) / (n_i d)),
+  one over the mean curvature along directions at random.
 
 A step costs 4 R d^2 flops: Y S, and the Grams of Z and of Y + Z, of which the line's terms follow.
 """
@@ -24,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .descent import NEGLIGIBLE, STATS, Line
+from .descent import NEGLIGIBLE, STATS, Line, enough
 
 __all__ = ["FACTOR_STATS", "LEAST_SHARE", "in_factor_form", "mean_field"]
 
@@ -40,11 +38,6 @@ PIECE = 1 << 20
 """Numbers in a temporary product: what the allocator still keeps instead of returning it."""
 HALVINGS = 60
 """Of the error of the start's factors."""
-GUARD = 3
-"""Gaps to the converged optimum stayed below `tol` with it, and not without, where gamma is .1:
-20 sets of 2 to 250 adapters, 0 to 99 % of their directions shared, norms spread up to 36 times."""
-LITTLE = 0.1
-"""Of `tol`: a step that gains less ends a descent of any length."""
 
 
 def in_factor_form(
@@ -82,7 +75,7 @@ def in_factor_form(
 
 def _descend(form: _Factors, overlap: float, steps: int, tol: float) -> tuple[int, float]:
     """Steps taken, and the penalty's part of f."""
-    old, gains = 0.0, list[float]()
+    old, gains = 0.0, list[Tensor]()
     g_old = form.direction
     while len(gains) < steps:
         g = form.gradient()
@@ -99,23 +92,13 @@ def _descend(form: _Factors, overlap: float, steps: int, tol: float) -> tuple[in
         eta = line.minimum()
         if not float(eta) > 0:
             break
-        gains.append(float(line.value(torch.zeros_like(eta)) - line.value(eta)))
-        objective = float(line.value(eta))
+        objective = line.value(eta)
+        gains.append(line.value(torch.zeros_like(eta)) - objective)
         form.advance(float(eta), float(line.moved_at(eta)))
-        overlap = objective - form.gamma * form.moved
-        if _enough(gains, max(0.0, tol * objective)):
+        overlap = float(objective) - form.gamma * form.moved
+        if enough(gains, (tol * objective).clamp_min(0)):
             break
     return len(gains), overlap
-
-
-def _enough(gains: list[float], allowed: float) -> bool:
-    """Whether what is left to gain is below what is allowed, GUARD times over."""
-    if gains[-1] <= LITTLE * allowed:
-        return True
-    if len(gains) < 3:
-        return False
-    ratio = max(gains[-1] / gains[-2], gains[-2] / gains[-3])
-    return ratio < 1 and GUARD * gains[-1] * ratio / (1 - ratio) <= allowed
 
 
 def mean_field(norms: Tensor, gamma: float, per_pair: float) -> Tensor:

@@ -137,34 +137,42 @@ def descend(
     """Xhat_i [r_i, d] after the descent on the factors themselves.
 
     Polak-Ribiere+ conjugate gradients with an exact line search, on X divided by its root mean
-    square row norm. Returns Xhat and [steps, f before, f after, cross energy left, change].
+    square row norm; each adapter's part of a gradient is divided by the mean curvature along its
+    rows. Ends when three times what is left is below tol of the loss, were decreases to go on
+    falling as they did at worst in the last two, or a decrease is below a tenth of tol.
+    Returns Xhat and [steps, f before, f after, cross energy left, change].
     """
     rows = sum(len(xi) for xi in x)
     unit = math.sqrt(sum(float(xi.square().sum()) for xi in x) / rows) or 1.0
     x = [xi / unit for xi in x]
     x_hat, taken = [xi.clone() for xi in x], 0
     f_start = f = float(loss(x_hat, x, penalty, gamma))
+    lengths = _step_lengths(x, penalty, gamma)
     previous: list[Tensor] = []
     direction: list[Tensor] = []
+    decreases: list[float] = []
+    length = 0.0
     for _ in range(steps):
         p = gradient(x_hat, x, penalty, gamma)
-        if _dot(p, p) == 0:
+        scaled = [s * g for s, g in zip(lengths, p)]
+        if _dot(p, scaled) == 0:
             break
         if not previous:
-            direction = [-g for g in p]
+            direction = [-g for g in scaled]
         else:
-            beta = max(0.0, (_dot(p, p) - _dot(p, previous)) / _dot(previous, previous))
-            direction = [beta * d - g for d, g in zip(direction, p)]
+            beta = max(0.0, (_dot(p, scaled) - _dot(p, previous)) / length)
+            direction = [beta * d - g for d, g in zip(direction, scaled)]
             if _dot(p, direction) >= 0:
-                direction = [-g for g in p]
-        previous = p
+                direction = [-g for g in scaled]
+        previous, length = scaled, _dot(p, scaled)
         eta = _exact_step(x_hat, x, direction, penalty, gamma)
         trial = [xi + eta * d for xi, d in zip(x_hat, direction)]
         f_new = float(loss(trial, x, penalty, gamma))
         if eta == 0 or f_new > f:
             break
-        x_hat, taken, decrease, f = trial, taken + 1, f - f_new, f_new
-        if decrease <= tol * (f + decrease):
+        decreases.append(f - f_new)
+        x_hat, taken, f = trial, taken + 1, f_new
+        if _is_done(decreases, tol * f):
             break
     before, after = _cross_energy(x), _cross_energy(x_hat)
     size = sum(float(xi.square().sum()) for xi in x)
@@ -177,6 +185,40 @@ def descend(
         math.sqrt(moved / size) if size else 0.0,
     ]
     return [xi * unit for xi in x_hat], [float(s) for s in stats]
+
+
+def _step_lengths(x: Sequence[Tensor], penalty: str, gamma: float) -> list[float]:
+    """Of every adapter, one over the mean curvature of the loss along its rows where Xhat = X.
+
+    The others are as they are; curvature that phi's own may take away does not count. That of the
+    overlap is at least 1e-4 of the largest. 0 of an adapter that overlaps with none.
+    """
+    pulls, sizes = [], _sizes(x)
+    for i, xi in enumerate(x):
+        pull = 0.0
+        for j, xj in enumerate(x):
+            size = sizes[i] * sizes[j]
+            if i == j or size == 0:
+                continue
+            squared = float((xi @ xj.T).square().sum())
+            if penalty == "squared":
+                pull += 4 / size * squared
+            else:
+                pull += 2 / math.sqrt(squared + (EPSILON * size) ** 2) * squared
+        pulls.append(pull / sizes[i] ** 2 if pull > 0 else 0.0)
+    least = 1e-4 * max(pulls)
+    return [1 / (2 * gamma + max(pull, least)) if pull > 0 else 0.0 for pull in pulls]
+
+
+def _is_done(decreases: Sequence[float], allowed: float) -> bool:
+    """Whether what is left to gain is below what is allowed."""
+    last = decreases[-1]
+    if last <= allowed / 10:
+        return True
+    if len(decreases) < 3:
+        return False
+    ratio = max(last / decreases[-2], decreases[-2] / decreases[-3])
+    return ratio < 1 and 3 * last * ratio <= allowed * (1 - ratio)
 
 
 def _dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:

@@ -2,10 +2,11 @@
 
 All R x R matrices of a problem, padded with zeros to SIZE, lie in a workspace that only its
 program touches. With Q = D G, a step is
-    P = (V o H) C + 2 gamma (C - I)       P G and its products with P, the last P, D and C - I
+    K P = (V o H) C + 2 gamma (C - I)     P G and its products with P, the last P, D and C - I
     D = -P + beta D,  Q = -P G + beta Q   beta by Polak and Ribiere
     E = Q C^T + C Q^T,  F = Q D^T         below the diagonal, with the quartics ||H_ij(eta)||^2
     C += eta D,  H += eta E + eta^2 F     eta from the line search
+K are the curvatures of all rows (_find_curvatures), which precondition them.
 Products of tiles are float32 (three TF32 products), scalars float64.
 """
 
@@ -32,6 +33,9 @@ MATRICES = tl.constexpr(11)
 TABLES = tl.constexpr(7)
 NEGLIGIBLE = tl.constexpr(descent.NEGLIGIBLE)
 EPSILON = tl.constexpr(descent.EPSILON)
+LEAST_CURVATURE = tl.constexpr(descent.LEAST_CURVATURE)
+GUARD = tl.constexpr(descent.GUARD)
+LITTLE = tl.constexpr(descent.LITTLE)
 
 
 @triton.jit
@@ -174,15 +178,54 @@ def _cross(
 
 
 @triton.jit
+def _find_curvatures(
+    h, v, owner, norms, starts, curvatures, adapters, rank, gamma,
+    SIZE: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """2 gamma + sum_j V_ij ||H_ij||^2 / n_i^2 of every row; 0 of one that overlaps with none."""
+    place = tl.arange(0, TILE)
+    for i in range(0, SIZE, TILE):
+        rows = i + place
+        own = tl.load(owner + rows)[:, None] * adapters
+        total = tl.zeros((TILE,), tl.float64)
+        for j in range(0, rank, TILE):
+            columns = j + place
+            live = (rows < rank)[:, None] & (columns < rank)[None, :]
+            x = tl.load(h + rows[:, None] * SIZE + columns[None, :], mask=live, other=0.0)
+            weight = tl.load(v + own + tl.load(owner + columns)[None, :])
+            total += tl.sum((weight * x * x).to(tl.float64), 1)
+        tl.store(curvatures + rows, total)
+    tl.debug_barrier()
+    every = tl.arange(0, SIZE)
+    pulls = tl.load(curvatures + every)
+    means = tl.zeros((SIZE,), tl.float64)
+    largest = tl.full((), 0.0, tl.float64)
+    for t in range(adapters):
+        own = (every >= tl.load(starts + t)) & (every < tl.load(starts + t + 1))
+        norm = tl.load(norms + t)
+        square = tl.where(norm > 0, norm * norm, 1.0)
+        mean = tl.sum(tl.where(own, pulls, 0.0), 0) / square
+        largest = tl.maximum(largest, mean)
+        means = tl.where(own, mean, means)
+    bounded = 2 * gamma + tl.maximum(means, LEAST_CURVATURE * largest)
+    tl.debug_barrier()
+    tl.store(curvatures + every, tl.where(means > 0, bounded, 0.0))
+    tl.debug_barrier()
+
+
+@triton.jit
 def _find_gradient(
-    h, c, p, v, owner, adapters, rank, gamma,
+    h, c, p, v, owner, curvatures, adapters, rank, gamma,
     SIZE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """P = (V o H) C + 2 gamma (C - I)."""
+    """P = ((V o H) C + 2 gamma (C - I)) / K."""
     place, inner = tl.arange(0, TILE), tl.arange(0, CHUNK)
     for i in range(0, rank, TILE):
         rows = i + place
         own = tl.load(owner + rows)[:, None] * adapters
+        curvature = tl.load(curvatures + rows)
+        step = tl.where(curvature > 0, 1 / tl.where(curvature > 0, curvature, 1.0), 0.0)
+        step = step.to(tl.float32)[:, None]
         for j in range(0, rank, TILE):
             columns = j + place
             total = tl.zeros((TILE, TILE), tl.float32)
@@ -195,22 +238,27 @@ def _find_gradient(
             row, column = rows[:, None], columns[None, :]
             at = row * SIZE + column
             one = ((row == column) & (row < rank)).to(tl.float32)
-            tl.store(p + at, total + 2 * gamma * (tl.load(c + at) - one))
+            tl.store(p + at, step * (total + 2 * gamma * (tl.load(c + at) - one)))
     tl.debug_barrier()
 
 
 @triton.jit
 def _find_products(
-    p, last_p, g, d, c, pg, rank, SIZE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr
-):
-    """P G, and the products <P, .> in the metric of G: with P, the last P, D and C - I."""
+    p, last_p, g, d, c, pg, curvatures, rank,
+    SIZE: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """P G, and products in the metric of G: of the gradient K P with P, the last P and D, and of P
+    with P, D and C - I."""
     place, inner = tl.arange(0, TILE), tl.arange(0, CHUNK)
+    kp_p = tl.zeros((TILE,), tl.float64)
+    kp_last = tl.zeros((TILE,), tl.float64)
+    kp_d = tl.zeros((TILE,), tl.float64)
     with_p = tl.zeros((TILE,), tl.float64)
-    with_last = tl.zeros((TILE,), tl.float64)
     with_d = tl.zeros((TILE,), tl.float64)
     with_change = tl.zeros((TILE,), tl.float64)
     for i in range(0, rank, TILE):
         rows = i + place
+        curvature = tl.load(curvatures + rows)
         for j in range(0, rank, TILE):
             columns = j + place
             total = tl.zeros((TILE, TILE), tl.float32)
@@ -223,12 +271,18 @@ def _find_products(
             at = row * SIZE + column
             tl.store(pg + at, total)
             one = ((row == column) & (row < rank)).to(tl.float32)
-            with_p += tl.sum((total * tl.load(p + at)).to(tl.float64), 1)
-            with_last += tl.sum((total * tl.load(last_p + at)).to(tl.float64), 1)
-            with_d += tl.sum((total * tl.load(d + at)).to(tl.float64), 1)
+            p_p = tl.sum((total * tl.load(p + at)).to(tl.float64), 1)
+            p_d = tl.sum((total * tl.load(d + at)).to(tl.float64), 1)
+            p_last = tl.sum((total * tl.load(last_p + at)).to(tl.float64), 1)
+            kp_p += curvature * p_p
+            kp_last += curvature * p_last
+            kp_d += curvature * p_d
+            with_p += p_p
+            with_d += p_d
             with_change += tl.sum((total * (tl.load(c + at) - one)).to(tl.float64), 1)
     tl.debug_barrier()
-    return tl.sum(with_p, 0), tl.sum(with_last, 0), tl.sum(with_d, 0), tl.sum(with_change, 0)
+    kp = tl.sum(kp_p, 0), tl.sum(kp_last, 0), tl.sum(kp_d, 0)
+    return kp[0], kp[1], kp[2], tl.sum(with_p, 0), tl.sum(with_d, 0), tl.sum(with_change, 0)
 
 
 @triton.jit
@@ -317,6 +371,17 @@ def _advance(c, d, h, e, f, eta, rank, SIZE: tl.constexpr, TILE: tl.constexpr):
     tl.debug_barrier()
 
 
+@triton.jit
+def enough(gain, gain_1, gain_2, taken, allowed):
+    """descent.enough of the last three gains: 1 or 0."""
+    allowed = tl.maximum(allowed, 0.0)
+    now = gain / tl.where(gain_1 > 0, gain_1, 1.0)
+    ratio = tl.maximum(now, gain_1 / tl.where(gain_2 > 0, gain_2, 1.0))
+    falling = (taken > 2) & (gain_1 > 0) & (gain_2 > 0) & (ratio < 1)
+    falls = falling & (GUARD * gain * ratio <= allowed * (1 - ratio))
+    return ((gain <= LITTLE * allowed) | falls).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["steps"])
 def orthogonalize_kernel(
     work,
@@ -342,7 +407,8 @@ def orthogonalize_kernel(
     starts += tl.load(one + 3)
     owner = owners + program * SIZE
     norms = tables + program * TABLE_SIZE
-    table = norms + SIZE
+    curvatures = norms + SIZE
+    table = curvatures + SIZE
     pairs = adapters * adapters
     area: tl.constexpr = SIZE * SIZE
     g = matrices + program * MATRICES * area
@@ -361,19 +427,26 @@ def orthogonalize_kernel(
     if FROBENIUS:
         _follow(v, table, adapters, zero)
 
-    after, moved, pp_old, dd, d_change = before, zero, zero, zero, zero
+    _find_curvatures(
+        h, v, owner, norms, starts, curvatures, adapters, rank, zero + gamma, SIZE, TILE
+    )
+
+    after, moved, kpp_old, dd, d_change = before, zero, zero, zero, zero
+    gain_1, gain_2 = zero, zero
     pull = zero + gamma
     taken = tl.full((), 0, tl.int32)
     running = taken < steps
     while running:
         p, last_p = ps + taken % 2 * area, ps + (taken + 1) % 2 * area
-        _find_gradient(h, c, p, v, owner, adapters, rank, gamma, SIZE, TILE, CHUNK)
-        pp, p_last, p_d, p_change = _find_products(p, last_p, g, d, c, pg, rank, SIZE, TILE, CHUNK)
-        beta = tl.where(pp_old > 0, (pp - p_last) / tl.where(pp_old > 0, pp_old, 1.0), 0.0)
-        beta = tl.where((beta > 0) & (beta * p_d - pp < 0), beta, 0.0)
+        _find_gradient(h, c, p, v, owner, curvatures, adapters, rank, gamma, SIZE, TILE, CHUNK)
+        kpp, kp_last, kp_d, pp, p_d, p_change = _find_products(
+            p, last_p, g, d, c, pg, curvatures, rank, SIZE, TILE, CHUNK
+        )
+        beta = tl.where(kpp_old > 0, (kpp - kp_last) / tl.where(kpp_old > 0, kpp_old, 1.0), 0.0)
+        beta = tl.where((beta > 0) & (beta * kp_d - kpp < 0), beta, 0.0)
         dd = pp - 2 * beta * p_d + beta * beta * dd
         d_change = beta * d_change - p_change
-        pp_old = pp
+        kpp_old = kpp
         _turn(p, pg, d, q, beta, rank, SIZE, TILE)
         q0, q1, q2, q3, q4 = _find_changes(
             c, d, q, h, e, f, v, owner, table, adapters, rank, FROBENIUS, SIZE, TILE, CHUNK
@@ -383,7 +456,7 @@ def orthogonalize_kernel(
             q0, q1, q2, q3, q4, pull * moved, pull * 2 * d_change, pull * dd,
             table, pairs, FROBENIUS)
         # fmt: on
-        running = (pp > 0) & (eta > 0)
+        running = (kpp > 0) & (eta > 0)
         if running:
             _advance(c, d, h, e, f, eta, rank, SIZE, TILE)
             if FROBENIUS:
@@ -392,7 +465,10 @@ def orthogonalize_kernel(
             d_change += eta * dd
             after = there
             taken += 1
-            running = (here - there > (zero + tol) * here) & (taken < steps)
+            gain = here - there
+            done = enough(gain, gain_1, gain_2, taken, (zero + tol) * there)
+            gain_1, gain_2 = gain, gain_1
+            running = (taken < steps) & (done == 0)
 
     left, _ = _cross(h, owner, v, table, adapters, rank, False, SIZE, TILE)
     stats += 5 * tl.load(one + 5)
@@ -425,7 +501,7 @@ def orthogonalize(
 ) -> None:
     """See Kernels.orthogonalize."""
     area = size * size
-    table_size = size + (TABLES.value * area if frobenius else 0)
+    table_size = 2 * size + (TABLES.value * area if frobenius else 0)
     bytes_each = 4 * MATRICES.value * area + 8 * table_size
     count = min(len(work), max(1, WORKSPACE_BYTES // bytes_each))
     matrices = torch.empty(count, MATRICES.value, area, device=out.device)
