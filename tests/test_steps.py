@@ -144,11 +144,11 @@ def test_a_step_after_keeps_the_reports_and_gives_the_dtype_asked_for(step, back
 @every_backend
 def test_orthogonalize_is_the_descent_on_both_sides(backend):
     """The number of steps may differ by rounding, and the result with it, but little; where there
-    are more rows than columns, by more than that."""
+    are more rows than columns, as far as two points within `tol` of one optimum are apart."""
     stacks = [stack(name, CASES[name]) for name in GROUP]
     for s in PRE["orthogonalize"].run(stacks, settings(backend)):
         case = CASES[s.name]
-        allowed = 2e-2 if case.is_wide else 1e-4
+        allowed = 5e-2 if case.is_wide else 1e-4
         a, _ = reference.descend([x.double() for x in case.a])
         bt, _ = reference.descend([x.T for x in case.exact_b()])
         for (x, y), a_hat, bt_hat in zip(factors(s), a, bt, strict=True):
