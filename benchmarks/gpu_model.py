@@ -16,9 +16,11 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from least import coefficients, problem
 from pages import fill
 
@@ -39,6 +41,7 @@ FLOAT64_UNITS = 34e12
 ISSUED = 132 * 4 * 1.755e9
 """Instructions that the warps of all multiprocessors issue a second."""
 
+FORMATS = {"bfloat16": "BFloat16", "float32": "Float32"}
 HMMA_FLOPS = {"bfloat16": 16 * 8 * 16 * 2, "tf32": 16 * 8 * 8 * 2}
 DFMA_FLOPS = 64
 COPY_BYTES, COPY_INSTRUCTIONS = 512, 15
@@ -78,21 +81,45 @@ def stretch(kernel: Mapping[str, Any], dtype: str, place: int = 0) -> Cost:
     return Cost(row["HMMA"] * HMMA_FLOPS[dtype] / RATES.gemm[dtype], row["all"])
 
 
-def copies(elements: int) -> Cost:
-    return Cost(0, 2 * elements / COPY_BYTES * COPY_INSTRUCTIONS)
+def copies(elements: int, size: int = 2) -> Cost:
+    return Cost(0, size * elements / COPY_BYTES * COPY_INSTRUCTIONS)
 
 
-def gram(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
-    """Tiles at and below the diagonal; on it a quarter of the warps have nothing to do, unless
-    there are no parts of strips (TensorGram in csrc/cuda/tensor_gram.h)."""
+def gram(kernels: Kernels, ranks: Sequence[int], d: int, dtype: str = "bfloat16") -> Cost:
+    """Tiles at and below the diagonal (TensorGram in csrc/cuda/tensor_gram.h)."""
     rank = sum(ranks)
     size = fitting(rank, (16, 32, 64, 128))
-    count, parts = up(rank, size), 1 if size < 64 else 2
-    diagonal = count * (0.75 if parts == 2 else 1)
+    count = up(rank, size)
     below = count * (count - 1) // 2
-    warps = size // 16 * parts * up(d, 16) * (diagonal + below)
-    moved = size * d * (count + 2 * below)
-    return stretch(kernels[f"Gram<BFloat16, {size}>"], "bfloat16") * warps + copies(moved)
+    kernel = kernels[f"Gram<{FORMATS[dtype]}, {size}>"]
+    moved = copies(size * d * (count + 2 * below), 2 if dtype == "bfloat16" else 4)
+    products = gram_of_halves if dtype == "bfloat16" else gram_of_parts
+    return products(kernel, size, d, count, below) + moved
+
+
+def gram_of_halves(kernel: Mapping[str, Any], size: int, d: int, diagonal: int, below: int) -> Cost:
+    """In a tile on the diagonal a quarter of the warps have nothing to do, unless there are no
+    parts of strips."""
+    parts = 1 if size < 64 else 2
+    busy = diagonal * (0.75 if parts == 2 else 1) + below
+    return stretch(kernel, "bfloat16") * (size // 16 * parts * up(d, 16) * busy)
+
+
+def gram_of_parts(kernel: Mapping[str, Any], size: int, d: int, diagonal: int, below: int) -> Cost:
+    """A warp has one stretch for each of its blocks of 16 x 16 up to the diagonal, the first with
+    what all take; half of X being in rows, half in columns."""
+    strips, parts = size // 16, 1 if size < 64 else 2
+    most = strips // parts
+    total = FREE
+    for kind in ("LDSM", "LDS32"):
+        places = [i for i, row in enumerate(kernel["matrix"]) if kind in row]
+        for strip in range(strips):
+            for part in range(parts):
+                blocks = min(max(strip + 1 - part * most, 0), most)
+                for i, place in enumerate(places):
+                    tiles = (diagonal if i < blocks else 0) + below
+                    total += stretch(kernel, "tf32", place) * (tiles * up(d, 8) / 2)
+    return total
 
 
 def product(kernel: Mapping[str, Any], rank: int, rows: int, d: int) -> Cost:
@@ -132,12 +159,14 @@ def block_gram(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
     return Cost(products * DFMA_FLOPS / FLOAT64_UNITS, products * loop["all"] / loop["DFMA"])
 
 
-OPS: dict[str, Callable[[Kernels, Sequence[int], int], Cost]] = {
-    "gram": gram,
-    "apply": apply,
-    "block_gram": block_gram,
-    "apply_decouple": apply_decouple,
-}
+OPS: Sequence[tuple[str, torch.dtype, Callable[[Kernels, Sequence[int], int], Cost]]] = (
+    ("gram", torch.bfloat16, gram),
+    ("gram", torch.float32, partial(gram, dtype="float32")),
+    ("apply", torch.bfloat16, apply),
+    ("block_gram", torch.bfloat16, block_gram),
+    ("apply_decouple", torch.bfloat16, apply_decouple),
+)
+"""Op, dtype of the factors, and what its kernel takes."""
 
 
 def sides(workload: Workload, op: str) -> Iterator[tuple[tuple[int, ...], int, int]]:
@@ -156,19 +185,25 @@ def sides(workload: Workload, op: str) -> Iterator[tuple[tuple[int, ...], int, i
             yield own, d, count
 
 
-def least_work(workload: Workload, op: str, ranks: tuple[int, ...], d: int) -> Work:
-    x = problem(ranks, d, workload.dtype)
+def least_work(op: str, dtype: torch.dtype, ranks: tuple[int, ...], d: int) -> Work:
+    x = problem(ranks, d, dtype)
     if op in ("gram", "block_gram"):
         return getattr(bounds, op)([x])
-    return getattr(bounds, op)([coefficients(x)], [x], workload.dtype)
+    return getattr(bounds, op)([coefficients(x)], [x], dtype)
 
 
-def row(workload: Workload, op: str, kernels: Kernels) -> str:
+def row(
+    workload: Workload,
+    op: str,
+    dtype: torch.dtype,
+    model: Callable[[Kernels, Sequence[int], int], Cost],
+    kernels: Kernels,
+) -> str:
     work, cost = NOTHING, FREE
     for ranks, d, count in sides(workload, op):
-        one = least_work(workload, op, ranks, d)
+        one = least_work(op, dtype, ranks, d)
         work += Work(one.bytes * count, {k: n * count for k, n in one.flops_in.items()})
-        cost += OPS[op](kernels, ranks, d) * count
+        cost += model(kernels, ranks, d) * count
     bound, limit = RATES.seconds(work)
     takes = {
         "bytes": work.bytes / RATES.copy,
@@ -178,7 +213,8 @@ def row(workload: Workload, op: str, kernels: Kernels) -> str:
     slowest = max(takes, key=lambda name: takes[name])
     numbers = " | ".join(f"{1e3 * seconds:.3f}" for seconds in takes.values())
     share = f"{min(1.0, bound / takes[slowest]):.0%}"
-    return f"| {workload.name} | `{op}` | {1e3 * bound:.3f} ({limit}) | {numbers} | {share} |"
+    name = f"`{op}`" + (", float32" if dtype == torch.float32 else "")
+    return f"| {workload.name} | {name} | {1e3 * bound:.3f} ({limit}) | {numbers} | {share} |"
 
 
 def table() -> str:
@@ -188,7 +224,8 @@ def table() -> str:
         "| workload | op | least, ms | bytes | products | instructions | share at best |",
         "|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*head, *(row(WORKLOADS[name], op, kernels) for name in CHOSEN for op in OPS)])
+    rows = (row(WORKLOADS[name], *op, kernels) for name in CHOSEN for op in OPS)
+    return "\n".join([*head, *rows])
 
 
 def main() -> None:

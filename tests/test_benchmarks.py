@@ -234,6 +234,16 @@ def test_products_count_with_two_parts_and_what_tiles_pad():
     )
 
 
+def test_grams_of_parts_count_three_products_of_every_block_up_to_the_diagonal():
+    ways = [{"all": 10, "HMMA": 6, kind: 1} for kind in ("LDS32", "LDSM") for _ in range(4)]
+    kernels = {"Gram<Float32, 128>": {"matrix": ways}}
+    for rank, blocks in ((128, 36), (200, 2 * 36 + 64)):
+        cost = gpu_model.gram(kernels, (rank,), 80, "float32")
+        assert cost.units * 494e12 == pytest.approx(3 * 2 * 16 * 16 * 80 * blocks)
+    tiles = 128 * 80 * 4 * (1 + 1 + 2)
+    assert cost.instructions == 10 * 10 * blocks + tiles / 512 * 15
+
+
 # Rivals
 
 MIXED = Workload(

@@ -41,15 +41,26 @@ def test_no_kernel_spills_registers(source):
     assert {key for key, row in rows(source).items() if row["spilled"]} == set()
 
 
-def test_grams_of_16_bit_factors_are_made_on_tensor_cores():
+def test_grams_are_made_on_tensor_cores():
     for (_, name), row in rows("gram").items():
-        if "Float16" not in name:
+        if not name.startswith("Gram"):
             continue
         loop = row["loop"]
         assert loop["HMMA"] > 0, name
         assert "FFMA" not in loop, name
         assert row["code"] > loop["all"], name
-        assert loop["LDSM"] <= loop["HMMA"], name
+        assert 0 < loop.get("LDSM", 0) + loop.get("LDS32", 0) <= loop["HMMA"], name
+
+
+def test_grams_of_float32_take_three_products_of_parts():
+    for (_, name), row in rows("gram").items():
+        if not name.startswith("Gram<Float32"):
+            continue
+        for kind in ("LDSM", "LDS32"):  # X in rows, and in columns
+            way = [x for x in row["matrix"] if kind in x]
+            assert len(way) == {"16": 1, "32": 2, "64": 2, "128": 4}[name[14:-1]], name
+            assert all(x["HMMA"] == 6 for x in way), name  # three of each half of 16 x 16
+            assert sum(x["all"] for x in way) <= 60 * len(way), name
 
 
 def test_products_of_16_bit_factors_are_made_on_tensor_cores_and_stored_in_whole_vectors():

@@ -1,5 +1,5 @@
 """What the CUDA kernels compute on tensor cores, on the host's (csrc/cuda/warp.h): accuracy, bias,
-and every way that 16-bit factors can lie in memory. test_cuda_on_host.py runs it under sanitizers.
+and every way that factors can lie in memory. test_cuda_on_host.py runs it under sanitizers.
 
 A tensor core does not round what it adds, it cuts: long sums of squares would come out small.
 """
@@ -22,6 +22,7 @@ from domerge_fast.backends.gpu import host
 pytestmark = [inside, pytest.mark.usefixtures("nan_poison")]
 
 HALVES = (torch.bfloat16, torch.float16)
+FORMATS = (*HALVES, torch.float32)
 ALLOWED = 2e-6
 """A fifth of what an op may be off (gate of the benchmarks: 1e-5)."""
 CUTS = (-1, 1, 2)
@@ -53,12 +54,10 @@ def errors(found: Tensor, x: Tensor) -> tuple[float, float]:
     return float(relative.abs().max()), float(relative.diagonal().mean())
 
 
-@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("d", [4096, 14336])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_long_grams_are_neither_off_nor_biased(layout, d, dtype, bits):
-    if dtype == torch.float32 and bits != -1:
-        pytest.skip("not on tensor cores")
     x = uniform(16, d, dtype=dtype)
     block = x if layout == "rows" else x.T.contiguous().T
     (found,) = ops.gram([Side((block,), (1.0,))], backend="cuda")
@@ -67,7 +66,7 @@ def test_long_grams_are_neither_off_nor_biased(layout, d, dtype, bits):
     assert abs(bias) <= ALLOWED
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("rank", [32, 64, 128, 150])
 def test_grams_of_every_size_are_within_a_fifth(rank, dtype, bits):
     x = uniform(rank, 520, dtype=dtype)
@@ -82,7 +81,7 @@ def alike() -> list[tuple[list[int], int]]:
 
 
 @pytest.mark.parametrize("layout", SIDES)
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", FORMATS)
 def test_blocks_of_any_rank_and_length_are_read_whole(dtype, layout):
     cases = [random_case(r, d, d + 3) for r, d in alike()]
     sides = [SIDES[layout](case, dtype) for case in cases]
@@ -91,7 +90,7 @@ def test_blocks_of_any_rank_and_length_are_read_whole(dtype, layout):
         assert errors(gram, torch.cat(exact(side)))[0] <= ALLOWED
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("shift", [0, 1, 2, 4])
 def test_factors_may_begin_anywhere_and_lie_in_larger_ones(shift, dtype):
     whole = uniform(24, 200, dtype=dtype)
@@ -215,7 +214,7 @@ def test_no_rank_is_left_to_library_calls(monkeypatch):
     assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", FORMATS)
 def test_the_order_of_threads_has_no_influence(dtype):
     sides = [make(case, dtype) for case in CASES.values() for make in SIDES.values()]
     run_both_ways(lambda: ops.gram(sides, backend="cuda"))

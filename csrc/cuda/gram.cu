@@ -1,4 +1,3 @@
-#include "gram.h"
 #include "tensor_gram.h"
 
 namespace domerge {
@@ -60,13 +59,10 @@ struct Target {
 template <class Format, int kSize>
 struct Gram {
     using Params = GramParams;
-    static constexpr bool kOnTensorCores = sizeof(typename Format::Storage) == 2;
-    using Product =
-        std::conditional_t<kOnTensorCores, TensorGram<Format, kSize>,
-                           GramProduct<Format, float, kSize, kSize == 16 ? 4 : 8, 2048 / kSize>>;
+    using Product = TensorGram<Format, kSize>;
     static constexpr int kThreads = Product::kThreads;
     // What registers allow.
-    static constexpr int kBlocksPerSm = kSize == 16 || (kSize == 32 && kOnTensorCores) ? 2 : 1;
+    static constexpr int kBlocksPerSm = kSize <= 32 ? 2 : 1;
     static_assert(Product::kSharedBytes <= kSmallestShared);
 
     static DOMERGE_DEVICE void run(const Params& params, Block<kThreads>& block) {

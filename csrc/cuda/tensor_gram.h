@@ -1,4 +1,4 @@
-// X X^T of a tile of 16-bit rows on tensor cores.
+// X X^T of a tile of rows on tensor cores: of 16-bit elements, or of float32 in parts of TF32.
 //
 // A warp has a strip of 16 rows, or half of one in large tiles, up to the diagonal in a tile on it;
 // the warps of a scheduler have strips that are as long together as those of the others. Small
@@ -14,20 +14,23 @@ namespace domerge {
 
 template <class Format, int kSize>
 struct TensorGram {
+    static constexpr bool kInParts = sizeof(typename Format::Storage) == 4;
+    static constexpr int kVector = kLanes<Format>;
     static constexpr int kThreads = kSize < 64 ? kBlockThreads : 2 * kBlockThreads;
     static constexpr int kWarps = kThreads / kLanesOfWarp;
     static constexpr int kStrips = kSize / 16;
     static constexpr int kParts = kSize < 64 ? 1 : 2;  // of a strip
     static constexpr int kBlocks = kStrips / kParts;   // of 16 x 16, of a warp
     static constexpr int kGroups = kWarps / (kStrips * kParts);
-    static constexpr int kColumns = kSize <= 16 ? 256 : kSize <= 32 ? 128 : 64;  // at a time
-    static constexpr int kOwn = kColumns / kGroups;  // columns of a group
-    static constexpr int kChain = 128;
+    // Columns at a time.
+    static constexpr int kColumns = (kSize <= 16 ? 32 : kSize <= 32 ? 16 : 8) * kVector;
+    static constexpr int kOwn = kColumns / kGroups;     // columns of a group
+    static constexpr int kChain = kInParts ? 64 : 128;  // in parts, each is added three times
     static constexpr int kChunks = kChain / kOwn;
     // Tiles of less than the largest size are of problems of one tile: on the diagonal.
     static constexpr bool kAlone = kSize < 128;
     static constexpr int kStages = kAlone ? 4 : 3;
-    static constexpr int kOperand = kSize * kColumns / 8;  // Words
+    static constexpr int kOperand = kSize * kColumns / kVector;  // Words
     static constexpr int kStage = (kAlone ? 1 : 2) * kOperand;
     static constexpr int kSpread = kGroups * kSize * (kSize + 4);
     static constexpr int64_t kStagedBytes =
@@ -35,7 +38,7 @@ struct TensorGram {
     static constexpr int64_t kSpreadBytes = kSpread * sizeof(float);
     static constexpr int64_t kSharedBytes =
         kStagedBytes > kSpreadBytes ? kStagedBytes : kSpreadBytes;
-    static_assert(kGroups * kStrips * kParts == kWarps && kOwn % 16 == 0 && kChain % kOwn == 0);
+    static_assert(kGroups * kStrips * kParts == kWarps && kChain % kOwn == 0);
 
     struct Sums {
         Sums16x8 at[kBlocks][2];
@@ -52,7 +55,8 @@ struct TensorGram {
     template <bool kInColumns>
     struct Way {
         using Lines = domerge::Lines<Format, kInColumns, kSize, kColumns, kThreads>;
-        using Tile = typename Lines::Tile;
+        static constexpr int kStep = Lines::kBlockColumns;
+        static_assert(kOwn % kStep == 0);
 
         static DOMERGE_DEVICE void multiply(int warp, const Words* left, const Words* right,
                                             bool diagonal, Sums& sums) {
@@ -61,18 +65,31 @@ struct TensorGram {
             const int last = (diagonal ? own : kStrips - 1) - first;
             if (last < 0) return;
             DOMERGE_ROLLED
-            for (int k = 0; k < kOwn; k += 16) {
+            for (int k = 0; k < kOwn; k += kStep) {
                 const int column = group(warp) * kOwn + k;
-                Block16x16 rows, others[kBlocks];
-                Tile::template load<kInColumns>(left, lane, 16 * own, column, rows);
-                DOMERGE_UNROLL
-                for (int j = 0; j < kBlocks; ++j)
-                    Tile::template load<kInColumns>(right, lane, 16 * (first + j), column,
-                                                    others[j], j <= last);
-                DOMERGE_UNROLL
-                for (int j = 0; j < kBlocks; ++j) DOMERGE_UNROLL
-                for (int half = 0; half < 2; ++half)
-                    add_product<Format>(sums.at[j][half], rows, others[j], half);
+                if constexpr (kInParts) {
+                    Parts<4> rows;
+                    Lines::load(left, lane, 16 * own, column, rows);
+                    DOMERGE_UNROLL
+                    for (int j = 0; j < kBlocks; ++j) {
+                        if (j > last) break;  // products of parts take longer than the branch
+                        Parts<4> others;
+                        Lines::load(right, lane, 16 * (first + j), column, others);
+                        DOMERGE_UNROLL
+                        for (int half = 0; half < 2; ++half)
+                            add_product(sums.at[j][half], rows, others, half);
+                    }
+                } else {
+                    Block16x16 rows, others[kBlocks];
+                    Lines::load(left, lane, 16 * own, column, rows);
+                    DOMERGE_UNROLL
+                    for (int j = 0; j < kBlocks; ++j)
+                        Lines::load(right, lane, 16 * (first + j), column, others[j], j <= last);
+                    DOMERGE_UNROLL
+                    for (int j = 0; j < kBlocks; ++j) DOMERGE_UNROLL
+                    for (int half = 0; half < 2; ++half)
+                        add_product<Format>(sums.at[j][half], rows, others[j], half);
+                }
             }
         }
     };

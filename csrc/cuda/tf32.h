@@ -25,16 +25,19 @@ struct Parts {
     }
 };
 
-// sums += left right^T, left 16 x 8 and right 8 x 8, both cut to TF32.
+// sums += left right^T, left 16 x 8, and right 8 x 8 or eight rows of 16 x 8, from 8 half on; both
+// cut to TF32.
+template <int kCount>
 DOMERGE_DEVICE void add_product(Sums16x8& sums, const Fragment<float, 4>& left,
-                                const Fragment<float, 2>& right) {
+                                const Fragment<float, kCount>& right, int half) {
+    constexpr int kNext = kCount / 2;
 #ifdef __CUDACC__
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums.values[0]), "+f"(sums.values[1]), "+f"(sums.values[2]), "+f"(sums.values[3])
         : "r"(to_bits(left.values[0])), "r"(to_bits(left.values[1])), "r"(to_bits(left.values[2])),
-          "r"(to_bits(left.values[3])), "r"(to_bits(right.values[0])),
-          "r"(to_bits(right.values[1])));
+          "r"(to_bits(left.values[3])), "r"(to_bits(right.values[half])),
+          "r"(to_bits(right.values[half + kNext])));
 #else
     const auto cut = [](float x) { return double{from_bits(to_bits(x) & ~0x1fffu)}; };
     for (int i = 0; i < 16; ++i) {
@@ -42,7 +45,7 @@ DOMERGE_DEVICE void add_product(Sums16x8& sums, const Fragment<float, 4>& left,
             double products[8];
             for (int k = 0; k < 8; ++k)
                 products[k] = cut(left.of(i % 8 * 4 + k % 4)[i / 8 + k / 4 * 2]) *
-                              cut(right.of(j * 4 + k % 4)[k / 4]);
+                              cut(right.of(j * 4 + k % 4)[half + k / 4 * kNext]);
             float& sum = sums.of(i % 8 * 4 + j / 2)[i / 8 * 2 + j % 2];
             sum = sum_of_products(sum, products);
         }
@@ -50,10 +53,41 @@ DOMERGE_DEVICE void add_product(Sums16x8& sums, const Fragment<float, 4>& left,
 #endif
 }
 
-DOMERGE_DEVICE void add_product(Sums16x8& sums, const Parts<4>& left, const Parts<2>& right) {
-    add_product(sums, left.low, right.high);
-    add_product(sums, left.high, right.low);
-    add_product(sums, left.high, right.high);
+template <int kCount>
+DOMERGE_DEVICE void add_product(Sums16x8& sums, const Parts<4>& left, const Parts<kCount>& right,
+                                int half = 0) {
+    add_product(sums, left.low, right.high, half);
+    add_product(sums, left.high, right.low, half);
+    add_product(sums, left.high, right.high, half);
 }
+
+// A tile of float32 in shared memory, kUnits vectors of four a line, of which a line is a column of
+// the matrix: they lie so that what the lanes read of a block is in different banks.
+template <int kUnits>
+struct SwizzledColumns {
+    static_assert(kUnits >= 4 && (kUnits & (kUnits - 1)) == 0);
+
+    // Two units of every eight change places with others, or of four where a line has no more.
+    static DOMERGE_DEVICE int pair(int line, int pair) {
+        return kUnits == 4 ? pair ^ (line / 2 % 2) : pair ^ (line % 4);
+    }
+    static DOMERGE_DEVICE Words* at(Words* tile, int line, int unit) {
+        return tile + line * kUnits + unit / 8 * 8 + 2 * pair(line, unit / 2 % 4) + unit % 2;
+    }
+
+    // Rows from a multiple of 16 and columns from one of 8 on, as Swizzled::load has them in rows.
+    // lane: own_lane().
+    static DOMERGE_DEVICE void load(const Words* tile, int lane, int row, int column,
+                                    Fragment<uint32_t, 4>& block) {
+        const auto words = reinterpret_cast<const uint32_t*>(tile + column * kUnits + row / 32 * 8);
+        lanes_from(lane, [&](int own) {
+            DOMERGE_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int line = own % 4 + i / 2 * 4, from = row / 16 % 2 * 2 + i % 2;
+                block.of(own)[i] = words[4 * kUnits * line + 8 * pair(line, from) + own / 4];
+            }
+        });
+    }
+};
 
 }  // namespace domerge

@@ -41,12 +41,18 @@ DOMERGE_DEVICE int own_lane() {
     return opaque(static_cast<int>(threadIdx.x % kLanesOfWarp));
 }
 
+// visit(lane) of the lanes, lane: own_lane().
+template <class Visit>
+DOMERGE_DEVICE void lanes_from(int lane, Visit visit) {
+    visit(lane);
+}
+
 #else
 
 inline void converge() {}
 
 inline int own_lane() {
-    return 0;  // Swizzled::load goes through all
+    return 0;  // what loads blocks goes through all
 }
 
 template <class T, int kCount>
@@ -60,6 +66,11 @@ struct Fragment {
 template <class Visit>
 void lanes(Visit visit) {
     in_order(kLanesOfWarp, [&](int64_t lane) { visit(static_cast<int>(lane)); });
+}
+
+template <class Visit>
+void lanes_from(int, Visit visit) {
+    lanes(visit);
 }
 
 #endif
