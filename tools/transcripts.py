@@ -4,8 +4,8 @@
 
 In a page, blocks of ```python and ```console are run in their order, in one folder. A line of a
 console block that begins with `$ ` is a command: `domerge-fast` with its arguments, where * stands
-for any names, or `ls`. What follows, up to the next one, is what it prints. A page that says
-`<!-- begins as PAGE -->` has what the first block of that page makes.
+for any names, `python examples/NAME.py`, or `ls`. What follows, up to the next one, is what it
+prints. A page that says `<!-- begins as PAGE -->` has what the first block of that page makes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import io
 import os
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from domerge_fast.cli.main import main as domerge
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```$", re.M | re.S)
 BEGINS = re.compile(r"^<!-- begins as (\S+) -->$", re.M)
 ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted(str(x.relative_to(ROOT)) for x in ROOT.glob("examples/*.py"))
 WIDTH = "80"
 """Columns of what is printed."""
 
@@ -38,13 +40,18 @@ def commands(block: str) -> Iterator[tuple[str, str]]:
 
 
 def answer(command: str) -> str:
-    """What a command prints, to either stream; trailing blanks of lines are cut off."""
+    """What a command prints, to either stream, an example to standard output alone; trailing blanks
+    of lines are cut off."""
     words = [sorted(glob.glob(x)) if "*" in x else [x] for x in shlex.split(command)]
     program, *arguments = [x for found in words for x in found]
     if program == "ls":
         return "".join(f"{name}\n" for name in sorted(os.listdir(*arguments)))
+    if program == "python" and arguments[0] in EXAMPLES:
+        script = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+        done = subprocess.run(script, check=True, stdout=subprocess.PIPE, text=True)
+        return re.sub(r" +$", "", done.stdout, flags=re.M)
     if program != "domerge-fast":
-        raise ValueError(f"{command}: a page shows commands of domerge-fast, and ls")
+        raise ValueError(f"{command}: a page shows commands of domerge-fast, examples, and ls")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         domerge(arguments)
