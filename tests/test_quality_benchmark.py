@@ -243,18 +243,23 @@ def test_merges_that_see_data_are_scored_beside_those_that_see_none(
         "TRAININGS": (("L3 even", 0),),
     }.items():
         monkeypatch.setattr(learned, name, value)
-    rows = [x for x in learned.ROWS if x.name in ("default", "tsvm, tune", "linear, TARA (A)")]
+    names = ["default", "tsvm, tune", "linear, TARA (A)", "linear, TARA (B)"]
+    names.append("default, osrm_project")
+    rows = [x for x in learned.ROWS if x.name in names]
     learned.run("L3 even", 0, rows)
     monkeypatch.setattr(learned, "_made", lambda *args: pytest.fail("made again"))
     learned.run("L3 even", 0, rows)
     found = learned.figures(rows)
-    assert [*found] == ["default", "tsvm, tune", "linear, TARA (A)"]
+    assert [*found] == names
+    assert found["linear, TARA (B)"]["shares"] != found["linear, TARA (A)"]["shares"]
+    assert found["default, osrm_project"]["shares"] != found["default"]["shares"]
     assert found["default"]["batches"] == 0 < found["tsvm, tune"]["batches"]
     assert found["default"]["difference interval"] == [0, 0]
     for own in found.values():
         low, high = own["interval"]
         assert low < own["share"] < high
     page = learned.page(found)
+    assert "Not run on all of them yet (searched.md has one): `linear`, `tsvm`, `doge`" in page
     for name, own in found.items():
         assert f"`{name}`" in page
         assert f"**{own['share']:.3f}**" in page
@@ -336,3 +341,10 @@ def test_searches_are_scored_beside_what_they_begin_with(trained, monkeypatch, t
     for name, own in found.items():
         assert f"| `{name}` | {own['data'] or 'nothing'} | {own['share']:.3f} |" in page
         assert f"**{own['share']:.3f}**" in page
+    earlier = {name: own for name, own in found.items() if name != few[1].name}
+    monkeypatch.setattr(searched, "FIGURES", tmp_path / "searched.json")
+    searched.FIGURES.write_text(json.dumps(found))
+    assert searched.with_earlier(earlier, [*found]) == found
+    assert searched.with_earlier(earlier, [*earlier]) == earlier
+    other = {**earlier, "default": {**found["default"], "shares": {"L3 even, 0": 0.5}}}
+    assert searched.with_earlier(other, [*found]) == other

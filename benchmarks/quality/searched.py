@@ -15,7 +15,7 @@ import json
 import random
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -121,8 +121,22 @@ OWN = (
     _row("ties in core, with densities by layer, TPE halved", TIES, "tpe", DENSE, few=1),
     _row("five methods, with densities by layer (LFS), TPE halved", WITH_DENSITY, "tpe", DENSE, 1),
 )
-BESIDE = ("default", "tsvm", "tsvm, tune", "tsvm, adamerge by layer")
+BESIDE = (
+    *("default", "tsvm", "tsvm, tune", "tsvm, adamerge by layer"),
+    *("linear, TARA (B)", "default, osrm_project", "tsvm, osrm_project off 0.5"),
+)
 """Rows of learned.py that stand beside them; the first is what differences are from."""
+
+
+def with_earlier(found: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """With the figures of before of those rows that nothing is kept of here, where they are of the
+    same adapters: the default kept the same share, to the digits that are written."""
+    earlier = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    first = BESIDE[0]
+    shares = [x[first]["shares"] for x in (earlier, found) if first in x]
+    if len(shares) < 2 or shares[0] != shares[1]:
+        return found
+    return {n: x for n, x in earlier.items() if n in names} | found
 
 
 def page(found: dict[str, Any]) -> str:
@@ -140,7 +154,9 @@ searched on (less the mean cross-entropy over tasks), 256 others a task are what
 search is planned for the forward passes of 24 evaluations on all examples, those that begin with
 few for more candidates; "batches" says how many it took. "by layer": coefficients of their own
 for each layer; picks: every layer picks one adapter, a merge, or nothing. One seed of the search a
-training: what lies within each other's intervals is not told apart. Made by
+training: what lies within each other's intervals is not told apart. TARA's variant B learns one
+coefficient for every adapter and joint left singular vector; `osrm_project` takes out of each
+adapter the directions that hold 0.9 (or 0.5) of the energy of the other tasks' inputs. Made by
 `benchmarks/quality/searched.py`; no figure is typed.
 """
 
@@ -161,8 +177,9 @@ def main() -> None:
     folder = learned.KEPT / first / str(seed)
     found = learned.figures(tuple(row for row in rows if (folder / f"{row.name}.pt").exists()))
     rounded = json.loads(json.dumps(found), parse_float=lambda x: float(f"{float(x):.5g}"))
+    rounded = with_earlier(rounded, [row.name for row in rows])
     FIGURES.write_text(json.dumps(rounded) + "\n")
-    PAGE.write_text(page(found))
+    PAGE.write_text(page(rounded))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ elsewhere, and what that takes. A row is a name and a function; learned.py runs 
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,17 @@ def plain(given: Given, method: str, **options: Any) -> Found:
     """What a user gets who gives nothing."""
     merged = dm.merge(given.adapters, method, dtype="float32", form="deltas", **options)
     return Found({name: merged.delta(name) for name in merged.names}, 0)
+
+
+def projected(given: Given, method: str, **options: Any) -> Found:
+    """Merged after each adapter is projected off what the other tasks' inputs excite."""
+    layers = sorted(dm.load(given.adapters[0]).modules)
+    texts = {task: [x["input_ids"] for x in of] for task, of in given.batches.items()}
+    with tempfile.TemporaryDirectory() as place:
+        features = Path(place) / "features.safetensors"
+        dm.osrm_save_features(given.model, texts, target_modules=layers, output=features)
+        found = plain(given, method, pre=["osrm_project"], features=features, **options)
+    return Found(found.deltas, sum(map(len, texts.values())))
 
 
 def tuned(given: Given, method: str, groups: Any = (), **options: Any) -> Found:
@@ -120,6 +132,23 @@ ROWS = (
         "linear, TARA (A)",
         "inputs",
         partial(learned, method="linear", level="direction", balance="tchebycheff"),
+    ),
+    Row(
+        "linear, TARA (B)",
+        "inputs",
+        partial(
+            learned,
+            method="knots",
+            options={"inner": "linear"},
+            level="direction",
+            balance="tchebycheff",
+        ),
+    ),
+    Row("default, osrm_project", "inputs", partial(projected, method="auto")),
+    Row(
+        "tsvm, osrm_project off 0.5",
+        "inputs",
+        partial(projected, method="tsvm", features_energy=0.5),
     ),
     Row(
         "tsvm, gradients by module",
