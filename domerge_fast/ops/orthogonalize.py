@@ -34,7 +34,8 @@ def orthogonalize(
 
     grams: X X^T [R, R] in float32, or [P, R, R] of P modules, for which C is that too; N counts
     modules. ranks: r_i of each problem's adapters, summing to R.
-    With the squared penalty f ends within `tol` of the optimum's, unless it took all `steps`.
+    With the squared penalty f ends within `tol` of the optimum's, as far as the last steps tell
+    (docs/algorithm.md), unless it took all `steps`.
     The columns of the statistics are steps, objective before, objective after, share of the
     cross-adapter Gram energy left, and ||Xhat - X|| / ||X||.
     """
