@@ -32,7 +32,7 @@ struct BlockGram {
     static constexpr int kThreads = kBlockThreads;
     static constexpr int kBlocksPerSm = 1;  // what registers allow
     template <int kSize>
-    using Product = GramProduct<Format, double, kSize, 4, kDepth<Format, kSize>, (kSize < 64)>;
+    using Product = GramProduct<Format, kSize, kDepth<Format, kSize>, (kSize < 64)>;
     static constexpr int64_t kSharedBytes =
         std::max({Product<8>::kSharedBytes, Product<16>::kSharedBytes, Product<32>::kSharedBytes,
                   Product<64>::kSharedBytes});

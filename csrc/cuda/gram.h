@@ -1,4 +1,4 @@
-// X X^T of a tile of rows, for both precisions.
+// X X^T of a tile of rows, in float64.
 #pragma once
 
 #include "tile.h"
@@ -6,17 +6,14 @@
 namespace domerge {
 
 // Rows [first, first + kSize) of `left` times those from `second` on of `right`, over the columns
-// from `begin` to the readers' end. Unscaled. kAlone: first and second are always the same. Sums
-// are added to others after kChain columns: one of thousands of squares in float32 comes out small,
-// because what is added is below its last places.
-template <class Format, class T, int kSize, int kM, int kDepth, bool kAlone = false>
+// from `begin` to the readers' end. Unscaled. kAlone: first and second are always the same.
+template <class Format, int kSize, int kDepth, bool kAlone>
 struct GramProduct {
+    using T = double;
     static constexpr int kThreads = kBlockThreads;
-    using Product = Tile<T, kSize, kSize, kM, kM>;
+    using Product = Tile<T, kSize, kSize, 4, 4>;
     using Staged = Stage<Format, T, kDepth, kSize>;
     using Sums = PerThread<typename Product::Sums, kBlockThreads>;
-    static constexpr int kChain = kDepth > 128 ? kDepth : 128;  // at most 256 by all groups
-    static_assert(kChain % kDepth == 0);
     static constexpr int kBuffer = (kAlone ? 1 : 2) * Staged::kSize;
     static constexpr int64_t kStagedBytes = 2 * kBuffer * sizeof(T);
     static constexpr int64_t kSpreadBytes = Product::kSpread * sizeof(T);
@@ -28,8 +25,7 @@ struct GramProduct {
                                    int first, int second, int begin) {
         T* const shared = reinterpret_cast<T*>(block.shared);
         const bool across = !reader.columns, same = kAlone || first == second;
-        constexpr bool kInParts = sizeof(T) == 4;
-        Sums sums, totals;
+        Sums sums;
         const auto fetch = [&](int thread, int row, int c, typename Staged::Held& held) {
             Staged::fetch(thread, across, held,
                           [&](int depth, int line) { return reader.read(row + line, c + depth); });
@@ -49,7 +45,6 @@ struct GramProduct {
         };
         block.each([&](int thread) {
             Product::clear(sums[thread]);
-            if constexpr (kInParts) Product::clear(totals[thread]);
             stage(thread, begin, shared, [] {});
         });
         int now = 0;
@@ -61,16 +56,9 @@ struct GramProduct {
                     Product::template add_product<kDepth, Staged::kStride, Staged::kStride>(
                         thread, left, right, sums[thread]);
                 });
-                if constexpr (kInParts) {
-                    if ((c - begin) % kChain == kChain - kDepth)
-                        Product::move(sums[thread], totals[thread]);
-                }
             });
         }
-        block.each([&](int thread) {
-            if constexpr (kInParts) Product::move(totals[thread], sums[thread]);
-            Product::spread(thread, sums[thread], shared);
-        });
+        block.each([&](int thread) { Product::spread(thread, sums[thread], shared); });
     }
 
     static DOMERGE_DEVICE T gather(const T* product, int row, int column) {
