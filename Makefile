@@ -25,8 +25,9 @@ ON_A_WHEEL := tests/test_cpu_kernels.py tests/test_ops.py
 .PHONY: lint format docs wheel bench bench-full quality quality-full gpu-check clean
 
 setup: $(VENV)/ready
+# Threads that wait without spinning: where others want the cores, training takes minutes otherwise.
 demo: $(VENV)/ready
-	$(PY) examples/demo.py demo
+	OMP_WAIT_POLICY=passive $(PY) examples/demo.py demo
 test: $(VENV)/ready
 	$(PYTEST) -m "not slow"
 # The rest besides: what compiles, runs kernels under sanitizers or measures; all other tests with
