@@ -201,8 +201,10 @@ def cpp_sources(machine: str) -> dict[str, list[str]]:
 
 
 def cuda_sources() -> list[str]:
-    """Those for nvcc; csrc/cuda/bindings.cpp is for the C++ compiler."""
-    return relative("csrc/cuda/*.cu")
+    """Those for nvcc, the largest first, which takes longest; csrc/cuda/bindings.cpp is for the C++
+    compiler."""
+    found = relative("csrc/cuda/*.cu")
+    return sorted(found, key=lambda source: (ROOT / source).stat().st_size, reverse=True)
 
 
 def nvcc_command(cuda: Cuda, source: str, target: Path) -> list[str]:
