@@ -348,7 +348,7 @@ def test_numbers_of_a_column_are_aligned():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (0.12345, "0.123"), (-1234.5, "-1234"), (1e-7, "1.0e-7"), (3e9, "3.0e9")],
+    [(-0.0, "0"), (0.12345, "0.123"), (-1234.5, "-1234"), (1e-7, "1.0e-7"), (3e9, "3.0e9")],
 )
 def test_numbers_have_the_digits_that_a_reader_can_use(value, text):
     assert scales.number(value) == text

@@ -65,6 +65,7 @@ def axis_of(
 
 def number(value: float, aligned: bool = False) -> str:
     """With as many digits as a reader can use. aligned: always with three, for a column."""
+    value += 0.0  # -0 is 0
     if value != 0 and not 1e-4 <= abs(value) < 1e5:
         return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
     if abs(value) >= 1000:
