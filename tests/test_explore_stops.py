@@ -20,7 +20,7 @@ from domerge_fast.explore.worker import Superseded, Worker
 
 MODULES = {f"layers.{k}.up": (4, 4) for k in range(300)}
 SLOW = """
-import sys, threading, time
+import signal, sys, threading, time
 from domerge_fast.cli.main import main
 from domerge_fast.sessions import measures
 
@@ -33,6 +33,7 @@ def slow(*given):
     return usual(*given)
 
 measures._of_module = slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 sys.exit(main(sys.argv[2:]))
 """
 """The command, slow at what it prepares in its main thread, or elsewhere: a minute in all."""
