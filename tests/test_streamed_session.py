@@ -151,8 +151,12 @@ def test_in_several_goes_it_is_the_merge_of_all_at_once(given, tmp_path):
         assert mine.magnitudes == pytest.approx(theirs.magnitudes, rel=near)
         assert (mine.a is None) == (theirs.a is None)
         if mine.b:
-            assert mine.b.objective_after == pytest.approx(theirs.b.objective_after, rel=3e-3)
-    assert found.report.interference == pytest.approx(whole.report.interference)
+            left = theirs.b.objective_after  # of one adapter nothing but rounding
+            assert mine.b.objective_after == pytest.approx(left, rel=3e-3, abs=1e-5)
+    mine, theirs = found.report.interference, whole.report.interference
+    assert mine.norms == pytest.approx(theirs.norms, rel=1e-5)
+    for row, other in zip(mine.spread, theirs.spread, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
     assert [x.adapters for x in growing.additions] == [20, 2, 2]
     again = [x.again for x in growing.additions]
     assert again == [0, 0, 0] if given == {"orthogonalize": False} else again[1] > 0
