@@ -235,7 +235,7 @@ def test_some_steps_of_the_descent(names, penalty, backend):
         for name, x, (x_hat, found, _) in zip(chosen, blocks, moved, strict=True):
             expected, stats = oracle(name, penalty, steps, 0.0)
             assert found[0] == stats[0] == (steps if name in COLLIDING else 0), name
-            assert_blocks_within(x_hat, expected, x, 1e-5 if penalty == "squared" else 1e-4)
+            assert_blocks_within(x_hat, expected, x, 1e-5 if penalty == "squared" else 5e-4)
             assert found[1:] == pytest.approx(stats[1:], rel=1e-3, abs=1e-6 * found[1]), name
             assert found[1] == pytest.approx(stats[1], rel=1e-6), name
 

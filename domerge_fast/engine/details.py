@@ -147,9 +147,11 @@ def _longer_sum(x: Tensor, y: Tensor) -> Tensor:
 
 def _products(stack: Stack, merged: tuple[Tensor, ...]) -> list[tuple[float, float]]:
     """<ΔW, ΔW_i> and ||ΔW_i||^2 of a module's adapters, as the factors of the stack are."""
-    dtype, ranks = full_precision(stack.a.device), list(stack.a.ranks)
+    ranks, dense = list(stack.a.ranks), len(merged) == 1
+    # Products of rows far below 1 would have few digits in float32, or none.
+    dtype = full_precision(stack.a.device) if dense else torch.float64
     a, b = stack.a.stack(dtype), stack.b.stack(dtype)
-    if len(merged) == 1:
+    if dense:
         products = (b @ merged[0].to(b)).double() * a
     else:
         products = (a @ merged[0].to(a).T).double() * (b @ merged[1].to(b)).double()
