@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import OptionError, OutputError, printable
+from ..errors import OptionError, OutputError
 from ..storage import json_file, side_file
 from . import flags, shared, streams
 
@@ -148,9 +148,7 @@ def merged(args: argparse.Namespace, recipe: Recipe, adapters: Sequence[str] | N
         _save(args.save_recipe, done.report.recipe)
     shared.write_pages(args, done.report)
     if not args.quiet or args.json:
-        written = f"written to {printable(args.output)}"
-        plain = done.report.to_dict() | {"output": args.output}
-        shared.show(args, plain, lambda: [*streams.table(done.report.summary()), written])
+        shared.show_written(args, done.report)
     return 0
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from ..errors import printable
-from . import shared, streams
+from . import shared
 
 __all__ = ["COMMAND"]
 
@@ -69,9 +68,7 @@ def _save(args: argparse.Namespace) -> int:
 
     given = shared.given(args)
     report = Sequential.open(given.pop("folder")).save(args.output, **given).report
-    written = f"written to {printable(args.output)}"
-    plain = report.to_dict() | {"output": args.output}
-    shared.show(args, plain, lambda: [*streams.table(report.summary()), written])
+    shared.show_written(args, report)
     return 0
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import printable
 from ..registry import usable
 from . import flags, streams
 
@@ -29,6 +30,7 @@ __all__ = [
     "given",
     "notes",
     "show",
+    "show_written",
     "shows_progress",
     "write_pages",
 ]
@@ -145,6 +147,13 @@ def shows_progress(args: argparse.Namespace) -> bool:
 def show(args: argparse.Namespace, plain: Any, lines: Callable[[], Iterable[str]]) -> None:
     """One JSON object where it was asked for, otherwise the lines."""
     streams.show([as_json(plain)] if args.json else lines())
+
+
+def show_written(args: argparse.Namespace, report: Report) -> None:
+    """What was written to `args.output`."""
+    plain = report.to_dict() | {"output": args.output}
+    written = f"written to {printable(args.output)}"
+    show(args, plain, lambda: [*streams.table(report.summary()), written])
 
 
 def as_json(plain: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from ..errors import printable
 from . import shared, streams
 
 __all__ = ["COMMAND"]
@@ -72,9 +71,7 @@ def _save(args: argparse.Namespace) -> int:
 
     given = shared.given(args)
     report = Streamed.open(given.pop("folder")).save(args.output, **given).report
-    written = f"written to {printable(args.output)}"
-    plain = report.to_dict() | {"output": args.output}
-    shared.show(args, plain, lambda: [*streams.table(report.summary()), written])
+    shared.show_written(args, report)
     return 0
 
 
