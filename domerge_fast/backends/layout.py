@@ -23,7 +23,8 @@ GAP = 64
 """Results that share an allocation begin at multiples of this many elements."""
 
 LARGE = 1 << 20
-"""Bytes from which on an allocation is had from the system every time, page by page."""
+"""Bytes from which on an allocation is had from the system every time, page by page: in small
+pages that takes as long as an op takes to fill them."""
 
 _pieces: ContextVar[Pieces | None] = ContextVar("domerge_results", default=None)
 
@@ -120,7 +121,8 @@ def together(
 
 def _memory(count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Room for so many numbers."""
-    pieces, nbytes = _pieces.get(), count * dtype.itemsize
-    if pieces is None or nbytes < LARGE or (device and device.type != "cpu"):
+    nbytes = count * dtype.itemsize
+    if nbytes < LARGE or (device and device.type != "cpu"):
         return torch.empty(count, dtype=dtype, device=device)
+    pieces = _pieces.get() or Pieces()
     return pieces.take(nbytes)[0][:nbytes].view(dtype)
