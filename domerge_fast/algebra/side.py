@@ -22,7 +22,7 @@ from torch import Tensor
 from ..storage.buffers import Lying, as_tensor
 from .described import CODES, Described, Layout, bits, described, packed, rows_of, starts
 
-__all__ = ["CODES", "Side", "squares", "starts", "table"]
+__all__ = ["CODES", "Side", "each_row", "owners", "squares", "starts", "table"]
 
 
 class Side:
@@ -256,6 +256,18 @@ def _arranged(block: Tensor, columns: bool, dtype: torch.dtype | None) -> tuple[
 def squares(ranks: tuple[int, ...]) -> int:
     """Entries of all matrices [r_i, r_i]."""
     return sum(r * r for r in ranks)
+
+
+def owners(ranks: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """Whose every row of the stacked blocks is, [R]."""
+    # Of a list: `repeat_interleave` opens all of torch's threads and waits for them, for a few rows
+    # too; where others want their cores that takes milliseconds.
+    return torch.tensor([i for i, r in enumerate(ranks) for _ in range(r)], device=device)
+
+
+def each_row(x: Tensor, ranks: Sequence[int]) -> Tensor:
+    """What is said of every block, [.., T], of every row of it, [.., R]."""
+    return x.index_select(-1, owners(ranks, x.device))
 
 
 class Table(NamedTuple):

@@ -29,6 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..algebra.side import owners
+
 __all__ = [
     "EPSILON",
     "GUARD",
@@ -198,7 +200,7 @@ class _GramForm:
     def __init__(self, g: Tensor, ranks: tuple[int, ...], penalty: str, gamma: float) -> None:
         adapters, device = len(ranks), g.device
         self.g, self.gamma, self.squared = g, gamma, penalty == "squared"
-        self.owner = torch.repeat_interleave(torch.tensor(ranks, device=device))
+        self.owner = owners(ranks, device)
         self.member = torch.nn.functional.one_hot(self.owner, adapters).to(g.dtype)  # [R, T]
         self.pairs = torch.triu_indices(adapters, adapters, 1, device=device)
         norms = (g.diagonal(dim1=1, dim2=2) @ self.member).double().clamp_min(0).sqrt()

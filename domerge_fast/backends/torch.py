@@ -11,7 +11,7 @@ from ..algebra.cuts import cut
 from ..algebra.full_precision import full_precision
 from ..algebra.powers import magnitude
 from ..algebra.roots import ZERO_COLUMN, column_norms, root
-from ..algebra.side import Side
+from ..algebra.side import Side, owners
 from ..algebra.truncation import NOISE, truncated
 from . import descent
 from .factor_descent import FACTOR_STATS, in_factor_form
@@ -65,7 +65,7 @@ def block_products(
     x: Sequence[Tensor] | Tensor, y: Sequence[Tensor] | Tensor, ranks: Sequence[int]
 ) -> Tensor:
     """Sums of x_ij y_ij over the block of every two adapters: [P, T, T] in float64."""
-    owner = torch.repeat_interleave(torch.tensor(ranks, device=x[0].device))
+    owner = owners(ranks, x[0].device)
     member = torch.nn.functional.one_hot(owner, len(ranks)).double()
     left, right = (m if isinstance(m, Tensor) else torch.stack(list(m)) for m in (x, y))
     return member.T @ (left.double() * right.double()) @ member
@@ -186,7 +186,7 @@ def _inner(grams: Sequence[Sequence[Tensor]], full: Sequence[Tensor]) -> list[tu
 
 def _owner(blocks: Sequence[Tensor]) -> Tensor:
     """Whose every row of the stacked blocks is: [R]."""
-    return torch.repeat_interleave(torch.tensor([len(x) for x in blocks], device=blocks[0].device))
+    return owners([len(x) for x in blocks], blocks[0].device)
 
 
 def _decouple(

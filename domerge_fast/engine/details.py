@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters.plan import Stack
 from ..algebra.full_precision import full_precision
+from ..algebra.host import lengths
 from ..algebra.roots import root
 from ..results.details import Details, Overlap
 
@@ -120,7 +121,7 @@ def _overlaps(
     if count == 1:
         return
     i, j = torch.triu_indices(count, count, 1)
-    norms = inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    norms = lengths(inner.diagonal(dim1=1, dim2=2))
     product = norms[:, i] * norms[:, j]
     cosine = torch.where(product > 0, inner[:, i, j] / product.where(product > 0, 1.0), 0.0)
     means = [x.mean(1).tolist() for x in (rows[:, i, j], columns[:, i, j], cosine.abs())]

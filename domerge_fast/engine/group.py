@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..adapters.plan import Plan, Stack
 from ..algebra.host import gather
+from ..algebra.side import each_row
 from ..backends.layout import side_by_side
 from ..errors import AdapterError
 from ..methods.base import Grams, grams, wide_grams
@@ -273,7 +274,7 @@ def _with_scalings(stack: Stack, known: Pair, bare: bool, dtype: torch.dtype) ->
     a, b = known
     if bare:
         scales = torch.tensor(stack.b.scales, dtype=torch.float64)
-        gains = scales.repeat_interleave(torch.tensor(stack.b.ranks)).to(b)
+        gains = each_row(scales, stack.b.ranks).to(b)
         b = gains[:, None] * b * gains
     return a.to(dtype), b.to(dtype)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..adapters.plan import Stack
-from ..algebra.host import gather
+from ..algebra.host import gather, lengths
 from ..recipe import DETAILS, FULL, NONE, NORMS
 from ..results.report import Interference
 from .details import DetailSums
@@ -60,7 +60,7 @@ class InterferenceSums:
             self.columns[grid] += columns.sum(0)
             if self.details:
                 self.details.add(names, stack, (a, b), (rows, columns, inner))
-        return self.count(adapters, inner.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt())
+        return self.count(adapters, lengths(inner.diagonal(dim1=1, dim2=2)))
 
     def add_norms(self, stacks: Sequence[Stack], backend: str) -> list[list[list[float]]]:
         """Count the norms of modules in, without Grams; returns them, stack by stack."""
@@ -127,7 +127,7 @@ def own_norms(stacks: Sequence[Stack], backend: str) -> list[Tensor]:
     for s, a, b in zip(stacks, *grams):
         products = (_size(s) * a * b).view(-1, a.shape[-1])
         parts = products.split([r * r for r in s.a.ranks], 1)
-        found.append(torch.stack([part.sum(1) for part in parts], 1).clamp_min(0).sqrt())
+        found.append(lengths(torch.stack([part.sum(1) for part in parts], 1)))
     return found
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..adapters.plan import Stack
-from ..algebra.side import Side
+from ..algebra.side import Side, each_row
 from ..algebra.threads import of_parts
 from ..algebra.truncation import truncated
 from ..errors import FlatCut
@@ -136,8 +136,7 @@ def _on(c: Tensor, side: Side, dtype: torch.dtype = torch.float32) -> Tensor:
 def of_rows(stack: Stack, x: Coefficients, settings: Settings) -> Tensor:
     """λ and all gains on the rows of B'^T, [P, k]."""
     if x.a is None:
-        ranks = torch.tensor(stack.b.ranks, device=x.b.device)
-        return settings.scale * x.b.repeat_interleave(ranks, 1)
+        return settings.scale * each_row(x.b, stack.b.ranks)
     ones = torch.ones_like(x.b[..., :1], dtype=torch.float64)
     return (settings.scale * _gains(x, settings) * ones)[..., 0]
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..adapters.plan import Stack
+from ..algebra.side import each_row
 from ..backends.layout import side_by_side
 
 __all__ = [
@@ -105,7 +106,7 @@ class Batch:
 
     def of_rows(self, x: Tensor) -> Tensor:
         """What is said of every adapter [.., T] of every row of it, [.., R]."""
-        return x.repeat_interleave(torch.tensor(self.ranks, device=x.device), -1)
+        return each_row(x, self.ranks)
 
 
 Reducible = tuple[Batch, Tensor]
@@ -220,8 +221,8 @@ def _of(grams: Sequence[Tensor], members: Sequence[int], count: int) -> Tensor:
 
 def _by_module(stacks: Sequence[Stack], rows: Sequence[Sequence[float]]) -> Tensor:
     """What is said of every stack, of every module, [P, T]."""
-    sizes = torch.tensor([len(s.names) for s in stacks])
-    return torch.tensor(rows, dtype=torch.float64).repeat_interleave(sizes, 0)
+    found = torch.tensor(rows, dtype=torch.float64)
+    return torch.cat([row.expand(len(s.names), -1) for s, row in zip(stacks, found)])
 
 
 def batches(count: int, rank: int, device: torch.device) -> list[slice]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import ops
 from ..adapters.plan import Stack
 from ..algebra.full_precision import full_precision
+from ..algebra.side import each_row
 from ..algebra.threads import of_parts
 from .base import Grams
 from .contract import batches
@@ -120,7 +121,7 @@ def _found(
     inner = of_grams(of_a.double(), of_b.double(), ranks)
     omegas = torch.tensor(stack.omegas, dtype=torch.float64).to(inner.device).expand(len(inner), -1)
     gains = omegas * _magnitudes(inner, omegas, rule) if rule.decouple else omegas
-    rows = gains.repeat_interleave(torch.tensor(ranks).to(gains.device), 1).to(dtype)
+    rows = each_row(gains, ranks).to(dtype)
     found = schatten.schatten(rows[:, :, None] * of_b * rows[:, None], of_a, rule.order)
     whole = _squares(gains, inner)
     apart = (gains.square() * inner.diagonal(dim1=1, dim2=2)).sum(1)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...algebra.side import each_row
 from ...errors import OptionError
 
 __all__ = ["Alike", "Found", "Inner", "Weights", "magnitudes", "selection"]
@@ -157,7 +158,7 @@ def selection(
     rows = torch.tensor([places[name] for name in x.names], device=device)
     every = len(rows) == len(places) and bool((rows == torch.arange(len(rows)).to(rows)).all())
     owner = torch.tensor(x.owners, device=device)
-    of_row = torch.repeat_interleave(owner, torch.tensor(x.ranks, device=device))
+    of_row = each_row(owner, x.ranks)
     all_adapters = len(owner) == adapters
 
     def weights(kappa: Tensor, densities: Tensor | None) -> Weights:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ...algebra.side import owners
 from .alike import Alike, Inner, Weights
 
 __all__ = ["Joint"]
@@ -31,7 +32,7 @@ class Joint(Alike):
 
     def found(self, weights: Weights) -> Inner:
         given = weights.of_rows.unflatten(-1, (len(self.rows), self.ranks[0]))
-        repeats = torch.tensor(self.rows, device=given.device)
-        core = (given.repeat_interleave(repeats, -2) * self.within.to(given)).mT
+        of_row = given.index_select(-2, owners(self.rows, given.device))
+        core = (of_row * self.within.to(given)).mT
         unit = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
         return Inner(left=core, right=unit.expand(*core.shape[:-2], *unit.shape))
