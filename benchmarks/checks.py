@@ -10,7 +10,7 @@ import torch
 
 import domerge_fast as dm
 from domerge_fast.adapters.plan import Plan
-from domerge_fast.backends import reference
+from domerge_fast.backends import paper
 from domerge_fast.bench import measure
 from domerge_fast.bench.checks import MOST_ADAPTERS, Checks
 
@@ -52,7 +52,7 @@ def _expected(adapters: Sequence[dm.Adapter], name: str, method: str) -> torch.T
     a = [a for a, _ in pairs]
     b = [adapter.modules[name].scaling * b for adapter, (_, b) in zip(adapters, pairs)]
     if method == "do":
-        return reference.do_merging(a, b, [1 / len(a)] * len(a))
+        return paper.do_merging(a, b, [1 / len(a)] * len(a))
     rank = max(len(x) for x in a)
     u, s, vh = torch.linalg.svd(torch.cat(b, 1) @ torch.cat(a), full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vh[:rank]

@@ -24,7 +24,7 @@ from torch import Tensor
 import domerge_fast as dm
 from domerge_fast.adapters.plan import Plan, Stack
 from domerge_fast.algebra.entry_rules import Draw
-from domerge_fast.backends import reference, registry
+from domerge_fast.backends import paper, registry
 from domerge_fast.backends.torch_entries import uniform
 from domerge_fast.cli import main as cli
 from domerge_fast.engine import reader
@@ -243,7 +243,7 @@ def test_do_in_a_shared_basis(backend):
         )
         u, v = bases(case, "core")
         a = [x.double() @ v for x in case.a]
-        small = reference.do_merging(a, [u.T @ b for b in case.exact_b()], case.omegas, **rule)
+        small = paper.do_merging(a, [u.T @ b for b in case.exact_b()], case.omegas, **rule)
         merged = at_one(loaded, "core", inner="do", **given)
         assert distance(dense(merged, "x"), u @ small @ v.T) < allowed, name
         assert merged.report["x"].rank == case.exact_rank
@@ -342,13 +342,13 @@ def apart(
     rule = descent(case)[0] if rule is None else rule
     a, b = [x.double() for x in case.a], case.exact_b()
     if orthogonalize:
-        a, _ = reference.descend(a, **rule)
-        b = [x.T for x in reference.descend([x.T for x in b], **rule)[0]]
+        a, _ = paper.descend(a, **rule)
+        b = [x.T for x in paper.descend([x.T for x in b], **rule)[0]]
     directions, magnitudes = [], []
     for x, y in zip(a, b, strict=True):
         delta = y @ x
         sizes = delta.norm(dim=0)
-        sizes = torch.where(sizes > reference.ZERO_COLUMN * y.norm() * x.norm(dim=0), sizes, 0.0)
+        sizes = torch.where(sizes > paper.ZERO_COLUMN * y.norm() * x.norm(dim=0), sizes, 0.0)
         magnitudes.append(sizes)
         directions.append(torch.where(sizes > 0, delta / sizes, 0.0))
     return directions, magnitudes
@@ -425,7 +425,7 @@ def test_a_power_of_the_directions_spectrum(name):
 def test_svd_of_the_directions_truncates_what_is_recombined():
     case = CASES["odd d"]
     merged = at_one(adapters({"x": case}), directions="svd", weights=WEIGHTS, **FEW, **TORCH)
-    full = reference.do_merging(case.a, case.exact_b(), case.omegas, **FEW)
+    full = paper.do_merging(case.a, case.exact_b(), case.omegas, **FEW)
     u, s, vh = torch.linalg.svd(full)
     best = u[:, :5] @ s[:5].diag() @ vh[:5]
     assert distance(dense(merged, "x"), best) < 1e-5

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from domerge_fast import _C
 from domerge_fast.algebra.side import Side
-from domerge_fast.backends import cpu, descent, factor_descent, reference
+from domerge_fast.backends import cpu, descent, factor_descent, paper, reference
 from domerge_fast.backends import torch as library
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
@@ -137,17 +137,17 @@ def test_conversions_are_exact(isa, half):
 
 @functools.cache
 def cross_energy(problem: Side) -> float:
-    return reference._cross_energy(exact(problem))
+    return paper._cross_energy(exact(problem))
 
 
 @functools.cache
 def loss_before(problem: Side, penalty: str, gamma: float) -> float:
-    return float(reference.loss(exact(problem), exact(problem), penalty, gamma))
+    return float(paper.loss(exact(problem), exact(problem), penalty, gamma))
 
 
 @functools.cache
 def first_steps(problem: Side, penalty: str) -> tuple[list[Tensor], list[float]]:
-    return reference.descend(exact(problem), penalty, 1.0, 3, 0.0)
+    return paper.descend(exact(problem), penalty, 1.0, 3, 0.0)
 
 
 @functools.cache
@@ -192,7 +192,7 @@ def test_products_of_bfloat16_numbers_end_within_tol_of_the_optimum(isa, tol):
     (result,), stats = cpu.orthogonalize_factors([problem], 1.0, 50, tol)
     _, best = moved_in_float64(problem, 300, 1e-13)
     x = exact(problem)
-    true = float(reference.loss(list(result.double().split(list(problem.ranks))), x))
+    true = float(paper.loss(list(result.double().split(list(problem.ranks))), x))
     assert float(best[2]) <= true * (1 + 1e-9)
     assert true <= (1 + tol) * float(best[2])
     assert stats[0, 2] == pytest.approx(true, rel=2e-4)
@@ -248,10 +248,10 @@ def literal(problem: Side, c: Tensor, penalty: str, gamma: float) -> tuple[float
     moved = c.double() @ torch.cat(x)
     x_hat = list(moved.split(list(problem.ranks)))
     energy = cross_energy(problem)
-    left = reference._cross_energy(x_hat) / energy if energy > 0 else 0.0
+    left = paper._cross_energy(x_hat) / energy if energy > 0 else 0.0
     size = float(torch.cat(x).norm())
     change = float((moved - torch.cat(x)).norm()) / size if size > 0 else 0.0
-    return float(reference.loss(x_hat, x, penalty, gamma)), left, change
+    return float(paper.loss(x_hat, x, penalty, gamma)), left, change
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from domerge_fast.backends import descent, reference
+from domerge_fast.backends import descent, paper
 
 TOL = 1e-3
 SHARED = (0.0, 0.3, 0.6, 0.9)
@@ -105,7 +105,7 @@ def test_adapters_that_hardly_overlap_hold_nobody_up():
     far[:, 0] = 1e-9
     wide = [torch.nn.functional.pad(block, (0, width)) for block in x]
     rule = {"gamma": 0.0, "steps": 12, "tol": 0.0}
-    before = float(reference.loss(x, x, gamma=0.0))
+    before = float(paper.loss(x, x, gamma=0.0))
     _, alone = descend(x, **rule)
     _, together = descend([*wide, far], **rule)
     assert alone < 0.1 * before

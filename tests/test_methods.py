@@ -16,7 +16,7 @@ from support.shapes import CASES, CONVERGED, Case, random_case
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.backends import reference, registry
+from domerge_fast.backends import paper, registry
 from domerge_fast.engine import pipeline as engine
 from domerge_fast.engine import reader
 from domerge_fast.formats import from_tensors
@@ -60,7 +60,7 @@ def literal(name: str, equal: bool = False, **options: Any) -> Tensor:
     """A case merged by "do" as it is printed, with its own weights or equal ones."""
     case = CASES[name]
     omegas = [1 / len(case.a)] * len(case.a) if equal else case.omegas
-    return reference.do_merging(case.a, case.exact_b(), omegas, **options)
+    return paper.do_merging(case.a, case.exact_b(), omegas, **options)
 
 
 # do
@@ -156,7 +156,7 @@ def test_hundreds_of_adapters(backend):
     case = random_case((1,) * 200, 13, 12)
     case.scalings[:] = [1.0] * 200
     merged = at_one(adapters({"x": case}), orthogonalize=False, backend=backend)
-    expected = reference.do_merging(case.a, case.exact_b(), [1 / 200] * 200, orthogonalize=False)
+    expected = paper.do_merging(case.a, case.exact_b(), [1 / 200] * 200, orthogonalize=False)
     assert distance(dense(merged, "x"), expected) < 1e-5
     assert len(merged.report["x"].magnitudes) == 200
     assert merged.report.interference is not None
@@ -406,12 +406,12 @@ def test_the_report_of_do_tells_what_the_descent_did(sides, decouple, backend):
     merged = at_one(adapters(cases), sides=sides, decouple=decouple, backend=backend, **rule)
     for name, case in cases.items():
         report = merged.report[name]
-        a, stats = reference.descend([x.double() for x in case.a], **rule)
+        a, stats = paper.descend([x.double() for x in case.a], **rule)
         assert list(vars(report.a).values())[:-1] == pytest.approx(stats, rel=1e-3, abs=1e-6)
         assert report.a.scaled is None
         b = case.exact_b()
         if sides == "both":
-            bt, stats = reference.descend([x.T for x in b], **rule)
+            bt, stats = paper.descend([x.T for x in b], **rule)
             b = [x.T for x in bt]
             assert list(vars(report.b).values())[:-1] == pytest.approx(stats, rel=1e-3, abs=1e-6)
         else:

@@ -23,7 +23,7 @@ from torch import Tensor
 from domerge_fast.algebra.entry_rules import Draw, Election, Trim
 from domerge_fast.algebra.lowrank import compress
 from domerge_fast.algebra.side import Side
-from domerge_fast.backends import factor_descent, reference, registry
+from domerge_fast.backends import factor_descent, paper, reference, registry
 from domerge_fast.errors import OptionError
 from domerge_fast.ops.orthogonalize import PENALTIES
 
@@ -188,7 +188,7 @@ def test_blocks_of_one_problem_may_differ_in_dtype_and_memory_layout(backend):
 
 @functools.cache
 def oracle(name: str, penalty: str, steps: int, tol: float) -> tuple[list[Tensor], list[float]]:
-    return reference.descend(exact(CASES[name].rows()), penalty, 1.0, steps, tol)
+    return paper.descend(exact(CASES[name].rows()), penalty, 1.0, steps, tol)
 
 
 Descent = tuple[list[Tensor], list[float], Tensor]
@@ -254,7 +254,7 @@ def test_the_descent_arrives_where_the_oracle_does(name, penalty, backend):
 @functools.cache
 def loss_before(name: str, penalty: str) -> float:
     x = exact(CASES[name].rows())
-    return float(reference.loss(x, x, penalty))
+    return float(paper.loss(x, x, penalty))
 
 
 @every_backend
@@ -268,7 +268,7 @@ def test_the_statistics_are_those_of_the_result(names, penalty, backend):
         names, blocks, moved, strict=True
     ):
         assert before == pytest.approx(loss_before(name, penalty), rel=1e-5), name
-        assert after == pytest.approx(float(reference.loss(x_hat, x, penalty)), rel=1e-5), name
+        assert after == pytest.approx(float(paper.loss(x_hat, x, penalty)), rel=1e-5), name
         shift = torch.cat(x_hat) - torch.cat(x)
         size = float(torch.cat(x).norm())
         assert change == pytest.approx(float(shift.norm()) / size, rel=1e-3, abs=1e-6), name
@@ -291,7 +291,7 @@ def test_the_objective_never_rises(name, penalty, backend):
     for steps in range(6):
         x_hat, stats, _ = descend(x, backend, penalty, steps=steps, tol=0.0)
         assert stats[0] <= steps
-        losses.append(float(reference.loss(x_hat, x, penalty)))
+        losses.append(float(paper.loss(x_hat, x, penalty)))
     assert all(new <= old * (1 + 1e-6) for old, new in itertools.pairwise(losses))
     assert losses[1] < 0.999 * losses[0]
 
@@ -396,13 +396,13 @@ def test_the_rule_on_the_factors_ends_at_the_literal_descents_optimum(name):
     expected, _ = oracle(name, "squared", 300, 1e-12)
     result, stats = on_factors(name, 300, 1e-12)
     blocks = list(result.split([len(b) for b in x]))
-    before, best = float(reference.loss(x, x)), float(reference.loss(expected, x))
-    found = float(reference.loss(blocks, x))
+    before, best = float(paper.loss(x, x)), float(paper.loss(expected, x))
+    found = float(paper.loss(blocks, x))
     assert found <= before
     assert found <= best * (1 + 1e-9)
     assert found == pytest.approx(best, rel=2e-4)  # two optima where d is 1
     assert stats[1:3] == pytest.approx([before, found], rel=1e-9)
-    left = [float(reference.loss(y, x, "squared", 0.0)) for y in (blocks, x)]
+    left = [float(paper.loss(y, x, "squared", 0.0)) for y in (blocks, x)]
     assert stats[3] == pytest.approx(left[0] / left[1] if left[1] else 0.0, abs=1e-9)
     moved, size = (float(torch.cat(y).norm()) for y in ([b - y for b, y in zip(blocks, x)], x))
     assert stats[4] == pytest.approx(moved / size if size else 0.0, abs=1e-9)
@@ -487,7 +487,7 @@ def literal_decouple(name: str, moved: bool, renormalize: bool) -> tuple[Tensor,
     a = (coefficients(rank, rank).double() @ a if moved else a).split(list(case.ranks))
     deltas = [bi @ ai for ai, bi in zip(a, case.exact_b(), strict=True)]
     magnitude = sum(abs(w) * d.norm(dim=0) for w, d in zip(case.omegas, deltas, strict=True))
-    expected = reference.do_merging(
+    expected = paper.do_merging(
         a, case.exact_b(), case.omegas, orthogonalize=False, renormalize=renormalize, scale=1.5
     )
     return expected, magnitude, torch.stack([d.norm() for d in deltas])

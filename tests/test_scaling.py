@@ -22,7 +22,7 @@ from torch import Tensor
 
 import domerge_fast as dm
 from domerge_fast.adapters.plan import Plan
-from domerge_fast.backends import reference
+from domerge_fast.backends import paper
 from domerge_fast.cli import main as cli
 from domerge_fast.engine import first_pass as whole
 from domerge_fast.engine import reader
@@ -188,8 +188,8 @@ def do_as_they_are(case: Case, weights: Sequence[float]) -> Tensor:
 
 
 def do(case: Case, weights: Sequence[float]) -> Tensor:
-    a, _ = reference.descend([x.double() for x in case.a], **FEW)
-    b, _ = reference.descend([x.T for x in case.exact_b()], **FEW)
+    a, _ = paper.descend([x.double() for x in case.a], **FEW)
+    b, _ = paper.descend([x.T for x in case.exact_b()], **FEW)
     return one_magnitude([y.T @ x for x, y in zip(a, b, strict=True)], weights)
 
 

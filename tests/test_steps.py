@@ -13,7 +13,7 @@ from support.shapes import CASES, Case, random_case
 from torch import Tensor
 
 from domerge_fast.adapters.plan import Stack
-from domerge_fast.backends import reference, registry
+from domerge_fast.backends import paper, registry
 from domerge_fast.methods import choose
 from domerge_fast.methods.base import Factors, Settings
 from domerge_fast.methods.running import prepared
@@ -149,8 +149,8 @@ def test_orthogonalize_is_the_descent_on_both_sides(backend):
     for s in PRE["orthogonalize"].run(stacks, settings(backend)):
         case = CASES[s.name]
         allowed = 5e-2 if case.is_wide else 1e-4
-        a, _ = reference.descend([x.double() for x in case.a])
-        bt, _ = reference.descend([x.T for x in case.exact_b()])
+        a, _ = paper.descend([x.double() for x in case.a])
+        bt, _ = paper.descend([x.T for x in case.exact_b()])
         for (x, y), a_hat, bt_hat in zip(factors(s), a, bt, strict=True):
             assert distance(x, a_hat) < allowed, s.name
             assert distance(y, bt_hat.T) < allowed, s.name

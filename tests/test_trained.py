@@ -16,7 +16,7 @@ from support.on_device import FAST
 from torch import Tensor
 
 import domerge_fast as dm
-from domerge_fast.backends import reference
+from domerge_fast.backends import paper
 from domerge_fast.cli import main as cli
 
 DIGITS = Path(__file__).parent / "data" / "digits"
@@ -64,7 +64,7 @@ def sides(name: str) -> tuple[list[Tensor], list[Tensor]]:
 @functools.cache
 def oracle(name: str) -> Tensor:
     """ΔW [m, n] of the merge after the whole descent, dense in float64."""
-    return reference.do_merging(*factors(name), OMEGA, **TO_THE_END)
+    return paper.do_merging(*factors(name), OMEGA, **TO_THE_END)
 
 
 @functools.cache
@@ -105,7 +105,7 @@ def test_do(backend):
 def test_do_with_options(options, backend):
     name = MODULES[1]
     merged = at_one(only(name), dtype="float32", backend=backend, renormalize=True, **options)
-    expected = reference.do_merging(*factors(name), OMEGA, renormalize=True, **options)
+    expected = paper.do_merging(*factors(name), OMEGA, renormalize=True, **options)
     assert distance(merged, name, expected) < 1e-4
 
 
@@ -144,12 +144,12 @@ def test_the_descent_reaches_the_optimum_of_the_oracle(name, backend):
         stacked, ranks = torch.cat(x), [len(block) for block in x]
         gram = (stacked @ stacked.T).float()
         (c,), stats = ops.orthogonalize([gram], [ranks], backend=backend, **TO_THE_END)
-        expected, (steps, before, after, cross, change) = reference.descend(x, **TO_THE_END)
+        expected, (steps, before, after, cross, change) = paper.descend(x, **TO_THE_END)
         result = c.double() @ stacked
         assert float((result - torch.cat(expected)).norm() / stacked.norm()) < 1e-3
         assert stats[0].tolist()[1:] == pytest.approx([before, after, cross, change], rel=1e-3)
         assert abs(stats[0, 0] - steps) <= 2
-        reached = float(reference.loss(result.split(ranks), x))
+        reached = float(paper.loss(result.split(ranks), x))
         assert reached == pytest.approx(after, rel=1e-5)
         assert after < 0.6 * before
 
@@ -212,4 +212,4 @@ if __name__ == "__main__":
     module, rule = MODULES[0], {"steps": 1, "tol": 0.0}
     by_triton = at_one(only(module)[:2], dtype="float32", backend="triton", **rule)
     a, b = factors(module)
-    print(distance(by_triton, module, reference.do_merging(a[:2], b[:2], [0.5, 0.5], **rule)))
+    print(distance(by_triton, module, paper.do_merging(a[:2], b[:2], [0.5, 0.5], **rule)))

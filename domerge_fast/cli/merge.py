@@ -28,7 +28,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
     add("--weights", nargs="+", type=float, metavar="W", help="one an adapter (default: 1 each)")
     found = "factor on the merged update, or auto: found from the adapters (default: auto, but 1 "
     found += "for methods that are a sum or set their norm themselves)"
-    add("--scale", type=_scale, default=None, metavar="FACTOR|auto", help=found)
+    add("--scale", type=shared.scale, default=None, metavar="FACTOR|auto", help=found)
     add("--rank", type=int, help="truncate every module to this rank (default: the method's own)")
     add("--energy", type=float, help="truncate to the least rank that keeps this share")
     add("--ragged", action="store_true", help="write own ranks, not one (--energy implies it)")
@@ -51,13 +51,6 @@ def fill(parser: argparse.ArgumentParser) -> None:
     add("--dtype", help="float32, bfloat16 or float16 (default: that of the inputs)")
     add_beside(parser, "full")
     flags.add_method_options(parser, known.options)
-
-
-def _scale(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, and not auto") from None
 
 
 def _pair(text: str) -> tuple[str, list[float]]:

@@ -29,6 +29,7 @@ __all__ = [
     "check_pages",
     "given",
     "notes",
+    "scale",
     "show",
     "show_written",
     "shows_progress",
@@ -142,6 +143,14 @@ def add_replacing(parser: argparse.ArgumentParser) -> None:
 
 def shows_progress(args: argparse.Namespace) -> bool:
     return not args.quiet and sys.stderr.isatty()
+
+
+def scale(text: str) -> float | str:
+    """Of --scale."""
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, and not auto") from None
 
 
 def show(args: argparse.Namespace, plain: Any, lines: Callable[[], Iterable[str]]) -> None:

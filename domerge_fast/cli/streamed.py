@@ -28,7 +28,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
     save = actions.add_parser("save", help="write the merge")
     save.add_argument("folder", metavar="STATE", help="folder of the merge")
     shared.add_output(save)
-    save.add_argument("--scale", type=_scale, help="factor on the merge, or auto (default)")
+    save.add_argument("--scale", type=shared.scale, help="factor on the merge, or auto (default)")
     save.add_argument("--rank", type=int, help="truncate every module to this rank")
     save.add_argument("--form", default="adapter", help="adapter or deltas")
     save.add_argument("--format", help="of what is written (domerge-fast formats)")
@@ -37,10 +37,6 @@ def fill(parser: argparse.ArgumentParser) -> None:
     for action in (start, add, save):
         shared.add_json(action)
         shared.add_verbose(action)
-
-
-def _scale(text: str) -> float | str:
-    return text if text == "auto" else float(text)
 
 
 def _start(args: argparse.Namespace) -> int:

@@ -16,29 +16,26 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .. import options, runtimes
-from ..adapters import Adapter, Kept, check_compatible, keep, one_spelling
+from ..adapters import Adapter, check_compatible, keep, one_spelling
 from ..adapters.adapter import called
 from ..adapters.differences import check_none
-from ..adapters.plan import Plan, Stack
+from ..adapters.plan import Plan
 from ..adapters.style import MODEL
-from ..adapters.whole import AUTO, DROP, FROM, check_policy, is_named, listed
-from ..algebra import powers
-from ..algebra.side import Side
+from ..adapters.whole import AUTO, check_policy
 from ..backends import registry
 from ..engine import pipeline as engine
-from ..engine.interference import InterferenceSums, own_norms
+from ..engine.interference import InterferenceSums
 from ..engine.progress_bar import shown
 from ..engine.reader import Budget
 from ..engine.work import Cut, Work
 from ..errors import AdapterError, OptionError, OutputError, printable
-from ..formats import load, tokenizer
+from ..formats import load
 from ..formats.peft import write as peft
 from ..formats.peft.assemble import assemble
 from ..formats.peft.config import read_config
@@ -52,7 +49,8 @@ from ..results.report import ModuleReport, ModuleReports, Report, energy_kept
 from ..storage.folder import whole_output
 from ..storage.lazy import dtype_name
 from ..storage.stream import SafetensorsWriter
-from . import disk
+from . import disk, kept_whole
+from .running_sum import Scaled, Sink
 from .state import SEQUENTIAL, State, Step
 
 __all__ = ["Sequential"]
@@ -179,19 +177,19 @@ class Sequential:
         weight: float,
         notes: Sequence[str],
         fresh: Path,
-        run: Callable[[Plan, InterferenceSums, _Sink], Mapping[str, ModuleReport]],
+        run: Callable[[Plan, InterferenceSums, Sink], Mapping[str, ModuleReport]],
     ) -> State:
         """The state with one more adapter, of which there are notes already; its running sum is in
         the folder `fresh`."""
         sources = [*running, new]
         check_compatible(sources, state.base_model)
         plan = Plan.make(sources, [*[1.0] * len(running), weight])
-        kept = _kept(state, sources)
+        kept = kept_whole.kept(state, sources)
         target = peft.target(plan, torch.float32, state.base_model, kept)
         sums = InterferenceSums([source.name for source in sources], NORMS)
         path = fresh / f"next_{disk.TENSORS}"
         with SafetensorsWriter(path, dict(peft.largest(target))) as writer:
-            sink = _Sink(writer, target)
+            sink = Sink(writer, target)
             modules = run(plan, sums, sink)
             for key, tensor in target.carried.items():
                 writer.add_pieces(key, tensor)
@@ -200,7 +198,7 @@ class Sequential:
         counted = sums.result()
         assert counted
         norm = abs(weight) * counted.norms[-1]
-        notes = tuple(map(printable, (*notes, *_left_out(state, kept, new))))
+        notes = tuple(map(printable, (*notes, *kept_whole.left_out(state, kept, new))))
         step = Step(printable(new.name), weight, norm, energy_kept(modules.values()), notes)
         return dataclasses.replace(
             state,
@@ -251,7 +249,7 @@ class Sequential:
         self,
         plan: Plan,
         sums: InterferenceSums,
-        sink: _Sink,
+        sink: Sink,
         backend: str,
         device: str,
         progress: Progress,
@@ -264,7 +262,7 @@ class Sequential:
             found = engine.run(plan, work, budget, sums, engine.one_by_one(plan, sink), True, show)
         return ModuleReports(plan.names, found.modules)
 
-    def _result(self, scale: float, dtype: str | None) -> tuple[Report, Target, _Scaled]:
+    def _result(self, scale: float, dtype: str | None) -> tuple[Report, Target, Scaled]:
         """g λ S: its factors are read from the folder when they are asked for."""
         started = time.perf_counter()
         scale = check_scale(scale)
@@ -300,11 +298,11 @@ class Sequential:
             seconds=time.perf_counter() - started,
             notes=(
                 *(note for step in steps for note in step.notes),
-                *_missing(self.state),
+                *kept_whole.missing(self.state),
                 *runtimes.notes(None, peft.PEFT, target, plan.ranks.values()),
             ),
         )
-        return report, target, _Scaled(running[0], gain, target.dtype)
+        return report, target, Scaled(running[0], gain, target.dtype)
 
 
 def _check_names(adapters: Sequence[Adapter]) -> None:
@@ -315,21 +313,6 @@ def _check_names(adapters: Sequence[Adapter]) -> None:
             raise AdapterError(adapter.name, None, problem, "merge all at once, by opcm")
 
 
-def _kept(state: State, sources: Sequence[Adapter]) -> Kept:
-    """Of the running sum's tensors and the new adapter's, which is the last of the sources."""
-    weights = [1.0] * len(sources)
-    if state.whole in (AUTO, DROP):
-        return keep(sources, weights, state.whole, can_add=False)
-    if is_named(sources[-1].name, len(state.steps) + 1, state.whole):
-        if any(_named(state)):
-            problem = f"two adapters are called {state.whole.removeprefix(FROM)!r}"
-            raise OptionError("whole", problem, "start again, with its number in place of its name")
-        return keep(sources, weights, f"from:{sources[-1].name}")
-    if not any(running.carried for running in sources[:-1]):
-        return Kept()
-    return keep(sources, weights, f"from:{sources[0].name}")
-
-
 def _check_modules(adapters: Iterable[Adapter]) -> None:
     """AdapterError for parameters that are adapted as they are: the sum is kept by modules."""
     for adapter in adapters:
@@ -338,65 +321,6 @@ def _check_modules(adapters: Iterable[Adapter]) -> None:
                 problem = f"adapts the parameter {module.parameter!r} (target_parameters)"
                 remedy = "merge all adapters at once (merge)"
                 raise AdapterError(adapter.name, None, problem, remedy)
-
-
-def _missing(state: State) -> tuple[str, ...]:
-    """What is to be said where the adapter whose tensors are kept was never added."""
-    if not state.whole.startswith(FROM) or any(_named(state)):
-        return ()
-    name = printable(state.whole.removeprefix(FROM))
-    return (f"nothing that adapters save whole is kept: none that was added is called {name!r}",)
-
-
-def _named(state: State) -> Iterator[bool]:
-    """Of every adapter that was added, whether it is the one whose tensors are kept."""
-    for k, step in enumerate(state.steps, 1):
-        yield is_named(step.adapter, k, state.whole)
-
-
-def _left_out(state: State, kept: Kept, new: Adapter) -> Iterator[str]:
-    """What of the new adapter is not in the merge."""
-    number = len(state.steps) + 1
-    if state.whole == DROP:
-        yield from kept.notes
-    elif state.whole != AUTO and new.carried and not is_named(new.name, number, state.whole):
-        yield f"{called(number - 1, new)}: left out, saved whole: {listed(new.carried)}"
-    if files := tokenizer.beside(new):
-        yield f"{called(number - 1, new)}: its tokenizer is not copied ({', '.join(sorted(files))})"
-
-
-class _Sink:
-    """Writes factors as they come; `energy` is ||B A||_F^2 of all of them."""
-
-    def __init__(self, writer: SafetensorsWriter, target: Target) -> None:
-        self._writer = writer
-        self._layouts = target.layouts
-        self.energy = 0.0
-
-    def __call__(self, name: str, a: Tensor, b: Tensor) -> None:
-        layout = self._layouts[name]
-        for key, tensor in zip(peft.keys(layout), layout.stored(a, b)):
-            self._writer.add(key, tensor)
-        whole = Stack((name,), (0,), Side((a,), (1.0,)), Side((b.T,), (1.0,)), (1.0,))
-        self.energy += float(own_norms([whole], "auto")[0]) ** 2
-
-
-class _Scaled(Mapping[str, tuple[Tensor, Tensor]]):
-    """A [R, n] and B [m, R] of every module of an adapter, with B times a gain."""
-
-    def __init__(self, adapter: Adapter, gain: float, dtype: torch.dtype) -> None:
-        self._adapter, self._gain, self._dtype = adapter, gain, dtype
-
-    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
-        a, b = self._adapter.factors(name)
-        part, power = math.frexp(self._gain)
-        return powers.fitted(name, a, part * b, (0, power), self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._adapter.modules)
-
-    def __len__(self) -> int:
-        return len(self._adapter.modules)
 
 
 def _shared_dtype(so_far: str | None, new: Adapter) -> str:
