@@ -189,7 +189,7 @@ def least_work(op: str, dtype: torch.dtype, ranks: tuple[int, ...], d: int) -> W
     x = problem(ranks, d, dtype)
     if op in ("gram", "block_gram"):
         return getattr(bounds, op)([x])
-    return getattr(bounds, op)([coefficients(x)], [x], dtype)
+    return getattr(bounds, op)([coefficients(x, x.rank > x.d)], [x], dtype)
 
 
 def row(

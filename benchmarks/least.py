@@ -10,7 +10,6 @@ import torch
 from domerge_fast.algebra.side import Side
 from domerge_fast.bench import bounds
 from domerge_fast.bench.bounds import NOTHING, Rates, Work
-from domerge_fast.bench.cases import is_wide
 from domerge_fast.bench.workloads import Workload
 from domerge_fast.methods.side_report import SideReport
 from domerge_fast.results.report import Report
@@ -42,9 +41,9 @@ def do_work(workload: Workload, report: Report) -> Work:
         a = problem(ranks[shape.name], shape.n, workload.dtype)
         b = problem(ranks[shape.name], shape.m, workload.dtype)
         total += _side(a, done.a) + _side(b, done.b)
-        total += bounds.apply([coefficients(b)], [b], workload.dtype)
+        total += bounds.apply([coefficients(b, _on_factors(done.b))], [b], workload.dtype)
         total += bounds.block_gram([b])
-        total += bounds.apply_decouple([coefficients(a)], [a], workload.dtype)
+        total += bounds.apply_decouple([coefficients(a, _on_factors(done.a))], [a], workload.dtype)
     return Work(2 * workload.factor_bytes, total.flops_in)
 
 
@@ -54,15 +53,19 @@ def problem(ranks: Sequence[int], d: int, dtype: torch.dtype) -> Side:
     return Side(blocks, (1.0,) * len(blocks))
 
 
-def coefficients(p: Side) -> torch.Tensor | None:
+def coefficients(p: Side, on_factors: bool) -> torch.Tensor | None:
     """C [R, R] without numbers; None where the descent moves the factors themselves."""
-    return None if is_wide(p) else torch.empty(p.rank, p.rank, device="meta")
+    return None if on_factors else torch.empty(p.rank, p.rank, device="meta")
 
 
 def _side(p: Side, done: SideReport | None) -> Work:
     """The descent of one side, and the Gram it starts from."""
     if done is None:
         return NOTHING
-    if is_wide(p):
+    if _on_factors(done):
         return bounds.orthogonalize_factors([p], [done.steps])
     return bounds.gram([p]) + bounds.orthogonalize([p.rank], [done.steps])
+
+
+def _on_factors(done: SideReport | None) -> bool:
+    return done is not None and done.scaled is not None

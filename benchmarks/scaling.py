@@ -88,7 +88,7 @@ def _threads(backend: str, rounds: int) -> dict[str, dict[str, Any]]:
 
 
 def _merge(given: Sequence[Stack], backend: str) -> timing.Call:
-    return lambda: cases.merge(given, torch.bfloat16, cases.runner(backend), DoOptions())
+    return lambda: cases.merge(given, torch.bfloat16, cases.runner(backend), DoOptions(), backend)
 
 
 def _steps(given: Sequence[Stack], backend: str) -> float:
@@ -101,5 +101,5 @@ def _steps(given: Sequence[Stack], backend: str) -> float:
             counts.extend(result[1][:, 0].tolist())
         return result
 
-    cases.merge(given, torch.bfloat16, call, DoOptions())
+    cases.merge(given, torch.bfloat16, call, DoOptions(), backend)
     return statistics.fmean(counts)

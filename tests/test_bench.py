@@ -145,8 +145,8 @@ def test_rates_are_positive_and_the_copy_counts_both_ways(monkeypatch):
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_what_is_timed_is_the_do_method(backend, dtype):
     stacks = stacks_of(plan_of(SMALL))
-    assert any(cases.is_wide(s.a) or cases.is_wide(s.b) for s in stacks)
-    found = cases.merge(stacks, dtype, cases.runner(backend), DoOptions())
+    assert any(s.rank > min(s.a.d, s.b.d) for s in stacks)
+    found = cases.merge(stacks, dtype, cases.runner(backend), DoOptions(), backend)
     grams_a = ops.gram([s.a for s in stacks], backend=backend)
     grams_b = ops.gram([s.b for s in stacks], backend=backend)
     settings = Settings(1.0, dtype, backend)

@@ -134,7 +134,7 @@ def test_only_small_modules_are_merged_again(monkeypatch):
 
 def test_a_descent_on_factors_is_no_part_of_it():
     loaded = adapters(count=13)  # R = 52, more than a side of every module
-    with pytest.raises(dm.OptionError, match="every module has more rows than columns"):
+    with pytest.raises(dm.OptionError, match="every module descends on its factors"):
         dm.merge(loaded, "do", verify=True)
     assert len(verified(dm.merge(loaded, "tsvm", verify=True).report)) == len(SHAPES)
 

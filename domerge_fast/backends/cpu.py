@@ -15,6 +15,7 @@ from .. import _C
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..algebra.side import CODES, Side, squares, table
 from . import torch as by_torch
+from .descent_rates import CPU, Rates
 from .factor_descent import FACTOR_STATS, LEAST_SHARE, in_factor_form
 from .layout import addresses, dense, matrices, row_major, together
 from .singly import Singly, each, joined
@@ -26,6 +27,7 @@ __all__ = [
     "block_gram",
     "block_largest",
     "block_products",
+    "descent_rates",
     "entry_counts",
     "entry_merge",
     "entry_sums",
@@ -152,16 +154,28 @@ def orthogonalize_factors(
     results: list[Tensor] = [torch.empty(0)] * len(problems)
     stats = torch.zeros(len(problems), len(FACTOR_STATS), dtype=torch.float64)
     rest = list(range(len(problems)))
-    narrow = [i for i in rest if min(problems[i].rank, problems[i].d) < HALF_COLUMNS]
-    if tol >= HALF_TOL and _C.half_products():
-        wide = sorted({*rest} - {*narrow})
-        rest = narrow + _on_factors(problems, wide, True, (gamma, steps, tol), results, stats)
+    halved = [i for i in rest if _takes_half(problems[i].rank, problems[i].d, tol)]
+    rest = sorted({*rest} - {*halved})
+    rest += _on_factors(problems, halved, True, (gamma, steps, tol), results, stats)
     rest = _on_factors(problems, rest, False, (gamma, steps, tol), results, stats)
     for i in rest:
         wide_x = problems[i].stack(torch.float64)
         x_hat, stats[i] = in_factor_form(wide_x, problems[i].ranks, gamma, steps, tol)
         results[i] = x_hat.float().contiguous()
     return joined(results, counts), stats
+
+
+def _takes_half(rank: int, d: int, tol: float) -> bool:
+    """Whether products on the factors are tried in bfloat16."""
+    return tol >= HALF_TOL and min(rank, d) >= HALF_COLUMNS and _C.half_products()
+
+
+def descent_rates(rank: int, d: int, tol: float) -> Rates:
+    """Those that choose the form of a descent."""
+    known = CPU[_C.isa()]
+    half = known.half if _takes_half(rank, d, tol) else None
+    squares = known.squares if rank <= MAX_DESCENT_RANK else known.library
+    return Rates(squares, known.apply, half or known.factors)
 
 
 def _on_factors(

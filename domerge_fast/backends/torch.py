@@ -14,6 +14,7 @@ from ..algebra.roots import ZERO_COLUMN, column_norms, root
 from ..algebra.side import Side, owners
 from ..algebra.truncation import NOISE, truncated
 from . import descent
+from .descent_rates import TORCH, Rates
 from .factor_descent import FACTOR_STATS, in_factor_form
 from .torch_entries import entry_counts, entry_merge, entry_sums
 
@@ -23,6 +24,7 @@ __all__ = [
     "block_gram",
     "block_largest",
     "block_products",
+    "descent_rates",
     "entry_counts",
     "entry_merge",
     "entry_sums",
@@ -121,6 +123,11 @@ def orthogonalize_factors(
     none = torch.zeros(0, len(FACTOR_STATS), dtype=torch.float64)
     stats = torch.stack([s for _, s in results]) if results else none
     return [x.float().contiguous() for x, _ in results], stats
+
+
+def descent_rates(rank: int, d: int, tol: float) -> Rates:
+    """Those that choose the form of a descent: the same for all shapes."""
+    return TORCH
 
 
 def apply(

@@ -13,11 +13,11 @@ from .. import ops
 from ..adapters.plan import Plan, Stack
 from ..algebra.side import Side
 from ..engine.interference import MOST_COMPARED
-from ..methods.do import DoOptions
+from ..methods.do import DoOptions, moves_factors
 from . import bounds
 from .bounds import Work
 
-__all__ = ["BESIDE", "TRUNCATED", "Case", "is_wide", "merge", "record", "runner", "stack"]
+__all__ = ["BESIDE", "TRUNCATED", "Case", "merge", "record", "runner", "stack"]
 
 Call = Callable[..., Any]
 BESIDE = ("block_products", "largest", "block_largest", "truncate")
@@ -70,12 +70,17 @@ def stack(plan: Plan, name: str, device: torch.device) -> Stack:
 
 
 def merge(
-    stacks: Sequence[Stack], dtype: torch.dtype, call: Call, options: DoOptions
+    stacks: Sequence[Stack], dtype: torch.dtype, call: Call, options: DoOptions, backend: str
 ) -> list[tuple[Tensor, Tensor]]:
     """(A' [R, n], B̂ᵀ [R, m]) of every stack: the compute of a `do` merge, op by op.
 
-    `call(op, *arguments, **options)` runs an op. Nothing here waits for the device.
+    `call(op, *arguments, **options)` runs an op with the backend. Nothing here waits for the
+    device.
     """
+
+    def is_wide(p: Side) -> bool:
+        return moves_factors(p.rank, p.d, options, backend)
+
     sides = [[s.a for s in stacks], [s.b for s in stacks]]
     narrow = [p for side in sides for p in side if not is_wide(p)]
     grams = iter(call("gram", narrow) if narrow else ())
@@ -98,7 +103,7 @@ def record(
     """The calls of a merge, then what is done beside it: the interference of modules of the same
     ranks, the largest of results and of factors, and truncate on some of them."""
     call = Recorder(backend)
-    merged = merge(stacks, dtype, call, options)
+    merged = merge(stacks, dtype, call, options, backend)
     ranks = stacks[0].a.ranks
     if len(ranks) <= MOST_COMPARED:
         alike = [s for s in stacks if s.a.ranks == ranks]
@@ -110,11 +115,6 @@ def record(
     rank = max(r for s in stacks for r in s.a.ranks)
     call("truncate", pairs, rank=rank, out_dtype=dtype)
     return call.cases
-
-
-def is_wide(problem: Side) -> bool:
-    """Whether `do` moves Xhat itself and needs no Gram (the penalty being "squared")."""
-    return problem.rank > problem.d
 
 
 def _orthogonalize(

@@ -253,7 +253,7 @@ def _calls(recorded: Sequence[Case]) -> Callable[[str], Call]:
 
 
 def _merge(stacks: Sequence[Stack], dtype: torch.dtype, backend: str) -> Call:
-    return lambda: cases.merge(stacks, dtype, cases.runner(backend), DoOptions())
+    return lambda: cases.merge(stacks, dtype, cases.runner(backend), DoOptions(), backend)
 
 
 def _captures(op: str, backend: str, device: torch.device, small: bool) -> bool:

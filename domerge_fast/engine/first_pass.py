@@ -1,5 +1,5 @@
 """What only the whole model tells of a merge: λ where none is given, and what a calibration is
-brought to. The model is gone through once for it; what is R x R by then is kept for the merge."""
+brought to. The model is gone through once for it; what is found by then is kept for the merge."""
 
 from __future__ import annotations
 
@@ -79,6 +79,8 @@ class FirstPass:
                     sums = self._overlaps.setdefault(i, [])
                     sums += [(true * inner, true * own) for inner, own in pairs]
             kept = x and x.kept()
+            if kept and not self._shelf.has_room(_bytes(kept)):
+                kept = kept.least()
             self._shelf.put(s.name, Seen(s.count, norms, diagonals, kept), _bytes(kept))
 
     def _forget(self) -> None:

@@ -207,8 +207,8 @@ def _looked_at(
     of_all = sums.report == FULL or (
         work.rule is not None and len(plan.adapters) <= interference.MOST_COMPARED
     )
-    wanted = [of_all or (not work.pre and method.wants_grams(s)) for s in stacks]
     wide, backend = work.wide_grams(method), work.settings.backend
+    wanted = [of_all or (not work.pre and method.wants_grams(s, backend)) for s in stacks]
     return measured(plan, stacks, wanted, sums, backend, wide, method.bare)
 
 

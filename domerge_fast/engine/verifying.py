@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.plan import Plan, Stack
+from ..backends.descent_rates import on_factors
 from ..errors import DomergeError, OptionError
 from ..methods.running import Run
 from ..recipe import NONE
@@ -92,19 +93,20 @@ def _sample(plan: Plan, work: Work) -> frozenset[str]:
         module = plan.module(name)
         return module.m * module.n * len(plan.owners[name])
 
-    names = [name for name in plan.names if not (work.descends and _is_wide(plan, name))]
+    names = [name for name in plan.names if not (work.descends and _on_factors(plan, name, work))]
     if not names:
-        problem = "every module has more rows than columns, and their descent ends elsewhere"
+        problem = "every module descends on its factors, and that ends elsewhere"
         raise OptionError("verify", problem, "leave it out, or merge fewer adapters at once")
     most = max(MOST_ENTRIES, min(map(size, names)))
     small = [name for name in names if size(name) <= most]
     return frozenset(small[:: math.ceil(len(small) / MOST_VERIFIED)])
 
 
-def _is_wide(plan: Plan, name: str) -> bool:
-    """Whether a side has more rows than columns: its descent goes on the factors, by other steps
-    than the reference's."""
-    return plan.rank(name) > min(plan.module(name).m, plan.module(name).n)
+def _on_factors(plan: Plan, name: str, work: Work) -> bool:
+    """Whether a side's descent may go on its factors, by other steps than the reference's."""
+    sides = plan.module(name).m, plan.module(name).n
+    backend = work.settings.backend
+    return any(on_factors(plan.rank(name), d, backend, tol=math.inf) for d in sides)
 
 
 def _refusal(name: str, error: float, allowed: float, dtype: torch.dtype) -> DomergeError:

@@ -146,8 +146,8 @@ Merge = Callable[
 """(stacks, grams_a, grams_b, options, settings) -> the merge of every stack, in its own units: what
 `Stack.powers` took out comes back later.
 
-The Grams are [R, R] in float32, of the scaled factors, None where `needs_grams(stack, options)` is
-false and nobody else wanted them. options is the method's frozen dataclass.
+The Grams are [R, R] in float32, of the scaled factors, None where `needs_grams(stack, options,
+backend)` is false and nobody else wanted them. options is the method's frozen dataclass.
 """
 
 
@@ -201,7 +201,7 @@ def _nothing_needed(options: Any) -> Needs:
     return Needs()
 
 
-def _no_grams(stack: Stack, options: Any) -> bool:
+def _no_grams(stack: Stack, options: Any, backend: str) -> bool:
     return False
 
 
@@ -261,7 +261,7 @@ class Method:
     core: Callable[[Any, Any], tuple[Tensor, Tensor]] | None = None
     takes: Callable[[Any], Needs] = _nothing_needed
     reduce: Callable[[Groups[Sequence[Reducible]], Any], Any] | None = None
-    needs_grams: Callable[[Stack, Any], bool] = _no_grams
+    needs_grams: Callable[[Stack, Any, str], bool] = _no_grams
     truncates: bool = False
     dense: bool | None = False
     inner: str | None = None

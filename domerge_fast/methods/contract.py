@@ -123,7 +123,11 @@ class Found:
     overlaps: Tensor | None = None
 
     def kept(self) -> Found:
-        """What is worth keeping until the whole model is known: what is R x R."""
+        """What is worth keeping until the whole model is known."""
+        return self
+
+    def least(self) -> Found:
+        """What is kept where there is no room for more: what is R x R."""
         return self
 
 

@@ -24,6 +24,7 @@ from .. import ops
 from ..adapters.plan import Kind, Stack
 from ..algebra.host import gather
 from ..algebra.side import Side
+from ..backends.descent_rates import on_factors
 from ..errors import OptionError
 from ..ops.orthogonalize import PENALTIES
 from ..options import option
@@ -31,12 +32,12 @@ from . import decoupled
 from .base import Chosen, Factors, Halves, Merge, Method, Settings, grams
 from .contract import Needs
 from .groups import Groups, Through
-from .moved import Descended, Moved, sized
+from .moved import Descended, Kept, Moved, sized
 from .nested import directions
 from .side_report import SideReports
 from .streamed import choice
 
-__all__ = ["METHOD", "DoOptions", "orthogonalize"]
+__all__ = ["METHOD", "DoOptions", "moves_factors", "orthogonalize"]
 
 LINEAR = "linear"
 """What merges the directions in DO-Merging itself: their weighted sum."""
@@ -127,7 +128,7 @@ def both_sides(
 def _again(
     stacks: Sequence[Stack], found: Sequence[Descended], options: DoOptions, backend: str
 ) -> Iterator[tuple[Moved, Moved]]:
-    """The sides of which C is known, or there is none, or they descend once more."""
+    """The sides of which C or Xhat is known, or there is none, or they descend once more."""
     a = _of_side([s.a for s in stacks], [x.a for x in found], "A", options, backend)
     b = _of_side([s.b for s in stacks], [x.b for x in found], "B", options, backend)
     return zip(*sized(stacks, a, b))
@@ -135,14 +136,14 @@ def _again(
 
 def _of_side(
     problems: Sequence[Side],
-    found: Sequence[tuple[Tensor, SideReports] | None],
+    found: Sequence[Kept | None],
     side: str,
     options: DoOptions,
     backend: str,
 ) -> list[Moved]:
     rest = [p for p, x in zip(problems, found) if x is None]
     missing = iter(orthogonalize(rest, [None] * len(rest), side, options, backend))
-    return [next(missing) if x is None else Moved(p, *x) for p, x in zip(problems, found)]
+    return [next(missing) if x is None else Moved.of(p, x) for p, x in zip(problems, found)]
 
 
 def orthogonalize(
@@ -160,8 +161,8 @@ def orthogonalize(
     if not options.orthogonalize or options.sides not in ("both", side):
         return sides
     rule: dict[str, Any] = {"gamma": options.gamma, "steps": options.steps, "tol": options.tol}
-    wide = [i for i, p in enumerate(problems) if _is_wide(p, options)]
-    square = [i for i, p in enumerate(problems) if not _is_wide(p, options)]
+    wide = [i for i, p in enumerate(problems) if moves_factors(p.rank, p.d, options, backend)]
+    square = sorted({*range(len(problems))} - {*wide})
     if square:
         c, stats = ops.orthogonalize(
             [g for i in square if (g := grams[i]) is not None],
@@ -177,7 +178,7 @@ def orthogonalize(
         x, stats = ops.orthogonalize_factors([problems[i] for i in wide], backend=backend, **rule)
         reports = _reports([problems[i] for i in wide], stats)
         for i, moved, report in zip(wide, x, reports):
-            sides[i] = Moved(Side.split(moved, problems[i].ranks), None, report)
+            sides[i] = Moved.of(problems[i], (None, moved, report))
     return sides
 
 
@@ -187,9 +188,15 @@ def _reports(problems: Sequence[Side], stats: Tensor) -> Iterator[SideReports]:
     return (SideReports([*islice(rows, p.modules)]) for p in problems)
 
 
-def _is_wide(problem: Side, options: DoOptions) -> bool:
-    """Whether descending on Xhat is cheaper than on R x R matrices."""
-    return problem.rank > problem.d and options.penalty == "squared"
+def moves_factors(rank: int, d: int, options: DoOptions, backend: str) -> bool:
+    """Whether a side [R, d] descends on its factors, which has no Gram."""
+    return options.penalty == "squared" and on_factors(rank, d, backend, options.tol)
+
+
+def _needs_grams(stack: Stack, options: DoOptions, backend: str) -> bool:
+    sides = stack.a, stack.b
+    on_grams = [not moves_factors(x.rank, x.d, options, backend) for x in sides]
+    return options.orthogonalize and any(on_grams)
 
 
 def _decouple(
@@ -256,7 +263,7 @@ def prepare(
         return [directions.apart(s, x, yt, (p.report, q.report)) for s, x, yt, p, q in rows]
 
     def of_group(group: Sequence[Stack]) -> list[Stack]:
-        found = grams(group, [METHOD.needs_grams(s, options) for s in group], backend)
+        found = grams(group, [METHOD.needs_grams(s, options, backend) for s in group], backend)
         return [x.stack for x in take_apart(group, *found)]
 
     return directions.prepare(Through(groups, of_group), take_apart, settings)
@@ -280,9 +287,7 @@ METHOD = Method(
     "DO-Merging: orthogonalize, then merge directions and magnitudes apart",
     DoOptions,
     MERGE,
-    needs_grams=lambda stack, options: (
-        options.orthogonalize and not (_is_wide(stack.a, options) and _is_wide(stack.b, options))
-    ),
+    needs_grams=_needs_grams,
     dense=None,
     inner="directions",
     by_ratio=lambda options: True,

@@ -15,21 +15,34 @@ from ..algebra.side import Side
 from .contract import Found
 from .side_report import SideReports
 
-__all__ = ["Descended", "Moved", "sized"]
+__all__ = ["Descended", "Kept", "Moved", "sized"]
+
+
+Kept = tuple[Tensor | None, Tensor | None, SideReports]
+"""C, or Xhat, and what the descent reports."""
 
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """Xhat = C X of one side: a problem and its C (None for the identity)."""
+    """Xhat = C X of one side: a problem and its C (None for the identity). x_hat: [R, d], of what
+    descended on the factors themselves, whose problem has its rows."""
 
     problem: Side
     c: Tensor | None
     report: SideReports | None
+    x_hat: Tensor | None = None
+
+    @classmethod
+    def of(cls, problem: Side, kept: Kept) -> Moved:
+        """Of what was kept of it."""
+        c, x_hat, report = kept
+        moved = problem if x_hat is None else Side.split(x_hat, problem.ranks)
+        return cls(moved, c, report, x_hat)
 
     @property
-    def kept(self) -> tuple[Tensor, SideReports] | None:
-        """What `Descended` keeps of it."""
-        return None if self.c is None or self.report is None else (self.c, self.report)
+    def kept(self) -> Kept | None:
+        """What `Descended` keeps of it: nothing of a side that was left as it is."""
+        return None if self.report is None else (self.c, self.x_hat, self.report)
 
     def times(self, gains: Sequence[float]) -> Moved:
         """Every adapter's Xhat_i times its own factor."""
@@ -42,15 +55,19 @@ class Moved:
 
 @dataclass(frozen=True, eq=False)
 class Descended(Found):
-    """The sides after their descents; kept of them are C_A and C_B with what the descents report.
-    A side that did not descend in R x R matrices has None, and descends again when it is wanted."""
+    """The sides after their descents, and what is kept of them: C or Xhat with what the descents
+    report. An Xhat is kept where there is room; a side without descends again when it is wanted."""
 
     sides: tuple[Moved, Moved] | None = field(kw_only=True)
-    a: tuple[Tensor, SideReports] | None = field(kw_only=True)
-    b: tuple[Tensor, SideReports] | None = field(kw_only=True)
+    a: Kept | None = field(kw_only=True)
+    b: Kept | None = field(kw_only=True)
 
     def kept(self) -> Descended:
         return replace(self, sides=None)
+
+    def least(self) -> Descended:
+        a, b = (x if x is None or x[1] is None else None for x in (self.a, self.b))
+        return replace(self, a=a, b=b)
 
 
 def sized(

@@ -92,8 +92,8 @@ class Run:
         finds is wanted, or a cut of it."""
         return self.in_coefficients and (more or self._needs.gram is not None)
 
-    def wants_grams(self, stack: Stack) -> bool:
-        return self.chosen.method.needs_grams(stack, self.chosen.options)
+    def wants_grams(self, stack: Stack, backend: str) -> bool:
+        return self.chosen.method.needs_grams(stack, self.chosen.options, backend)
 
     def find(
         self,
@@ -155,7 +155,7 @@ class Run:
 
     def _narrow(self, stacks: Sequence[Stack], backend: str, known: Grams | None) -> Grams:
         """Grams in float32 of what wants them, unless they are known."""
-        return known or grams(stacks, [self.wants_grams(s) for s in stacks], backend)
+        return known or grams(stacks, [self.wants_grams(s, backend) for s in stacks], backend)
 
     def _wide(self, stacks: Sequence[Stack], backend: str, known: Grams | None = None) -> WideGrams:
         """Grams in float64, which may be known."""

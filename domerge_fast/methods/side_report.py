@@ -14,7 +14,7 @@ class SideReport:
 
     cross_left is the share of the cross-adapter Gram energy sum_{i != j} ||X_i X_j^T||_F^2 that
     is left; change is ||Xhat - X||_F / ||X||_F. scaled is known of a side that descended on its
-    factors, as those with more rows than columns do: the share of ||Xhat - X||_F^2 that is numbers
+    factors (backends/descent_rates.py): the share of ||Xhat - X||_F^2 that is numbers
     times the X_i, shrinking rather than turning; the energy is then that of the X_i over
     ||X_i||_F^1/2, as in the objective.
     """

@@ -1,8 +1,8 @@
 """Descend on f(Xhat) = sum_{i != j} phi(||Xhat_i Xhat_j^T||) + gamma ||Xhat - X||^2 from Xhat = X.
 
-Since Xhat = C X at every step, the descent runs on R x R matrices (`orthogonalize`); where R > d
-it is cheaper to move Xhat itself (`orthogonalize_factors`). Source: arXiv 2505.15875, step 1;
-the derivation and the step rule are in docs/algorithm.md.
+Since Xhat = C X at every step, the descent runs on R x R matrices (`orthogonalize`); where R is
+not far below d it is cheaper to move Xhat itself (`orthogonalize_factors`). Source: arXiv
+2505.15875, step 1; the derivation and the step rule are in docs/algorithm.md.
 """
 
 from __future__ import annotations

@@ -279,7 +279,7 @@ def _given(stacks: Sequence[Stack], chosen: Chosen, work: Work) -> list[Part]:
 def _decoupled(stacks: Sequence[Stack], chosen: Chosen, work: Work) -> list[Part]:
     """Of `do`: the factors after the descents, A's of unit columns where it decouples."""
     given, backend = chosen.options, work.settings.backend
-    wanted = [chosen.method.needs_grams(s, given) for s in stacks]
+    wanted = [chosen.method.needs_grams(s, given, backend) for s in stacks]
     of_a, of_b = grams(stacks, wanted, backend)
     a = orthogonalize([s.a for s in stacks], of_a, "A", given, backend)
     b = orthogonalize([s.b for s in stacks], of_b, "B", given, backend)

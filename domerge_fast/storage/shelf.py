@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import tempfile
 from typing import IO, Any
 
@@ -14,6 +15,10 @@ __all__ = ["Shelf"]
 
 MOST_BYTES = 256 << 20
 """What is kept in memory."""
+MOST_IN_FILE = 4 << 30
+"""What there is room for in the file; more goes there only where it cannot be left out."""
+FREE = 2
+"""How many times that much is to be free on its disk."""
 
 
 class _Pickler(pickle.Pickler):
@@ -35,6 +40,14 @@ class Shelf:
         self._here: dict[str, Any] = {}
         self._there: dict[str, int] = {}
         self._file: IO[bytes] | None = None
+
+    def has_room(self, size: int) -> bool:
+        """Whether there is room for so many bytes: in memory, or in the file."""
+        if self._used + size <= self._most:
+            return True
+        written = self._file.seek(0, 2) if self._file else 0
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        return written + size <= MOST_IN_FILE and FREE * size <= free
 
     def put(self, name: str, thing: Any, size: int) -> None:
         """size: bytes that it takes. OutputError where there is no room."""

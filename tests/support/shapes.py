@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from domerge_fast.algebra.side import Side
+from domerge_fast.backends.descent_rates import on_factors
 
 CONVERGED = {"steps": 300, "tol": 1e-10}
 """A descent to the optimum."""
@@ -51,9 +53,11 @@ class Case:
 
     @property
     def is_wide(self) -> bool:
-        """Whether a side has more rows than columns. It descends by other steps than the literal
-        method, to the same optimum."""
-        return sum(self.ranks) > min(self.a[0].shape[1], len(self.b[0]))
+        """Whether a side descends on its factors, as those with more rows than columns do. It does
+        so by other steps than the literal method, to the same optimum."""
+        sides = self.a[0].shape[1], len(self.b[0])
+        kinds = itertools.product(sides, ("cpu", "torch"))
+        return any(on_factors(sum(self.ranks), d, backend, tol=1.0) for d, backend in kinds)
 
     @property
     def weights(self) -> list[float]:

@@ -24,7 +24,7 @@ __all__ = ["STEP"]
 
 def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
     options, backend = do.DoOptions(), settings.backend
-    wanted = [do.METHOD.needs_grams(s, options) for s in stacks]
+    wanted = [do.METHOD.needs_grams(s, options, backend) for s in stacks]
     grams_a, grams_b = grams(stacks, wanted, backend)
     a = do.orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
     b = do.orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)

@@ -1,0 +1,72 @@
+"""Which form of the descent takes less time, from shapes: R x R matrices, or the factors [R, d].
+
+The rates are constants, of one thread and measured once by `python benchmarks/forms.py`: which form
+a side takes decides the last digits of a merge, so it may not depend on how busy a machine is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .registry import load
+
+__all__ = ["CPU", "LEAST", "STEPS", "TORCH", "CpuRates", "Rates", "on_factors", "seconds"]
+
+LEAST = 256
+"""Of R and d: of smaller ones products are not most of the time, and there is little to gain."""
+STEPS = 3
+"""Of a descent: 2 to 5 where norms are not far apart, as many in either form."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """GFLOP/s of a descent on R x R matrices, of C X after it, and of a descent on the factors."""
+
+    squares: float
+    apply: float
+    factors: float
+
+
+@dataclass(frozen=True)
+class CpuRates:
+    """Those of the kernels of an instruction set. library: of R x R matrices beyond the kernel's
+    size; half: of a descent on the factors with products of bfloat16, None where there are none."""
+
+    squares: float
+    library: float
+    apply: float
+    factors: float
+    half: float | None = None
+
+
+CPU = {
+    "amx": CpuRates(120, 62, 270, 112, half=440),
+    "avx512": CpuRates(115, 59, 115, 112),
+    "avx2": CpuRates(65, 36, 66, 62),
+    "baseline": CpuRates(23, 16, 24, 23),
+}
+"""By instruction set."""
+TORCH = Rates(52, 120, 58)
+"""On a CPU. On a GPU the factors are taken one module after the other, which was not measured."""
+
+
+def on_factors(rank: int, d: int, backend: str, tol: float) -> bool:
+    """Whether a side [R, d] descends on its factors, for the squared penalty: always where R > d,
+    as R x R matrices would be larger than the factors; else where that takes less time. A backend
+    that has no `descent_rates(rank, d, tol)` descends on R x R matrices there."""
+    if rank > d:
+        return True
+    known = getattr(load(backend), "descent_rates", None)
+    if known is None or rank < LEAST:
+        return False
+    squares, factors = seconds(rank, d, known(rank, d, tol))
+    return factors < squares
+
+
+def seconds(rank: int, d: int, rates: Rates) -> tuple[float, float]:
+    """Of one thread, by a descent on R x R matrices with C X, and by one on the factors with the
+    Grams [d, d] of X and of what it starts from. The Gram [R, R] is left out: what counts
+    interference and finds λ wants it, too."""
+    squares = (7 * STEPS - 4) * rank**3 / rates.squares + 2 * rank**2 * d / rates.apply
+    factors = (2 + 4 * STEPS) * rank * d**2 / rates.factors
+    return squares / 1e9, factors / 1e9
