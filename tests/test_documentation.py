@@ -22,7 +22,7 @@ from support.shapes import CASES
 from test_composition import INNER, smallest_kept, total
 
 import domerge_fast as dm
-from domerge_fast import OptionError, OutputError
+from domerge_fast import AdapterError, OptionError, OutputError
 from domerge_fast.api import FormatInfo
 from domerge_fast.backends import registry
 from domerge_fast.cli import main as cli
@@ -230,20 +230,31 @@ def test_a_new_format_is_read_and_written(monkeypatch, tmp_path):
     assert all(map(torch.equal, dm.load(out).factors("x"), expected.factors("x")))
     again = dm.merge([out], "linear", output=tmp_path / "again", format=row.name)
     assert all(map(torch.equal, again.factors("x"), expected.factors("x")))
-    with pytest.raises(OutputError):
-        dm.merge([out], "linear", output=out, format=row.name, overwrite=True)
+    for force in (False, True):
+        with pytest.raises(OutputError, match="one of the adapters to merge"):
+            dm.merge([out], "linear", output=out, overwrite=True, force=force)
+    twice = str(tmp_path / "twice")
+    dm.merge([out, out], "linear", output=twice)  # in the format that they have
+    dm.merge([out], "linear", output=twice, overwrite=True)
+    assert sorted(os.listdir(twice)) == ["README.md", "factors.pt"]
+    assert dm.load(twice).factors("x")[0].shape == expected.factors("x")[0].shape
+    Path(twice, "factors.pt").unlink()
+    for damaged in ([1], {"factors": [1]}, {"factors": {"x": (CASE.a[0],)}}):
+        torch.save(damaged, Path(twice, "factors.pt"))
+        with pytest.raises(AdapterError):
+            dm.load(twice)
 
 
 def test_a_new_runtime_is_asked_for_and_checked(monkeypatch, tmp_path):
     row = written("small", monkeypatch, tmp_path).RUNTIME
     monkeypatch.setitem(RUNTIMES.own, row.name, row)
     folders, out = folders_of_case(tmp_path), str(tmp_path / "out")
-    flags = ["merge", *folders, "-o", out, "--method", "linear", "--for", row.name]
+    flags = ["merge", *folders, *folders, "-o", out, "--method", "linear", "--for", row.name]
     assert cli.main(flags) == 2
     assert not os.path.exists(out)
     assert cli.main([*flags, "--rank", "8"]) == 0
     assert dm.check(out, row.name).ok
-    assert dm.list_runtimes()[row.name].demands["largest rank"] == "4, 8"
+    assert dm.list_runtimes()[row.name].demands["largest rank"] == "8, 16"
 
 
 def test_a_new_backend_runs_the_ops(monkeypatch, tmp_path):

@@ -418,12 +418,17 @@ def test_plain_tensors():
         ({"q": (a, b)}, 0.0, ["scaling 0", "not 0"]),
         ({"q": (a, b)}, {"q": 0}, ["scaling 0", "not 0"]),
         ({"q": (a, b.to("meta"))}, 1.0, ["different devices"]),
+        ({"q": (a,)}, 1.0, ["no two tensors", "A [r, n]"]),
+        ({"q": a}, 1.0, ["no two tensors", "A [r, n]"]),
+        ({"q": (4, 5)}, 1.0, ["no two tensors", "A [r, n]"]),
     ):
         with pytest.raises(AdapterError) as caught:
             from_tensors(factors, scaling, name="mine")
         check_line(caught.value, "mine", "q", *fragments)
     with pytest.raises(AdapterError, match="no LoRA factors"):
         from_tensors({})
+    with pytest.raises(AdapterError, match="type list, no mapping of modules"):
+        from_tensors([a, b])
 
 
 def test_a_live_scaling_of_zero(tmp_path):

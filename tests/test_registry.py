@@ -133,7 +133,9 @@ def test_they_merge_from_the_command_as_from_the_api(found, site):
     words += "double --backend wide --format factors"
     ran = run(site, found.folder, *words.split())
     assert ran.returncode == 0, ran.stderr
-    api, cli = (torch.load(found.folder / out / "factors.pt")["x"] for out in ("api", "cli"))
+    api, cli = (
+        torch.load(found.folder / out / "factors.pt")["factors"]["x"] for out in ("api", "cli")
+    )
     assert all(map(torch.equal, api, cli))
     assert 0 < len(api[0]) < 8
 

@@ -28,7 +28,7 @@ from domerge_fast.engine import first_pass as whole
 from domerge_fast.engine import reader
 from domerge_fast.engine.scaling import DAMPING
 from domerge_fast.formats import from_tensors
-from domerge_fast.methods import decoupled
+from domerge_fast.methods import TABLE, decoupled
 from domerge_fast.methods.base import ScaleRule
 from domerge_fast.methods.decoupled import ABOVE
 from domerge_fast.storage.shelf import Shelf
@@ -38,7 +38,7 @@ SMALL, LARGE = 0.002, 0.05
 
 WEIGHTS = ([1.0, 1.0], [1.0, -0.25])
 FEW = {"steps": 3, "tol": 0.0}
-OWN = ("linear", "cat", "svd", "slerp", "multislerp", "opcm", "robust", "lego")
+OWN = tuple(name for name, row in TABLE.items() if row.own_scale)
 """λ is 1 for them where none is given."""
 
 UNCUT = {"energy": 1.0}

@@ -117,7 +117,7 @@ def add_sources(parser: argparse.ArgumentParser, quiet: str) -> None:
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backend", default="auto", help="auto, cpu, torch or reference")
+    parser.add_argument("--backend", default="auto", help="auto, or one that doctor lists")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, …")
 
 

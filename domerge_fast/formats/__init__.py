@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from ..adapters import Adapter
+from ..adapters.style import Style
 from ..errors import AdapterError, printable
 from ..registry import Registry
 from ..storage import hub
+from ..storage.input_file import InputFile
 from . import tokenizer
 from .deltas import DELTAS
-from .format import Format, Read
+from .format import Format
 from .gguf.write import GGUF
 from .mlx.write import MLX
 from .model.write import MODEL
-from .peft.read import PICKLE, from_model, load_folder
+from .peft.read import PICKLE, from_model
 from .peft.write import PEFT
 from .single_file.write import ROWS
 from .tensors import from_tensors
@@ -37,7 +40,7 @@ def load(source: str | os.PathLike[str], name: str | None = None) -> Adapter:
     name = name or printable(os.fspath(source))
     path = _fetched(os.fspath(source), name)
     try:
-        return _reader(path, name)(path, name)
+        return _complete(_row(path, name), path, name)
     except OSError as error:  # of the folder: its files say themselves what is wrong
         problem = f"cannot be read ({error.strerror})"
         raise AdapterError(name, None, problem, "check the folder") from error
@@ -57,11 +60,23 @@ def _fetched(source: str, name: str) -> Path:
     return path
 
 
-def _reader(path: Path, name: str) -> Read:
+def _row(path: Path, name: str) -> Format:
     """What reads an adapter there: PEFT's reader, which says what is wrong, where nothing does."""
     for row in FORMATS.values():
         if row.read and row.recognises(path):
             if reason := row.why_not():
                 raise AdapterError(name, None, f"has the format {row.name!r}", reason)
-            return row.read
-    return load_folder
+            return row
+    return PEFT
+
+
+def _complete(row: Format, path: Path, name: str) -> Adapter:
+    """The adapter there, with what a reader may leave out: its files, over which no merge is
+    written, and its format, in which one is."""
+    assert row.read
+    adapter = row.read(path, name)
+    if not adapter.inputs:
+        found = sorted(filter(Path.is_file, path.iterdir())) if path.is_dir() else [path]
+        refuse = functools.partial(AdapterError, name, None)
+        adapter = replace(adapter, inputs=tuple(InputFile(file, refuse) for file in found))
+    return adapter if adapter.style else replace(adapter, style=Style(row.name))

@@ -32,6 +32,8 @@ class MergeFolder(ABC):
 
     names: patterns of the file names of the format. file: of a format that is one file, its name in
     a folder. Where the path ends as that does, it is the file itself (`is_file`), without a card.
+    is_ours: of a format without safetensors and GGUF files, which have our mark: whether a folder,
+    or the file, is as this package has written it, so that `overwrite` replaces it.
     """
 
     heading: Heading
@@ -53,12 +55,13 @@ class MergeFolder(ABC):
         force: bool,
         names: Collection[str],
         file: str | None = None,
+        is_ours: Callable[[Path], bool] | None = None,
     ) -> None:
         check_path(path)
         self.is_file = _names_file(path, file)
         self._check_inputs(path, target)
         self._target = target
-        is_ours = is_marked if self.is_file else all_marked
+        is_ours = is_ours or (is_marked if self.is_file else all_marked)
         self.replacing = Replacing(overwrite, force, names, is_ours, self.is_file)
         self._whole = whole_output(path, self.replacing)
 

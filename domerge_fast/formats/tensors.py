@@ -34,8 +34,16 @@ def from_tensors(
     if base_model is not None and not is_text(base_model):
         problem = f"its base_model is {base_model!r}, which is no name"
         raise AdapterError(name, None, problem, "give a text")
+    if not isinstance(factors, Mapping):
+        problem = f"its factors are of type {type(factors).__name__}, no mapping of modules"
+        raise AdapterError(name, None, problem, "give {module: (A, B)}")
     tensors = {}
-    for module, (a, b) in factors.items():
+    for module, pair in factors.items():
+        if not _are_factors(pair):
+            raise AdapterError(
+                name, module, "has no two tensors", "give (A, B): A [r, n], B [m, r]"
+            )
+        a, b = pair
         if a.device != b.device:
             problem = f"factors are on different devices ({a.device}, {b.device})"
             raise AdapterError(name, module, problem, "move them to one device")
@@ -55,3 +63,9 @@ def from_tensors(
         fan_in_fan_out=fan_in_fan_out,
     )
     return assemble(name, config, tensors, scaling_of)
+
+
+def _are_factors(pair: object) -> bool:
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        return False
+    return all(isinstance(x, torch.Tensor) for x in pair)

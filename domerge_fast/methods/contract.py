@@ -77,13 +77,12 @@ class State:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """P modules that the same adapters have, with the same ranks: A A^T, B^T B [P, R, R], without
-    entries where nobody needs them; the s_i [P, T] in float64; the ranks; the sides n and m as far
-    as they limit the rank; the modules' names; the positions of the adapters; and the powers of two
-    that were taken out of A and B."""
+    """P modules that the same adapters have, with the same ranks: A A^T, B^T B [P, R, R], None
+    where nobody needs them; the s_i [P, T] in float64; the ranks; the sides n and m as far as they
+    limit the rank; the modules' names; the positions of the adapters; and the powers of two that
+    were taken out of A and B."""
 
-    a: Tensor
-    b: Tensor
+    grams: tuple[Tensor, Tensor] | None
     scales: Tensor
     ranks: tuple[int, ...]
     sides: tuple[int, int]
@@ -92,17 +91,33 @@ class Batch:
     powers: tuple[int, int] = (0, 0)
 
     @property
+    def a(self) -> Tensor:
+        """A A^T."""
+        return self._both[0]
+
+    @property
+    def b(self) -> Tensor:
+        """B^T B."""
+        return self._both[1]
+
+    @property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        if self.grams is None:
+            raise TypeError("a method that reads Grams has a row that `takes` them (Needs)")
+        return self.grams
+
+    @property
     def parts(self) -> list[slice]:
         """What is one thread's work each; all at once where there are no Grams."""
         count = len(self.names)
-        if not self.a.numel():
+        if self.grams is None:
             return [slice(0, count)]
         return batches(count, sum(self.ranks), self.a.device)
 
     def part(self, at: slice) -> Batch:
         """Some of the modules."""
-        a, b, scales = self.a[at], self.b[at], self.scales[at]
-        return replace(self, a=a, b=b, scales=scales, names=self.names[at])
+        grams = self.grams and (self.a[at], self.b[at])
+        return replace(self, grams=grams, scales=self.scales[at], names=self.names[at])
 
     def of_rows(self, x: Tensor) -> Tensor:
         """What is said of every adapter [.., T] of every row of it, [.., R]."""
@@ -210,16 +225,14 @@ def batched(
     for (ranks, sides, adapters, powers), members in found.items():
         given = [stacks[k] for k in members]
         names = [name for s in given for name in s.names]
-        a, b = (_of(grams, members, len(names)) for grams in (grams_a, grams_b))
+        grams = (_of(grams_a, members), _of(grams_b, members)) if grams_a else None
         scales = _by_module(given, [s.b.scales for s in given])
         weights = _by_module(given, [s.weights for s in given])
-        yield members, Batch(a, b, scales, ranks, sides, names, adapters, powers), weights
+        yield members, Batch(grams, scales, ranks, sides, names, adapters, powers), weights
 
 
-def _of(grams: Sequence[Tensor], members: Sequence[int], count: int) -> Tensor:
+def _of(grams: Sequence[Tensor], members: Sequence[int]) -> Tensor:
     """Those of the members [P, R, R]."""
-    if not grams:
-        return torch.empty(count, 0, 0, dtype=torch.float64)
     return side_by_side([x if x.dim() == 3 else x[None] for x in (grams[k] for k in members)])
 
 

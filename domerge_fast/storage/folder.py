@@ -69,9 +69,9 @@ class Replacing:
             inside = [] if self.file else sorted(os.scandir(place), key=lambda entry: entry.name)
             foreign = [entry.name for entry in inside if not self._replaces(entry)]
             ours = self.force or (self.overwrite and not foreign and self.is_ours(place))
-        except FileNotFoundError:  # a link to what does not exist yet
-            return
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and not place.exists():
+                return  # a link to what does not exist yet
             raise cannot_write(shown, error) from error
         if foreign:
             problem = f"holds other files ({', '.join(foreign[:3])}{', …' if foreign[3:] else ''})"

@@ -108,8 +108,7 @@ class Given(_Rotated):
         needs = method.takes(self.method.options)
         firsts = [sum(self.ranks[:k]) for k in range(len(self.ranks))]  # rows of the adapters
         grams = Batch(
-            self.grams_a,
-            self.grams_b,
+            (self.grams_a, self.grams_b),
             self.sizes[:, firsts],
             self.ranks,
             self.sides,
