@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/stop.h"
+#include "places.h"
 
 namespace py = pybind11;
 
@@ -40,6 +41,7 @@ PYBIND11_MODULE(_C, m) {
     py::class_<domerge::Problems>(m, "Problems")
         .def(py::init<std::string_view, std::string_view, std::string_view>(), py::arg("addresses"),
              py::arg("heads"), py::arg("rows"));
+    m.def("places", domerge::places);
     m.def("isa", [] { return std::string(domerge::choose_kernels().name); });
     m.def("isas", domerge::supported_isas);
     m.def("gram", on_cpu(domerge::gram));

@@ -7,12 +7,18 @@ they answer signals: what a handler raises is raised once no thread works any mo
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 class Problems:
     """As algebra/side.py packs them: addresses of all blocks, heads of all problems, rows of all
     blocks. ValueError where their numbers do not agree."""
 
     def __init__(self, addresses: bytes, heads: bytes, rows: bytes) -> None: ...
+
+def places(api: object, types: tuple[type, ...], tensors: list[Any], width: int, /) -> bytes | None:
+    """Where row-major matrices without gaps begin, as int64, asked through DLPack's exchange API.
+    None unless all are of one of these types of tensors and such matrices, and, but for width 0, on
+    one device, each with the dtype and shape of the one `width` before it."""
 
 def isa() -> str:
     """The instruction set in use: avx512, avx2 or baseline."""

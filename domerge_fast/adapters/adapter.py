@@ -227,7 +227,10 @@ class Adapter:
 
     @cached_property
     def rooms(self) -> dict[str, int]:
-        """What every module's factors take of a buffer that they are read into."""
+        """What every module's factors take of a buffer that they are read into; {} where all are in
+        memory."""
+        if {type(x) for pair in self.stored.values() for x in pair} == {MemoryTensor}:
+            return {}
         return {name: group_bytes(pair) for name, pair in self.stored.items()}
 
     @cached_property

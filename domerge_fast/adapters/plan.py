@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice, repeat
+from itertools import islice
+from typing import TypeVar
 
 import torch
 
-from ..storage.buffers import Buffers
-from ..storage.safetensors_file import Matrix, read_group
+from ..storage.buffers import Buffers, Matrix
+from ..storage.safetensors_file import read_group
 from . import Adapter, Module
 from .dora import check_no_dora
 from .stack import Kind, Stack, stack_of_one, stacks_of
 
 __all__ = ["GPU_GROUP_BYTES", "GROUP_BYTES", "Kind", "Plan", "Stack"]
+
+Value = TypeVar("Value")
 
 GROUP_BYTES = 48 << 20
 """Factor bytes in a group of modules: small enough for the cache, large enough for all cores."""
@@ -95,27 +99,35 @@ class Plan:
         """Of every module; those alike have the same one."""
         found: dict[str, Kind] = {}
         for owners, names in self._by_owners.items():
+            of_adapters = [_of(self.adapters[i].alike, names) for i in owners]
+            own = [self._own_weights(owners, names)] if self.own else []
             made: dict[tuple, Kind] = {}
-            of_adapters = [map(self.adapters[i].alike.__getitem__, names) for i in owners]
-            for name, *key in zip(names, zip(*of_adapters), self._weights(owners, names)):
-                kind = made.get(tuple(key))
-                if kind is None:
-                    kind = made[tuple(key)] = Kind.of(owners, *key)
-                found[name] = kind
+            kinds: list[Kind] = []
+            for key in zip(*of_adapters, *own):
+                if (kind := made.get(key)) is None:
+                    kind = made[key] = self._kind(owners, key)
+                kinds.append(kind)
+            found |= zip(names, kinds)
         return found
 
-    def _weights(
+    def _kind(self, owners: tuple[int, ...], key: tuple) -> Kind:
+        """key: what modules have in common in every owner, and their weights where some have own
+        ones."""
+        weights = key[-1] if self.own else tuple([self.weights[i] for i in owners])
+        return Kind.of(owners, key[: len(owners)], weights)
+
+    def _own_weights(
         self, owners: tuple[int, ...], names: Sequence[str]
     ) -> Iterator[tuple[float, ...]]:
         """Of the adapters that have these modules, by module."""
-        if not self.own:
-            return repeat(tuple([self.weights[i] for i in owners]))
         rows = (self.own.get(name, self.weights) for name in names)
         return (tuple([row[i] for i in owners]) for row in rows)
 
     @cached_property
-    def _by_owners(self) -> dict[tuple[int, ...], list[str]]:
+    def _by_owners(self) -> Mapping[tuple[int, ...], Sequence[str]]:
         """The modules that the same adapters have."""
+        if len(every := set(self.owners.values())) == 1:
+            return dict.fromkeys(every, self.names)
         found: dict[tuple[int, ...], list[str]] = {}
         for name, owners in self.owners.items():
             found.setdefault(owners, []).append(name)
@@ -144,14 +156,14 @@ class Plan:
         return self.kinds[name].device_bytes(dtype)
 
     def groups(
-        self, share: Callable[[str], float], names: Sequence[str] | None = None
+        self, shares: Mapping[str, float], names: Sequence[str] | None = None
     ) -> Iterator[list[str]]:
         """Names in order, until their shares of a group add up to 1; at least one in a group.
         names: of some modules, None for all."""
         group: list[str] = []
         filled = 0.0
         for name in self.names if names is None else names:
-            part = share(name)
+            part = shares[name]
             if group and filled + part > 1:
                 yield group
                 group, filled = [], 0.0
@@ -167,15 +179,16 @@ class Plan:
 
     def read_bytes(self, names: Sequence[str]) -> int:
         """What a buffer for the factors of a group has to hold."""
-        return sum([self.rooms[name] for name in names])
+        return sum(map(self.rooms.__getitem__, names))
 
     @cached_property
     def rooms(self) -> dict[str, int]:
         """What every module's factors take of a buffer."""
         found: dict[str, int] = {}
         for owners, names in self._by_owners.items():
-            rows = zip(*(map(self.adapters[i].rooms.__getitem__, names) for i in owners))
-            found |= zip(names, map(sum, rows))
+            given = [rooms for i in owners if (rooms := self.adapters[i].rooms)]
+            rows = zip(*(_of(rooms, names) for rooms in given))
+            found |= zip(names, map(sum, rows)) if given else dict.fromkeys(names, 0)
         return found
 
     def stacks(self, portions: Sequence[Sequence[str]], buffers: Buffers) -> list[list[Stack]]:
@@ -198,3 +211,10 @@ class Plan:
             matrices += islice(found, 2 * len(kind.owners))
         rows = [(kind, *row) for kind, row in members.items()]
         return [stack for row in rows for stack in stacks_of(*row)]
+
+
+def _of(found: Mapping[str, Value], names: Sequence[str]) -> Iterable[Value]:
+    """What is found by these names, one after the other."""
+    if len(found) == len(names) and all(map(operator.is_, found, names)):
+        return found.values()  # in this order already: a look-up takes ten times as long
+    return map(found.__getitem__, names)

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..algebra.side import Side
-from ..storage.buffers import as_tensor
-from ..storage.safetensors_file import Matrix
+from ..storage.buffers import Matrix, as_tensor, places
 from .adapter import Alike
 
 __all__ = ["Kind", "Stack", "near_one", "stack_of_one", "stacks_of"]
@@ -141,26 +140,20 @@ class Kind:
 def stacks_of(kind: Kind, names: Sequence[str], found: Sequence[Matrix]) -> list[Stack]:
     """Of modules alike: one, but where not all factors are stored alike. found: A [r_i, n] and B
     [m, r_i] of every adapter, alternating, of one module after the other."""
-    width, ranks = 2 * len(kind.owners), kind.ranks
-    dtypes = [x.dtype for x in found]
+    width, ranks, count = len(kind.owners), kind.ranks, len(names)
     a, b = found[::2], found[1::2]
+    at_a, at_b = places(a, width), places(b, width)
     if (
-        [x.size(0) for x in a] != [*ranks] * len(names)
-        or {x.is_contiguous() for x in found} != {True}
-        or dtypes != dtypes[:width] * len(names)
-        or len({x.device for x in found}) > 1
+        at_a is None
+        or at_b is None
+        or [x.shape[0] for x in a[:width]] != [*ranks]
+        or a[0].device != b[0].device
     ):
-        starts = range(0, len(found), width)
-        return [stack_of_one(kind, n, found[at : at + width]) for n, at in zip(names, starts)]
-    return [
-        Stack(
-            tuple(names),
-            kind.owners,
-            Side.of(a, (1.0,) * len(ranks), ranks, kind.n, count=len(names)),
-            Side.of(b, kind.scalings, ranks, kind.m, transposed=True, count=len(names)),
-            kind.weights,
-        )
-    ]
+        starts = range(0, len(found), 2 * width)
+        return [stack_of_one(kind, n, found[at : at + 2 * width]) for n, at in zip(names, starts)]
+    side_a = Side.of(a, (1.0,) * width, ranks, kind.n, count=count, places=at_a)
+    side_b = Side.of(b, kind.scalings, ranks, kind.m, True, count, at_b)
+    return [Stack(tuple(names), kind.owners, side_a, side_b, kind.weights)]
 
 
 def stack_of_one(kind: Kind, name: str, found: Sequence[Matrix]) -> Stack:

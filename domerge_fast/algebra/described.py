@@ -18,7 +18,6 @@ __all__ = [
     "Layout",
     "bits",
     "described",
-    "packed",
     "rows_of",
     "starts",
 ]
@@ -92,10 +91,6 @@ def starts(x: Tensor) -> Sequence[int]:
         return (first,)
     step = x.stride(0) * x.itemsize
     return range(first, first + step * len(x), step) if step else [first] * len(x)
-
-
-def packed(addresses: Sequence[int]) -> bytes:
-    return struct.pack(f"={len(addresses)}Q", *addresses)
 
 
 def bits(scales: Sequence[float]) -> bytes:

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..storage.buffers import Lying, as_tensor
-from .described import CODES, Described, Layout, bits, described, packed, rows_of, starts
+from ..storage.buffers import Matrix, as_tensor, packed
+from .described import CODES, Described, Layout, bits, described, rows_of, starts
 
 __all__ = ["CODES", "Side", "each_row", "owners", "squares", "starts", "table"]
 
@@ -62,7 +62,7 @@ class Side:
         d: int,
         device: torch.device,
         in_columns: bool,
-        stored: Tensor | Sequence[Tensor | Lying],
+        stored: Tensor | Sequence[Matrix],
         blocks: Sequence[Tensor] | None = None,
         turned: bool = False,
         count: int | None = None,
@@ -76,16 +76,18 @@ class Side:
     @classmethod
     def of(
         cls,
-        matrices: Sequence[Tensor | Lying],
+        matrices: Sequence[Matrix],
         scales: tuple[float, ...],
         ranks: tuple[int, ...],
         d: int,
         transposed: bool = False,
         count: int | None = None,
+        places: bytes | None = None,
     ) -> Side:
         """Of row-major matrices [r_i, d] without gaps, or [d, r_i] of which the blocks are the
         transposes: tensors and views are made only if somebody asks for them. count: of modules,
-        whose matrices follow each other on one device; those of every adapter have one dtype."""
+        whose matrices follow each other on one device; those of every adapter have one dtype.
+        places: where all begin, if that is known."""
         side = cls.__new__(cls)
         in_columns = transposed and d > 1
         device = matrices[0].device
@@ -93,7 +95,8 @@ class Side:
         dtypes = tuple([x.dtype for x in matrices[: len(ranks)]])
         if CODES.keys() >= set(dtypes):
             pitches = ranks if in_columns else (d,) * len(ranks)
-            side._describe(pitches, dtypes, [x.data_ptr() for x in matrices])
+            places = places or packed([x.data_ptr() for x in matrices])
+            side._describe(pitches, dtypes, places)
         return side
 
     @classmethod
@@ -227,14 +230,14 @@ class Side:
         side._set(*common, columns, blocks, blocks, count=self.count)
         pitches = tuple([pitch for _, pitch in found[:count]])
         dtypes = tuple([block.dtype for block in blocks[:count]])
-        side._describe(pitches, dtypes, [block.data_ptr() for block in blocks])
+        side._describe(pitches, dtypes, packed([block.data_ptr() for block in blocks]))
         return side
 
     def _describe(
-        self, pitches: tuple[int, ...], dtypes: tuple[torch.dtype, ...], at: Sequence[int]
+        self, pitches: tuple[int, ...], dtypes: tuple[torch.dtype, ...], places: bytes
     ) -> None:
         layout = described(self.ranks, self.d, self.in_columns, pitches, dtypes, bits(self.scales))
-        self.described = layout, packed(at)
+        self.described = layout, places
 
 
 def _arranged(block: Tensor, columns: bool, dtype: torch.dtype | None) -> tuple[Tensor, int]:

@@ -73,7 +73,8 @@ def usual(squares: Tensor) -> Tensor:
     """Whether all rows of a module have a usual size, by their squared norms [..., R]: none is zero
     or not finite."""
     low, high = USUAL
-    return ((squares >= low) & (squares <= high)).all(-1)
+    least, most = squares.aminmax(dim=-1)
+    return (least >= low) & (most <= high)
 
 
 def calm(stack: Stack, tops: Tensor) -> Tensor:

@@ -144,13 +144,16 @@ class _Read:
 
 def _portions(plan: Plan, names: Sequence[str], dense: bool) -> Iterator[list[str]]:
     threads, kinds = torch.get_num_threads(), plan.kinds
+    shares = {
+        kind: kind.rank**3 / (threads * PORTION_CUBES)
+        + (kind.m * kind.n / PORTION_ENTRIES if dense else 0)
+        for kind in set(map(kinds.__getitem__, names))
+    }
     portion: list[str] = []
     share = 0.0
     for name in names:
-        kind = kinds[name]
         portion.append(name)
-        share += kind.rank**3 / (threads * PORTION_CUBES)
-        share += kind.m * kind.n / PORTION_ENTRIES if dense else 0
+        share += shares[kinds[name]]
         if share >= 1 and (dense or len(portion) >= threads):  # a module is one thread's work
             yield portion
             portion, share = [], 0.0
@@ -178,17 +181,15 @@ def _groups(
         return part if most is None else max(part, needed(kind) / most)
 
     kinds, rooms = plan.kinds, plan.rooms
-    shares = {kind: share(kind) for kind in set(kinds.values())}
-    if most is not None and any(needed(kind) > most for kind in shares):
+    of_kinds = {kind: share(kind) for kind in set(kinds.values())}
+    if most is not None and any(needed(kind) > most for kind in of_kinds):
         name = next(name for name in plan.names if needed(kinds[name]) > most)
         size = needed(kinds[name]) >> 20
         problem = f"module {name!r} alone takes {size} MiB, {most >> 20} are allowed"
         raise OptionError("max_device_memory", problem, "allow more, or merge on the CPU")
 
-    def share_of(name: str) -> float:
-        return max(shares[kinds[name]], rooms[name] / usual)
-
-    return [list(plan.groups(share_of, names)) for names in units]
+    shares = {name: max(of_kinds[kinds[name]], rooms[name] / usual) for name in plan.names}
+    return [list(plan.groups(shares, names)) for names in units]
 
 
 def _read(

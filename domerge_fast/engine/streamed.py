@@ -144,7 +144,8 @@ def gone_through(
     has what modules keep; of these modules the others are read, and the first ones only where what
     is left to the optimum is above `tol`. share: of `tol`, at which they stop."""
     with Reader.opened(plan, budget) as reader:
-        for names in plan.groups(lambda name: _state(plan.kinds[name]) / STATE_BYTES):
+        shares = {name: _state(kind) / STATE_BYTES for name, kind in plan.kinds.items()}
+        for names in plan.groups(shares):
             yield from _of_group(reader, plan.only(names), work, order, known, before, share)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import some
-from .facts import Facts, Owners
+from .facts import Facts, Parts
 from .runtime import PATTERNS, SCALES, Runtime, Together
 
 __all__ = ["DEMANDS", "Miss", "misses", "missing"]
@@ -184,25 +184,30 @@ def _replicated(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
 
 
 def _together(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
-    owners = facts.owners if runtime.together else {}
+    parts = facts.parts if runtime.together else {}
     for rule in runtime.together:
-        if lacking := missing(rule, owners):
+        if lacking := missing(rule, parts):
             remedy = "adapt them all"
             if rule.filled:
                 remedy = "--for writes zeros, if their shape is known: --base FOLDER says it"
             yield Miss(f"{some(lacking, 1)} (not adapted)", f"{runtime.title} {rule.why}", remedy)
 
 
-def missing(rule: Together, owners: Owners) -> list[str]:
+def missing(rule: Together, parts: Parts) -> list[str]:
     """The modules that others need beside them and that are not there."""
-    needed, matches = {*rule.needed}, re.compile(rule.owners).fullmatch
+    complete = set.intersection(*(set(parts.get(last, ())) for last in rule.needed))
+    needing = set().union(*(parts.get(last, ()) for last in rule.one)) - complete
+    lacking = filter(re.compile(rule.owners).fullmatch, needing)
     return [
         f"{owner}.{last}".lstrip(".")
-        for owner, have in owners.items()
-        if not needed <= have and not have.isdisjoint(rule.one) and matches(owner)
+        for owner in sorted(lacking, key=lambda x: _first(x, parts))
         for last in rule.needed
-        if last not in have
+        if owner not in parts.get(last, ())
     ]
+
+
+def _first(owner: str, parts: Parts) -> int:
+    return min(own[owner] for own in parts.values() if owner in own)
 
 
 def _words_of_ranks(runtime: Runtime) -> str:

@@ -14,10 +14,11 @@ from ..formats.peft.write import rank_fields
 from ..formats.target import Layout, Target
 from .runtime import Stated
 
-__all__ = ["Facts", "Owners", "by_owner", "of_adapter", "of_target"]
+__all__ = ["Facts", "Parts", "by_part", "of_adapter", "of_target"]
 
-Owners = Mapping[str, set[str]]
-"""What modules are called where they belong, by what they belong to."""
+Parts = Mapping[str, Mapping[str, int]]
+"""What modules belong to, by what they are called there: each owner with the place of its module
+among all."""
 
 TOKENS = "added_tokens.json"
 
@@ -46,21 +47,18 @@ class Facts:
     others: tuple[str, ...] = ()
 
     @cached_property
-    def owners(self) -> Owners:
-        """`by_owner` of the modules."""
-        return by_owner(self.layouts)
+    def parts(self) -> Parts:
+        """`by_part` of the modules."""
+        return by_part(self.layouts)
 
 
-def by_owner(layouts: Mapping[str, Layout]) -> Owners:
-    """What modules are called where they belong, by what they belong to."""
-    owners: dict[str, set[str]] = {}
-    for name, layout in layouts.items():
+def by_part(layouts: Mapping[str, Layout]) -> Parts:
+    """The modules' owners, by what the modules are called there."""
+    parts: dict[str, dict[str, int]] = {}
+    for k, (name, layout) in enumerate(layouts.items()):
         owner, _, last = (layout.key if layout.slice else name).rpartition(".")
-        if (have := owners.get(owner)) is None:
-            owners[owner] = {last}
-        else:
-            have.add(last)
-    return owners
+        parts.setdefault(last, {}).setdefault(owner, k)
+    return parts
 
 
 def of_target(format: str, target: Target, ranks: Collection[int] = ()) -> Facts:

@@ -107,7 +107,7 @@ def _groups(
     """Stacks as the method takes them, read into memory of their own, and the ||τ_i||_F of
     each."""
     backend = work.settings.backend
-    for names in plan.groups(lambda name: plan.rooms[name] / GROUP_BYTES):
+    for names in plan.groups({name: room / GROUP_BYTES for name, room in plan.rooms.items()}):
         read = [plan.stack(name) for name in names]
         stacks = transfer.upload(read, device).wait()
         group = measured(plan, stacks, [True] * len(stacks), sums, backend)

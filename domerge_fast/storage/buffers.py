@@ -5,13 +5,31 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import struct
 import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Buffers", "Lying", "Pieces", "aligned", "as_tensor", "bytes_of"]
+from .. import _C
+
+__all__ = [
+    "Buffers",
+    "Lying",
+    "Matrix",
+    "Pieces",
+    "aligned",
+    "are_row_major",
+    "as_tensor",
+    "bytes_of",
+    "packed",
+    "places",
+]
+
+EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+"""What tells in C where tensors lie; torch has it since 2.10."""
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of this many bytes: a cache line, and the widest vector."""
@@ -98,9 +116,48 @@ class Lying(NamedTuple):
         return self.memory.as_strided(self.shape, (self.shape[1], 1), self.at)
 
 
-def as_tensor(x: Tensor | Lying) -> Tensor:
-    """As a tensor."""
-    return x.tensor() if isinstance(x, Lying) else x
+Matrix = Tensor | Lying
+
+
+def as_tensor(x: Matrix) -> Tensor:
+    """As a tensor, without gradients."""
+    if isinstance(x, Lying):
+        return x.tensor()
+    return x.detach() if x.requires_grad else x
+
+
+def places(matrices: Sequence[Matrix], width: int) -> bytes | None:
+    """Where row-major matrices without gaps begin, as `packed`; None unless all are such, on one
+    device, and each has the dtype and the shape of the one `width` before it."""
+    if EXCHANGE and (found := _asked_in_c(matrices, width)) is not None:
+        return found
+    dtypes, shapes = ([getattr(x, name) for x in matrices] for name in ("dtype", "shape"))
+    times = len(matrices) // width
+    if (
+        not all(len(shape) == 2 for shape in shapes[:width])
+        or dtypes != dtypes[:width] * times
+        or shapes != shapes[:width] * times
+        or not all(x.is_contiguous() for x in matrices)
+        or len({x.device for x in matrices}) > 1
+    ):
+        return None
+    return packed([x.data_ptr() for x in matrices])
+
+
+def are_row_major(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are row-major matrices without gaps."""
+    if EXCHANGE:
+        return _asked_in_c(tensors, 0) is not None
+    return {(x.dim(), x.is_contiguous()) for x in tensors} == {(2, True)}
+
+
+def _asked_in_c(matrices: Sequence[Matrix], width: int) -> bytes | None:
+    return _C.places(EXCHANGE, (Tensor, torch.nn.Parameter), list(matrices), width)
+
+
+def packed(addresses: Sequence[int]) -> bytes:
+    """As kernels are handed them."""
+    return struct.pack(f"={len(addresses)}Q", *addresses)
 
 
 class Buffers:

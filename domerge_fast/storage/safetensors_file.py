@@ -18,7 +18,7 @@ import torch
 
 from ..errors import DomergeError
 from . import json_file
-from .buffers import Buffers, Lying, aligned, as_tensor
+from .buffers import Buffers, Lying, Matrix, aligned, are_row_major, as_tensor
 from .input_file import Refuse
 from .lazy import Columns, LazyTensor, MemoryTensor, Rows, Turned, apart
 from .tensor_file import TensorFile
@@ -28,7 +28,6 @@ __all__ = [
     "DTYPE_NAMES",
     "METADATA",
     "FileTensor",
-    "Matrix",
     "SafetensorsFile",
     "block",
     "group_bytes",
@@ -62,7 +61,6 @@ DTYPES = {
 if hasattr(torch, "float8_e8m0fnu"):  # torch 2.7
     DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-Matrix = torch.Tensor | Lying
 _MAX_HEADER = json_file.INDEX_BYTES  # the limit of the safetensors library itself
 _MOST_DIMENSIONS = 64
 _MOST_BYTES = 2**63 - 1  # sizes and strides of torch are int64
@@ -277,8 +275,7 @@ def _matrix_of(x: Columns) -> object:
 def _all_in_memory(wanted: Sequence[Any]) -> list[Matrix]:
     """As `_in_memory`; whole models are."""
     tensors: list[torch.Tensor] = [x.tensor for x in wanted]
-    kinds = {(x.dim(), x.is_contiguous(), x.requires_grad) for x in tensors}
-    if kinds == {(2, True, False)}:
+    if are_row_major(tensors):
         return [*tensors]
     return [_matrix_in_memory(x) for x in tensors]
 

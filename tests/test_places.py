@@ -1,0 +1,90 @@
+"""Where matrices lie, asked in C or one by one: the same is said."""
+
+import struct
+
+import pytest
+import torch
+from torch import Tensor
+
+from domerge_fast import _C
+from domerge_fast.storage import buffers
+from domerge_fast.storage.buffers import Lying, are_row_major, as_tensor, places
+
+
+@pytest.fixture(params=["in C", "one by one"], autouse=True)
+def way(request, monkeypatch):
+    if request.param == "one by one":
+        monkeypatch.setattr(buffers, "EXCHANGE", None)
+    elif buffers.EXCHANGE is None:
+        pytest.skip("torch before 2.10 does not tell it in C")
+
+
+def alike() -> list[Tensor]:
+    """Of two modules: a matrix of a file's rows, one of 16 bits, and one that is trained."""
+    return [
+        x
+        for _ in range(2)
+        for x in (
+            torch.ones(8, 4)[2:5],
+            torch.ones(2, 6, dtype=torch.bfloat16),
+            torch.nn.Parameter(torch.ones(1, 3)),
+        )
+    ]
+
+
+def test_addresses_of_matrices_that_are_alike_module_by_module():
+    given = alike()
+    found = places(given, 3)
+    assert found
+    assert struct.unpack("=6Q", found) == tuple(x.data_ptr() for x in given)
+    assert are_row_major(given)
+
+
+UNLIKE = {
+    "rows": torch.ones(4, 4),
+    "columns": torch.ones(3, 5),
+    "dtype": torch.ones(3, 4, dtype=torch.float16),
+    "transposed": torch.ones(4, 3).T,
+    "with gaps": torch.ones(3, 8)[:, :4],
+    "three dimensions": torch.ones(3, 4, 1),
+}
+
+
+@pytest.mark.parametrize("odd", UNLIKE)
+def test_nothing_is_said_where_one_is_unlike_the_others(odd):
+    given = alike()
+    assert places([*given[:3], UNLIKE[odd], *given[4:]], 3) is None
+
+
+@pytest.mark.parametrize("odd", ["transposed", "with gaps", "three dimensions"])
+def test_what_is_no_row_major_matrix(odd):
+    given = alike()
+    assert not are_row_major([*given, UNLIKE[odd]])
+    assert are_row_major([*given, UNLIKE["rows"], UNLIKE["dtype"]])
+
+
+def test_one_column_may_have_any_stride():
+    given = [torch.ones(3, 1), torch.ones(1, 3).T, torch.ones(1, 6)[:, :3]]
+    assert are_row_major(given)
+    assert places(given[:2], 1)
+
+
+def test_what_lies_in_a_piece_of_memory_beside_tensors():
+    memory = torch.arange(24.0)
+    lying = [Lying(memory, memory.data_ptr() + 4 * at, at, (3, 4)) for at in (0, 12)]
+    given = [lying[0], torch.ones(3, 4)]
+    expected = struct.pack("=2Q", lying[0].data_ptr(), given[1].data_ptr())
+    assert places(given, 1) == expected
+    assert places([lying[0], torch.ones(3, 5)], 1) is None
+    assert places(lying, 1) == struct.pack("=2Q", *(x.data_ptr() for x in lying))
+
+
+def test_tensors_that_are_trained_lose_that_where_they_are_used():
+    trained = torch.nn.Parameter(torch.ones(2, 2))
+    assert not as_tensor(trained).requires_grad
+    assert as_tensor(trained).data_ptr() == trained.data_ptr()
+
+
+def test_what_is_no_exchange_api_is_refused():
+    with pytest.raises(TypeError):
+        _C.places(None, (Tensor,), [torch.ones(1, 1)], 1)
