@@ -460,6 +460,26 @@ def test_norms_of_adapters_that_cancel_are_in_float64(options, monkeypatch):
     assert usual[1] == narrow[1] != wide[1]
 
 
+@pytest.mark.parametrize("options", [*DO, {"steps": 0}], ids=str)
+@pytest.mark.parametrize("sizes", [(1.0, 1.0, 1.0), (1.0, 1e-9, 1.0), (1.0, 1.0, 1e-3)], ids=str)
+def test_norms_from_matrices_are_those_from_grams(sizes, options, monkeypatch):
+    """Of more rows than columns: modules alike, one that is far from 1, adapters that cancel."""
+    cases = {}
+    for seed, name in enumerate(("x", "y", "z")):
+        case = random_case((5, 7, 5), 13 if name == "z" else 19, 11, seed=seed)
+        for a, b, size in zip(case.a, case.b, sizes, strict=True):
+            a *= size
+            b *= size
+        if sizes[2] < 1:
+            case.a[0], case.b[0] = case.a[2] / sizes[2], case.b[2] / sizes[2]
+            case.a[2], case.b[2] = case.a[0] * 0.9, case.b[0]
+            case.scalings[:] = [1.0, sizes[2], -1.0]
+        cases[name] = case
+    found = auto(cases, **options).report.scale
+    monkeypatch.setattr(decoupled, "_is_large", lambda stack: False)
+    assert found == pytest.approx(auto(cases, **options).report.scale, rel=3e-5)
+
+
 def do_norms(
     cases: Cases, options: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch, **given: Any
 ) -> list[float]:

@@ -1,5 +1,5 @@
-"""How large DO-Merging's results are, nearly, from R x R matrices: with one magnitude an adapter in
-place of one a column.
+"""How large DO-Merging's results are, nearly, from R x R matrices or, where these are larger, M
+itself: with one magnitude an adapter in place of one a column.
 
     M = sum_i g_i τ_i,  g_i = ω_i (sum_j |ω_j| ||τ_j||_F) / ||τ_i||_F,  τ_i = Bhat_i Ahat_i
 
@@ -18,12 +18,13 @@ from torch import Tensor
 from .. import ops
 from ..adapters.plan import Stack
 from ..algebra.full_precision import full_precision
-from ..algebra.side import each_row
+from ..algebra.side import Side, each_row
 from ..algebra.threads import of_parts
 from .base import Grams
 from .contract import batches
 from .moved import Moved
 from .spectral import schatten
+from .spectral.space import NOISE
 from .weighted.combination import of_grams
 
 __all__ = ["ABOVE", "Module", "Rule", "Turn", "of_moved", "sizes"]
@@ -60,10 +61,66 @@ def of_moved(
 ) -> list[list[float]]:
     """Schatten norms of the merges at λ = 1, nearly: with one magnitude an adapter in place of one
     a column, over `ABOVE`. sides: of A and of B, after their descents; grams: before these."""
-    turns = [_turns(side, known, backend) for side, known in zip(sides, grams)]
-    found = sizes([*zip(stacks, *turns)], rule)
+    dense = [_is_large(s) for s in stacks]
+    at = [k for k, is_dense in enumerate(dense) if not is_dense]
+    given = [([x[k] for k in at], [g[k] for k in at]) for x, g in zip(sides, grams)]
+    turns = [_turns(side, known, backend) for side, known in given]
+    rest = iter(sizes([*zip([stacks[k] for k in at], *turns)], rule) if at else ())
+    of_a, of_b = sides
+    found = [
+        _of_matrices(s, a, b, rule, backend) if is_dense else next(rest)
+        for s, a, b, is_dense in zip(stacks, of_a, of_b, dense)
+    ]
     above = ABOVE if rule.decouple else 1.0
     return [[size / above for size in own] for own in found]
+
+
+def _is_large(stack: Stack) -> bool:
+    """Whether R x R matrices are larger than the square of ΔW."""
+    return stack.rank > min(stack.a.d, stack.b.d)
+
+
+def _of_matrices(stack: Stack, a: Moved, b: Moved, rule: Rule, backend: str) -> list[float]:
+    """Where R exceeds m or n: ||M||_Sq of every module from M [m, n] itself, 2 R m n flops, and its
+    square on the smaller side."""
+    pair = ops.apply([a.c, b.c], [a.problem, b.problem], torch.float32, backend=backend)
+    hats = [x if x.dim() == 3 else x[None] for x in pair]
+    blocks = ops.block_gram([Side.split(x, stack.a.ranks) for x in hats], backend=backend)
+    omegas = torch.tensor(stack.omegas, dtype=torch.float64, device=hats[0].device)
+    found = []
+    for x, yt, own_a, own_b in zip(*hats, *(k.view(len(hats[0]), -1) for k in blocks)):
+        norms = _norms(own_a, own_b, stack.a.ranks)
+        gains = omegas
+        if rule.decouple:
+            inverse = torch.where(norms > 0, 1 / norms, 0.0)
+            gains = omegas * (omegas.abs() * norms).sum() * inverse
+        apart = float((gains * norms).square().sum())
+        dtype = torch.float64 if stack.far else full_precision(x.device)
+        merged = _merged(x, yt, gains, stack, dtype)
+        whole = float(torch.linalg.vector_norm(merged, dtype=torch.float64)) ** 2
+        if dtype != torch.float64 and not whole >= LEFT * apart:
+            merged = _merged(x, yt, gains, stack, torch.float64)
+            whole = float(torch.linalg.vector_norm(merged)) ** 2
+        size = schatten.of_matrix(merged, rule.order)
+        if rule.renormalize and whole > 0:  # of the sum of the ω_i τ_i / ||τ_i||_F
+            size *= float((omegas.abs() * norms).sum()) / whole**0.5
+        found.append(size)
+    return found
+
+
+def _merged(a: Tensor, bt: Tensor, gains: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:
+    """sum_i g_i τ_i [m, n]."""
+    ranks = torch.tensor(stack.a.ranks, device=a.device)
+    rows = gains.repeat_interleave(ranks).to(dtype)
+    return (rows[:, None] * bt.to(dtype)).mT @ a.to(dtype)
+
+
+def _norms(blocks_a: Tensor, blocks_b: Tensor, ranks: Sequence[int]) -> Tensor:
+    """||τ_i||_F [T] from Ahat_i Ahat_i^T and Bhat_i^T Bhat_i, packed; 0 where τ_i is noise."""
+    parts = (blocks_a * blocks_b).split([r * r for r in ranks])
+    squares = torch.stack([x.sum() for x in parts])
+    sizes = torch.stack([x[:: r + 1].clamp_min(0).sqrt().sum() for x, r in zip(parts, ranks)])
+    return torch.where(squares > (NOISE * sizes) ** 2, squares.sqrt(), 0.0)
 
 
 def _turns(sides: Moves, known: Sequence[Tensor | None], backend: str) -> list[Turn]:

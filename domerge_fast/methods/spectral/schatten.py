@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import ops
 from ...algebra.side import Side
 
-__all__ = ["of_adapters", "of_products", "of_triplets", "packed", "schatten"]
+__all__ = ["of_adapters", "of_matrix", "of_products", "of_triplets", "packed", "schatten"]
 
 ORTHOGONAL = 1e-10
 """Of the largest squared length, what inner products of orthogonal vectors stay below."""
@@ -37,6 +37,17 @@ def schatten(gram_b: Tensor, gram_a: Tensor, order: int) -> Tensor:
     product *= torch.where(trace > 0, 1 / trace, 0.0)[:, None, None].to(product)
     sums = _trace_of_power(product, order // 2).clamp_min(0)
     return trace.sqrt() * sums ** (1 / order)
+
+
+def of_matrix(x: Tensor, order: int) -> float:
+    """||x||_Sq of one dense matrix [m, n], for an even order q: as `schatten` of x and 1."""
+    if order == 2:
+        return float(torch.linalg.vector_norm(x, dtype=torch.float64))
+    square = (x @ x.T if len(x) <= x.shape[1] else x.T @ x)[None]
+    trace = _trace(square)
+    square *= torch.where(trace > 0, 1 / trace, 0.0)[:, None, None].to(square)
+    sums = _trace_of_power(square, order // 2).clamp_min(0)
+    return float(trace.sqrt() * sums ** (1 / order))
 
 
 def of_adapters(grams_a: Tensor, grams_b: Tensor, ranks: Sequence[int], order: int) -> Tensor:
