@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import AdapterError, DomergeError
-from ..storage.garbage import uncollected
 from .adapter import Adapter, Module
 from .base_model import check_base
 from .names import EXPERT
@@ -14,7 +13,6 @@ from .stems import split
 __all__ = ["check_compatible", "check_names"]
 
 
-@uncollected()
 def check_compatible(adapters: Sequence[Adapter], base_model: str | None = None) -> None:
     """Raise AdapterError unless the adapters fit one base model.
 

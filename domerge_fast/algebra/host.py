@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from typing import TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["gather", "lengths"]
+__all__ = ["Rows", "gather", "lengths"]
 
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
+
+
+class Rows(Sequence[list[float]]):
+    """Rows of numbers, each a list when it is asked for. tensor: [P, N], in float64."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[float]]) -> Rows:
+        """Of rows of one length."""
+        return rows if isinstance(rows, Rows) else cls(torch.tensor(rows, dtype=torch.float64))
+
+    @overload
+    def __getitem__(self, at: int) -> list[float]: ...
+    @overload
+    def __getitem__(self, at: slice) -> Rows: ...
+    def __getitem__(self, at: int | slice) -> list[float] | Rows:
+        found = self.tensor[at]
+        return Rows(found) if isinstance(at, slice) else found.tolist()
+
+    def __iter__(self) -> Iterator[list[float]]:
+        return iter(self.tensor.tolist())
+
+    def __len__(self) -> int:
+        return self.tensor.shape[0]
 
 
 def gather(tensors: Sequence[Maybe]) -> list[Maybe]:

@@ -261,9 +261,10 @@ def _counted(
     given = [parts[k] for k in by_grams]
     for chosen, a, b in _batches(given, lambda x: (x.stack.adapters, x.stack.a.ranks, x.moved)):
         names = [name for k in chosen for name in given[k].stack.names]
-        rows = iter(sums.add(names, given[chosen[0]].stack, a, b))
+        rows, end = sums.add(names, given[chosen[0]].stack, a, b), 0
         for k in chosen:
-            norms[by_grams[k]] = [*islice(rows, len(given[k].stack.names))]
+            begin, end = end, end + len(given[k].stack.names)
+            norms[by_grams[k]] = rows[begin:end]
     rest = [k for k, x in enumerate(parts) if not x.counted]
     norms |= zip(rest, sums.add_norms([parts[k].stack for k in rest], backend))
     return [norms[k] for k in range(len(parts))]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..adapters.plan import Stack
-from ..algebra.host import gather, lengths
+from ..algebra.host import Rows, gather, lengths
 from ..recipe import DETAILS, FULL, NONE, NORMS
 from ..results.report import Interference
 from .details import DetailSums
@@ -44,7 +44,7 @@ class InterferenceSums:
         )
         self.norms: list[list[float]] = [[] for _ in names]
 
-    def add(self, names: Sequence[str], stack: Stack, a: Tensor, b: Tensor) -> list[list[float]]:
+    def add(self, names: Sequence[str], stack: Stack, a: Tensor, b: Tensor) -> Rows:
         """Count modules in, by their Grams [P, R, R] in the host's memory, in float64 where they
         have powers or sizes far apart; returns the adapters' ||ΔW_i||_F of each. stack: of one of
         them, with the adapters and powers of all."""
@@ -62,16 +62,16 @@ class InterferenceSums:
                 self.details.add(names, stack, (a, b), (rows, columns, inner))
         return self.count(adapters, lengths(inner.diagonal(dim1=1, dim2=2)))
 
-    def add_norms(self, stacks: Sequence[Stack], backend: str) -> list[list[list[float]]]:
+    def add_norms(self, stacks: Sequence[Stack], backend: str) -> list[Rows]:
         """Count the norms of modules in, without Grams; returns them, stack by stack."""
         norms = own_norms(stacks, backend)
         return [self.count(s.adapters, own) for s, own in zip(stacks, norms)]
 
-    def count(self, adapters: Sequence[int], norms: Tensor) -> list[list[float]]:
+    def count(self, adapters: Sequence[int], norms: Tensor) -> Rows:
         """Count the norms of P modules in, [P, T] of these adapters; returns them."""
         for i, column in zip(adapters, norms.T.tolist()):
             self.norms[i] += column
-        return norms.tolist()
+        return Rows(norms)
 
     def fresh(self) -> InterferenceSums:
         """Sums of the same, with nothing counted."""

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from ..adapters.plan import Plan, Stack
+from ..algebra.host import Rows
 from ..backends.layout import recycled
 from ..methods.contract import Found
 from ..methods.groups import Groups, Here
 from ..methods.running import Run, prepared
 from ..recipe import FULL, NONE
 from ..results.report import StackReport
-from ..storage.garbage import uncollected
 from . import interference, precision, transfer
 from .first_pass import FirstPass
 from .group import Group, measured
@@ -62,7 +62,6 @@ def one_by_one(plan: Plan, add: Callable[..., None]) -> Sink:
     return sink
 
 
-@uncollected()
 def run(
     plan: Plan,
     work: Work,
@@ -328,7 +327,8 @@ def _reports(
         norms = made.norms or given
         if made.norms and given[0]:
             # Where sizes are far apart, the smallest may vanish in the method's float32 sums alone.
-            norms = [[n or x for n, x in zip(*row)] for row in zip(made.norms, given)]
+            found, known = (Rows.of(x).tensor for x in (made.norms, given))
+            norms = Rows(torch.where(found != 0, found, known))
         yield StackReport(
             stack.names,
             names_of[stack.adapters],

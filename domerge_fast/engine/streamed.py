@@ -14,7 +14,6 @@ from ..algebra import powers
 from ..methods.streamed.descent import state_bytes
 from ..recipe import NONE
 from ..results.report import StackReport
-from ..storage.garbage import uncollected
 from ..storage.shelf import Shelf
 from .interference import InterferenceSums
 from .pipeline import Outcome, Progress, Sink
@@ -40,7 +39,6 @@ def none_before(name: str) -> None:
     """Of adapters of which nothing was merged before."""
 
 
-@uncollected()
 def run(
     plan: Plan,
     work: Work,

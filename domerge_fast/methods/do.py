@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from .. import ops
 from ..adapters.plan import Kind, Stack
-from ..algebra.host import gather
+from ..algebra.host import Rows, gather
 from ..algebra.side import Side
 from ..backends.descent_rates import on_factors
 from ..errors import OptionError
@@ -184,8 +183,8 @@ def orthogonalize(
 
 def _reports(problems: Sequence[Side], stats: Tensor) -> Iterator[SideReports]:
     """Of every side. stats: a row for every module."""
-    rows = iter(stats.tolist())
-    return (SideReports([*islice(rows, p.modules)]) for p in problems)
+    rows = stats.cpu().split_with_sizes([p.modules for p in problems])
+    return (SideReports(Rows(own)) for own in rows)
 
 
 def moves_factors(rank: int, d: int, options: DoOptions, backend: str) -> bool:
@@ -221,7 +220,7 @@ def _decouple(
         full=full,
         backend=settings.backend,
     )
-    return a_new, [n.view(-1, n.shape[-1]).tolist() for n in gather(norms)]
+    return a_new, [Rows(n.view(-1, n.shape[-1]).contiguous()) for n in gather(norms)]
 
 
 def _weigh(stacks: Sequence[Stack], a: Sequence[Moved], settings: Settings) -> list[Tensor]:

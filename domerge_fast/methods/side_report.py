@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = ["SideReport", "SideReports"]
@@ -31,7 +32,7 @@ class SideReport:
 class SideReports:
     """Those of the modules of a stack. rows: their numbers, as `ops.orthogonalize` has them."""
 
-    rows: list[list[float]]
+    rows: Sequence[list[float]]
 
     def __getitem__(self, k: int) -> SideReport:
         steps, *numbers = self.rows[k]

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
+from ..algebra.host import Rows
 from ..methods.side_report import SideReport, SideReports
 from ..recipe import Recipe
 from .details import Details
@@ -73,15 +76,16 @@ class StackReport:
     verified: Sequence[tuple[float, float] | None] = ()
 
     def plain(self) -> tuple[Any, ...]:
-        """Numbers, texts, lists and tuples, which `of_plain` makes the same of."""
-        values = (getattr(self, f.name) for f in dataclasses.fields(self))
-        return tuple(x.rows if isinstance(x, SideReports) else x for x in values)
+        """Tensors, numbers, texts, lists and tuples, which `of_plain` makes the same of."""
+        a, b = (None if x is None else _plain(x.rows) for x in (self.a, self.b))
+        first = self.names, self.adapters, self.rank, a, b, _plain(self.norms)
+        return *first, self.energy_kept, self.energy, self.shares, self.verified
 
     @classmethod
     def of_plain(cls, plain: Sequence[Any]) -> StackReport:
-        names, adapters, rank, a, b, *rest = plain
-        a, b = (None if rows is None else SideReports(rows) for rows in (a, b))
-        return cls(names, adapters, rank, a, b, *rest)
+        names, adapters, rank, a, b, norms, *rest = plain
+        a, b = (None if rows is None else SideReports(_rows(rows)) for rows in (a, b))
+        return cls(names, adapters, rank, a, b, _rows(norms), *rest)
 
     def of_module(self, k: int) -> ModuleReport:
         norms = self.norms[k]
@@ -96,6 +100,14 @@ class StackReport:
             dict(zip(self.adapters, self.shares[k])) if self.shares else {},
             self.verified[k] if self.verified else None,
         )
+
+
+def _plain(rows: Sequence[Sequence[float]]) -> Sequence[Sequence[float]] | Tensor:
+    return rows.tensor if isinstance(rows, Rows) else rows
+
+
+def _rows(plain: Any) -> Any:
+    return Rows(plain) if isinstance(plain, Tensor) else plain
 
 
 class ModuleReports(Mapping[str, ModuleReport]):

@@ -32,7 +32,6 @@ from ..parts import Part
 from ..reading import opened
 from ..recipe import Recipe, check_weights
 from ..storage.folder import whole_output
-from ..storage.garbage import uncollected
 from ..storage.lazy import LazyTensor
 from ..storage.stream import SafetensorsWriter
 from . import disk
@@ -236,7 +235,6 @@ class Streamed:
         problem = "was started anew by someone else, and is as they left it"
         raise OutputError(str(self.folder), problem, "open it again, then add once more")
 
-    @uncollected()
     def _grow(self, job: Job, state: _State, fresh: Path, progress: Progress) -> Addition:
         """Write what is kept of every module, with the adapters of the job that are new."""
         part, plan = _part(job), job.plan

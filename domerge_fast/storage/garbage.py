@@ -13,8 +13,8 @@ __all__ = ["uncollected"]
 def uncollected() -> Iterator[None]:
     """Keep the collector out while objects are made that all live on, and none in a circle.
 
-    In a merge of four adapters of 18,000 modules it looks through their objects 185 times, once
-    through all: 0.04 to 0.35 s of 1 s of the host's time. With 224 modules it is 2 % of 0.03 s.
+    Those of an adapter's header do: four adapters of 18,000 modules are read in 1.6 s of CPU time,
+    with the collector at work in 3.3 s.
     """
     enabled = gc.isenabled()
     gc.disable()
