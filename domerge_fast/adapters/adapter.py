@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from ..storage.buffers import are_row_major
 from ..storage.input_file import InputFile
 from ..storage.lazy import LazyTensor, MemoryTensor
 from ..storage.safetensors_file import group_bytes
@@ -227,11 +228,18 @@ class Adapter:
 
     @cached_property
     def rooms(self) -> dict[str, int]:
-        """What every module's factors take of a buffer that they are read into; {} where all are in
-        memory."""
-        if {type(x) for pair in self.stored.values() for x in pair} == {MemoryTensor}:
+        """What every module's factors take of a buffer that they are read into; {} where all are
+        `in_place`."""
+        if self.in_place:
             return {}
         return {name: group_bytes(pair) for name, pair in self.stored.items()}
+
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether all factors are row-major matrices in memory, which are merged where they lie."""
+        factors = [x for pair in self.stored.values() for x in pair]
+        tensors = [x.tensor for x in factors if type(x) is MemoryTensor]
+        return len(tensors) == len(factors) and are_row_major(tensors)
 
     @cached_property
     def pieces(self) -> dict[str, Module]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 
 from ..errors import AdapterError, DomergeError
 from .adapter import Adapter, Module
@@ -81,7 +82,7 @@ def _check_replication(adapters: Sequence[Adapter]) -> None:
 
 
 def _check_modules(adapters: Sequence[Adapter]) -> None:
-    if all(adapter.layers == adapters[0].layers for adapter in adapters[1:]):
+    if all(_same(adapter.layers, adapters[0].layers) for adapter in adapters[1:]):
         return
     seen: dict[str, tuple[Adapter, Module]] = {}
     for adapter in adapters:
@@ -96,6 +97,12 @@ def _check_modules(adapters: Sequence[Adapter]) -> None:
                     f"adapts a {_describe(module)}, adapter {owner.name!r} a {_describe(expected)}"
                 )
                 raise AdapterError(adapter.name, name, problem, remedy)
+
+
+def _same(one: Mapping[str, tuple], other: Mapping[str, tuple]) -> bool:
+    """Whether they say the same in the same order."""
+    names = len(one) == len(other) and all(map(operator.eq, one, other))
+    return names and all(map(operator.eq, one.values(), other.values()))
 
 
 def _describe(module: Module) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -198,7 +198,8 @@ class Plan:
         stored, owners = [adapter.stored for adapter in self.adapters], self.owners
         names = [name for portion in portions for name in portion]
         wanted = [x for name in names for i in owners[name] for x in stored[i][name]]
-        found = iter(read_group(wanted, buffers))
+        in_place = all(adapter.in_place for adapter in self.adapters)
+        found = iter(_tensors(wanted) if in_place else read_group(wanted, buffers))
         return [self._of_portion(portion, found) for portion in portions]
 
     def _of_portion(self, names: Sequence[str], found: Iterator[Matrix]) -> list[Stack]:
@@ -215,6 +216,10 @@ class Plan:
 
 def _of(found: Mapping[str, Value], names: Sequence[str]) -> Iterable[Value]:
     """What is found by these names, one after the other."""
-    if len(found) == len(names) and all(map(operator.is_, found, names)):
+    if len(found) == len(names) and all(map(operator.eq, found, names)):
         return found.values()  # in this order already: a look-up takes ten times as long
     return map(found.__getitem__, names)
+
+
+def _tensors(wanted: Sequence[Any]) -> list[Matrix]:
+    return [x.tensor for x in wanted]

@@ -188,7 +188,9 @@ def _groups(
         problem = f"module {name!r} alone takes {size} MiB, {most >> 20} are allowed"
         raise OptionError("max_device_memory", problem, "allow more, or merge on the CPU")
 
-    shares = {name: max(of_kinds[kinds[name]], rooms[name] / usual) for name in plan.names}
+    shares = {name: of_kinds[kind] for name, kind in kinds.items()}
+    if any(rooms.values()):
+        shares = {name: max(share, rooms[name] / usual) for name, share in shares.items()}
     return [list(plan.groups(shares, names)) for names in units]
 
 

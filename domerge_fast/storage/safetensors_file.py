@@ -18,7 +18,7 @@ import torch
 
 from ..errors import DomergeError
 from . import json_file
-from .buffers import Buffers, Lying, Matrix, aligned, are_row_major, as_tensor
+from .buffers import Buffers, Lying, Matrix, aligned, as_tensor
 from .input_file import Refuse
 from .lazy import Columns, LazyTensor, MemoryTensor, Rows, Turned, apart
 from .tensor_file import TensorFile
@@ -217,8 +217,6 @@ def read_group(wanted: Sequence[LazyTensor], buffers: Buffers) -> list[Matrix]:
     once and read from front to back; those in memory as they are. A matrix of which `Columns` are
     wanted is read once, also if the group before had others of it. What is `Turned` is a view of
     what is stored; all else is row-major."""
-    if {*map(type, wanted)} == {MemoryTensor}:
-        return _all_in_memory(wanted)
     stored = [x.whole if type(x) is Turned else x for x in wanted]
     found = _read_group(stored, buffers)
     return [as_tensor(x).T if type(w) is Turned else x for x, w in zip(found, wanted)]
@@ -272,22 +270,11 @@ def _matrix_of(x: Columns) -> object:
     return x.whole
 
 
-def _all_in_memory(wanted: Sequence[Any]) -> list[Matrix]:
-    """As `_in_memory`; whole models are."""
-    tensors: list[torch.Tensor] = [x.tensor for x in wanted]
-    if are_row_major(tensors):
-        return [*tensors]
-    return [_matrix_in_memory(x) for x in tensors]
-
-
 def _in_memory(x: LazyTensor, buffers: Buffers) -> torch.Tensor:
     if isinstance(x, Columns):
         return buffers.apart[_matrix_of(x)][x.index]
     # Detached only where that is needed: it takes as long as all else.
-    return _matrix_in_memory(x.tensor if isinstance(x, MemoryTensor) else x.read())
-
-
-def _matrix_in_memory(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = x.tensor if isinstance(x, MemoryTensor) else x.read()
     if tensor.requires_grad:
         tensor = tensor.detach()
     plain = tensor.ndim == 2 and tensor.is_contiguous()
