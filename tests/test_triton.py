@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from machine_code import disassembler, functions
 from support.shapes import random_case
 
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
-SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes that one block may use, by architecture."""
 
 KERNELS = {
     "apply_decouple_kernel",
     "apply_kernel",
     "block_gram_kernel",
+    "descent_scalars_kernel",
+    "descent_tiles_kernel",
     "entry_counts_kernel",
     "entry_merge_kernel",
     "gram_kernel",
     "largest_kernel",
-    "orthogonalize_kernel",
     "roots_kernel",
     "row_sums_kernel",
     "sum_kernel",
     "total_kernel",
 }
+DESCENT = {"descent_scalars_kernel", "descent_tiles_kernel"}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGEST = {"gram": 128, "apply": 128, "apply_decouple": 256}
 EVERYWHERE = [
@@ -55,7 +60,8 @@ MORE = [
     ("squared", 64, "float32"),
     ("frobenius", 256, "float32"),
 ]
-LAUNCHES = {80: EVERYWHERE, 90: [*EVERYWHERE, *MORE], 100: EVERYWHERE}
+DESCENTS = [(p, rank, "float32") for p in ("squared", "frobenius") for rank in (16, 64, 128)]
+LAUNCHES = {80: EVERYWHERE, 90: [*EVERYWHERE, *MORE], 100: EVERYWHERE, 120: DESCENTS}
 """What is compiled for an architecture: (op or penalty, R, dtype)."""
 
 
@@ -87,11 +93,29 @@ def compile_launches(architecture: int) -> None:
     def compile_only(self, *args, grid, warmup, **options):
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         line = {"kernel": self.fn.__name__, "shared": compiled.metadata.shared}
+        if line["kernel"] in DESCENT:
+            line |= machine_code(compiled.asm["cubin"])
         print(json.dumps(line), flush=True)
 
     JITFunction.run = compile_only
     for op, rank, dtype in LAUNCHES[architecture]:
         launch(op, rank, TYPES[dtype])
+
+
+def machine_code(cubin: bytes) -> dict[str, int]:
+    """How often code spills a register, and stores two bytes."""
+    tool = disassembler()
+    assert tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True)
+    opcodes = [x[0] for _, body in functions(done.stdout) for x in body if not isinstance(x, str)]
+    assert opcodes
+    return {
+        "spills": sum(x.startswith("STL") for x in opcodes),
+        "narrow": sum(re.match(r"STG.*\.[US](8|16)\b", x) is not None for x in opcodes),
+    }
 
 
 def launch(op: str, rank: int, dtype: torch.dtype) -> None:
@@ -151,7 +175,8 @@ def test_every_kernel_compiles_within_the_shared_memory(architecture, compilers)
     output, errors = compilers[architecture].communicate()
     assert compilers[architecture].returncode == 0, errors
     kernels = [json.loads(line) for line in output.splitlines()]
-    assert {k["kernel"] for k in kernels} == KERNELS
+    assert {k["kernel"] for k in kernels} == (KERNELS if architecture != 120 else DESCENT)
+    assert all(k["spills"] == k["narrow"] == 0 for k in kernels if k["kernel"] in DESCENT)
     assert max(k["shared"] for k in kernels) <= SHARED_MEMORY[architecture]
 
 
@@ -165,7 +190,10 @@ def test_every_op_in_the_interpreter():
     long = "twice or it_stops or (frobenius and (arrives or never_rises)) or (256 and dtype1)"
     long += " or 1100-2 or counts_are_of_the_update"
     selected = f"triton and not (truncate or on_the_factors or dtype2 or {long})"
-    files = [f"tests/test_{name}.py" for name in ("ops", "library", "entries", "entries_gpu")]
+    files = [
+        f"tests/test_{name}.py"
+        for name in ("ops", "library", "entries", "entries_gpu", "triton_descent")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", *files, "-k", selected],
         cwd=ROOT,

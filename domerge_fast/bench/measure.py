@@ -30,7 +30,7 @@ __all__ = ["Result", "Row", "Say", "modules_that_fit", "run", "usable"]
 
 MERGE = "merge"
 CAPTURED = ("gram", "orthogonalize", "apply", "block_gram", "apply_decouple", MERGE)
-"""Ops of the CUDA and Triton backends that wait for nothing."""
+"""Ops of the CUDA and Triton backends that wait for nothing while a CUDA graph is captured."""
 DESCEND = ("orthogonalize", MERGE)
 """Those of them that do wait where R is above MAX_RANK, for library calls."""
 ROOM = 6

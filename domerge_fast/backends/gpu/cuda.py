@@ -55,6 +55,7 @@ class _Kernels:
     def orthogonalize(
         self,
         size: int,
+        adapters: int,
         work: Tensor,
         starts: Tensor,
         out: Tensor,

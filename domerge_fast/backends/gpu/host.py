@@ -4,8 +4,9 @@ The kernels differ (`Kernels`); the tables, the tiles and the allocations are th
 does all problems of an op, whatever their shapes: R is padded to a few sizes, work is cut into
 tiles, the largest first, and sums over d into fixed chunks that are added in order, so that
 results are bitwise the same every time. Launches are on the current stream, nothing waits for
-them, and so a call can be captured in a CUDA graph: after one call outside it, with
-capture_error_mode="relaxed", because the tables go through pinned memory.
+them (but library calls, and Triton's descent between steps), and so a call can be captured in a
+CUDA graph: after one call outside it, with capture_error_mode="relaxed", because the tables go
+through pinned memory.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ LARGEST_CHUNK = 1 << 16
 """Elements that one block looks through for the largest."""
 
 MAX_RANK = 256
-"""R up to which one block descends on a problem's R x R matrices, and r up to which it finds the
-root of an adapter's; beyond it, batched library calls do."""
+"""r up to which a block finds the root of an adapter's Gram; beyond, batched library calls do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,16 +102,17 @@ class Gpu:
     ) -> tuple[list[Tensor], Tensor]:
         """C [R, R] of every problem and the descent's statistics [P, 5] (see descent.STATS).
 
-        Problems with R above MAX_RANK go through batched library calls.
+        Problems with R above the largest size of the kernels go through batched library calls.
         """
         counts = [len(g) if g.dim() == 3 else None for g in grams]
         modules = [1 if count is None else count for count in counts]
         row = [0, *accumulate(modules)]
-        large = [i for i, g in enumerate(grams) if g.shape[-1] > MAX_RANK]
-        small = [i for i, g in enumerate(grams) if g.shape[-1] <= MAX_RANK]
+        kernels = self.load()
+        most = kernels.sizes("orthogonalize")[-1]
+        large = [i for i, g in enumerate(grams) if g.shape[-1] > most]
+        small = [i for i, g in enumerate(grams) if g.shape[-1] <= most]
         if not small:
             return library.orthogonalize(grams, ranks, penalty, gamma, steps, tol)
-        kernels = self.load()
         results: list[Tensor] = list(grams)
         with region("orthogonalize", grams[0].device) as device:
             stats = torch.empty(row[-1], len(STATS), dtype=torch.float64, device=device)
@@ -137,8 +138,9 @@ class Gpu:
             jobs = [tables.largest_first(table, table[:, 1]) for table in jobs]
             begin_of, *works = tables.upload(device, [tables.numbers(begins), *jobs])
             rule = (penalty == "frobenius", gamma, steps, tol)
-            for size, work_of in zip(groups, works):
-                kernels.orthogonalize(size, work_of, begin_of, cs[0], stats, *rule)
+            for size, work_of, table in zip(groups, works, jobs):
+                adapters = int(table[:, 2].max())
+                kernels.orthogonalize(size, adapters, work_of, begin_of, cs[0], stats, *rule)
             for i, c in zip(small, cs):
                 results[i] = c
         return results, stats

@@ -22,8 +22,8 @@ class Kernels(Protocol):
 
     def sizes(self, op: str) -> tuple[int, ...]:
         """The padded sizes, rising, that an op has kernels for. The tiles of "gram" and "apply"
-        have these many rows and any R; "orthogonalize" pads R to them, and so does
-        "apply_decouple", of which the last takes all larger ones."""
+        have these many rows and any R; "orthogonalize" pads R to them, and takes none above the
+        last; so does "apply_decouple", of which the last takes all larger ones."""
 
     def columns(self, op: str, size: int) -> int:
         """Columns of X in a tile of "apply" or "apply_decouple" of this size."""
@@ -46,6 +46,7 @@ class Kernels(Protocol):
     def orthogonalize(
         self,
         size: int,
+        adapters: int,
         work: Tensor,
         starts: Tensor,
         out: Tensor,
@@ -55,7 +56,7 @@ class Kernels(Protocol):
         steps: int,
         tol: float,
     ) -> None:
-        """C of every problem, by the rule of descent.py.
+        """C of every problem, by the rule of descent.py. adapters: the largest T.
 
         work [P, 6]: address of G (float32 [R, R]), R, T, position in starts of its T + 1 entries
         (the first row of each adapter, then R), offset of C, row of stats [., 5] in float64.

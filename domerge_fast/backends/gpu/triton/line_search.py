@@ -5,10 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["BLOCK", "best_step", "point"]
+from ._problem import BLOCK
 
-BLOCK = tl.constexpr(512)
-"""Pairs of adapters that are evaluated at a time."""
+__all__ = ["best_step"]
 
 MAX_DOUBLINGS = tl.constexpr(60)
 MAX_STEPS = tl.constexpr(100)
@@ -21,11 +20,11 @@ FOUND = tl.constexpr(4)
 
 
 @triton.jit
-def point(eta, q0, q1, q2, q3, q4, m0, m1, m2, table, pairs, FROBENIUS: tl.constexpr):
+def _point(eta, q0, q1, q2, q3, q4, m0, m1, m2, table, pairs, FROBENIUS: tl.constexpr):
     """Value, slope and curvature of f at eta.
 
     q0 to q4: the weighted sum of all pairs' quartics; for Frobenius norms they stand in `table`
-    [6, pairs] in float64: what is under the root besides them (0: no pair), then the coefficients.
+    [6, pairs] in float64: the coefficients, then what is under the root besides (0: no pair).
     m0 to m2: gamma times the coefficients of ||Xhat - X||^2.
     """
     if FROBENIUS:
@@ -34,18 +33,16 @@ def point(eta, q0, q1, q2, q3, q4, m0, m1, m2, table, pairs, FROBENIUS: tl.const
         curvature = tl.zeros((BLOCK,), tl.float64)
         for first in range(0, pairs, BLOCK):
             place = first + tl.arange(0, BLOCK)
-            live = place < pairs
             at = table + place
-            floor = tl.load(at, mask=live, other=0.0)
+            floor = tl.load(at + 5 * pairs, mask=place < pairs, other=0.0)
             live = floor > 0
-            c0 = tl.load(at + pairs, mask=live, other=0.0)
-            c1 = tl.load(at + 2 * pairs, mask=live, other=0.0)
-            c2 = tl.load(at + 3 * pairs, mask=live, other=0.0)
-            c3 = tl.load(at + 4 * pairs, mask=live, other=0.0)
-            c4 = tl.load(at + 5 * pairs, mask=live, other=0.0)
-            energy = c0 + eta * (c1 + eta * (c2 + eta * (c3 + eta * c4)))
-            rise = c1 + eta * (2 * c2 + eta * (3 * c3 + eta * 4 * c4))
-            bend = 2 * c2 + eta * (6 * c3 + eta * 12 * c4)
+            energy = tl.zeros((BLOCK,), tl.float64)
+            rise = tl.zeros((BLOCK,), tl.float64)
+            bend = tl.zeros((BLOCK,), tl.float64)
+            for k in range(4, -1, -1):
+                bend = bend * eta + 2 * rise
+                rise = rise * eta + energy
+                energy = energy * eta + tl.load(at + k * pairs, mask=live, other=0.0)
             norm = tl.sqrt(tl.where(live, tl.maximum(energy, 0.0) + floor, 1.0))
             first_order = rise / (2 * norm)
             value += tl.where(live, norm, 0.0)
@@ -68,7 +65,7 @@ def best_step(q0, q1, q2, q3, q4, m0, m1, m2, table, pairs, FROBENIUS: tl.conste
     """The first minimum eta, f at 0 and f at eta; eta is 0 where no step lowers f.
 
     A root of the slope: bracketed by doubling, then Newton's steps, bisection where they leave the
-    bracket. One loop for all phases, because every call of `point` is compiled anew.
+    bracket. One loop for all phases, because every call of `_point` is compiled anew.
     """
     low = tl.full((), 0.0, tl.float64)
     high = tl.full((), 1.0 / 64, tl.float64)
@@ -76,7 +73,7 @@ def best_step(q0, q1, q2, q3, q4, m0, m1, m2, table, pairs, FROBENIUS: tl.conste
     phase = tl.full((), START, tl.int32)
     count = tl.full((), 0, tl.int32)
     while phase != FOUND:
-        value, slope, curvature = point(
+        value, slope, curvature = _point(
             eta, q0, q1, q2, q3, q4, m0, m1, m2, table, pairs, FROBENIUS
         )
         count += 1
