@@ -99,14 +99,14 @@ def is_ragged(recipe: Recipe, row: Format) -> bool:
 
 def check_holds(row: Format, target: Target) -> None:
     """OptionError where a merge has what the format cannot hold."""
-    kinds = {layout.kind: name for name, layout in target.layouts.items()}
+    kinds = {x.kind: name for name, x in target.modules.items()}
     embedding = kinds.pop("embedding", None)
     kinds.pop("linear", None)
     held = row.holds
     _check(row, held.embeddings, embedding, "embeddings", "rules with leave_out drop them")
     convolution = next(iter(kinds.values()), None)
     _check(row, held.convolutions, convolution, "convolutions", "rules with leave_out drop them")
-    piece = next((name for name, layout in target.layouts.items() if layout.slice), None)
+    piece = next((name for name, x in target.modules.items() if x.slice), None)
     remedy = "rules with leave_out drop them"
     _check(row, held.experts, piece, "parameters without a layer of their own", remedy)
     carried = next(iter(target.carried), None)

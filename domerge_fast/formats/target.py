@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters import Kept, LazyTensor, Style
+from ..adapters import Kept, LazyTensor, Module, Style
 from ..adapters.adapter import Slice, parameter_of
 from ..adapters.differences import NO_CHANGES, Changes
 from ..storage.input_file import InputFile
 from .model.checkpoint import Checkpoint
 
-__all__ = ["Layout", "Target"]
+__all__ = ["Layout", "Layouts", "Target"]
 
 
 @dataclass(slots=True)  # not frozen: that would double the time to make 18,000 of them
@@ -59,6 +59,39 @@ class Layout:
         return a.reshape(shape_a), b.reshape(shape_b)
 
 
+class Layouts(Mapping[str, Layout]):
+    """Those of modules that are stored as an adapter has them. All are made once one is asked for:
+    a merge that stays in memory asks for none. ranks: what every module's rank is at most."""
+
+    def __init__(self, modules: Mapping[str, Module], ranks: Mapping[str, int]) -> None:
+        self.modules, self.ranks = modules, ranks
+
+    @cached_property
+    def _made(self) -> dict[str, Layout]:
+        return {
+            name: Layout(name, x.kind, x.b_shape[0], x.a_shape[1:], self.ranks[name], x.slice)
+            for name, x in self.modules.items()
+        }
+
+    def __getitem__(self, name: str) -> Layout:
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.modules
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.modules)
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def values(self) -> ValuesView[Layout]:
+        return self._made.values()
+
+    def items(self) -> ItemsView[str, Layout]:
+        return self._made.items()
+
+
 @dataclass(frozen=True)
 class Target:
     """What the merged adapter is written as: PEFT config fields that do not depend on ranks,
@@ -91,6 +124,11 @@ class Target:
             file.check()
 
     @property
+    def modules(self) -> Mapping[str, Layout | Module]:
+        """What says the kind, m, slice and parameter of every module."""
+        return self.layouts.modules if isinstance(self.layouts, Layouts) else self.layouts
+
+    @property
     def carried(self) -> Mapping[str, LazyTensor]:
         """The tensors that are written whole, by the keys PEFT writes."""
         return self.whole.tensors
@@ -102,8 +140,12 @@ class Target:
     @cached_property  # asked for with every module
     def rank(self) -> int | None:
         """The rank that every module is written with as factors; None for its own."""
+        if self.ragged:
+            return None
+        if isinstance(self.layouts, Layouts):
+            return max(self.layouts.ranks.values(), default=None)
         ranks = [layout.largest_rank for layout in self.layouts.values() if not layout.dense]
-        return None if self.ragged else max(ranks, default=None)
+        return max(ranks, default=None)
 
     def padded(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """A [k, n] and B [m, k] of a module, with rows and columns of zeros up to `rank`."""

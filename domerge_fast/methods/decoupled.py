@@ -110,8 +110,7 @@ def _of_matrices(stack: Stack, a: Moved, b: Moved, rule: Rule, backend: str) -> 
 
 def _merged(a: Tensor, bt: Tensor, gains: Tensor, stack: Stack, dtype: torch.dtype) -> Tensor:
     """sum_i g_i τ_i [m, n]."""
-    ranks = torch.tensor(stack.a.ranks, device=a.device)
-    rows = gains.repeat_interleave(ranks).to(dtype)
+    rows = each_row(gains, stack.a.ranks).to(dtype)
     return (rows[:, None] * bt.to(dtype)).mT @ a.to(dtype)
 
 

@@ -119,9 +119,9 @@ def _whole(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
 
 
 def _kinds(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
-    for kind in dict.fromkeys(layout.kind for layout in facts.layouts.values()):
+    for kind in dict.fromkeys(layout.kind for layout in facts.modules.values()):
         if kind not in runtime.kinds:
-            names = [name for name, layout in facts.layouts.items() if layout.kind == kind]
+            names = [name for name, layout in facts.modules.items() if layout.kind == kind]
             yield _left_out(names, kind, runtime)
 
 
@@ -143,7 +143,7 @@ def _words_of_others(runtime: Runtime) -> str:
 
 
 def _experts(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
-    names = [name for name, layout in facts.layouts.items() if layout.slice]
+    names = [name for name, layout in facts.modules.items() if layout.slice]
     if names and not runtime.experts:
         yield _left_out(names, "target_parameters", runtime)
 
@@ -162,7 +162,7 @@ def _left_out(names: Sequence[str], what: str, runtime: Runtime) -> Miss:
 
 def _head(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
     most = math.inf if runtime.largest_head is None else runtime.largest_head
-    for name, layout in facts.layouts.items():
+    for name, layout in facts.modules.items():
         if name.rpartition(".")[2] == "lm_head" and layout.m > most:
             why = f"{runtime.title} takes {most} at most"
             yield Miss(f"{name} ({layout.m} rows)", why, "leave it out by a rule (leave_out)")
@@ -171,7 +171,7 @@ def _head(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
 def _numbered(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
     if not runtime.numbered:
         return
-    outside = [n for n in facts.layouts if not any(map(str.isdecimal, n.split(".")))]
+    outside = [n for n in facts.modules if not any(map(str.isdecimal, n.split(".")))]
     if outside:
         why = f"{runtime.title} passes over what is in no numbered layer"
         yield Miss(f"{some(outside, 1)} (in none)", why, "leave it out by a rule (leave_out)")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..adapters import Adapter
+from ..adapters import Adapter, Module
 from ..adapters.names import PREFIX
 from ..formats.peft.write import rank_fields
 from ..formats.target import Layout, Target
@@ -25,16 +25,16 @@ TOKENS = "added_tokens.json"
 
 @dataclass(frozen=True)
 class Facts:
-    """format: its name. layouts: the modules. ranks: the least and the largest of the stored
-    factors. scales: every module's rank and what it is scaled by, where that may not be 1; stated:
-    what PEFT's config says of all, in a PEFT folder. fields: what a config that is there has; None
-    for one that is written with all. targets: its target_modules. carried: names of
+    """format: its name. modules: what says their kinds and places. ranks: the least and the largest
+    of the stored factors. scales: every module's rank and what it is scaled by, where that may not
+    be 1; stated: what PEFT's config says of all, in a PEFT folder. fields: what a config that is
+    there has; None for one that is written with all. targets: its target_modules. carried: names of
     the tensors saved whole. changed: parameters with changes that are no product of factors.
     replicates: whether layers are replicated. adds_tokens: whether its tokenizer lists added ones.
     others: what it is besides LoRA, as `Runtime.others`."""
 
     format: str
-    layouts: Mapping[str, Layout]
+    modules: Mapping[str, Layout | Module]
     ranks: tuple[int, int]
     scales: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     stated: Stated | None = None
@@ -49,14 +49,14 @@ class Facts:
     @cached_property
     def parts(self) -> Parts:
         """`by_part` of the modules."""
-        return by_part(self.layouts)
+        return by_part(self.modules)
 
 
-def by_part(layouts: Mapping[str, Layout]) -> Parts:
+def by_part(modules: Mapping[str, Layout | Module]) -> Parts:
     """The modules' owners, by what the modules are called there."""
     parts: dict[str, dict[str, int]] = {}
-    for k, (name, layout) in enumerate(layouts.items()):
-        owner, _, last = (layout.key if layout.slice else name).rpartition(".")
+    for k, (name, x) in enumerate(modules.items()):
+        owner, _, last = (x.parameter if x.slice else name).rpartition(".")
         parts.setdefault(last, {}).setdefault(owner, k)
     return parts
 
@@ -70,7 +70,7 @@ def of_target(format: str, target: Target, ranks: Collection[int] = ()) -> Facts
     scales, stated = _scales(target)
     return Facts(
         format,
-        target.layouts,
+        target.modules,
         (min(ranks), max(ranks)),
         scales,
         stated if format == "peft" else None,

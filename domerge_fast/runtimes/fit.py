@@ -39,7 +39,7 @@ def fitted(runtime: Runtime, row: Format, target: Target) -> tuple[Target, tuple
 
 def _added(runtime: Runtime, target: Target) -> Iterator[tuple[str, Layout]]:
     """The modules that are written with factors of zero, where their shape is known."""
-    parts = by_part(target.layouts) if runtime.together else {}
+    parts = by_part(target.modules) if runtime.together else {}
     for rule in runtime.together:
         if rule.filled:
             for name in missing(rule, parts):

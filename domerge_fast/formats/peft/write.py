@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...adapters import Adapter, AdapterConfig, Kept
+from ...adapters import Adapter, AdapterConfig, Kept, Module
 from ...adapters.names import PREFIX
 from ...adapters.plan import Plan
 from ...adapters.whole import lacks_head
@@ -30,7 +30,7 @@ from ...storage.stream import SafetensorsWriter, copy_file
 from .. import tokenizer
 from ..format import EACH, Format, Holds, has_file
 from ..merge_folder import MergeFolder
-from ..target import Layout, Target
+from ..target import Layout, Layouts, Target
 from .beside import fields, written
 from .gather import Gathered, joined
 from .parameters import BASE, order, owner_of
@@ -68,20 +68,17 @@ def target(
     """What the merge of a plan is written as; `copied` is left to the caller. ranks: what every
     module's rank is at most, None: that of the stacked adapters."""
     ranks = ranks or plan.ranks
-    layouts = {
-        name: Layout(name, x.kind, x.b_shape[0], x.a_shape[1:], ranks[name], x.slice)
-        for name, x in plan.described.items()
-    }
     merging = [a for a, w in zip(plan.adapters, plan.weights) if w != 0]
-    config = _config(merging, layouts, base_model, whole)
+    config = _config(merging, plan.described, base_model, whole)
     inputs = frozenset(a.folder.resolve() for a in plan.adapters if a.folder)
     files = tuple(file for a in plan.adapters for file in a.inputs)
+    layouts = Layouts(plan.described, {name: ranks[name] for name in plan.names})
     return Target(config, layouts, whole, dtype, inputs, files, ragged=ragged)
 
 
 def _config(
     adapters: Sequence[Adapter],
-    layouts: Mapping[str, Layout],
+    modules: Mapping[str, Module],
     base_model: str | None,
     whole: Kept,
 ) -> dict[str, object]:
@@ -94,9 +91,9 @@ def _config(
     first = configs[0]
     where = _selection(first)
     alike = all(_selection(c) == where for c in configs[1:])
-    same = all(a.modules.keys() == layouts.keys() for a in adapters)
-    names = [name for name, layout in layouts.items() if not layout.slice]
-    parameters = sorted({layout.parameter for layout in layouts.values() if layout.slice})
+    same = all(a.modules.keys() == modules.keys() for a in adapters)
+    names = [name for name, x in modules.items() if not x.slice]
+    parameters = sorted({x.parameter for x in modules.values() if x.slice})
     listed = isinstance(first.target_modules, list) and bool(first.target_modules) == bool(names)
     if not (alike and same and listed):
         where = dict.fromkeys(WHERE) | {"target_modules": exactly(names)}
