@@ -15,7 +15,14 @@ from torch import Tensor
 
 from domerge_fast import _C
 from domerge_fast.algebra.side import Side
-from domerge_fast.backends import cpu, descent, factor_descent, paper, reference
+from domerge_fast.backends import (
+    cpu,
+    descent,
+    factor_descent,
+    long_products,
+    paper,
+    reference,
+)
 from domerge_fast.backends import torch as library
 
 pytestmark = pytest.mark.usefixtures("nan_poison")
@@ -118,6 +125,33 @@ def test_apply(isa, side, dtype, out_dtype):
             inside = expected.to(out_dtype).isfinite()
             allowed = torch.where(inside, 1.01 * rounding + arithmetic, 0.0)
             assert_within(y, expected.to(out_dtype).where(~inside, expected), allowed, name)
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_long_products_are_the_librarys_with_any_number_of_threads(out_dtype, monkeypatch):
+    """Beside one that the kernel makes, and one without C; C of more rows than one thread's."""
+    monkeypatch.setattr(long_products, "ROWS", 100)
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(1500, 70, generator=generator)
+    long = Side(tuple(x.split([900, 600])), (0.5, -2.0))
+    one, short = Side((x,), (1.0,)), Side((x[:30],), (3.0,))
+    cs = [coefficients(290, 1500), None, coefficients(8, 30), coefficients(10, 1500, seed=1)]
+    sides = [long, long, short, one]
+    assert [long_products.is_long(c, p) for c, p in zip(cs, sides, strict=True)] == [1, 0, 0, 1]
+    usual = torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(cpu.apply(cs, sides, out_dtype))
+    torch.set_num_threads(usual)
+    for c, p, y, again in zip(cs, sides, *results, strict=True):
+        full = torch.eye(p.rank).double() if c is None else c.double()
+        expected = full @ stacked(p)
+        assert y.dtype == out_dtype
+        assert torch.equal(y, again)
+        sums = full.abs() @ stacked(p).abs()
+        allowed = HALF_UNIT[out_dtype] * 1.01 * expected.abs() + 1e-6 * sums + 2.0**-25
+        assert_within(y, expected, allowed, "a product")
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import _C
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..algebra.side import CODES, Side, squares, table
+from . import long_products
 from . import torch as by_torch
 from .descent_rates import CPU, Rates
 from .factor_descent import FACTOR_STATS, LEAST_SHARE, in_factor_form
@@ -207,6 +208,8 @@ def apply(
     coefficients: Sequence[Tensor | None], problems: Sequence[Side], out_dtype: torch.dtype
 ) -> list[Tensor]:
     """C X [K, d] of every problem (None: X itself), in the memory layout of its first block."""
+    if any(map(long_products.is_long, coefficients, problems)):
+        return long_products.apart(apply, coefficients, problems, out_dtype)
     given, _alive = _described(problems)
     cs = matrices(coefficients)
     rows = [p.rank if c is None else c.shape[-2] for c, p in zip(cs, problems)]
