@@ -5,8 +5,9 @@
 writes the table in docs/kernels.md: for every op, the least time by its bytes and flops, the least
 that its kernel can take, and their ratio. A kernel takes as long as the slowest of three: its
 bytes; its products, with what tiles pad and with C in two parts; the instructions of its straight
-stretches with products, from tests/data/machine_code.json, and of copies to shared memory. Left out
-is what comes before and after a tile and all waiting, so a kernel is slower than that.
+stretches with products, from tests/data/machine_code.json, of copies to shared memory and of sums
+added to others. Left out is what comes before and after a tile, the splitting of C and all waiting,
+so a kernel is slower than that.
 `orthogonalize` and `roots` wait for one number after another, of which such counts tell nothing.
 """
 
@@ -44,6 +45,8 @@ ISSUED = 132 * 4 * 1.755e9
 FORMATS = {"bfloat16": "BFloat16", "float32": "Float32"}
 HMMA_FLOPS = {"bfloat16": 16 * 8 * 16 * 2, "tf32": 16 * 8 * 8 * 2}
 DFMA_FLOPS = 64
+WARPS = 8
+"""Of a block."""
 COPY_BYTES, COPY_INSTRUCTIONS = 512, 15
 """What an asynchronous copy of a warp moves, and takes with its addresses: counted in Gram<128>."""
 
@@ -85,6 +88,12 @@ def copies(elements: int, size: int = 2) -> Cost:
     return Cost(0, size * elements / COPY_BYTES * COPY_INSTRUCTIONS)
 
 
+def added(sums: int) -> Cost:
+    """What all warps of a block take to add their sums, so many a lane, to others, and to clear
+    them two at a time."""
+    return Cost(0, WARPS * 1.5 * sums)
+
+
 def gram(kernels: Kernels, ranks: Sequence[int], d: int, dtype: str = "bfloat16") -> Cost:
     """Tiles at and below the diagonal (TensorGram in csrc/cuda/tensor_gram.h)."""
     rank = sum(ranks)
@@ -92,43 +101,38 @@ def gram(kernels: Kernels, ranks: Sequence[int], d: int, dtype: str = "bfloat16"
     count = up(rank, size)
     below = count * (count - 1) // 2
     kernel = kernels[f"Gram<{FORMATS[dtype]}, {size}>"]
-    moved = copies(size * d * (count + 2 * below), 2 if dtype == "bfloat16" else 4)
-    products = gram_of_halves if dtype == "bfloat16" else gram_of_parts
-    return products(kernel, size, d, count, below) + moved
-
-
-def gram_of_halves(kernel: Mapping[str, Any], size: int, d: int, diagonal: int, below: int) -> Cost:
-    """In a tile on the diagonal a quarter of the warps have nothing to do, unless there are no
-    parts of strips."""
-    parts = 1 if size < 64 else 2
-    busy = diagonal * (0.75 if parts == 2 else 1) + below
-    return stretch(kernel, "bfloat16") * (size // 16 * parts * up(d, 16) * busy)
-
-
-def gram_of_parts(kernel: Mapping[str, Any], size: int, d: int, diagonal: int, below: int) -> Cost:
-    """A warp has one stretch for each of its blocks of 16 x 16 up to the diagonal, the first with
-    what all take; half of X being in rows, half in columns."""
-    strips, parts = size // 16, 1 if size < 64 else 2
-    most = strips // parts
-    total = FREE
-    for kind in ("LDSM", "LDS32"):
-        places = [i for i, row in enumerate(kernel["matrix"]) if kind in row]
-        for strip in range(strips):
-            for part in range(parts):
-                blocks = min(max(strip + 1 - part * most, 0), most)
-                for i, place in enumerate(places):
-                    tiles = (diagonal if i < blocks else 0) + below
-                    total += stretch(kernel, "tf32", place) * (tiles * up(d, 8) / 2)
-    return total
+    bits = 2 if dtype == "bfloat16" else 4
+    vector, chain = (8, 128) if bits == 2 else (4, 32)
+    columns = {16: 32, 32: 16}.get(size, 8) * vector  # at a time, by all groups of warps
+    groups = {64: 2, 128: 1}.get(size, WARPS)
+    # A warp has a stretch for X in rows and one for X in columns; in tiles of 128 others for where
+    # the first of its two squares is above the diagonal, as for two warps, and two have nothing.
+    ways = [
+        stretch(kernel, dtype if bits == 2 else "tf32", i) for i in range(4 if size > 64 else 2)
+    ]
+    whole = (ways[0] + ways[1]) * 0.5
+    diagonal = whole * {64: 6, 128: 4}.get(size, WARPS)
+    if size == 128:
+        diagonal += ways[2] + ways[3]
+    sums = {16: 8, 128: 64}.get(size, 32)
+    moves = added(sums) * (up(d, groups * chain) * (count + below))
+    return (
+        (diagonal * count + whole * (WARPS * below)) * up(d, columns)
+        + copies(size * d * (count + 2 * below), bits)
+        + moves
+    )
 
 
 def product(kernel: Mapping[str, Any], rank: int, rows: int, d: int) -> Cost:
-    """C X in tiles of `rows` (TensorProduct in csrc/cuda/tensor_product.h): eight warps, each with
-    a stretch for 32 rows of X."""
+    """C X in tiles of `rows` (TensorProduct in csrc/cuda/tensor_product.h): every warp has a
+    stretch for 32 rows of X, and adds its sums to others after some of them."""
     columns, step = {16: (512, 16), 32: (256, 32)}.get(rows, (16384 // rows, 32))
     tiles = up(rank, rows) * up(d, columns)
-    once = stretch(kernel, "bfloat16") * (8 * up(rank, step))
-    return (once + copies(rank * columns)) * tiles
+    once = stretch(kernel, "bfloat16") * (WARPS * up(rank, step)) + copies(rank * columns)
+    depths = up(rank, 128 if rows <= 128 else 64)
+    if depths > 1:
+        once += added(rows * columns // (WARPS * 32)) * depths
+    return once * tiles
 
 
 def apply(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:

@@ -62,7 +62,7 @@ struct Gram {
     using Product = TensorGram<Format, kSize>;
     static constexpr int kThreads = Product::kThreads;
     // What registers allow.
-    static constexpr int kBlocksPerSm = kSize <= 32 ? 2 : 1;
+    static constexpr int kBlocksPerSm = kSize <= 64 ? 2 : 1;
     static_assert(Product::kSharedBytes <= kSmallestShared);
 
     static DOMERGE_DEVICE void run(const Params& params, Block<kThreads>& block) {

@@ -27,22 +27,21 @@ struct Lines {
         return kInColumns ? unit / kUnits : unit % kUnits * kVector;
     }
 
-    // A block of a tile; where wanted, which is the same for all lanes. lane: own_lane().
-    static DOMERGE_DEVICE void load(const Words* tile, int lane, int row, int column,
-                                    Block16x16& block, bool wanted = true) {
-        Tile::template load<kInColumns>(tile, lane, row, column, block, wanted);
-    }
-    static DOMERGE_DEVICE void load(const Words* tile, int lane, int row, int column,
-                                    Parts<4>& block) {
-        Fragment<uint32_t, 4> words;
-        if constexpr (kInColumns)
-            Tile::load(tile, lane, row, column, words);
+    // Where a warp's part of a tile begins, and its blocks. lane: own_lane().
+    using Corner = typename Tile::Corner;
+    static DOMERGE_DEVICE Corner corner(const Words* tile, int row, int column) {
+        if constexpr (kWhole && kInColumns)
+            return Tile::corner(tile, row, column);
         else  // a word as two elements of 16 bits
-            Tile::template load<false>(tile, lane, row, 2 * column, words);
-        lanes([&](int own) {
-            DOMERGE_UNROLL
-            for (int i = 0; i < 4; ++i) block.put(own, i, from_bits(words.of(own)[i]));
-        });
+            return Tile::template corner<kInColumns>(tile, row, kWhole ? 2 * column : column);
+    }
+    template <class Block>
+    static DOMERGE_DEVICE void load(const Corner& corner, int lane, int row, int column,
+                                    Block& block) {
+        if constexpr (kWhole && kInColumns)
+            Tile::load(corner, lane, row, column, block);
+        else
+            Tile::template load<kInColumns>(corner, lane, row, kWhole ? 2 * column : column, block);
     }
 
     // Where the vectors come from, in shared memory: one entry a row, or a vector of them in

@@ -1,10 +1,10 @@
 // X X^T of a tile of rows on tensor cores: of 16-bit elements, or of float32 in parts of TF32.
 //
-// A warp has a strip of 16 rows, or half of one in large tiles, up to the diagonal in a tile on it;
-// the warps of a scheduler have strips that are as long together as those of the others. Small
-// tiles have groups of warps, which share the columns. A tensor core cuts off what it adds, so that
-// long sums would come out small: after kChain columns they are added, rounded to nearest, to
-// others.
+// A warp has squares of 32 x 32, in tiles of 128 two of them one below the other: what it loads,
+// and splits in parts, serves many products. In a tile on the diagonal squares above it are left
+// out, and the warps of each scheduler have two or three of the others. Small tiles have groups of
+// warps, which share the columns. A tensor core cuts off what it adds, so that long sums would come
+// out small: after kChain columns they are added, rounded to nearest, to others.
 #pragma once
 
 #include "lines.h"
@@ -16,16 +16,19 @@ template <class Format, int kSize>
 struct TensorGram {
     static constexpr bool kInParts = sizeof(typename Format::Storage) == 4;
     static constexpr int kVector = kLanes<Format>;
-    static constexpr int kThreads = kSize < 64 ? kBlockThreads : 2 * kBlockThreads;
+    static constexpr int kThreads = kBlockThreads;
     static constexpr int kWarps = kThreads / kLanesOfWarp;
-    static constexpr int kStrips = kSize / 16;
-    static constexpr int kParts = kSize < 64 ? 1 : 2;  // of a strip
-    static constexpr int kBlocks = kStrips / kParts;   // of 16 x 16, of a warp
-    static constexpr int kGroups = kWarps / (kStrips * kParts);
+    static constexpr int kSquare = least_of(kSize, 32);
+    static constexpr int kSquares = kSize < 128 ? 1 : 2;  // of a warp
+    static constexpr int kBlocks = kSquare / 16;          // of 16 x 16, down and across a square
+    static constexpr int kAcross = kSize / kSquare;       // warps
+    static constexpr int kPlaces = kAcross * kAcross / kSquares;
+    static constexpr int kGroups = kWarps / kPlaces;
+    static constexpr bool kOne = kSize == kSquare;  // square, on the diagonal
     // Columns at a time.
     static constexpr int kColumns = (kSize <= 16 ? 32 : kSize <= 32 ? 16 : 8) * kVector;
     static constexpr int kOwn = kColumns / kGroups;     // columns of a group
-    static constexpr int kChain = kInParts ? 64 : 128;  // in parts, each is added three times
+    static constexpr int kChain = kInParts ? 32 : 128;  // in parts, each is added three times
     static constexpr int kChunks = kChain / kOwn;
     // Tiles of less than the largest size are of problems of one tile: on the diagonal.
     static constexpr bool kAlone = kSize < 128;
@@ -38,18 +41,36 @@ struct TensorGram {
     static constexpr int64_t kSpreadBytes = kSpread * sizeof(float);
     static constexpr int64_t kSharedBytes =
         kStagedBytes > kSpreadBytes ? kStagedBytes : kSpreadBytes;
-    static_assert(kGroups * kStrips * kParts == kWarps && kChain % kOwn == 0);
+    static_assert(kGroups * kPlaces == kWarps && kChain % kOwn == 0);
 
     struct Sums {
-        Sums16x8 at[kBlocks][2];
+        Sums16x8 at[kSquares][kBlocks][kBlocks][2];
     };
 
-    // Warps w, w + 4, … are of one scheduler.
-    static DOMERGE_DEVICE int group(int warp) { return warp / (kStrips * kParts); }
-    static DOMERGE_DEVICE int part(int warp) { return kParts == 1 ? 0 : warp / 4 % kParts; }
-    static DOMERGE_DEVICE int strip(int warp) {
-        const int place = warp % (kStrips < 4 ? kStrips : 4);
-        return warp < kWarps / 2 ? place : kStrips - 1 - place;
+    // visit(square, i, j, half) of all sums.
+    template <class Visit>
+    static DOMERGE_DEVICE void each(Visit visit) {
+        DOMERGE_UNROLL
+        for (int square = 0; square < kSquares; ++square) DOMERGE_UNROLL
+        for (int i = 0; i < kBlocks; ++i) DOMERGE_UNROLL
+        for (int j = 0; j < kBlocks; ++j) DOMERGE_UNROLL
+        for (int half = 0; half < 2; ++half) visit(square, i, j, half);
+    }
+
+    // Where a warp's squares are. Warps w and w + 4 are of one scheduler: of the places of a tile
+    // of 128, which are numbered row by row, it has one with two squares at or below the diagonal,
+    // and one with one or none.
+    static DOMERGE_DEVICE int group(int warp) {
+        return kGroups == 1 ? 0 : static_cast<unsigned>(warp) / kPlaces;
+    }
+    static DOMERGE_DEVICE unsigned place(int warp) {
+        return kPlaces == 8 ? 0x32710654u >> 4 * warp & 7 : static_cast<unsigned>(warp) % kPlaces;
+    }
+    static DOMERGE_DEVICE int row(int warp) {
+        return static_cast<int>(place(warp) / kAcross * (kSquares * kSquare));
+    }
+    static DOMERGE_DEVICE int column(int warp) {
+        return static_cast<int>(place(warp) % kAcross * kSquare);
     }
 
     template <bool kInColumns>
@@ -58,57 +79,78 @@ struct TensorGram {
         static constexpr int kStep = Lines::kBlockColumns;
         static_assert(kOwn % kStep == 0);
 
-        static DOMERGE_DEVICE void multiply(int warp, const Words* left, const Words* right,
-                                            bool diagonal, Sums& sums) {
-            const int lane = own_lane();
-            const int own = strip(warp), first = part(warp) * kBlocks;
-            const int last = (diagonal ? own : kStrips - 1) - first;
-            if (last < 0) return;
-            DOMERGE_ROLLED
+        template <class Block>
+        using Operand = std::conditional_t<kInParts, Parts<4>, Block>;
+
+        template <class Block>
+        static DOMERGE_DEVICE void load(const typename Lines::Corner& corner, int lane, int row,
+                                        int column, Operand<Block>& to) {
+            if constexpr (kInParts) {
+                Block words;
+                Lines::load(corner, lane, row, column, words);
+                to.put(words);
+            } else {
+                Lines::load(corner, lane, row, column, to);
+            }
+        }
+
+        // The squares of a warp, without the first kFirst.
+        template <int kFirst>
+        static DOMERGE_DEVICE void multiply_from(int warp, const Words* left, const Words* right,
+                                                 Sums& sums) {
+            const int lane = own_lane(), begin = group(warp) * kOwn;
+            const auto down = Lines::corner(left, row(warp), begin);
+            const auto across = Lines::corner(right, column(warp), begin);
+            DOMERGE_UNROLL
             for (int k = 0; k < kOwn; k += kStep) {
-                const int column = group(warp) * kOwn + k;
-                if constexpr (kInParts) {
-                    Parts<4> rows;
-                    Lines::load(left, lane, 16 * own, column, rows);
+                Operand<Right16x16> columns[kBlocks];
+                DOMERGE_UNROLL
+                for (int j = 0; j < kBlocks; ++j)
+                    load<Right16x16>(across, lane, 16 * j, k, columns[j]);
+                DOMERGE_UNROLL
+                for (int square = kFirst; square < kSquares; ++square) {
+                    Operand<Left16x16> rows[kBlocks];
                     DOMERGE_UNROLL
-                    for (int j = 0; j < kBlocks; ++j) {
-                        if (j > last) break;  // products of parts take longer than the branch
-                        Parts<4> others;
-                        Lines::load(right, lane, 16 * (first + j), column, others);
-                        DOMERGE_UNROLL
-                        for (int half = 0; half < 2; ++half)
-                            add_product(sums.at[j][half], rows, others, half);
-                    }
-                } else {
-                    Block16x16 rows, others[kBlocks];
-                    Lines::load(left, lane, 16 * own, column, rows);
+                    for (int i = 0; i < kBlocks; ++i)
+                        load<Left16x16>(down, lane, kSquare * square + 16 * i, k, rows[i]);
                     DOMERGE_UNROLL
-                    for (int j = 0; j < kBlocks; ++j)
-                        Lines::load(right, lane, 16 * (first + j), column, others[j], j <= last);
-                    DOMERGE_UNROLL
-                    for (int j = 0; j < kBlocks; ++j) DOMERGE_UNROLL
+                    for (int i = 0; i < kBlocks; ++i) DOMERGE_UNROLL
+                    for (int j = 0; j < (kOne ? i + 1 : kBlocks); ++j) DOMERGE_UNROLL
                     for (int half = 0; half < 2; ++half)
-                        add_product<Format>(sums.at[j][half], rows, others[j], half);
+                        add(sums.at[square][i][j][half], rows[i], columns[j], half);
                 }
             }
+        }
+
+        static DOMERGE_DEVICE void multiply(int warp, const Words* left, const Words* right,
+                                            bool diagonal, Sums& sums) {
+            const int above = diagonal ? (column(warp) - row(warp)) / kSquare : 0;  // squares
+            if (above <= 0)
+                multiply_from<0>(warp, left, right, sums);
+            else if (kSquares == 2 && above == 1)
+                multiply_from<kSquares - 1>(warp, left, right, sums);
+        }
+
+        static DOMERGE_DEVICE void add(Sums16x8& sums, const Operand<Left16x16>& left,
+                                       const Operand<Right16x16>& right, int half) {
+            if constexpr (kInParts)
+                add_product(sums, left, right, half);
+            else
+                add_product<Format>(sums, left, right, half);
         }
     };
 
     static DOMERGE_DEVICE void clear(Sums& sums) {
-        DOMERGE_UNROLL
-        for (int j = 0; j < kBlocks; ++j) {
-            domerge::clear(sums.at[j][0]);
-            domerge::clear(sums.at[j][1]);
-        }
+        each([&](int square, int i, int j, int half) {
+            domerge::clear(sums.at[square][i][j][half]);
+        });
     }
 
     static DOMERGE_DEVICE void move(Sums& from, Sums& to) {
-        DOMERGE_UNROLL
-        for (int j = 0; j < kBlocks; ++j) DOMERGE_UNROLL
-        for (int half = 0; half < 2; ++half) {
-            add(to.at[j][half], from.at[j][half]);
-            domerge::clear(from.at[j][half]);
-        }
+        each([&](int square, int i, int j, int half) {
+            add(to.at[square][i][j][half], from.at[square][i][j][half]);
+            domerge::clear(from.at[square][i][j][half]);
+        });
     }
 
     // Rows [first, first + kSize) times those from `second` on, columns from `begin` to x.end.
@@ -124,19 +166,16 @@ struct TensorGram {
         float* const spread = reinterpret_cast<float*>(block.shared);
         block.warps([&](int warp) {
             const Sums& found = totals[warp];
-            const int line = group(warp) * kSize + 16 * strip(warp);
-            const int column = 16 * kBlocks * part(warp);
+            const int line = group(warp) * kSize + row(warp);
             lanes([&](int lane) {
-                DOMERGE_UNROLL
-                for (int j = 0; j < kBlocks; ++j) DOMERGE_UNROLL
-                for (int half = 0; half < 2; ++half) DOMERGE_UNROLL
-                for (int i = 0; i < 2; ++i) {
-                    const auto& from = found.at[j][half].of(lane);
-                    float* const to = spread + (line + lane / 4 + 8 * i) * (kSize + 4) + column +
-                                      16 * j + 8 * half + lane % 4 * 2;
-                    to[0] = from[2 * i];
-                    to[1] = from[2 * i + 1];
-                }
+                each([&](int square, int i, int j, int half) {
+                    const auto& from = found.at[square][i][j][half].of(lane);
+                    const int down = line + kSquare * square + 16 * i + lane / 4;
+                    float* const to = spread + down * (kSize + 4) + column(warp) + 16 * j +
+                                      8 * half + lane % 4 * 2;
+                    DOMERGE_UNROLL
+                    for (int l = 0; l < 4; ++l) to[l / 2 * 8 * (kSize + 4) + l % 2] = from[l];
+                });
             });
         });
     }

@@ -163,29 +163,34 @@ struct TensorProduct {
     DOMERGE_DEVICE void multiply(int warp, const Words* x, int k, Sums& sums) const {
         using Shape = typename TensorProduct::template Shape<kInColumns>;
         using Tile = typename LinesOf<kInColumns>::Tile;
+        using Cs = std::conditional_t<kInColumns, Right16x16, Left16x16>;
+        using Xs = std::conditional_t<kInColumns, Left16x16, Right16x16>;
         constexpr int kCs = (kInColumns ? Shape::kWidth : Shape::kHeight) / 16;
         constexpr int kXs = (kInColumns ? Shape::kHeight : Shape::kWidth) / 16;
         const int lane = own_lane(), row = Shape::row(warp), column = Shape::column(warp);
+        const auto from = Tile::template corner<!kInColumns>(x, kInColumns ? row : column, 0);
+        const auto left = Left::template corner<false>(parts, kInColumns ? column : row, k);
         DOMERGE_UNROLL
         for (int step = 0; step < kStep; step += 16) {
-            Block16x16 xs[kXs];
+            Xs xs[kXs];
             DOMERGE_UNROLL
             for (int i = 0; i < kXs; ++i)
-                Tile::template load<!kInColumns>(x, lane, (kInColumns ? row : column) + 16 * i,
-                                                 step, xs[i]);
+                Tile::template load<!kInColumns>(from, lane, 16 * i, step, xs[i]);
             DOMERGE_UNROLL
             for (int part = 0; part < 2; ++part) {
-                Block16x16 cs[kCs];
+                Cs cs[kCs];
                 DOMERGE_UNROLL
                 for (int i = 0; i < kCs; ++i)
-                    Left::template load<false>(parts + part * kPart, lane,
-                                               (kInColumns ? column : row) + 16 * i, k + step,
-                                               cs[i]);
+                    Left::template load<false>(left, lane, part * kRows + 16 * i, step, cs[i]);
                 DOMERGE_UNROLL
                 for (int i = 0; i < Shape::kDown; ++i) DOMERGE_UNROLL
-                for (int j = 0; j < Shape::kAcross; ++j)
-                    add_product<Format>(sums.at[i * Shape::kAcross + j], kInColumns ? xs[i] : cs[i],
-                                        kInColumns ? cs[j / 2] : xs[j / 2], j % 2);
+                for (int j = 0; j < Shape::kAcross; ++j) {
+                    Sums16x8& to = sums.at[i * Shape::kAcross + j];
+                    if constexpr (kInColumns)
+                        add_product<Format>(to, xs[i], cs[j / 2], j % 2);
+                    else
+                        add_product<Format>(to, cs[i], xs[j / 2], j % 2);
+                }
             }
         }
     }

@@ -1,51 +1,57 @@
 // Products of float32 on tensor cores, which take the 11 leading bits of a number, TF32. A number
-// is split into two such parts; of their four products that of the lower parts, at most 2^-22 of
-// the whole, is left out.
+// is cut into two such parts, without its last two bits at most, 2^-21 of it; of their four
+// products that of the lower parts, at most 2^-20 of the whole, is left out.
 #pragma once
 
 #include "warp.h"
 
 namespace domerge {
 
-// The nearest number of TF32; of NaN it may be any, as the lower part is NaN then.
-DOMERGE_DEVICE float to_tf32(float x) {
-    return from_bits((to_bits(x) + 0x1000u) & ~0x1fffu);
+// What a tensor core sees of a number; of NaN it may be any, as the lower part is NaN then.
+DOMERGE_DEVICE float cut_to_tf32(float x) {
+    return from_bits(to_bits(x) & ~0x1fffu);
 }
 
-// Numbers in two parts. Of 16 x 8 lane 4 g + t has (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4);
-// of 8 x 8 it has (g, t), (g, t + 4).
+// Numbers in two parts, the higher of which is the number itself, as a tensor core cuts it.
+// Of 16 x 8 lane 4 g + t has (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4); of 8 x 8 it has
+// (g, t), (g, t + 4), and of two times 8 x 8 one after the other.
 template <int kCount>
 struct Parts {
     Fragment<float, kCount> high;
     Fragment<float, kCount> low;
 
     DOMERGE_DEVICE void put(int lane, int i, float number) {
-        high.of(lane)[i] = to_tf32(number);
-        low.of(lane)[i] = number - high.of(lane)[i];
+        high.of(lane)[i] = number;
+        low.of(lane)[i] = number - cut_to_tf32(number);
+    }
+    DOMERGE_DEVICE void put(const Fragment<uint32_t, kCount>& words) {
+        lanes([&](int lane) {
+            DOMERGE_UNROLL
+            for (int i = 0; i < kCount; ++i) put(lane, i, from_bits(words.of(lane)[i]));
+        });
     }
 };
 
-// sums += left right^T, left 16 x 8, and right 8 x 8 or eight rows of 16 x 8, from 8 half on; both
-// cut to TF32.
+// sums += left right^T, left 16 x 8, and right 8 x 8, or that number `half` of two; both cut to
+// TF32.
 template <int kCount>
 DOMERGE_DEVICE void add_product(Sums16x8& sums, const Fragment<float, 4>& left,
                                 const Fragment<float, kCount>& right, int half) {
-    constexpr int kNext = kCount / 2;
 #ifdef __CUDACC__
     asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums.values[0]), "+f"(sums.values[1]), "+f"(sums.values[2]), "+f"(sums.values[3])
         : "r"(to_bits(left.values[0])), "r"(to_bits(left.values[1])), "r"(to_bits(left.values[2])),
-          "r"(to_bits(left.values[3])), "r"(to_bits(right.values[half])),
-          "r"(to_bits(right.values[half + kNext])));
+          "r"(to_bits(left.values[3])), "r"(to_bits(right.values[2 * half])),
+          "r"(to_bits(right.values[2 * half + 1])));
 #else
-    const auto cut = [](float x) { return double{from_bits(to_bits(x) & ~0x1fffu)}; };
+    const auto cut = [](float x) { return double{cut_to_tf32(x)}; };
     for (int i = 0; i < 16; ++i) {
         for (int j = 0; j < 8; ++j) {
             double products[8];
             for (int k = 0; k < 8; ++k)
                 products[k] = cut(left.of(i % 8 * 4 + k % 4)[i / 8 + k / 4 * 2]) *
-                              cut(right.of(j * 4 + k % 4)[half + k / 4 * kNext]);
+                              cut(right.of(j * 4 + k % 4)[2 * half + k / 4]);
             float& sum = sums.of(i % 8 * 4 + j / 2)[i / 8 * 2 + j % 2];
             sum = sum_of_products(sum, products);
         }
@@ -69,22 +75,32 @@ struct SwizzledColumns {
 
     // Two units of every eight change places with others, or of four where a line has no more.
     static DOMERGE_DEVICE int pair(int line, int pair) {
-        return kUnits == 4 ? pair ^ (line / 2 % 2) : pair ^ (line % 4);
+        return kUnits == 4 ? pair ^ (line >> 1 & 1) : pair ^ (line & 3);
     }
     static DOMERGE_DEVICE Words* at(Words* tile, int line, int unit) {
         return tile + line * kUnits + unit / 8 * 8 + 2 * pair(line, unit / 2 % 4) + unit % 2;
     }
 
-    // Rows from a multiple of 16 and columns from one of 8 on, as Swizzled::load has them in rows.
-    // lane: own_lane().
-    static DOMERGE_DEVICE void load(const Words* tile, int lane, int row, int column,
-                                    Fragment<uint32_t, 4>& block) {
-        const auto words = reinterpret_cast<const uint32_t*>(tile + column * kUnits + row / 32 * 8);
+    // As in Swizzled, of rows from a multiple of 32 on.
+    struct Corner {
+        const uint32_t* words;
+    };
+    static DOMERGE_DEVICE Corner corner(const Words* tile, int row, int column) {
+        return {reinterpret_cast<const uint32_t*>(tile + column * kUnits + (row >> 5) * 8)};
+    }
+
+    // 16 rows from a multiple of 16 and 8 columns from one of 8 of the part on. lane: own_lane().
+    template <class Block>
+    static DOMERGE_DEVICE void load(const Corner& corner, int lane, int row, int column,
+                                    Block& block) {
+        const auto words = corner.words + column * 4 * kUnits + (row >> 5) * 32;
         lanes_from(lane, [&](int own) {
             DOMERGE_UNROLL
             for (int i = 0; i < 4; ++i) {
-                const int line = own % 4 + i / 2 * 4, from = row / 16 % 2 * 2 + i % 2;
-                block.of(own)[i] = words[4 * kUnits * line + 8 * pair(line, from) + own / 4];
+                const int down = Block::kIsLeft ? i % 2 : i / 2;
+                const int across = Block::kIsLeft ? i / 2 : i % 2;
+                const int line = (own & 3) + across * 4, from = (row >> 4 & 1) * 2 + down;
+                block.of(own)[i] = words[4 * kUnits * line + 8 * pair(line, from) + (own >> 2)];
             }
         });
     }

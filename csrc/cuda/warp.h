@@ -80,7 +80,15 @@ using Sums16x8 = Fragment<float, 4>;
 
 // Elements of 16 x 16, two a word, the first in the lower half: lane 4 g + t has (g, 2 t),
 // (g + 8, 2 t), (g, 2 t + 8), (g + 8, 2 t + 8), each with the element to its right.
-using Block16x16 = Fragment<uint32_t, 4>;
+struct Left16x16 : Fragment<uint32_t, 4> {
+    static constexpr bool kIsLeft = true;
+};
+
+// The same as two times eight rows, one after the other: (g, 2 t), (g, 2 t + 8), (g + 8, 2 t),
+// (g + 8, 2 t + 8). An instruction takes those of eight rows from neighbouring registers.
+struct Right16x16 : Fragment<uint32_t, 4> {
+    static constexpr bool kIsLeft = false;
+};
 
 DOMERGE_DEVICE void clear(Sums16x8& sums) {
     lanes([&](int lane) {
@@ -170,11 +178,21 @@ float sum_of_products(float before, const double (&products)[kCount]) {
     return static_cast<float>(sum);
 }
 
+// Which row and column of a block, in steps of eight, the i-th word of a lane is from.
+template <class Block>
+int down(int i) {
+    return (Block::kIsLeft ? i % 2 : i / 2) * 8;
+}
+template <class Block>
+int across(int i) {
+    return (Block::kIsLeft ? i / 2 : i % 2) * 8;
+}
+
 // The element of a block that its lanes hold.
-template <class Format>
-float element(const Block16x16& block, int row, int column) {
-    const int lane = row % 8 * 4 + column % 8 / 2;
-    const uint32_t word = block.of(lane)[row / 8 + column / 8 * 2];
+template <class Format, class Block>
+float element(const Block& block, int row, int column) {
+    const int i = Block::kIsLeft ? row / 8 + column / 8 * 2 : column / 8 + row / 8 * 2;
+    const uint32_t word = block.of(row % 8 * 4 + column % 8 / 2)[i];
     return Format::load(static_cast<uint16_t>(word >> column % 2 * 16));
 }
 
@@ -182,7 +200,7 @@ float element(const Block16x16& block, int row, int column) {
 
 // sums += left right^T of the eight rows of `right` from 8 half on.
 template <class Format>
-DOMERGE_DEVICE void add_product(Sums16x8& sums, const Block16x16& left, const Block16x16& right,
+DOMERGE_DEVICE void add_product(Sums16x8& sums, const Left16x16& left, const Right16x16& right,
                                 int half) {
 #ifdef __CUDACC__
 #define DOMERGE_MMA(TYPE)                                                                        \
@@ -191,7 +209,7 @@ DOMERGE_DEVICE void add_product(Sums16x8& sums, const Block16x16& left, const Bl
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
         : "+f"(sums.values[0]), "+f"(sums.values[1]), "+f"(sums.values[2]), "+f"(sums.values[3]) \
         : "r"(left.values[0]), "r"(left.values[1]), "r"(left.values[2]), "r"(left.values[3]),    \
-          "r"(right.values[half]), "r"(right.values[half + 2]))
+          "r"(right.values[2 * half]), "r"(right.values[2 * half + 1]))
     if constexpr (std::is_same_v<Format, BFloat16>)
         DOMERGE_MMA("bf16");
     else
@@ -229,51 +247,60 @@ struct Swizzled {
         return tile + place(line, unit);
     }
 
-    // Rows and columns of a matrix from `row` and `column` on, multiples of 16: lines are its rows,
-    // or its columns where kAcross; where wanted, which is the same for all lanes. lane:
-    // own_lane().
+    // Where a warp's part of a matrix in a tile begins, at a row and a column that are multiples of
+    // 16; lines are the matrix's rows, or its columns where kAcross.
+    struct Corner {
+        const Words* line;
+        int unit;
+    };
     template <bool kAcross>
-    static DOMERGE_DEVICE void load(const Words* tile, int lane, int row, int column,
-                                    Block16x16& block, bool wanted = true) {
+    static DOMERGE_DEVICE Corner corner(const Words* tile, int row, int column) {
+        return {tile + (kAcross ? column : row) * kUnits, (kAcross ? row : column) >> 3};
+    }
+
+    // 16 rows and columns from `row` and `column` of the part on, multiples of 16; what runs along
+    // the lines is less than a power of two that the part's beginning is a multiple of, so that
+    // units have no bits in common. lane: own_lane(). Constants come last: the compiler then has
+    // them in the instructions.
+    template <bool kAcross, class Block>
+    static DOMERGE_DEVICE void load(const Corner& corner, int lane, int row, int column,
+                                    Block& block) {
+        const int line = kAcross ? column : row, unit = (kAcross ? row : column) >> 3;
 #ifdef __CUDACC__
-        const Words* const from =
-            tile + (kAcross ? place(column + lane % 8 + lane / 16 * 8, row / 8 + lane / 8 % 2)
-                            : place(row + lane % 16, column / 8 + lane / 16));
-        const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(from));
+        const int own = kAcross == Block::kIsLeft
+                            ? place((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1)
+                            : place(lane & 15, lane >> 4);
+        const auto begin = static_cast<uint32_t>(__cvta_generic_to_shared(corner.line));
+        const uint32_t address = begin + 16u * (own ^ corner.unit ^ unit) + 16u * kUnits * line;
         auto& to = block.values;
-#define DOMERGE_LDMATRIX(TRANSPOSED)                          \
-    asm volatile(                                             \
-        "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n" \
-        "@wanted ldmatrix.sync.aligned.m8n8.x4" TRANSPOSED    \
-        ".shared.b16 "                                        \
-        "{%0, %1, %2, %3}, [%4];\n}"                          \
-        : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])  \
-        : "r"(address), "r"(static_cast<int>(wanted))         \
-        : "memory")
+#define DOMERGE_LDMATRIX(TRANSPOSED)                                  \
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4" TRANSPOSED           \
+                 ".shared.b16 "                                       \
+                 "{%0, %1, %2, %3}, [%4];"                            \
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) \
+                 : "r"(address)                                       \
+                 : "memory")
         if constexpr (kAcross)
             DOMERGE_LDMATRIX(".trans");
         else
             DOMERGE_LDMATRIX("");
 #undef DOMERGE_LDMATRIX
 #else
-        if (!wanted) return;
         for (; lane < kLanesOfWarp; ++lane) {
             for (int i = 0; i < 4; ++i) {
-                const int r = row + lane / 4 + i % 2 * 8, c = column + lane % 4 * 2 + i / 2 * 8;
-                block.of(lane)[i] = get<kAcross>(tile, r, c) | get<kAcross>(tile, r, c + 1) << 16;
+                const int down = domerge::down<Block>(i) + lane / 4;
+                const int across = domerge::across<Block>(i) + lane % 4 * 2;
+                const auto get = [&](int next) {
+                    const int l = line + (kAcross ? across + next : down);
+                    const int position = kAcross ? down : across + next;
+                    const Words& from = corner.line[place(l, (corner.unit ^ unit) + position / 8)];
+                    return from.at[position % 8 / 2] >> position % 2 * 16 & 0xffffu;
+                };
+                block.of(lane)[i] = get(0) | get(1) << 16;
             }
         }
 #endif
     }
-
-#ifndef __CUDACC__
-    template <bool kAcross>
-    static uint32_t get(const Words* tile, int row, int column) {
-        const int line = kAcross ? column : row, position = kAcross ? row : column;
-        const uint32_t word = tile[place(line, position / 8)].at[position % 8 / 2];
-        return word >> position % 2 * 16 & 0xffffu;
-    }
-#endif
 };
 
 }  // namespace domerge
