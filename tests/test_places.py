@@ -16,7 +16,7 @@ def way(request, monkeypatch):
     if request.param == "one by one":
         monkeypatch.setattr(buffers, "EXCHANGE", None)
     elif buffers.EXCHANGE is None:
-        pytest.skip("torch before 2.10 does not tell it in C")
+        pytest.skip("this torch does not tell it in C")
 
 
 def alike() -> list[Tensor]:

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-"""What tells in C where tensors lie; torch has it since 2.10."""
+"""What tells in C where tensors lie; None of older versions of torch."""
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of this many bytes: a cache line, and the widest vector."""
