@@ -37,6 +37,9 @@ def jobs() -> dict[str, list[Shape]]:
             Shape(m, n, (8,) * 200, count=48 * 128) for m, n in experts
         ],
         "8B, q and v, 1000 adapters of rank 8": queries * 32,
+        "the same, 10,000 adapters, in batches by one GPU": [
+            Shape(x.m, x.n, (8,) * 10_000) for x in queries * 32
+        ],
     }
 
 

@@ -3,6 +3,9 @@
 Modules are merged on their own, so a job is units of whole modules that workers take, the most
 costly first; no tensor moves between workers. A unit is read, computed and written at once, one
 ahead of the other, so it takes the longer of its arithmetic and its bytes.
+
+Where a module of all adapters at once would be too large, one worker reads them in batches, once a
+pass (methods/streamed), and keeps d x d matrices of modules.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .adapters.plan import Plan
+from .engine.streamed import memory_of
+from .methods.streamed.choice import is_large
 
 __all__ = ["UNIT_BYTES", "Costs", "Shape", "Unit", "Workers", "costs", "cut", "shapes", "units"]
 
@@ -26,7 +31,13 @@ SCRATCH = 256 << 20
 """Bytes of kernels' own memory, at most."""
 
 STEPS = 3
-"""Of a descent: 2 to 5 on sets of one size, more where norms are far apart."""
+"""Of a descent: 2 to 5 on sets of one size, more where norms are far apart; so are passes."""
+
+BESIDE = 2
+"""Times that batches are read besides: for what S starts from, and for ΔW."""
+
+EIGENVECTORS = 9
+"""Flops over d^3, with the values, of a symmetric matrix."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,11 @@ class Shape:
         and the columns' magnitudes."""
         squares = sum(r * (r + 1) for r in self.ranks)
         return sum(_side(self.rank, d, steps) for d in (self.m, self.n)) + squares * self.n
+
+    def streamed_flops(self, passes: int = STEPS) -> float:
+        """Where adapters are read in batches: both sides' passes, and ΔW."""
+        sides = (6.0 * self.rank * d**2 + EIGENVECTORS * d**3 for d in (self.m, self.n))
+        return passes * sum(sides) + 2.0 * self.rank * self.m * self.n
 
     @property
     def memory(self) -> int:
@@ -105,8 +121,10 @@ class Workers:
 @dataclass(frozen=True)
 class Costs:
     """modules and units: how many; read, written: bytes; memory: bytes a worker at most, beside
-    Python and torch; largest: bytes of the largest unit. seconds: until the last worker ends, and
-    compute and transfer: what of them arithmetic and bytes alone would take; None without rates."""
+    Python and torch; largest: bytes of the largest unit; streamed: whether one worker reads
+    adapters in batches, and the bytes are those of all passes. seconds: until the last worker ends,
+    and compute and transfer: what of them arithmetic and bytes alone would take; None without
+    rates."""
 
     modules: int
     units: int
@@ -115,6 +133,7 @@ class Costs:
     flops: float
     memory: int
     largest: int
+    streamed: bool = False
     seconds: float | None = None
     compute: float | None = None
     transfer: float | None = None
@@ -144,7 +163,9 @@ def costs(
 ) -> Costs:
     """Of a merge of these modules. into_base: they are added to weights, which are read and written
     instead of factors."""
-    found = list(units(modules, steps, into_base))
+    modules = list(modules)
+    streamed = any(is_large(x.rank, x.m, x.n) for x in modules)
+    found = list(units(modules, steps, into_base, streamed=streamed))
     read, written = sum(u.read for u in found), sum(u.written for u in found)
     flops = math.fsum(u.flops for u in found)
     total = Costs(
@@ -155,14 +176,16 @@ def costs(
         flops=flops,
         memory=max(u.memory for u in found) + SCRATCH,
         largest=max(u.read for u in found),
+        streamed=streamed,
     )
     if workers is None:
         return total
+    count = 1 if streamed else workers.count  # a worker has its share of what all read and write
     return replace(
         total,
-        seconds=_ends([workers.seconds(u.flops, u.read, u.written) for u in found], workers),
-        compute=flops / (workers.flops * workers.count),
-        transfer=read / workers.read + written / workers.write,
+        seconds=_ends([workers.seconds(u.flops, u.read, u.written) for u in found], count),
+        compute=flops / (workers.flops * count),
+        transfer=(read / workers.read + written / workers.write) * workers.count / count,
     )
 
 
@@ -187,18 +210,24 @@ def units(
     steps: int = STEPS,
     into_base: bool = False,
     most: int = UNIT_BYTES,
+    streamed: bool = False,
 ) -> Iterator[Unit]:
-    """Neighbours, until they have so many bytes of factors."""
-    unit = Unit()
+    """Neighbours, until they have so many bytes of factors. streamed: the adapters are read in
+    batches, `steps` passes of a descent."""
+    unit, reads = Unit(), steps + BESIDE if streamed else 1
     for shape in modules:
         base = shape.dense if into_base else 0
-        flops = shape.flops(steps) + (2.0 * shape.m * shape.n * shape.rank if into_base else 0.0)
+        if streamed:
+            flops, memory = shape.streamed_flops(steps), memory_of([(shape.m, shape.n)])
+        else:
+            flops, memory = shape.flops(steps), shape.memory
+            flops += 2.0 * shape.m * shape.n * shape.rank if into_base else 0.0
         for _ in range(shape.count):
             unit.modules += 1
-            unit.read += shape.read + base
+            unit.read += reads * shape.read + base
             unit.written += base or shape.written
             unit.flops += flops
-            unit.memory = max(unit.memory, shape.memory + 2 * base)
+            unit.memory = max(unit.memory, memory + 2 * base)
             if unit.read >= most:
                 yield unit
                 unit = Unit()
@@ -206,9 +235,9 @@ def units(
         yield unit
 
 
-def _ends(seconds: Sequence[float], workers: Workers) -> float:
-    """When the last worker ends, if each takes the longest unit that is left."""
-    free = [0.0] * workers.count
+def _ends(seconds: Sequence[float], count: int) -> float:
+    """When the last of so many workers ends, if each takes the longest unit that is left."""
+    free = [0.0] * count
     for unit in sorted(seconds, reverse=True):
         heapq.heapreplace(free, free[0] + unit)
     return max(free)

@@ -56,6 +56,25 @@ def test_where_arithmetic_takes_longer_it_counts():
     assert found.seconds == found.compute == pytest.approx(found.flops / 1e9)
 
 
+def test_too_many_adapters_are_read_in_batches_by_one_worker():
+    """By hand: 20,000 adapters of rank 8 in 1024 x 512 take more than 2 GiB at once."""
+    shape = Shape(1024, 512, (8,) * 20_000)
+    rank, sides = 160_000, (1024, 512)
+    found = costs([shape], Workers(4, 1e12, 4e9, 4e9), steps=3)
+    assert found.streamed
+    assert found.read == (3 + 2) * rank * sum(sides) * 2
+    assert found.written == 512 * sum(sides) * 2
+    squares = sum(6 * rank * d**2 + 9 * d**3 for d in sides)
+    assert found.flops == 3 * squares + 2 * rank * 1024 * 512
+    assert found.compute == pytest.approx(found.flops / 1e12)
+    assert found.seconds == pytest.approx(max(found.compute, found.transfer))
+    assert found.transfer == pytest.approx((found.read + found.written) / 1e9)
+    assert found.memory < 2 << 30
+    assert not costs([Shape(1024, 512, (8,) * 200)], None).streamed
+    # More than 2 GiB at once, and a hundred times as much as d x d matrices.
+    assert not costs([Shape(53248, 16384, (16,) * 200)], None).streamed
+
+
 def adapter(folder: Path, rank: int) -> str:
     folder.mkdir()
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"

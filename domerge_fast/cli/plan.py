@@ -69,7 +69,7 @@ def _lines(adapters: int, workers: int, found: Costs) -> Iterator[str]:
     rows = [
         ("adapters", str(adapters)),
         ("modules", f"{found.modules}, in {found.units} units of at most {_size(found.largest)}"),
-        ("to read", _size(found.read)),
+        ("to read", f"{_size(found.read)}{', in batches by one worker' if found.streamed else ''}"),
         ("to write", _size(found.written)),
         ("to compute", f"{found.flops / 1e12:.3g} TFLOP"),
         ("memory", f"{_size(found.memory)} a worker, beside Python and torch"),
@@ -78,7 +78,7 @@ def _lines(adapters: int, workers: int, found: Costs) -> Iterator[str]:
         rows.append(("seconds", "need --flops, --read and --write"))
     else:
         rows += [
-            ("computing", f"{found.compute:.3g} s on {workers} workers"),
+            ("computing", f"{found.compute:.3g} s on {1 if found.streamed else workers} workers"),
             ("reading and writing", f"{found.transfer:.3g} s"),
             ("in all", f"about {found.seconds:.3g} s, the most costly units first"),
         ]

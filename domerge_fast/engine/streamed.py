@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from ..adapters.plan import Kind, Plan, Stack
+from ..adapters.plan import Plan, Stack
 from ..algebra import powers
-from ..methods.streamed.descent import state_bytes
+from ..methods.streamed.descent import kept_bytes
 from ..recipe import NONE
 from ..results.report import StackReport
 from ..storage.shelf import Shelf
@@ -22,7 +22,16 @@ from .scaling import Sums, rounded
 from .streamed_module import Module, Past, Update, finished, report
 from .work import Work
 
-__all__ = ["Found", "Module", "gone_through", "memory", "merged", "none_before", "run"]
+__all__ = [
+    "Found",
+    "Module",
+    "gone_through",
+    "memory",
+    "memory_of",
+    "merged",
+    "none_before",
+    "run",
+]
 
 Found = Callable[[str], Past | None]
 """What there is of a module's first adapters."""
@@ -113,12 +122,12 @@ def merged(
 
 def memory(plan: Plan) -> int:
     """Bytes that the largest group of modules takes."""
-    state = max(_state(kind) for kind in set(plan.kinds.values()))
-    return max(state, STATE_BYTES) + COPIES * PART_BYTES
+    return memory_of((kind.m, kind.n) for kind in set(plan.kinds.values()))
 
 
-def _state(kind: Kind) -> int:
-    return state_bytes(kind.m) + state_bytes(kind.n) + 16 * kind.m * kind.n
+def memory_of(shapes: Iterable[tuple[int, int]]) -> int:
+    """`memory` of modules [m, n]."""
+    return max(STATE_BYTES, *(kept_bytes(m, n) for m, n in shapes)) + COPIES * PART_BYTES
 
 
 def _note(passes: int, gap: float) -> str:
@@ -142,7 +151,9 @@ def gone_through(
     has what modules keep; of these modules the others are read, and the first ones only where what
     is left to the optimum is above `tol`. share: of `tol`, at which they stop."""
     with Reader.opened(plan, budget) as reader:
-        shares = {name: _state(kind) / STATE_BYTES for name, kind in plan.kinds.items()}
+        shares = {
+            name: kept_bytes(kind.m, kind.n) / STATE_BYTES for name, kind in plan.kinds.items()
+        }
         for names in plan.groups(shares):
             yield from _of_group(reader, plan.only(names), work, order, known, before, share)
 

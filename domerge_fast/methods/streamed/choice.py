@@ -7,8 +7,9 @@ from typing import Any
 
 from ...adapters.plan import Kind
 from ...errors import OptionError
+from .descent import kept_bytes
 
-__all__ = ["AUTO", "DESCENTS", "STREAMED", "WHOLE", "streams"]
+__all__ = ["AUTO", "DESCENTS", "STREAMED", "WHOLE", "is_large", "streams"]
 
 AUTO, WHOLE, STREAMED = "auto", "whole", "streamed"
 DESCENTS = (AUTO, WHOLE, STREAMED)
@@ -33,12 +34,12 @@ def streams(options: Any, kinds: Iterable[Kind], hindrance: str | None) -> bool:
         return True
     if options.descent == WHOLE or hindrance:
         return False
-    return any(_whole_bytes(kind) > MOST_BYTES for kind in kinds)
+    return any(is_large(kind.rank, kind.m, kind.n) for kind in kinds)
 
 
-def _whole_bytes(kind: Kind) -> int:
-    """The factors and results of a module, and on both sides five copies of X in float32 where
-    there are more rows than columns, R x R matrices elsewhere."""
-    rank = kind.rank
-    descents = sum(20 * rank * d if rank > d else 48 * rank**2 for d in (kind.m, kind.n))
-    return descents + 6 * rank * (kind.m + kind.n)
+def is_large(rank: int, m: int, n: int) -> bool:
+    """Whether `AUTO` reads adapters of such a module in batches: by its factors and results, and on
+    both sides five copies of X in float32 where there are more rows than columns, R x R matrices
+    elsewhere; and whether less is kept of it then."""
+    descents = sum(20 * rank * d if rank > d else 48 * rank**2 for d in (m, n))
+    return descents + 6 * rank * (m + n) > max(MOST_BYTES, kept_bytes(m, n))

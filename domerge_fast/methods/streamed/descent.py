@@ -44,7 +44,7 @@ from ...backends.descent import NEGLIGIBLE
 from ...backends.factor_descent import mean_field
 from .sums import Kept, Sums
 
-__all__ = ["Descent", "Rule", "blocks", "state_bytes"]
+__all__ = ["Descent", "Rule", "blocks", "kept_bytes", "state_bytes"]
 
 INNER = 8
 """Times that an own block is put in its own equation. More of them let S swing where one adapter
@@ -60,6 +60,11 @@ ROUNDING = 1e-6
 def state_bytes(d: int) -> int:
     """What a descent keeps of one side [d, d], with what finding eigenvectors takes."""
     return 80 * d**2
+
+
+def kept_bytes(m: int, n: int) -> int:
+    """What is kept of a module while adapters are read."""
+    return state_bytes(m) + state_bytes(n) + 16 * m * n
 
 
 @dataclass(frozen=True)
