@@ -142,14 +142,19 @@ def apply(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
 
 
 def apply_decouple(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
-    """The product, and S a of every adapter for 16 rows of S, 8 of a and 32 columns at a time."""
+    """The product, and S a of every adapter for 32 rows of S, in the end also 16, 8 rows of a and
+    32 columns at a time."""
     rank = sum(ranks)
     size = fitting(rank, (16, 32, 64, 128, 256, 512))
     kernel = kernels[f"ApplyDecouple<BFloat16, {size}, true>"]
-    places = {"LDSM" in row: place for place, row in reversed([*enumerate(kernel["matrix"])])}
+    of_32, of_16 = (i for i, row in enumerate(kernel["matrix"]) if "LDSM" not in row)
     total = product(kernel, rank, min(size, 256) if size < 512 else 128, d)
-    steps = sum(up(r, 16) * up(r, 8) for r in ranks) * up(d, 32)
-    return total + stretch(kernel, "tf32", places[False]) * steps
+    for place, count in (
+        (of_32, sum((r + 15) // 32 * up(r, 8) for r in ranks)),
+        (of_16, sum(up(r, 8) for r in ranks if 0 < r % 32 <= 16)),
+    ):
+        total += stretch(kernel, "tf32", place) * (count * up(d, 32))
+    return total
 
 
 def block_gram(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:

@@ -34,22 +34,26 @@ struct Magnitudes {
             DOMERGE_UNROLL
             for (int j = 0; j < 4; ++j) mapped.of(lane)[j] = own.of(lane)[j] = 0.0f;
         });
+        int row = 0;
         DOMERGE_ROLLED
-        for (int row = 0; row < rank; row += 16) add_rows(s, rank, a, row);
+        for (; row + 16 < rank; row += 32) add_rows<4>(s, rank, a, row);
+        if (row < rank) add_rows<2>(s, rank, a, row);
         add_quads(mapped);
         add_quads(own);
     }
 
-    // Sixteen rows of S.
+    // Eight times kEights rows of S: what is read and split of the columns serves all of them.
+    template <int kEights>
     DOMERGE_DEVICE void add_rows(const float* s, int rank, float* a, int row) {
-        Sums16x8 sums[2][2];  // of 16 columns and 8 rows
+        Sums16x8 sums[2][kEights];  // of 16 columns and 8 rows
         DOMERGE_UNROLL
-        for (int i = 0; i < 4; ++i) clear(sums[i / 2][i % 2]);
-        const bool both = row + 8 < rank;
+        for (int i = 0; i < 2; ++i) DOMERGE_UNROLL
+        for (int j = 0; j < kEights; ++j) clear(sums[i][j]);
+        const bool all = row + 8 * (kEights - 1) < rank;
         DOMERGE_ROLLED
         for (int k = 0; k < rank; k += 8) {
             Parts<4> columns[2];
-            Parts<2> rows[2];
+            Parts<2> rows[kEights];
             lanes([&](int lane) {
                 each(a, rank, lane, k, [&](int i, int j, bool inside, const float* at) {
                     const float entry = inside ? *at : 0.0f;
@@ -57,22 +61,23 @@ struct Magnitudes {
                     if (row == 0) own.of(lane)[j] += entry * entry;
                 });
                 DOMERGE_UNROLL
-                for (int i = 0; i < 4; ++i) {
+                for (int i = 0; i < 2 * kEights; ++i) {
                     const int r = row + 8 * (i / 2) + lane / 4, c = k + 4 * (i % 2) + lane % 4;
                     rows[i / 2].put(lane, i % 2, r < rank && c < rank ? s[r * rank + c] : 0.0f);
                 }
             });
             DOMERGE_UNROLL
-            for (int i = 0; i < 4; ++i)
-                if (i % 2 == 0 || both)
-                    add_product(sums[i / 2][i % 2], columns[i / 2], rows[i % 2]);
+            for (int i = 0; i < 2; ++i) DOMERGE_UNROLL
+            for (int j = 0; j < kEights; ++j)
+                if (j < kEights - 1 || all) add_product(sums[i][j], columns[i], rows[j]);
         }
         lanes([&](int lane) {
             DOMERGE_UNROLL
-            for (int i = 0; i < 4; ++i) DOMERGE_UNROLL
+            for (int i = 0; i < 2; ++i) DOMERGE_UNROLL
+            for (int j = 0; j < kEights; ++j) DOMERGE_UNROLL
             for (int l = 0; l < 4; ++l) {
-                const float sum = sums[i / 2][i % 2].of(lane)[l];
-                mapped.of(lane)[i / 2 * 2 + l / 2] += sum * sum;
+                const float sum = sums[i][j].of(lane)[l];
+                mapped.of(lane)[i * 2 + l / 2] += sum * sum;
             }
         });
     }
