@@ -8,7 +8,8 @@ bytes; its products, with what tiles pad and with C in two parts; the instructio
 stretches with products, from tests/data/machine_code.json, of copies to shared memory and of sums
 added to others. Left out is what comes before and after a tile, the splitting of C and all waiting,
 so a kernel is slower than that.
-`orthogonalize` and `roots` wait for one number after another, of which such counts tell nothing.
+Of `orthogonalize` that is all but the products of three steps, at R up to 256, which its kernel
+takes. `roots` waits for one number after another, of which such counts tell nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ ISSUED = 132 * 4 * 1.755e9
 FORMATS = {"bfloat16": "BFloat16", "float32": "Float32"}
 HMMA_FLOPS = {"bfloat16": 16 * 8 * 16 * 2, "tf32": 16 * 8 * 8 * 2}
 DFMA_FLOPS = 64
+STEPS = 3
+"""Of a descent: docs/algorithm.md."""
+LARGEST = 256
+"""The largest R that a kernel descends on."""
 WARPS = 8
 """Of a block."""
 COPY_BYTES, COPY_INSTRUCTIONS = 512, 15
@@ -168,9 +173,30 @@ def block_gram(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
     return Cost(products * DFMA_FLOPS / FLOAT64_UNITS, products * loop["all"] / loop["DFMA"])
 
 
+def orthogonalize(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
+    """STEPS steps: three whole products and one up to the diagonal, which issues as many
+    instructions; of the first step one of each (SquareProduct in csrc/cuda/square_product.h)."""
+    rank = sum(ranks)
+    size = fitting(rank, (16, 32, 64, 96, 128, 192, 256))
+    rows, columns = {16: (1, 1), 32: (1, 2)}.get(size, (2, 4))  # the grid of warps
+    region = size if size <= 128 else 64
+    tiles = [
+        columns * n < 2 * rows * (m + 1) + begin // 8
+        for begin in range(0, size, region)
+        for m in range(region // (16 * rows))
+        for n in range(size // (8 * columns))
+    ]
+    one = stretch(kernels[f"Descent<{size}>"], "tf32") * (
+        rows * columns * size // region * up(rank, 8)
+    )
+    half = Cost(one.units * sum(tiles) / len(tiles), one.instructions)
+    return one * (3 * STEPS - 2) + half * STEPS
+
+
 OPS: Sequence[tuple[str, torch.dtype, Callable[[Kernels, Sequence[int], int], Cost]]] = (
     ("gram", torch.bfloat16, gram),
     ("gram", torch.float32, partial(gram, dtype="float32")),
+    ("orthogonalize", torch.float32, orthogonalize),
     ("apply", torch.bfloat16, apply),
     ("block_gram", torch.bfloat16, block_gram),
     ("apply_decouple", torch.bfloat16, apply_decouple),
@@ -187,14 +213,19 @@ def sides(workload: Workload, op: str) -> Iterator[tuple[tuple[int, ...], int, i
     kinds: Counter[tuple[tuple[int, ...], int]] = Counter()
     for shape in workload.modules:
         own = tuple(ranks[shape.name])
-        lengths = {"gram": (shape.n, shape.m), "apply_decouple": (shape.n,)}.get(op, (shape.m,))
-        kinds.update((own, d) for d in lengths)
+        both = (shape.n, shape.m)
+        lengths = {"gram": both, "orthogonalize": both, "apply_decouple": (shape.n,)}
+        kinds.update((own, d) for d in lengths.get(op, (shape.m,)))
     for (own, d), count in kinds.items():
+        if op == "orthogonalize" and sum(own) > LARGEST:
+            continue
         if sum(own) <= d or op == "block_gram":
             yield own, d, count
 
 
 def least_work(op: str, dtype: torch.dtype, ranks: tuple[int, ...], d: int) -> Work:
+    if op == "orthogonalize":
+        return bounds.orthogonalize([sum(ranks)], [STEPS])
     x = problem(ranks, d, dtype)
     if op in ("gram", "block_gram"):
         return getattr(bounds, op)([x])
@@ -222,7 +253,7 @@ def row(
     slowest = max(takes, key=lambda name: takes[name])
     numbers = " | ".join(f"{1e3 * seconds:.3f}" for seconds in takes.values())
     share = f"{min(1.0, bound / takes[slowest]):.0%}"
-    name = f"`{op}`" + (", float32" if dtype == torch.float32 else "")
+    name = f"`{op}`" + (", float32" if op == "gram" and dtype == torch.float32 else "")
     return f"| {workload.name} | {name} | {1e3 * bound:.3f} ({limit}) | {numbers} | {share} |"
 
 
@@ -233,7 +264,12 @@ def table() -> str:
         "| workload | op | least, ms | bytes | products | instructions | share at best |",
         "|---|---|---|---|---|---|---|",
     ]
-    rows = (row(WORKLOADS[name], *op, kernels) for name in CHOSEN for op in OPS)
+    rows = [
+        row(WORKLOADS[name], *op, kernels)
+        for name in CHOSEN
+        for op in OPS
+        if next(sides(WORKLOADS[name], op[0]), None)
+    ]
     return "\n".join([*head, *rows])
 
 

@@ -244,6 +244,15 @@ def test_grams_of_parts_count_three_products_of_every_block_up_to_the_diagonal()
     assert cost.instructions == 10 * 10 * blocks + tiles / 512 * 15
 
 
+def test_descents_count_what_is_made_of_their_products():
+    kernels = {f"Descent<{k}>": {"matrix": [{"all": 99, "HMMA": 48}]} for k in (128, 256)}
+    cost = gpu_model.orthogonalize(kernels, (60, 60), 900)
+    assert cost.units * 494e12 == pytest.approx(3 * 2 * 128 * 128 * 120 * (7 + 3 * 10 / 16))
+    assert cost.instructions == 99 * 8 * 15 * 10
+    cost = gpu_model.orthogonalize(kernels, (200,), 900)
+    assert cost.units * 494e12 == pytest.approx(3 * 2 * 256 * 256 * 200 * (7 + 3 * 36 / 64))
+
+
 # Rivals
 
 MIXED = Workload(

@@ -71,6 +71,22 @@ def test_grams_of_float32_take_three_products_of_parts():
             assert 2 * sum(kind in way for way in row["matrix"]) == len(products), name
 
 
+def test_descents_take_three_products_of_parts():
+    """Operands along their rows, and down their columns: a number takes a load and three
+    instructions that split it, a block of 16 x 8 three products."""
+    for (_, name), row in rows("orthogonalize").items():
+        blocks = {16: (1, 2), 32: (2, 2), 64: (2, 2), 96: (3, 3), 128: (4, 4), 192: (2, 6)}
+        m, n = blocks.get(int(name[8:-1]), (2, 8))
+        hmma, loads, every = (
+            sum(part.get(kind, 0) for part in row["matrix"]) for kind in ("HMMA", "LDS32", "all")
+        )
+        ways, rest = divmod(hmma, 3 * m * n)  # a way may be in several stretches
+        assert ways >= 2, name
+        assert rest == 0, name
+        assert loads == ways * (4 * m + 2 * n), name
+        assert every <= 4 * loads + hmma + 60 * ways, name
+
+
 def test_products_of_16_bit_factors_are_made_on_tensor_cores_and_stored_in_whole_vectors():
     for (_, name), row in rows("apply").items():
         if not name.startswith("TensorApply"):

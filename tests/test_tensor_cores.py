@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import test_ops
 import torch
-from support.close import assert_within
+from support.close import assert_close, assert_within
 from support.shapes import CASES, SIDES, exact, random_case
 from test_cuda_on_host import inside, run_both_ways
 from torch import Tensor
 
 from domerge_fast import ops
 from domerge_fast.algebra.side import Side
+from domerge_fast.backends import reference
 from domerge_fast.backends.gpu import host
 
 pytestmark = [inside, pytest.mark.usefixtures("nan_poison")]
@@ -203,6 +205,23 @@ def test_magnitudes_have_the_accuracy_of_float32(bits):
     """S a of float32 is made on tensor cores too, in parts of TF32."""
     for result, right, change in decoupled(torch.float32, torch.float32, moved=False):
         assert_within(result, right, change, 5e-7)
+
+
+DESCENTS = [[8, 8], [20, 10], [16] * 4, [40, 50], [16] * 8, [90, 70], [120, 90]]
+"""Ranks of the adapters, for each size that R is padded to."""
+
+
+@pytest.mark.parametrize("ranks", DESCENTS, ids=sum)
+def test_descents_are_within_a_fifth(ranks, bits):
+    """Two steps, in which all products are made: each adapter's factors, and the objective."""
+    x = exact(random_case(ranks, 300, 300, 5).rows())
+    x = [block + 0.3 * x[0].abs().mean() for block in x]
+    expected, (_, *objectives, _, _) = reference.descend(x, "squared", 1.0, 2, 0.0)
+    found, (steps, *reached, _, _), _ = test_ops.descend(x, "cuda", steps=2, tol=0.0)
+    assert steps == 2
+    for result, right, block in zip(found, expected, x, strict=True):
+        assert_close(result, right, ALLOWED, float(block.norm()))
+    assert reached == pytest.approx(objectives, rel=ALLOWED)
 
 
 def test_no_rank_is_left_to_library_calls(monkeypatch):
