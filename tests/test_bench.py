@@ -24,6 +24,7 @@ from domerge_fast.bench.bounds import Rates, Work
 from domerge_fast.bench.command import bench
 from domerge_fast.bench.workloads import WORKLOADS, Member, Shape, Workload
 from domerge_fast.cli import main as cli
+from domerge_fast.cli import streams
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Chosen, Settings
 from domerge_fast.methods.do import DoOptions
@@ -332,6 +333,7 @@ def test_a_part_of_sdxl_loads_and_merges(tmp_path):
 
 def test_bench_measures_and_writes_every_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(streams, "width", lambda: 200)  # no name is wrapped, whatever took long
     line = (
         "bench --workload llama-tiny --modules 3 --save-json f.json --plot f.png --profile f.trace"
     )
