@@ -234,23 +234,17 @@ def test_products_count_with_two_parts_and_what_tiles_pad():
     )
 
 
-def test_grams_of_parts_count_three_products_of_every_block_up_to_the_diagonal():
-    ways = [{"all": 10, "HMMA": 6, kind: 1} for kind in ("LDS32", "LDSM") for _ in range(4)]
-    kernels = {"Gram<Float32, 128>": {"matrix": ways}}
-    for rank, blocks in ((128, 36), (200, 2 * 36 + 64)):
+def test_grams_of_parts_count_three_products_of_every_square_up_to_the_diagonal():
+    """Squares of 32 x 32, two of which a warp makes at once, and of 32 columns."""
+    both = [{"all": 400, "HMMA": 192}] * 2
+    kernels = {"Gram<Float32, 128>": {"matrix": [*both, *({**x, "HMMA": 96} for x in both)]}}
+    for rank, squares, tiles in ((128, 10, 1), (200, 2 * 10 + 16, 3)):
         cost = gpu_model.gram(kernels, (rank,), 80, "float32")
-        assert cost.units * 494e12 == pytest.approx(3 * 2 * 16 * 16 * 80 * blocks)
-    tiles = 128 * 80 * 4 * (1 + 1 + 2)
-    assert cost.instructions == 10 * 10 * blocks + tiles / 512 * 15
-
-
-def test_descents_count_what_is_made_of_their_products():
-    kernels = {f"Descent<{k}>": {"matrix": [{"all": 99, "HMMA": 48}]} for k in (128, 256)}
-    cost = gpu_model.orthogonalize(kernels, (60, 60), 900)
-    assert cost.units * 494e12 == pytest.approx(3 * 2 * 128 * 128 * 120 * (7 + 3 * 10 / 16))
-    assert cost.instructions == 99 * 8 * 15 * 10
-    cost = gpu_model.orthogonalize(kernels, (200,), 900)
-    assert cost.units * 494e12 == pytest.approx(3 * 2 * 256 * 256 * 200 * (7 + 3 * 36 / 64))
+        assert cost.units * 494e12 == pytest.approx(3 * 2 * 32 * 32 * 96 * squares)
+        rest = gpu_model.added(64) * (3 * tiles)
+        rest += gpu_model.copies(128 * 80 * (1 if tiles == 1 else 4), 4)
+        steps = 4 + 2 if tiles == 1 else 2 * (4 + 2) + 8
+        assert cost.instructions == pytest.approx(3 * 400 * steps + rest.instructions)
 
 
 # Rivals
