@@ -7,6 +7,7 @@ import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,10 @@ from domerge_fast.formats import load
 from domerge_fast.methods.steps import POST, PRE
 from domerge_fast.sessions.sequential import Sequential
 from domerge_fast.storage import buffers, input_file
+from domerge_fast.storage.gguf_file import GgufFile
 from domerge_fast.storage.input_file import InputFile
-from domerge_fast.storage.safetensors_file import read_group
+from domerge_fast.storage.pickle_file import load as load_pickle
+from domerge_fast.storage.safetensors_file import SafetensorsFile, read_group
 
 NAMES = [f"layers.{i}.q_proj" for i in range(6)]
 SHAPES = dict.fromkeys(NAMES, (24, 32))
@@ -100,6 +103,44 @@ def test_an_input_that_changes_while_it_is_merged(change, method, at, pair, tmp_
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("change", ["shrunk", "rewritten"])
+def test_factors_of_a_file_that_changes_while_they_are_read(change, pair, monkeypatch):
+    adapter, fill = load(pair[0]), InputFile.fill
+
+    def spoiling(self: InputFile, *arguments: Any) -> None:
+        CHANGES[change][0](pair[0])
+        fill(self, *arguments)
+
+    monkeypatch.setattr(InputFile, "fill", spoiling)
+    with pytest.raises(AdapterError, match="changed since it was loaded"):
+        adapter.factors(NAMES[0])
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".bin", ".gguf"])
+def test_a_file_that_shrinks_while_it_is_opened(kind, tmp_path, monkeypatch):
+    """What is left looks damaged in a way of its own for each format."""
+    path = tmp_path / f"adapter_model{kind}"
+    path.write_bytes(b"\xff" * 900)
+    compare = InputFile._compare
+
+    def spoiling(self: InputFile, found: os.stat_result) -> None:
+        compare(self, found)
+        os.truncate(path, 4)
+
+    monkeypatch.setattr(InputFile, "_compare", spoiling)
+
+    def refuse(problem: str, remedy: str) -> AdapterError:
+        return AdapterError(path.name, None, problem, remedy)
+
+    read: Callable[[], object] = {
+        ".safetensors": lambda: SafetensorsFile(path, refuse).tensors(),
+        ".bin": lambda: load_pickle(InputFile(path, refuse)),
+        ".gguf": lambda: GgufFile(path, refuse).read_header(),
+    }[kind]
+    with pytest.raises(AdapterError, match="changed since it was loaded"):
+        read()
 
 
 def test_a_survey_of_an_input_that_changes(pair, monkeypatch):

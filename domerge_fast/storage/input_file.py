@@ -56,12 +56,20 @@ class InputFile:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor; when the block ends without an error, all it read was of one file."""
+        """A descriptor; when the block ends without an error, all it read was of one file.
+
+        Where the block refuses what it read and the file has changed meanwhile, that it changed is
+        what is said: half of a new file and half of an old one look damaged.
+        """
         file = self._open()
         try:
             try:
                 self._compare(os.fstat(file))
-                yield file
+                try:
+                    yield file
+                except DomergeError:
+                    self._compare(os.fstat(file))
+                    raise
                 self._compare(os.fstat(file))
             finally:
                 os.close(file)
