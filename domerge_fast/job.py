@@ -114,7 +114,7 @@ class Job:
         why = "asked for"
         if asked.backend == AUTO:
             forced = os.environ.get(registry.ENVIRONMENT)
-            why = f"{registry.ENVIRONMENT} names it" if forced else "the first that runs there"
+            why = f"{registry.ENVIRONMENT} names it" if forced else "by evidence (docs/kernels.md)"
         LOG.info("backend %s on %s: %s", backend, budget.device, why)
         features = _features(asked)
         names = tuple(a.name for a in loaded)

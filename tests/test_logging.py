@@ -35,7 +35,7 @@ def test_a_found_scale_is_seen_to_go_through_twice(caplog):
     dm.merge(adapters(CASES), "do")
     texts = [record.getMessage() for record in caplog.records]
     assert any("2 modules looked at" in text for text in texts)
-    assert any(text.endswith("the first that runs there") for text in texts)
+    assert any(text.endswith("by evidence (docs/kernels.md)") for text in texts)
 
 
 def test_groups_are_not_logged_at_level_info(caplog):

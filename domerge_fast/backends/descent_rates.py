@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .registry import load
+from .registry import AUTO, load
 
 __all__ = ["CPU", "LEAST", "STEPS", "TORCH", "CpuRates", "Rates", "on_factors", "seconds"]
 
@@ -53,10 +53,10 @@ TORCH = Rates(52, 120, 58)
 def on_factors(rank: int, d: int, backend: str, tol: float) -> bool:
     """Whether a side [R, d] descends on its factors, for the squared penalty: always where R > d,
     as R x R matrices would be larger than the factors; else where that takes less time. A backend
-    that has no `descent_rates(rank, d, tol)` descends on R x R matrices there."""
+    that has no `descent_rates(rank, d, tol)`, or "auto", descends on R x R matrices there."""
     if rank > d:
         return True
-    known = getattr(load(backend), "descent_rates", None)
+    known = None if backend == AUTO else getattr(load(backend), "descent_rates", None)
     if known is None or rank < LEAST:
         return False
     squares, factors = seconds(rank, d, known(rank, d, tol))

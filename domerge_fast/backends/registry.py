@@ -1,7 +1,8 @@
 """Which backends there are, which can run here, and why not.
 
 A backend is a module with one function an op (`OPS`), all with the same signatures. One asked
-for by name that cannot run is an error; only "auto" chooses, and takes the first of the table.
+for by name that cannot run is an error; only "auto" chooses, by op and dtype, the one with the
+strongest evidence (evidence.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from types import ModuleType
 
 import torch
@@ -19,8 +21,11 @@ import torch
 from .. import options
 from ..errors import OptionError
 from ..registry import Registry, usable
+from .evidence import ranked
 
 __all__ = [
+    "AUTO",
+    "DTYPES",
     "ENVIRONMENT",
     "OPS",
     "TABLE",
@@ -49,6 +54,9 @@ OPS = (
     "entry_sums",
     "entry_merge",
 )
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""Of what ops read."""
+AUTO = "auto"
 ENVIRONMENT = "DOMERGE_BACKEND"
 INSTRUCTIONS = "DOMERGE_CPU_ISA"
 
@@ -186,7 +194,7 @@ def check_environment() -> None:
     """OptionError where a variable of the environment asks for what there is not."""
     name = os.environ.get(ENVIRONMENT)
     if name and name not in TABLE:
-        options.choose(ENVIRONMENT, name, ["auto", *TABLE])
+        options.choose(ENVIRONMENT, name, [AUTO, *TABLE])
     wanted = os.environ.get(INSTRUCTIONS)
     if wanted and not _extension_missing():
         known = importlib.import_module("domerge_fast._C").isas()
@@ -203,22 +211,32 @@ def backends() -> dict[str, BackendStatus]:
     }
 
 
-def choose(name: str, device_type: str) -> str:
-    """The name of the backend to use on a device; "auto" takes the fastest that can run.
+def choose(
+    name: str, device_type: str, op: str | None = None, dtype: torch.dtype | None = None
+) -> str:
+    """The name of the backend to use on a device: of what can run there, "auto" takes the one with
+    the strongest evidence for an op on a dtype. For no op in particular, it is the one that all ops
+    take, or "auto" where they differ.
 
     Raises OptionError for an unknown name, or for one that cannot run here.
     """
     check_environment()
-    name = name if name != "auto" else os.environ.get(ENVIRONMENT) or "auto"
-    if name == "auto":
-        rows = (row for row in TABLE.values() if _runs_on(row, device_type))
-        return next(row.name for row in rows if not row.why_not())
+    name = name if name != AUTO else os.environ.get(ENVIRONMENT) or AUTO
+    if name == AUTO:
+        pairs = product(OPS, DTYPES) if op is None else [(op, dtype or torch.float32)]
+        orders = {ranked(device_type, *pair) for pair in pairs}
+        found = {next(x for x in order if _can_run(TABLE[x], device_type)) for order in orders}
+        return found.pop() if len(found) == 1 else AUTO
     if name in TABLE and not _runs_on(TABLE[name], device_type):
         where = " or ".join(TABLE[name].devices())
         raise OptionError(
             "backend", f"{name!r} runs on {where}, not on {device_type}", "use 'torch' there"
         )
-    return TABLE.choose("backend", name, besides=["auto"]).name
+    return TABLE.choose("backend", name, besides=[AUTO]).name
+
+
+def _can_run(row: Backend, device_type: str) -> bool:
+    return _runs_on(row, device_type) and not row.why_not()
 
 
 def _runs_on(row: Backend, device_type: str) -> bool:

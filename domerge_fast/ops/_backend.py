@@ -19,18 +19,33 @@ T = TypeVar("T")
 
 
 def implementation(
-    backend: str, things: Sequence[Tensor | Side], *others: Sequence[Tensor | Side | None] | None
+    name: str,
+    backend: str,
+    things: Sequence[Tensor | Side],
+    *others: Sequence[Tensor | Side | None] | None,
 ) -> Any:
-    """What runs an op on these: a backend's module, which takes sides of several modules or is
-    given one at a time; of nothing, any makes nothing. others: what else the op reads. ValueError
-    where that is not all on one device: kernels are handed addresses, which tell nothing of it."""
+    """What runs the op of this name on these: a backend's module, which takes sides of several
+    modules or is given one at a time; of nothing, any makes nothing. others: what else the op
+    reads. ValueError where that is not all on one device: kernels are handed addresses, which tell
+    nothing of it."""
     devices = {x.device for group in (things, *others) if group for x in group if x is not None}
     if len(devices) > 1:
         first, second, *_ = sorted(map(str, devices))
         raise ValueError(f"tensors on {first} and on {second} in one call; bring all to one device")
-    name = registry.choose(backend, things[0].device.type) if things else "torch"
-    module = registry.load(name)
+    if not things:
+        backend = "torch"
+    elif backend == registry.AUTO:
+        backend = registry.choose(backend, things[0].device.type, name, _dtype(things))
+    else:
+        backend = registry.choose(backend, things[0].device.type)
+    module = registry.load(backend)
     return module if getattr(module, "BATCHES", False) else Singly(module)
+
+
+def _dtype(things: Sequence[Tensor | Side]) -> torch.dtype:
+    """That of all of them; float32 where they differ, as that is what kernels bring them to."""
+    found = {x.dtype for y in things for x in ([y] if isinstance(y, Tensor) else y.blocks)}
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def op(function: Callable[P, T]) -> Callable[P, T]:

@@ -33,4 +33,6 @@ def apply(
         lead, of_modules = ((), "") if count is None else ((count,), f"{count}, ")
         if len(shape) != len(lead) + 2 or (*shape[:-2], shape[-1]) != (*lead, rank):
             raise ValueError(f"C must be [{of_modules}K, {rank}], got {tuple(shape)}")
-    return implementation(backend, problems, coefficients).apply(coefficients, problems, out_dtype)
+    return implementation("apply", backend, problems, coefficients).apply(
+        coefficients, problems, out_dtype
+    )

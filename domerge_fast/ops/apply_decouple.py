@@ -46,7 +46,7 @@ def apply_decouple(
     for ranks, size, count in {(p.ranks, k.shape[-1], len(w)) for p, k, w in rows}:
         if size != squares(ranks) or count != len(ranks):
             raise ValueError(f"blocks or omegas do not fit the ranks {ranks}")
-    module = implementation(backend, problems, coefficients, blocks, full)
+    module = implementation("apply_decouple", backend, problems, coefficients, blocks, full)
     a, norms = module.apply_decouple(
         coefficients, problems, blocks, omegas, scale, out_dtype, full or None
     )

@@ -36,4 +36,4 @@ def block_products(
                     f"a matrix of {tuple(shape)} does not fit the ranks {tuple(ranks)}"
                 )
     things = [m for side in (x, y) for m in ([side] if isinstance(side, Tensor) else side)]
-    return implementation(backend, things).block_products(x, y, ranks)
+    return implementation("block_products", backend, things).block_products(x, y, ranks)

@@ -30,7 +30,7 @@ def entry_counts(
     _check(a, b)
     if prefixes is not None and len(prefixes) != len(a.blocks):
         raise ValueError(f"{len(prefixes)} prefixes for {len(a.blocks)} adapters")
-    return implementation(backend, [a, b]).entry_counts(a, b, prefixes)
+    return implementation("entry_counts", backend, [a, b]).entry_counts(a, b, prefixes)
 
 
 @op
@@ -43,7 +43,7 @@ def entry_sums(
     """
     _check(a, b)
     _check_rule(a, trims, draw)
-    return implementation(backend, [a, b]).entry_sums(a, b, trims, draw)
+    return implementation("entry_sums", backend, [a, b]).entry_sums(a, b, trims, draw)
 
 
 @op
@@ -63,7 +63,7 @@ def entry_merge(
     if len(weights) != len(a.blocks):
         raise ValueError(f"{len(weights)} weights for {len(a.blocks)} adapters")
     _check_rule(a, trims, draw)
-    module = implementation(backend, [a, b])
+    module = implementation("entry_merge", backend, [a, b])
     return module.entry_merge(a, b, trims, weights, election, draw, scale)
 
 

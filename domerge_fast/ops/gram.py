@@ -19,7 +19,7 @@ def gram(
 ) -> list[Tensor]:
     """X X^T [R, R] of every problem, in `dtype` (float32 or float64: products and sums too);
     [P, R, R] for a side of P modules."""
-    return implementation(backend, problems).gram(problems, dtype)
+    return implementation("gram", backend, problems).gram(problems, dtype)
 
 
 @op
@@ -30,4 +30,4 @@ def block_gram(problems: Sequence[Side], *, backend: str = "auto") -> list[Tenso
     Row-major blocks one after the other. Column magnitudes are square roots of quadratic forms
     in K_i, which would lose half their digits to a float32 Gram.
     """
-    return implementation(backend, problems).block_gram(problems)
+    return implementation("block_gram", backend, problems).block_gram(problems)

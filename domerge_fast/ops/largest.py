@@ -19,11 +19,11 @@ def largest(tensors: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
 
     By comparison of bits, each tensor read once: the same whatever the order.
     """
-    return implementation(backend, tensors).largest(tensors)
+    return implementation("largest", backend, tensors).largest(tensors)
 
 
 @op
 def block_largest(problems: Sequence[Side], *, backend: str = "auto") -> Tensor:
     """`largest` of every block of the problems, of one module after the other; scales are left
     out."""
-    return implementation(backend, problems).block_largest(problems)
+    return implementation("block_largest", backend, problems).block_largest(problems)

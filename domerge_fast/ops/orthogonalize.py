@@ -42,7 +42,7 @@ def orthogonalize(
     for shape, r in {(g.shape, tuple(r)) for g, r in zip(grams, ranks, strict=True)}:
         if shape[-2:] != (sum(r), sum(r)) or len(shape) > 3 or min(r) < 1:
             raise ValueError(f"a Gram of {tuple(shape)} does not fit the ranks {r}")
-    module = implementation(backend, grams)
+    module = implementation("orthogonalize", backend, grams)
     c, stats = module.orthogonalize(grams, ranks, penalty, gamma, steps, tol)
     return c, stats
 
@@ -65,6 +65,6 @@ def orthogonalize_factors(
     `orthogonalize`, but that the energy is the objective's, sum_{i != j} ||X_i X_j^T||^2 over
     ||X_i|| ||X_j||, and the share of ||Xhat - X||^2 that is numbers times the X_i.
     """
-    module = implementation(backend, problems)
+    module = implementation("orthogonalize_factors", backend, problems)
     x, stats = module.orthogonalize_factors(problems, gamma, steps, tol)
     return x, stats

@@ -34,5 +34,5 @@ def truncate(
     for a, b in pairs:
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
             raise ValueError(f"A {tuple(a.shape)} and B {tuple(b.shape)} do not multiply as B A")
-    module = implementation(backend, [x for pair in pairs for x in pair])
+    module = implementation("truncate", backend, [x for pair in pairs for x in pair])
     return module.truncate(pairs, rank, energy, out_dtype)
