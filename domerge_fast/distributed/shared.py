@@ -42,6 +42,7 @@ class SharedPass:
         store = PrefixStore(name, group.store)
         self._claims = Claims(store, costs, journal.known(name))
         self._count, self._beside, self._reads = len(costs), beside, reads
+        self._own: dict[int, tuple[Any, Any]] = {}
         self._taken: dict[int, float] = {}
         self._longest: float | None = None
         self.beside: list[tuple[Unit, Any]] = []
@@ -55,14 +56,17 @@ class SharedPass:
             yield self._each(self._claims.again(late, turn))
 
     def done(self, unit: int, found: Any) -> None:
-        self._journal.put(self._name, unit, (found, self._beside((self._name, unit))))
+        entry = found, self._beside((self._name, unit))
+        self._journal.put(self._name, unit, entry)
         self._claims.done(unit)
+        if self._reads:
+            self._own[unit] = entry
         took = time.monotonic() - self._taken[unit]
         self._longest = max(took, self._longest or 0.0)
 
     def results(self) -> Iterator[Any]:
         for unit in range(self._count) if self._reads else ():
-            found, beside = self._journal.get(self._name, unit)
+            found, beside = self._own.get(unit) or self._journal.get(self._name, unit)
             self.beside.append(((self._name, unit), beside))
             yield found
 

@@ -177,6 +177,10 @@ class FileTensor:
     begin: int
     nbytes: int
 
+    def __reduce__(self) -> tuple[type[FileTensor], tuple[object, ...]]:
+        """By its fields alone: faster than a dataclass by itself, where there are thousands."""
+        return FileTensor, (self.file, self.dtype, self.shape, self.begin, self.nbytes)
+
     def read(self) -> torch.Tensor:
         return self.file.read(self.begin, self.dtype, self.shape)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,10 +33,30 @@ def told(merged: dm.Merged) -> dict[str, Any]:
 
 @contextmanager
 def store() -> Iterator[int]:
-    """The port of a store, which lives as long as the block: the agent's of torchrun."""
-    server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    yield server.port
-    del server
+    """The port of a store, which lives as long as the block: the agent's of torchrun.
+
+    It has a process of its own. Its threads look up names; a process forked from here while one of
+    them holds a lock of the C library would wait for that lock for ever.
+    """
+    reading, writing = os.pipe()
+    parent = os.getpid()
+
+    def serve() -> int:
+        server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        os.write(writing, f"{server.port}\n".encode())
+        while os.getppid() == parent:
+            time.sleep(1)
+        return 0
+
+    pid = child(serve)
+    os.close(writing)
+    with os.fdopen(reading) as told:
+        port = int(told.readline())
+    try:
+        yield port
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
 def start(
