@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from ..engine import streamed as engine
 from ..engine.progress_bar import shown
 from ..engine.streamed_module import Past
 from ..errors import AdapterError, OptionError, OutputError
-from ..job import Job, Progress, versions
+from ..job import Job, Progress
 from ..merged import Merged
 from ..parts import Part
 from ..reading import opened
@@ -37,16 +36,10 @@ from ..storage.stream import SafetensorsWriter
 from . import disk
 from .making import asked_of
 from .sources import listed, loaded, place
+from .streamed_state import STREAMED, Addition, StreamedState
 
 __all__ = ["Addition", "Streamed"]
 
-STREAMED = disk.Kind(
-    "streamed",
-    "streamed merge",
-    "check the path, or start one there",
-    "start again",
-    "streamed.json",
-)
 ROOM = 0.1
 """Of `tol`: where descents stop, so that adapters can follow before it is reached."""
 _SIDE = ("norms", "numbers", "sums", "diagonal")
@@ -55,61 +48,10 @@ FIELDS = (*(f"{side}.{field}" for side in "ab" for field in _SIDE), *_MODULE)
 """Of `Past.tensors`."""
 
 
-@dataclass(frozen=True)
-class Addition:
-    """Of adapters that were added at once. again: modules of which those before were read, too.
-    passes: at most, of a descent. left: to its optimum, at most, as estimated, as a share of f."""
-
-    adapters: int
-    again: int
-    passes: int
-    left: float
-
-
-@dataclass(frozen=True)
-class _State:
-    """What the folder says beside the tensors. modules: how many adapters each has."""
-
-    recipe: Recipe
-    adapters: tuple[Mapping[str, Any], ...] = ()
-    modules: Mapping[str, int] = field(default_factory=dict)
-    additions: tuple[Addition, ...] = ()
-
-    def write(self, fresh: Path) -> None:
-        plain = {
-            "versions": versions(),
-            "recipe": self.recipe.plain(),
-            "adapters": self.adapters,
-            "modules": self.modules,
-            "additions": [dataclasses.asdict(x) for x in self.additions],
-        }
-        disk.seal(STREAMED, fresh, plain)
-
-    @classmethod
-    def read(cls, folder: Path) -> _State:
-        """OptionError unless a streamed merge is there."""
-        plain = disk.read(STREAMED, folder)
-        try:
-            adapters, modules = plain["adapters"], plain["modules"]
-            known = [(x["name"], x["place"], {**x["files"]}) for x in adapters]
-            found = cls(
-                Recipe.of_plain(plain["recipe"]),
-                tuple(adapters),
-                {name: int(count) for name, count in modules.items()},
-                tuple(Addition(**x) for x in plain["additions"]),
-            )
-            if len(found.recipe.weights or ()) != len(known) or bool(known) != bool(modules):
-                raise ValueError("adapters, weights and modules do not go together")
-        except (KeyError, TypeError, ValueError, AttributeError, OptionError) as error:
-            problem = f"{disk.STATE} is damaged ({type(error).__name__}: {error})"
-            raise disk.refusing(folder)(problem, STREAMED.remedy) from error
-        return found
-
-
 class Streamed:
     """The merge in a folder; from `start` or `open`."""
 
-    def __init__(self, folder: Path, state: _State) -> None:
+    def __init__(self, folder: Path, state: StreamedState) -> None:
         self.folder = folder
         self._state = state
 
@@ -136,7 +78,7 @@ class Streamed:
         given = {"method": "do", "descent": "streamed", "base_model": base_model, "whole": whole}
         recipe = Recipe.make(**given, report="norms", **method_options)
         recipe.chosen.method.streams(recipe.chosen, (), None)
-        made = cls(options.folder("folder", folder), _State(recipe))
+        made = cls(options.folder("folder", folder), StreamedState(recipe))
         with whole_output(made.folder, disk.replacing(overwrite, force)) as fresh:
             made._state.write(fresh)
         return made
@@ -145,7 +87,7 @@ class Streamed:
     def open(cls, folder: str | os.PathLike[str]) -> Streamed:
         """The merge that was started in this folder, with all that was added. OptionError."""
         path = options.folder("folder", folder)
-        return cls(path, _State.read(path))
+        return cls(path, StreamedState.read(path))
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -192,7 +134,7 @@ class Streamed:
             addition = self._grow(job, state, fresh, progress)
             names = [x.name for x in job.plan.adapters[len(known) :]]
             job.check_inputs()
-            state = _State(
+            state = StreamedState(
                 recipe,
                 (*state.adapters, *listed(names, places, new)),
                 {name: len(job.plan.owners[name]) for name in job.plan.names},
@@ -224,9 +166,9 @@ class Streamed:
         path = options.folder("output", output)
         return self._job(scale, asked).written(path, overwrite, force)
 
-    def _current(self) -> _State:
+    def _current(self) -> StreamedState:
         """What the folder holds now. OutputError if that is not this merge any more."""
-        state, known = _State.read(self.folder), self._state
+        state, known = StreamedState.read(self.folder), self._state
         count = len(known.adapters)
         first = (state.recipe.weights or ())[:count] or None
         same = dataclasses.replace(state.recipe, weights=first)
@@ -235,7 +177,7 @@ class Streamed:
         problem = "was started anew by someone else, and is as they left it"
         raise OutputError(str(self.folder), problem, "open it again, then add once more")
 
-    def _grow(self, job: Job, state: _State, fresh: Path, progress: Progress) -> Addition:
+    def _grow(self, job: Job, state: StreamedState, fresh: Path, progress: Progress) -> Addition:
         """Write what is kept of every module, with the adapters of the job that are new."""
         part, plan = _part(job), job.plan
         known, again, passes, left = len(state.adapters), 0, 0, 0.0
@@ -259,7 +201,7 @@ class Streamed:
                 show(done, len(plan.names))
         return Addition(len(plan.adapters) - known, again, passes, left)
 
-    def _past(self, job: Job, state: _State, part: Part) -> engine.Found:
+    def _past(self, job: Job, state: StreamedState, part: Part) -> engine.Found:
         """What there is of a module. OptionError where the adapters that are new make others of
         the modules."""
         refuse, known = disk.refusing(self.folder), len(state.adapters)
@@ -314,7 +256,7 @@ class Streamed:
         return dataclasses.replace(job, parts=(done,), notes=(*job.notes, note))
 
 
-def _loaded(state: _State) -> Sequence[Adapter]:
+def _loaded(state: StreamedState) -> Sequence[Adapter]:
     return loaded(state.adapters, "added", "add")
 
 
