@@ -229,7 +229,7 @@ class Job:
         with shown(progress, total) as show, torch.no_grad():
             before = 0
             for part in self.parts:
-                tell = _shifted(show, before, total)
+                tell = show if len(self.parts) == 1 else _shifted(show, before, total)
                 self._log(part)
                 outcome = part.run(self.budget, sums, sink, to_host, tell, self.verify, passes)
                 stacks += outcome.modules

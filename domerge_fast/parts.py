@@ -139,7 +139,7 @@ def _part(
         rule=rule,
         calibrated=calibrated,
         alone=alone,
-        streamed=chosen.method.streams(chosen, set(plan.kinds.values()), _hindrance(asked)),
+        streamed=chosen.method.streams(chosen, plan.every_kind, _hindrance(asked)),
     )
     if work.restores_norms:
         said.append("auto: every module has the norm that it had before the cut")

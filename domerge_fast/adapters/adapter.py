@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -234,12 +234,25 @@ class Adapter:
             return {}
         return {name: group_bytes(pair) for name, pair in self.stored.items()}
 
-    @cached_property
+    @property
     def in_place(self) -> bool:
         """Whether all factors are row-major matrices in memory, which are merged where they lie."""
-        factors = [x for pair in self.stored.values() for x in pair]
-        tensors = [x.tensor for x in factors if type(x) is MemoryTensor]
-        return len(tensors) == len(factors) and are_row_major(tensors)
+        return all(isinstance(x, torch.Tensor) for x in self.sides[0][:1])
+
+    @cached_property
+    def sides(self) -> tuple[Sequence[Any], Sequence[Any]]:
+        """The A's, and the B's, of all modules: tensors where all are `in_place`, else as
+        stored."""
+        pairs = [self.stored[name] for name in self.modules]
+        stored = [a for a, _ in pairs], [b for _, b in pairs]
+        tensors = [[x.tensor for x in side if type(x) is MemoryTensor] for side in stored]
+        in_place = all(len(own) == len(pairs) and are_row_major(own) for own in tensors)
+        return (tensors[0], tensors[1]) if in_place else stored
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """Which module has which of them."""
+        return {name: k for k, name in enumerate(self.modules)}
 
     @cached_property
     def pieces(self) -> dict[str, Module]:

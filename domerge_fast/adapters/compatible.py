@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 
 from ..errors import AdapterError, DomergeError
@@ -101,8 +100,7 @@ def _check_modules(adapters: Sequence[Adapter]) -> None:
 
 def _same(one: Mapping[str, tuple], other: Mapping[str, tuple]) -> bool:
     """Whether they say the same in the same order."""
-    names = len(one) == len(other) and all(map(operator.eq, one, other))
-    return names and all(map(operator.eq, one.values(), other.values()))
+    return [*one] == [*other] and [*one.values()] == [*other.values()]
 
 
 def _describe(module: Module) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import torch
 
-from ..storage.buffers import Buffers, Matrix
+from ..storage.buffers import Buffers
 from ..storage.safetensors_file import read_group
 from . import Adapter, Module
 from .dora import check_no_dora
@@ -69,7 +68,8 @@ class Plan:
     @property
     def every_weight(self) -> list[float]:
         """The weights of all modules, in no order."""
-        return [*self.weights, *(w for name in self.names for w in self.own.get(name, ()))]
+        own = self.names if self.own else ()
+        return [*self.weights, *(w for name in own for w in self.own.get(name, ()))]
 
     def module(self, name: str) -> Module:
         """The module as its first owner describes it (rank and scaling are that adapter's)."""
@@ -91,7 +91,7 @@ class Plan:
     @property
     def ranks(self) -> dict[str, int]:
         """R of every module."""
-        ranks = {kind: kind.rank for kind in set(self.kinds.values())}
+        ranks = {kind: kind.rank for kind in self.every_kind}
         return {name: ranks[kind] for name, kind in self.kinds.items()}
 
     @cached_property
@@ -101,14 +101,15 @@ class Plan:
         for owners, names in self._by_owners.items():
             of_adapters = [_of(self.adapters[i].alike, names) for i in owners]
             own = [self._own_weights(owners, names)] if self.own else []
-            made: dict[tuple, Kind] = {}
-            kinds: list[Kind] = []
-            for key in zip(*of_adapters, *own):
-                if (kind := made.get(key)) is None:
-                    kind = made[key] = self._kind(owners, key)
-                kinds.append(kind)
-            found |= zip(names, kinds)
+            keys = [*zip(*of_adapters, *own)]
+            made = {key: self._kind(owners, key) for key in dict.fromkeys(keys)}
+            found |= zip(names, map(made.__getitem__, keys))
         return found
+
+    @cached_property
+    def every_kind(self) -> tuple[Kind, ...]:
+        """Those that there are."""
+        return tuple(dict.fromkeys(self.kinds.values()))
 
     def _kind(self, owners: tuple[int, ...], key: tuple) -> Kind:
         """key: what modules have in common in every owner, and their weights where some have own
@@ -136,11 +137,11 @@ class Plan:
     @property
     def wide(self) -> bool:
         """Whether a module's stacked rank exceeds what its update can have."""
-        return any(kind.rank > min(kind.m, kind.n) for kind in set(self.kinds.values()))
+        return any(kind.rank > min(kind.m, kind.n) for kind in self.every_kind)
 
     def dtype(self) -> torch.dtype:
         """The dtype that all factors share, or float32 where they differ."""
-        dtypes = {dtype for kind in set(self.kinds.values()) for dtype in kind.dtypes}
+        dtypes = {dtype for kind in self.every_kind for dtype in kind.dtypes}
         return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     def factor_bytes(self, name: str) -> int:
@@ -157,25 +158,23 @@ class Plan:
 
     def groups(
         self, shares: Mapping[str, float], names: Sequence[str] | None = None
-    ) -> Iterator[list[str]]:
+    ) -> Iterator[Sequence[str]]:
         """Names in order, until their shares of a group add up to 1; at least one in a group.
         names: of some modules, None for all."""
-        group: list[str] = []
-        filled = 0.0
-        for name in self.names if names is None else names:
-            part = shares[name]
-            if group and filled + part > 1:
-                yield group
-                group, filled = [], 0.0
-            group.append(name)
+        names = self.names if names is None else names
+        begin, filled = 0, 0.0
+        for k, part in enumerate(map(shares.__getitem__, names)):
+            if k > begin and filled + part > 1:
+                yield names[begin:k]
+                begin, filled = k, 0.0
             filled += part
-        if group:
-            yield group
+        if begin < len(names):
+            yield names[begin:]
 
     def stack(self, name: str) -> Stack:
         """A module's factors from every adapter that has it, where they are."""
-        pairs = [self.adapters[i].factors(name) for i in self.owners[name]]
-        return stack_of_one(self.kinds[name], name, [x for pair in pairs for x in pair])
+        a, b = zip(*(self.adapters[i].factors(name) for i in self.owners[name]))
+        return stack_of_one(self.kinds[name], name, a, b)
 
     def read_bytes(self, names: Sequence[str]) -> int:
         """What a buffer for the factors of a group has to hold."""
@@ -195,31 +194,51 @@ class Plan:
         """Modules' factors from every adapter that has them, where they are; those of files are
         read into a buffer. Modules alike of a portion are one stack, in the order that the first of
         each has."""
-        stored, owners = [adapter.stored for adapter in self.adapters], self.owners
-        names = [name for portion in portions for name in portion]
-        wanted = [x for name in names for i in owners[name] for x in stored[i][name]]
-        in_place = all(adapter.in_place for adapter in self.adapters)
-        found = iter(_tensors(wanted) if in_place else read_group(wanted, buffers))
-        return [self._of_portion(portion, found) for portion in portions]
+        alike = [self._alike(portion) for portion in portions]
+        sides = [side for own in alike for row in own.items() for side in self._of(*row)]
+        if not all(adapter.in_place for adapter in self.adapters):
+            found = iter(read_group([x for side in sides for x in side], buffers))
+            sides = [[*islice(found, len(side))] for side in sides]
+        rest = iter(sides)
+        return [
+            [s for row in own.items() for s in stacks_of(*row, next(rest), next(rest))]
+            for own in alike
+        ]
 
-    def _of_portion(self, names: Sequence[str], found: Iterator[Matrix]) -> list[Stack]:
-        members: dict[Kind, tuple[list[str], list[Matrix]]] = {}
-        kinds = self.kinds
-        for name in names:
-            kind = kinds[name]
-            own, matrices = members.setdefault(kind, ([], []))
-            own.append(name)
-            matrices += islice(found, 2 * len(kind.owners))
-        rows = [(kind, *row) for kind, row in members.items()]
-        return [stack for row in rows for stack in stacks_of(*row)]
+    def _alike(self, names: Sequence[str]) -> dict[Kind, list[str]]:
+        """The modules by kind, in the order that the first of each has."""
+        members: dict[Kind, list[str]] = {}
+        for name, kind in zip(names, map(self.kinds.__getitem__, names)):
+            members.setdefault(kind, []).append(name)
+        return members
+
+    def _of(self, kind: Kind, names: Sequence[str]) -> Iterator[list[Any]]:
+        """A of every adapter, of one of these modules alike after the other; and B."""
+        at = [self._places[name] for name in names]
+        for side in zip(*(self._sides[i] for i in kind.owners)):
+            yield [*chain.from_iterable(zip(*(map(own.__getitem__, at) for own in side)))]
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        """Which module has which name."""
+        return {name: k for k, name in enumerate(self.names)}
+
+    @cached_property
+    def _sides(self) -> dict[int, tuple[Sequence[Any], Sequence[Any]]]:
+        """`Adapter.sides` in the plan's order, of all adapters that have any of its modules."""
+        found = {}
+        for i in {i for owners in self._by_owners for i in owners}:
+            a, b = self.adapters[i].sides
+            places = self.adapters[i].places
+            if [*places] != [*self.names]:
+                at = [places.get(name) for name in self.names]
+                a, b = ([None if k is None else side[k] for k in at] for side in (a, b))
+            found[i] = a, b
+        return found
 
 
 def _of(found: Mapping[str, Value], names: Sequence[str]) -> Iterable[Value]:
     """What is found by these names, one after the other."""
-    if len(found) == len(names) and all(map(operator.eq, found, names)):
+    if [*found] == [*names]:
         return found.values()  # in this order already: a look-up takes ten times as long
     return map(found.__getitem__, names)
-
-
-def _tensors(wanted: Sequence[Any]) -> list[Matrix]:
-    return [x.tensor for x in wanted]

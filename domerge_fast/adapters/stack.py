@@ -137,11 +137,12 @@ class Kind:
         return 2 * self.factor_bytes + 2 * merged + SQUARES * self.rank**2
 
 
-def stacks_of(kind: Kind, names: Sequence[str], found: Sequence[Matrix]) -> list[Stack]:
-    """Of modules alike: one, but where not all factors are stored alike. found: A [r_i, n] and B
-    [m, r_i] of every adapter, alternating, of one module after the other."""
+def stacks_of(
+    kind: Kind, names: Sequence[str], a: Sequence[Matrix], b: Sequence[Matrix]
+) -> list[Stack]:
+    """Of modules alike: one, but where not all factors are stored alike. a, b: A [r_i, n] and B
+    [m, r_i] of every adapter, of one module after the other."""
     width, ranks, count = len(kind.owners), kind.ranks, len(names)
-    a, b = found[::2], found[1::2]
     at_a, at_b = places(a, width), places(b, width)
     if (
         at_a is None
@@ -149,16 +150,15 @@ def stacks_of(kind: Kind, names: Sequence[str], found: Sequence[Matrix]) -> list
         or [x.shape[0] for x in a[:width]] != [*ranks]
         or a[0].device != b[0].device
     ):
-        starts = range(0, len(found), 2 * width)
-        return [stack_of_one(kind, n, found[at : at + 2 * width]) for n, at in zip(names, starts)]
+        own = [slice(at, at + width) for at in range(0, len(a), width)]
+        return [stack_of_one(kind, name, a[at], b[at]) for name, at in zip(names, own)]
     side_a = Side.of(a, (1.0,) * width, ranks, kind.n, count=count, places=at_a)
     side_b = Side.of(b, kind.scalings, ranks, kind.m, True, count, at_b)
     return [Stack(tuple(names), kind.owners, side_a, side_b, kind.weights)]
 
 
-def stack_of_one(kind: Kind, name: str, found: Sequence[Matrix]) -> Stack:
-    """Of one module."""
-    a, b = found[::2], found[1::2]
+def stack_of_one(kind: Kind, name: str, a: Sequence[Matrix], b: Sequence[Matrix]) -> Stack:
+    """Of one module: A and B of every adapter."""
     ranks, ones = kind.ranks, (1.0,) * len(kind.ranks)
     if [x.shape[0] for x in a] != [*ranks]:
         a, b = _unpadded(ranks, a, b)

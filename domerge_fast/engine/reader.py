@@ -142,28 +142,26 @@ class _Read:
         return [list(islice(stacks, count)) for count in self.counts]
 
 
-def _portions(plan: Plan, names: Sequence[str], dense: bool) -> Iterator[list[str]]:
+def _portions(plan: Plan, names: Sequence[str], dense: bool) -> Iterator[Sequence[str]]:
     threads, kinds = torch.get_num_threads(), plan.kinds
     shares = {
         kind: kind.rank**3 / (threads * PORTION_CUBES)
         + (kind.m * kind.n / PORTION_ENTRIES if dense else 0)
-        for kind in set(map(kinds.__getitem__, names))
+        for kind in plan.every_kind
     }
-    portion: list[str] = []
-    share = 0.0
-    for name in names:
-        portion.append(name)
-        share += shares[kinds[name]]
-        if share >= 1 and (dense or len(portion) >= threads):  # a module is one thread's work
-            yield portion
-            portion, share = [], 0.0
-    if portion:
-        yield portion
+    begin, share = 0, 0.0
+    for end, kind in enumerate(map(kinds.__getitem__, names), 1):
+        share += shares[kind]
+        if share >= 1 and (dense or end - begin >= threads):  # a module is one thread's work
+            yield names[begin:end]
+            begin, share = end, 0.0
+    if begin < len(names):
+        yield names[begin:]
 
 
 def _groups(
     plan: Plan, budget: Budget, work: Work | None, units: Sequence[Sequence[str]]
-) -> list[list[list[str]]]:
+) -> list[list[Sequence[str]]]:
     """Of every unit."""
     usual = GPU_GROUP_BYTES if budget.device.type == "cuda" else GROUP_BYTES
     dtype = work.settings.dtype if work else plan.dtype()
@@ -181,7 +179,7 @@ def _groups(
         return part if most is None else max(part, needed(kind) / most)
 
     kinds, rooms = plan.kinds, plan.rooms
-    of_kinds = {kind: share(kind) for kind in set(kinds.values())}
+    of_kinds = {kind: share(kind) for kind in plan.every_kind}
     if most is not None and any(needed(kind) > most for kind in of_kinds):
         name = next(name for name in plan.names if needed(kinds[name]) > most)
         size = needed(kinds[name]) >> 20

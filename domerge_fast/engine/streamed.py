@@ -122,7 +122,7 @@ def merged(
 
 def memory(plan: Plan) -> int:
     """Bytes that the largest group of modules takes."""
-    return memory_of((kind.m, kind.n) for kind in set(plan.kinds.values()))
+    return memory_of((kind.m, kind.n) for kind in plan.every_kind)
 
 
 def memory_of(shapes: Iterable[tuple[int, int]]) -> int:

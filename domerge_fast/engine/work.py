@@ -130,7 +130,7 @@ class Work:
         """What the rank of every module's factors is at most."""
         cut = self.cut or (self.usual if self.method.dense else UNCUT)
         most = {}
-        for kind in set(plan.kinds.values()):
+        for kind in plan.every_kind:
             side = min(kind.m, kind.n)
             whole = self.method.dense or self.streamed
             limits = [side, side if whole else self.method.rank(kind.ranks)]

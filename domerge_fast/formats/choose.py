@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from .. import options
-from ..adapters import Adapter
+from ..adapters import Adapter, Module
 from ..adapters.differences import check_none, owner_of
 from ..errors import OptionError
 from ..recipe import Recipe
@@ -15,7 +15,7 @@ from .format import FORMS, Format
 from .names.models import STYLES
 from .names.refit import Refit, refit
 from .peft.write import PEFT, WHERE, exactly
-from .target import Target
+from .target import Layout, Target
 
 __all__ = ["asked_for", "check_holds", "is_ragged", "of_adapters", "respelled"]
 
@@ -99,16 +99,15 @@ def is_ragged(recipe: Recipe, row: Format) -> bool:
 
 def check_holds(row: Format, target: Target) -> None:
     """OptionError where a merge has what the format cannot hold."""
-    kinds = {x.kind: name for name, x in target.modules.items()}
-    embedding = kinds.pop("embedding", None)
-    kinds.pop("linear", None)
-    held = row.holds
-    _check(row, held.embeddings, embedding, "embeddings", "rules with leave_out drop them")
-    convolution = next(iter(kinds.values()), None)
-    _check(row, held.convolutions, convolution, "convolutions", "rules with leave_out drop them")
-    piece = next((name for name, x in target.modules.items() if x.slice), None)
-    remedy = "rules with leave_out drop them"
-    _check(row, held.experts, piece, "parameters without a layer of their own", remedy)
+    held, modules = row.holds, target.modules
+    kinds: tuple[tuple[bool, Callable[[Layout | Module], bool], str], ...] = (
+        (held.embeddings, lambda x: x.kind == "embedding", "embeddings"),
+        (held.convolutions, lambda x: x.kind not in ("embedding", "linear"), "convolutions"),
+        (held.experts, lambda x: bool(x.slice), "parameters without a layer of their own"),
+    )
+    for can, is_such, what in kinds:
+        found = None if can else next((n for n, x in modules.items() if is_such(x)), None)
+        _check(row, can, found, what, "rules with leave_out drop them")
     carried = next(iter(target.carried), None)
     _check(row, held.whole, carried, "tensors saved whole", "whole='drop' leaves them out")
     other = next(_not_held(row, target), None) if target.changes.names else None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import repeat
 from typing import Any
 
 from ..adapters import Adapter, Module
@@ -54,10 +56,10 @@ class Facts:
 
 def by_part(modules: Mapping[str, Layout | Module]) -> Parts:
     """The modules' owners, by what the modules are called there."""
-    parts: dict[str, dict[str, int]] = {}
-    for k, (name, x) in enumerate(modules.items()):
-        owner, _, last = (x.parameter if x.slice else name).rpartition(".")
-        parts.setdefault(last, {}).setdefault(owner, k)
+    names = [x.parameter if x.slice else name for name, x in modules.items()]
+    parts: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for k, (owner, _, last) in enumerate(map(str.rpartition, names, repeat("."))):
+        parts[last].setdefault(owner, k)
     return parts
 
 
