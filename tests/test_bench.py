@@ -390,14 +390,21 @@ def test_a_wrong_backend_gets_no_figures_and_exit_code_1(tmp_path, monkeypatch, 
 
 
 def test_only_what_waits_for_nothing_becomes_a_graph():
-    def captured(device: str, small: bool = True) -> set[tuple[str, str]]:
-        pairs = ((op, b) for op in (*ops.__all__, "merge") for b in ("cuda", "triton", "torch"))
-        return {pair for pair in pairs if measure._captures(*pair, torch.device(device), small)}
+    def captured(device: str, rank: int = 256, own: int = 256) -> set[tuple[str, str]]:
+        pairs = ((op, b) for op in ops.__all__ for b in ("cuda", "triton", "torch"))
+        rest = torch.device(device), rank, own
+        return {(op, b) for op, b in pairs if measure._captures({op}, b, *rest)}
 
-    assert captured("cuda") == {(op, b) for op in measure.CAPTURED for b in ("cuda", "triton")}
+    usual = {(op, b) for op in measure.CAPTURED for b in ("cuda", "triton")}
+    assert captured("cuda") == usual
     assert captured("cpu") == set()
-    waiting = {(op, b) for op in measure.DESCEND for b in ("cuda", "triton")}
-    assert captured("cuda", small=False) == captured("cuda") - waiting
+    assert captured("cuda", rank=512) == usual - {("orthogonalize", "cuda")}
+    decoupled = {("apply_decouple", b) for b in ("cuda", "triton")}
+    assert captured("cuda", own=257) == usual - decoupled
+    gpu, merge = torch.device("cuda"), {*measure.CAPTURED}
+    assert measure._captures(merge, "triton", gpu, 512, 256)
+    assert not measure._captures(merge, "cuda", gpu, 512, 256)
+    assert not measure._captures(merge | {"orthogonalize_factors"}, "triton", gpu, 64, 64)
 
 
 def test_modules_that_do_not_fit_are_left_out(monkeypatch):
@@ -454,7 +461,7 @@ def test_on_a_gpu_own_kernels_are_timed_as_graphs_too(monkeypatch):
     assert "tf32" in result.rates.gemm
     own = {"cuda", "triton"} & set(measure.usable(torch.device("cuda")))
     assert {(r.op, r.backend) for r in result.rows if r.graph} == {
-        (op, backend) for op in measure.CAPTURED for backend in own
+        (op, backend) for op in (*measure.CAPTURED, measure.MERGE) for backend in own
     }
 
 

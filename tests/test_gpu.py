@@ -206,6 +206,22 @@ def test_entries_in_a_cuda_graph(backend):
     assert not any(map(torch.equal, captured, before))
 
 
+@pytest.mark.parametrize("method", ["do", "linear", "tsvm", "iso_c", "lego"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merges_by_a_graph_have_the_bits_of_plain_ones(method, dtype, adapters):
+    p = dm.prepare(adapters, method, device="cuda")
+    kappas = [1.0, 0.5, -0.25], [0.3, 0.7, 1.1]
+    held = [p.merge(kappa, dtype=dtype) for kappa in kappas]
+    assert len(p._replays.graphs) == 1
+    for kappa, found in zip(kappas, held):
+        plain = p._merge(p.expand(kappa), getattr(torch, dtype))
+        for name in p.modules:
+            assert all(map(torch.equal, found[name], plain[name]))
+    before = torch.cuda.memory_allocated()
+    del held, found, plain, p
+    assert torch.cuda.memory_allocated() < before
+
+
 @pytest.mark.parametrize("backend", ON_GPU)
 def test_bad_factors_are_refused(backend, adapters, tmp_path):
     factors = random_factors(SHAPES, 4, dtype=torch.bfloat16)

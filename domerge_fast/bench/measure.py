@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,8 @@ from .timing import Call
 __all__ = ["Result", "Row", "Say", "modules_that_fit", "run", "usable"]
 
 MERGE = "merge"
-CAPTURED = ("gram", "orthogonalize", "apply", "block_gram", "apply_decouple", MERGE)
+CAPTURED = ("gram", "orthogonalize", "apply", "block_gram", "apply_decouple")
 """Ops of the CUDA and Triton backends that wait for nothing while a CUDA graph is captured."""
-DESCEND = ("orthogonalize", MERGE)
-"""Those of them that do wait where R is above MAX_RANK, for library calls."""
 ROOM = 6
 """Memory a measurement takes, in factor bytes: the factors, what the ops make of them, and what
 they make of it when they are timed."""
@@ -224,7 +222,8 @@ def _rows(
     """All ops in the order of a merge, then the whole of it."""
     say("inputs of the ops")
     recorded = cases.record(stacks, dtype, backends[0], DoOptions())
-    small = max(s.rank for s in stacks) <= MAX_RANK
+    rank, own = (max(x) for x in zip(*((s.rank, max(s.a.ranks)) for s in stacks)))
+    of_merge = {case.op for case in recorded}.difference(cases.BESIDE)
     jobs: dict[str, tuple[Callable[[str], Call], Work, int]] = {}
     for op in dict.fromkeys(case.op for case in recorded):
         calls = [case for case in recorded if case.op == op]
@@ -239,7 +238,8 @@ def _rows(
         say(op)
         bound, limit = rates.seconds(work)
         for graph in (False, True):
-            members = [b for b in backends if not graph or _captures(op, b, device, small)]
+            taken = of_merge if op == MERGE else {op}
+            members = [b for b in backends if not graph or _captures(taken, b, device, rank, own)]
             calls_of = {b: call_of(b) for b in members}
             if graph:
                 calls_of = {b: timing.captured(call, device) for b, call in calls_of.items()}
@@ -256,10 +256,15 @@ def _merge(stacks: Sequence[Stack], dtype: torch.dtype, backend: str) -> Call:
     return lambda: cases.merge(stacks, dtype, cases.runner(backend), DoOptions(), backend)
 
 
-def _captures(op: str, backend: str, device: torch.device, small: bool) -> bool:
-    """Whether a call can be a CUDA graph. small: no R is above MAX_RANK."""
+def _captures(
+    taken: Collection[str], backend: str, device: torch.device, rank: int, own: int
+) -> bool:
+    """Whether a call that takes these ops can be a CUDA graph. rank: the largest R; own: the
+    largest r_i. Above MAX_RANK library calls wait, in descents but for Triton's, and for roots."""
     on_gpu = device.type == "cuda" and backend in ("cuda", "triton")
-    return on_gpu and op in CAPTURED and (small or op not in DESCEND)
+    descends = "orthogonalize" in taken and backend == "cuda" and rank > MAX_RANK
+    decouples = "apply_decouple" in taken and own > MAX_RANK
+    return on_gpu and set(taken) <= set(CAPTURED) and not descends and not decouples
 
 
 def merge_work(stacks: Sequence[Stack], dtype: torch.dtype, recorded: Sequence[Case]) -> Work:

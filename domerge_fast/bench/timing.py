@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
+
+from ..backends.gpu.graph import Cuda
+from ..backends.gpu.tables import keeping
 
 __all__ = ["Call", "captured", "seconds", "take_turns"]
 
@@ -45,13 +50,14 @@ def captured(call: Call, device: torch.device) -> Call:
     The call must not wait for the device. It runs once outside the graph first, which compiles
     kernels and fills the allocators' caches.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize(device)
-    graph = torch.cuda.CUDAGraph()
-    # Pinned tables are allocated during the capture, which stricter modes may take for an error.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
-        call()
-    return graph.replay
+    on = Cuda(device)
+    tables: list[Tensor] = []
+    on.warm(call)
+    with keeping(tables):
+        replay, _ = on.capture(call)
+    return partial(_replayed, replay, tables)
+
+
+def _replayed(replay: Call, tables: Sequence[Tensor]) -> None:
+    """tables: on the host, which every replay reads."""
+    replay()

@@ -40,6 +40,7 @@ from .kinds.rotated import Cores
 from .live import Attached, attached
 from .making import asked_of, made, made_all, with_coefficients
 from .prepared_merge import Made, PreparedMerge
+from .replays import Replays
 from .saving import Writing, planned, written
 from .stored import Kept, opened
 
@@ -144,11 +145,12 @@ class Prepared(Kept):
         density: Density | None = None,
     ) -> PreparedMerge | Made:
         """The merge at coefficients: by module, A [k, n] and B [m, k]. dtype: of these; gradients
-        reach κ with any. density: as of `at_density`. OptionError for coefficients that do not
+        reach κ with any. density: as of `at_density`. On a GPU it is the replay of a CUDA graph,
+        which the first merge captures (docs/sessions.md). OptionError for coefficients that do not
         fit."""
         word = options.choose("dtype", dtype, (*DTYPES, "float64"))
         expanded = self.addresses.expand_one(kappa, level, "merge_many")
-        return self.at_density(density)._merge(expanded, getattr(torch, word))
+        return self.at_density(density)._merge(expanded, getattr(torch, word), self._replays)
 
     def merge_many(
         self,
@@ -161,7 +163,7 @@ class Prepared(Kept):
         density; what is R x R is worked on in batches."""
         word = options.choose("dtype", dtype, (*DTYPES, "float64"))
         expanded = self.addresses.expand_many(kappas, level)
-        return self.at_density(density)._many(expanded, getattr(torch, word))
+        return self.at_density(density)._many(expanded, getattr(torch, word), self._replays)
 
     def attach(
         self,
@@ -291,28 +293,41 @@ class Prepared(Kept):
         if len(set(self.scales.values())) > 1:
             yield "modules that fewer adapters have took another scale, which no recipe repeats"
 
-    def _many(self, kappas: Tensor, dtype: torch.dtype) -> Iterator[PreparedMerge | Made]:
+    def _many(
+        self, kappas: Tensor, dtype: torch.dtype, replays: Replays | None = None
+    ) -> Iterator[PreparedMerge | Made]:
         if not self.alike:
             yield from (self._merge(kappa, dtype) for kappa in kappas)
             return
         for part in kappas.split(MANY):
             found = self.inner(part)
             for k in range(len(part)):
-                yield self._together([_chosen(x, k) for x in found], dtype)
+                yield self._together([_chosen(x, k) for x in found], dtype, replays)
 
-    def _merge(self, kappa: Tensor, dtype: torch.dtype) -> PreparedMerge | Made:
+    def _merge(
+        self, kappa: Tensor, dtype: torch.dtype, replays: Replays | None = None
+    ) -> PreparedMerge | Made:
         if not self.alike:
             given = self.recipe, self.sources(), kappa, self.modules, self.counted
             return Made(made(*given), self.shapes)
-        return self._together(self.inner(kappa), dtype)
+        return self._together(self.inner(kappa), dtype, replays)
 
-    def _together(self, inner: Sequence[Inner], dtype: torch.dtype) -> PreparedMerge:
+    @cached_property
+    def _replays(self) -> Replays:
+        """Graphs of merges that are held in memory, not of those that are written module by
+        module."""
+        return Replays(self.alike, self.bases)
+
+    def _together(
+        self, inner: Sequence[Inner], dtype: torch.dtype, replays: Replays | None
+    ) -> PreparedMerge:
         found = {
             name: Found.of(one, at)
             for x, one in zip(self.alike, inner)
             for at, name in enumerate(x.names)
         }
-        return PreparedMerge(self.bases, found, dtype)
+        replayed = replays.of(inner, dtype) if replays else None
+        return PreparedMerge(self.bases, found, dtype, replayed)
 
     def inner(self, kappa: Tensor, densities: Tensor | None = None) -> list[Inner]:
         """What expanded coefficients [.., modules, T or R] make of every one of `alike`, with λ.

@@ -15,6 +15,7 @@ from ..merged import Merged
 from ..options import suggest
 from .kinds.alike import Found
 from .part import Bases
+from .replays import Replayed
 
 __all__ = ["Made", "PreparedMerge"]
 
@@ -23,11 +24,13 @@ __all__ = ["Made", "PreparedMerge"]
 class PreparedMerge(Mapping[str, tuple[Tensor, Tensor]]):
     """By module, A [k, n] and B [m, k] with ΔW = B A, through which gradients reach the
     coefficients. dtype: of these; products are float32, or float64 where that is asked for.
-    DomergeError for a module that the dtype does not hold."""
+    replayed: what makes all modules at once, if they are not made one by one. DomergeError for a
+    module that the dtype does not hold."""
 
     bases: Mapping[str, Bases]
     found: Mapping[str, Found]
     dtype: torch.dtype
+    replayed: Replayed | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -37,11 +40,16 @@ class PreparedMerge(Mapping[str, tuple[Tensor, Tensor]]):
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         if name not in self.bases:
             raise KeyError(name)
-        a, bt = self.wide(name)
+        if self.replayed:
+            a, bt, finite = self.replayed.of(name)
+        else:
+            a, bt = self.wide(name)
         if self.dtype.itemsize < 4 and not (a.requires_grad or bt.requires_grad):
             return powers.fitted(name, a.float(), bt.float().mT, (0, 0), self.dtype)
-        a, bt = a.to(self.dtype), bt.to(self.dtype)
-        if not bool(a.detach().isfinite().all() & bt.detach().isfinite().all()):
+        if not self.replayed:
+            a, bt = a.to(self.dtype), bt.to(self.dtype)
+            finite = bool(a.detach().isfinite().all() & bt.detach().isfinite().all())
+        if not finite:
             raise powers.refusal(name, self.dtype, "large")
         return a, bt.mT
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 
@@ -19,6 +21,7 @@ __all__ = [
     "float_bits",
     "gram_tiles",
     "grid",
+    "keeping",
     "largest_first",
     "numbers",
     "places",
@@ -30,7 +33,9 @@ ALIGNMENT = 16
 """What shares an allocation starts at multiples of this many elements."""
 
 _captured: list[Tensor] = []
-"""Host tables that CUDA graphs read again at every replay."""
+"""Host tables that CUDA graphs read again at every replay, of graphs that nobody told of."""
+_kept: ContextVar[list[Tensor] | None] = ContextVar("kept", default=None)
+"""Where those of a graph go that frees them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +105,21 @@ def float_bits(values: Sequence[float]) -> Tensor:
     return torch.frombuffer(array("d", values), dtype=torch.int64)
 
 
+@contextmanager
+def keeping(tables: list[Tensor]) -> Iterator[None]:
+    """Host tables of what is captured meanwhile go there, and are to live as long as the graph."""
+    token = _kept.set(tables)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def upload(device: torch.device, tables: Sequence[Tensor]) -> list[Tensor]:
     """The int64 tables on the device, all of them in one copy that nothing waits for.
 
     Each starts at a multiple of 16 bytes, which Triton compiles kernels for. The host's copy of
-    what a CUDA graph captures is kept for good: every replay reads it.
+    what a CUDA graph captures is kept where `keeping` says, or for good: every replay reads it.
     """
     if device.type == "cpu" or not tables:
         return [t.contiguous() for t in tables]
@@ -114,7 +129,8 @@ def upload(device: torch.device, tables: Sequence[Tensor]) -> list[Tensor]:
     )
     pinned = flat.pin_memory()
     if torch.cuda.is_current_stream_capturing():
-        _captured.append(pinned)
+        kept = _kept.get()
+        (_captured if kept is None else kept).append(pinned)
     pieces = pinned.to(device, non_blocking=True).split(even)
     return [piece[: t.numel()].view(t.shape) for piece, t in zip(pieces, tables)]
 
