@@ -17,7 +17,9 @@ using factor_descent::Line;
 using factor_descent::make_line;
 using factor_descent::Pairs;
 
-constexpr int kHalvings = 60;  // of the error of the start
+constexpr int kHalvings = 60;   // of the error of the start
+constexpr int64_t kLarge = 64;  // units of rows and of columns: below it blocks are half as long
+                                // on both sides, so that there are some for every thread
 
 int64_t size_of(DType dtype) {
     return dtype == DType::float32 ? 4 : 2;
@@ -43,6 +45,9 @@ class Descent {
         state_.d = problem.d;
         state_.units = (problem.rank + kUnit - 1) / kUnit;
         state_.columns = (problem.d + kUnit - 1) / kUnit;
+        const int64_t parts = std::min(state_.units, state_.columns) < kLarge ? 2 : 1;
+        state_.block_rows = kernels.block_rows / parts;
+        state_.block_columns = kernels.block_columns / parts;
         state_.gamma = static_cast<float>(options.gamma);
         state_.x_hat = out;
         take(problem, memory);
@@ -157,10 +162,10 @@ class Descent {
     void gram(float of_position, float of_direction, float* squares) {
         units(
             [&](int64_t unit, Arena&) { kernels_.pack(state_, unit, of_position, of_direction); });
-        const int64_t blocks = (state_.columns + kernels_.block - 1) / kernels_.block;
+        const int64_t rows = state_.block_rows, columns = state_.block_columns;
         std::vector<std::pair<int64_t, int64_t>> items;
-        for (int64_t i = blocks - 1; i >= 0; --i)
-            for (int64_t j = 0; j <= i; ++j) items.emplace_back(i, j);
+        for (int64_t i = (state_.columns - 1) / rows; i >= 0; --i)
+            for (int64_t j = 0; j * columns < (i + 1) * rows; ++j) items.emplace_back(i, j);
         run_(items.size(), [&](int64_t item, Arena&) {
             kernels_.gram(state_, items[item].first, items[item].second, squares);
         });
@@ -304,7 +309,7 @@ class Descent {
     double find_gradient(double& norm) {
         run_(state_.columns,
              [&](int64_t j, Arena&) { kernels_.pack_squares(state_, s_.whole, j); });
-        const int64_t strips = (state_.units + kernels_.strip - 1) / kernels_.strip;
+        const int64_t strips = (state_.units + state_.block_rows - 1) / state_.block_rows;
         std::vector<double> parts(3 * strips);
         run_(strips, [&](int64_t strip, Arena& arena) {
             kernels_.gradient(state_, strip, &parts[3 * strip], arena);

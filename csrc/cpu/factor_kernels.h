@@ -24,8 +24,9 @@ struct FactorRow {
 };
 
 struct FactorState {
-    int64_t rows, d;         // R, d
-    int64_t units, columns;  // of 32 rows, of 32 columns
+    int64_t rows, d;                    // R, d
+    int64_t units, columns;             // of 32 rows, of 32 columns
+    int64_t block_rows, block_columns;  // of units, of what is multiplied at once
     float gamma;
     const FactorRow* row;        // [R]
     float* x_hat;                // [R, d]
@@ -40,21 +41,20 @@ struct FactorState {
 
 struct FactorKernels {
     int64_t number_bytes;
-    double noise;    // of sums of products, relatively
-    int64_t panels;  // kinds of them: 1 where a left operand's are a right one's
-    int64_t strip;   // units of rows whose gradient is made at once
-    int64_t block;   // squares along each side of what `gram` makes at once
+    double noise;                       // of sums of products, relatively
+    int64_t panels;                     // kinds of them: 1 where a left operand's are a right one's
+    int64_t block_rows, block_columns;  // of units, of what is multiplied at once in large problems
 
     double (*squared_norm)(const FactorRow&, int64_t d);
     // Xhat = factors[r] X, of one unit of rows.
     void (*place)(const FactorState&, int64_t unit, const float* factors);
     // Panels of Y = root (of_position Xhat + of_direction D), of one unit of rows.
     void (*pack)(const FactorState&, int64_t unit, float of_position, float of_direction);
-    // squares += ... = Y^T Y, block (i, j) of them.
+    // squares = Y^T Y, what block (i, j) has of them.
     void (*gram)(const FactorState&, int64_t i, int64_t j, float* squares);
     // Panel j of S.
     void (*pack_squares)(const FactorState&, const float* squares, int64_t j);
-    // One strip of the gradient; sums: <g, M g>, <g, M g_old>, <g, D>.
+    // One strip of the gradient, `block_rows` units; sums: <g, M g>, <g, M g_old>, <g, D>.
     void (*gradient)(const FactorState&, int64_t strip, double* sums, Arena&);
     // D = -M g + beta D, of one unit of rows; sums: <D, Xhat - X>, <D, D>.
     void (*turn)(const FactorState&, int64_t unit, float beta, double* sums);

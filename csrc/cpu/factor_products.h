@@ -12,8 +12,8 @@ struct SingleProducts {
     using Number = float;
     static constexpr double kNoise = 0x1p-23;
     static constexpr int64_t kPanels = 1;
-    static constexpr int64_t kStrip = 4;
-    static constexpr int64_t kBlock = 8;
+    static constexpr int64_t kBlockRows = 8;
+    static constexpr int64_t kBlockColumns = 8;
     static constexpr int64_t kStretch = 4;  // units whose panels stay in L1
 
     // Of block [32 along the sum, 32 columns]; the left operand's is the same.
@@ -26,9 +26,10 @@ struct SingleProducts {
         transpose(block, kUnit, kUnit, kUnit, left, kUnit);
     }
 
-    // out [32, 32] = (first) or += left^T right over some units.
+    // out [32, 32] = (first) or += left^T right over some units. These products take so long that
+    // nothing has to be fetched ahead.
     static DOMERGE_INLINE void multiply(const float* left, const float* right, int64_t units,
-                                        float* out, int64_t ld, bool first) {
+                                        float* out, int64_t ld, bool first, const void*) {
         constexpr int rows = kTileRows, vectors = 2;
         for (int64_t j = 0; j < kUnit; j += vectors * kWidth) {
             for (int64_t i = 0; i < kUnit; i += rows) {

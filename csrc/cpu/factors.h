@@ -1,8 +1,7 @@
 // The parts of a descent on the factors themselves, for products of one kind: see factor_kernels.h.
 #pragma once
 
-#include "factor_kernels.h"
-#include "load.h"
+#include "factor_blocks.h"
 
 namespace domerge {
 namespace DOMERGE_ISA {
@@ -101,20 +100,14 @@ struct Factors {
 
     static void gram(const FactorState& state, int64_t bi, int64_t bj, float* squares) {
         [[maybe_unused]] const typename P::Session session{};
-        const Number *left = numbers(state.left), *right = numbers(state.right);
         const int64_t panel = state.units * kUnitNumbers;
-        const int64_t i_end = least((bi + 1) * P::kBlock, state.columns);
-        const int64_t j_end = least((bj + 1) * P::kBlock, state.columns);
-        for (int64_t u = 0; u < state.units; u += P::kStretch) {
-            poll();
-            const int64_t count = least(P::kStretch, state.units - u);
-            for (int64_t j = bj * P::kBlock; j < j_end; ++j) {
-                for (int64_t i = bi == bj ? j : bi * P::kBlock; i < i_end; ++i)
-                    P::multiply(left + i * panel + u * kUnitNumbers,
-                                right + j * panel + u * kUnitNumbers, count,
-                                squares + square_at(i, j), kUnit, u == 0);
-            }
-        }
+        const int64_t i = bi * state.block_rows, j = bj * state.block_columns;
+        const Panels<Number> left{numbers(state.left) + i * panel, panel,
+                                  least(state.block_rows, state.columns - i)};
+        const Panels<Number> right{numbers(state.right) + j * panel, panel,
+                                   least(state.block_columns, state.columns - j)};
+        multiply_block<P>(left, right, state.units, j - i, kUnit,
+                          [&](int64_t k, int64_t l) { return squares + square_at(i + k, j + l); });
     }
 
     static void pack_squares(const FactorState& state, const float* squares, int64_t j) {
@@ -126,9 +119,9 @@ struct Factors {
         }
     }
 
-    // ys [strip rows, ld] = Y S.
-    static void multiply_strip(const FactorState& state, int64_t first, int64_t units, float* ys,
-                               int64_t ld, Arena& arena) {
+    // The panels of Y's rows, of some units.
+    static Panels<Number> pack_strip(const FactorState& state, int64_t first, int64_t units,
+                                     Arena& arena) {
         alignas(64) float block[kUnitNumbers];
         const int64_t panel = state.columns * kUnitNumbers;
         Number* left = static_cast<Number*>(arena.take(units * panel * sizeof(Number)));
@@ -147,47 +140,60 @@ struct Factors {
                 P::pack_rows(block, left + s * panel + column * kUnitNumbers);
             }
         }
-        [[maybe_unused]] const typename P::Session session{};
-        const Number* right = numbers(state.right);
-        for (int64_t j = 0; j < state.columns; ++j) {
-            poll();
-            for (int64_t u = 0; u < state.columns; u += P::kStretch)
-                for (int64_t s = 0; s < units; ++s)
-                    P::multiply(left + s * panel + u * kUnitNumbers,
-                                right + j * panel + u * kUnitNumbers,
-                                least(P::kStretch, state.columns - u),
-                                ys + s * kUnit * ld + j * kUnit, ld, u == 0);
-        }
+        return {left, panel, units};
     }
 
     static void gradient(const FactorState& state, int64_t strip, double* sums, Arena& arena) {
-        const int64_t first = strip * P::kStrip, units = least(P::kStrip, state.units - first);
-        const int64_t ld = row_stride<float>(state.ld());
+        const int64_t first = strip * state.block_rows;
+        const int64_t units = least(state.block_rows, state.units - first);
+        const int64_t panel = state.columns * kUnitNumbers;
+        const int64_t ld = row_stride<float>(state.block_columns * kUnit);
         float* ys = static_cast<float*>(arena.take(units * kUnit * ld * sizeof(float)));
-        multiply_strip(state, first, units, ys, ld, arena);
+        const Panels<Number> left = pack_strip(state, first, units, arena);
+        [[maybe_unused]] const typename P::Session session{};
         sums[0] = sums[1] = sums[2] = 0;
-        const int64_t begin = first * kUnit, end = state.last_row(first + units - 1);
+        for (int64_t j = 0; j < state.columns; j += state.block_columns) {
+            const Panels<Number> right{numbers(state.right) + j * panel, panel,
+                                       least(state.block_columns, state.columns - j)};
+            multiply_block<P>(left, right, state.columns, -right.count, ld,
+                              [&](int64_t s, int64_t k) { return ys + (s * ld + k) * kUnit; });
+            const Columns columns{j * kUnit,
+                                  least(state.block_columns * kUnit, state.d - j * kUnit)};
+            finish_block(state, first * kUnit, state.last_row(first + units - 1), columns, ys, ld,
+                         sums);
+        }
+    }
+
+    struct Columns {
+        int64_t first, count;
+    };
+
+    // The gradient of some rows and columns, of which ys [rows, ld] is Y S.
+    static void finish_block(const FactorState& state, int64_t begin, int64_t end, Columns columns,
+                             float* ys, int64_t ld, double* sums) {
         for (int64_t r = begin; r < end;) {
             const int64_t n = least(4, least(end, state.row[r].last) - r);
             float* row = ys + (r - begin) * ld;
             if (n == 4)
-                subtract_own<4>(state, r, row, ld);
+                subtract_own<4>(state, r, columns, row, ld);
             else
-                for (int64_t k = 0; k < n; ++k) subtract_own<1>(state, r + k, row + k * ld, ld);
-            for (int64_t k = 0; k < n; ++k) finish_row(state, r + k, row + k * ld, sums);
+                for (int64_t k = 0; k < n; ++k)
+                    subtract_own<1>(state, r + k, columns, row + k * ld, ld);
+            for (int64_t k = 0; k < n; ++k) finish_row(state, r + k, columns, row + k * ld, sums);
             r += n;
         }
     }
 
     // ys -= K_i Y_i, of some rows of one adapter.
     template <int kRows>
-    static DOMERGE_INLINE void subtract_own(const FactorState& state, int64_t r, float* ys,
-                                            int64_t ld) {
+    static DOMERGE_INLINE void subtract_own(const FactorState& state, int64_t r, Columns columns,
+                                            float* ys, int64_t ld) {
         const FactorRow* row = state.row + r;
-        for_vectors(state.d, [&](int64_t c, int64_t n) {
+        const float* x_hat = state.x_hat + columns.first;
+        for_vectors(columns.count, [&](int64_t c, int64_t n) {
             FloatVec own[kRows] = {};
             for (int64_t b = row->first; b < row->last; ++b) {
-                const FloatVec x = load_float(state.x_hat + b * state.d + c, n);
+                const FloatVec x = load_float(x_hat + b * state.d + c, n);
                 for (int k = 0; k < kRows; ++k) own[k] += x * row[k].own[b - row->first];
             }
             for (int k = 0; k < kRows; ++k) {
@@ -198,17 +204,17 @@ struct Factors {
     }
 
     // g = 4 root (Y S - K_i Y_i) + 2 gamma (Xhat - X), in place of the last.
-    static DOMERGE_INLINE void finish_row(const FactorState& state, int64_t r, const float* ys,
-                                          double* sums) {
+    static DOMERGE_INLINE void finish_row(const FactorState& state, int64_t r, Columns columns,
+                                          const float* ys, double* sums) {
         const FactorRow& row = state.row[r];
-        const float* x_hat = state.x_hat + r * state.d;
-        Number* gradient = numbers(state.gradient) + r * state.ld();
-        const Number* direction = numbers(state.direction) + r * state.ld();
+        const float* x_hat = state.x_hat + r * state.d + columns.first;
+        Number* gradient = numbers(state.gradient) + r * state.ld() + columns.first;
+        const Number* direction = numbers(state.direction) + r * state.ld() + columns.first;
         Sums<3> found;
         with_dtype(row.dtype, [&](auto format) {
             using X = decltype(format);
-            const auto* x = static_cast<const typename X::Storage*>(row.x);
-            for_vectors(state.d, [&](int64_t c, int64_t n) {
+            const auto* x = static_cast<const typename X::Storage*>(row.x) + columns.first;
+            for_vectors(columns.count, [&](int64_t c, int64_t n) {
                 const FloatVec change =
                     load_float(x_hat + c, n) - load_some<X>(x + c, n) * row.scale;
                 const FloatVec product =
@@ -367,9 +373,10 @@ struct Factors {
     }
 
     static constexpr FactorKernels kernels() {
-        return {sizeof(Number), P::kNoise, P::kPanels, P::kStrip,    P::kBlock, squared_norm,
-                place,          pack,      gram,       pack_squares, gradient,  turn,
-                move,           own,       line,       advance,      finish};
+        return {sizeof(Number), P::kNoise, P::kPanels, P::kBlockRows, P::kBlockColumns,
+                squared_norm,   place,     pack,       gram,          pack_squares,
+                gradient,       turn,      move,       own,           line,
+                advance,        finish};
     }
 };
 

@@ -24,9 +24,9 @@ struct HalfPanels {
     using Number = uint16_t;
     static constexpr double kNoise = 0x1p-20;
     static constexpr int64_t kPanels = 2;
-    static constexpr int64_t kStrip = 4;
-    static constexpr int64_t kBlock = 8;
-    static constexpr int64_t kStretch = 16;  // units of which one operand's panel stays in L1
+    static constexpr int64_t kBlockRows = 8;
+    static constexpr int64_t kBlockColumns = 16;
+    static constexpr int64_t kStretch = 8;  // units of which both operands' panels stay in L1
 
     static void pack_right(const float* block, uint16_t* right) {
         for (int64_t t = 0; t < 2; ++t) {
