@@ -6,9 +6,9 @@ A package adds a row by an entry point of the group `domerge_fast`, called by ki
     [project.entry-points.domerge_fast]
     "method.strong" = "their_package.strong:METHOD"
 
-It is looked for only where a name is none of ours, or where all are listed, so what is wrong with
-another package never stands in the way of a merge that does without it. Such a row is left out, and
-`why_not` says why.
+It is looked for only where a name is none of ours, where all are listed, or where a file may be of
+its format, and what is wrong with it never stands in the way of a merge that does without it. Such
+a row is left out, and `why_not` says why.
 """
 
 from __future__ import annotations

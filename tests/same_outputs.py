@@ -21,12 +21,6 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DIGITS = HERE / "data" / "digits"
-METHODS = (
-    *("auto", "do", "linear", "cat", "svd", "tsvm", "iso_c", "iso_cts", "subspace_boost", "wudi"),
-    *("pico", "dc_merge", "opcm", "robust", "lego", "slerp", "multislerp", "knots", "core", "ctm"),
-    "doge",
-    *("ties", "dare", "dare_ties", "della", "breadcrumbs", "magnitude_prune"),
-)
 DO = (
     {"decouple": False},
     {"orthogonalize": False},
@@ -51,7 +45,9 @@ CUTS: tuple[dict[str, Any], ...] = ({"rank": 8}, {"energy": 0.9}, {"rank": 8, "s
 
 def requests() -> Iterator[tuple[str, dict[str, Any]]]:
     """(method, options) of every merge."""
-    for method in METHODS:
+    import domerge_fast as dm
+
+    for method in dm.list_methods():
         pair = {"count": 2} if method == "slerp" else {}
         yield method, pair
         yield method, {**pair, "scale": 0.7, "weights": [1.0, -0.5]}
@@ -128,6 +124,7 @@ def main() -> None:
             before, after = digests(other), digests(HERE.parent)
         finally:
             subprocess.run([*git, "worktree", "remove", "--force", other], check=True)
+    after = {**dict.fromkeys(before, "gone"), **after}
     differ = [name for name in before if before[name] != after[name]]
     refused = [name for name in after if after[name].startswith("refused")]
     for name in differ:

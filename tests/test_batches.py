@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from support.close import assert_close
 from support.make import Factors, random_factors
 from support.merges import LEVELLING, at_one, dense
 
+import domerge_fast as dm
 from domerge_fast.adapters import Adapter
 from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE, applying, contract
@@ -82,3 +84,31 @@ def test_modules_of_several_ranks_are_applied_one_by_one():
     ranks = [merged.report[name].rank for name in SHAPES]
     assert len({*ranks}) > 1
     assert [len(merged.factors(name)[0]) for name in SHAPES] == ranks
+
+
+def of(*shapes: tuple[int, ...]) -> contract.Coefficients:
+    a, b = [None, *map(torch.ones, shapes)][-2:]
+    return contract.Coefficients(a=a, b=b)
+
+
+RETURNED = {
+    "Tensor": torch.ones(COUNT, 3),
+    "a None, b [5, 12]": of((COUNT, 12)),
+    "a None, b [3]": of((3,)),
+    "a [5, 2, 7], b [5, 2, 7]": of((COUNT, 2, 7), (COUNT, 2, 7)),
+    "a [5, 2, 12], b [5, 3, 12]": of((COUNT, 2, 12), (COUNT, 3, 12)),
+    "a [12], b [12]": of((12,), (12,)),
+}
+
+
+@pytest.mark.parametrize("call", ["merge", "prepare"])
+@pytest.mark.parametrize("told", RETURNED)
+def test_what_is_no_coefficients_of_the_batch_is_refused(told, call, monkeypatch):
+    row = replace(TABLE["lego"], coefficients=lambda *given: RETURNED[told])
+    monkeypatch.setitem(TABLE.own, "lego", row)
+    sources = adapters(given("lego", deficient=False), *SHAPES)
+    with pytest.raises(TypeError) as caught:
+        dm.merge(sources, "lego") if call == "merge" else dm.prepare(sources, "lego").merge([1] * 3)
+    wanted = "a and b [5, k, 12], or a None and b [5, 3]"
+    start = "method 'lego' has to return Coefficients"
+    assert str(caught.value) == f"{start}, {wanted}; it returned {told}"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.make import PAIR, random_factors, write_pair
 
 import domerge_fast as dm
@@ -119,3 +122,26 @@ def test_a_sequential_merge_keeps_the_model_s_names(rows, tmp_path):
     state = dm.Sequential.start(tmp_path / "state")
     with pytest.raises(AdapterError, match="'strange', which cannot grow one by one"):
         state.add(styled(1, format="strange", names="strange"))
+
+
+def test_who_knows_a_file_better_is_asked_before_those_that_take_any(monkeypatch, tmp_path):
+    """Also of another package; one that fails at it is passed over."""
+
+    def failing(path: Path) -> bool:
+        raise NotADirectoryError(path)
+
+    def read(path: Path, name: str) -> dm.Adapter:
+        return dm.from_tensors(random_factors(PAIR, 4), name=name)
+
+    rows = (
+        Format("failing", "none", failing, read),
+        Format("named", "one file", lambda path: path.name == "named.safetensors", read),
+    )
+    monkeypatch.setitem(vars(FORMATS), "_outside", ({row.name: row for row in rows}, {}))
+    for name in ("named", "other"):
+        save_file({"x::down": torch.zeros(1)}, tmp_path / f"{name}.safetensors")
+    style = dm.load(tmp_path / "named.safetensors").style
+    assert style
+    assert style.format == "named"
+    with pytest.raises(AdapterError, match="is no part of a LoRA that is known here"):
+        dm.load(tmp_path / "other.safetensors")

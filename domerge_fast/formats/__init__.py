@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def _fetched(source: str, name: str) -> Path:
     refuse = functools.partial(AdapterError, name, None)
     files = [*tokenizer.FILES, *(file for row in FORMATS.values() for file in row.files)]
     path = hub.local(source, files, refuse)
-    if not any(row.recognises(path) for row in FORMATS.values()):
+    if not any(_recognises(row, path) for row in FORMATS.values()):
         path = hub.local(source, [*files, PICKLE], refuse)
     if not path.exists():
         raise refuse("has no files of an adapter on the Hub", "name the folder: owner/name/folder")
@@ -62,12 +63,28 @@ def _fetched(source: str, name: str) -> Path:
 
 def _row(path: Path, name: str) -> Format:
     """What reads an adapter there: PEFT's reader, which says what is wrong, where nothing does."""
-    for row in FORMATS.values():
-        if row.read and row.recognises(path):
+    for row in _asked():
+        if row.read and _recognises(row, path):
             if reason := row.why_not():
                 raise AdapterError(name, None, f"has the format {row.name!r}", reason)
             return row
     return PEFT
+
+
+def _asked() -> Iterator[Format]:
+    """The rows in the order in which they are asked what they recognise."""
+    for last in (False, True):
+        yield from (row for row in FORMATS.values() if row.last == last)
+
+
+def _recognises(row: Format, path: Path) -> bool:
+    """What a row says of it; one of another package that fails at that stands in no one's way."""
+    try:
+        return row.recognises(path)
+    except Exception:
+        if row.name in FORMATS.own:
+            raise
+        return False
 
 
 def _complete(row: Format, path: Path, name: str) -> Adapter:

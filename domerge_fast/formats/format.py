@@ -64,14 +64,15 @@ class Format:
     """A row of `FORMATS`: how something is stored, by name. form: what a merge is that is written
     so, one of FORMS.
 
-    recognises(path): whether what lies there is of this format; quick, raises nothing. read: None
-    where it is only written; files: patterns of the names of what it reads of a folder, which are
-    fetched from the Hub. write(path, target, overwrite, force) -> the folder or file that a
-    merge is written to, module by module; None where it is only read. holds: what a merge may have
-    to be written so; others are refused before. names: whose names of modules it is written with
-    (`Style.names`). dense: whether it is given ΔW, not A and B. needs_base: whether it is made of
-    the base model (`Target.base`). config_only: whether that is read for its config alone.
-    notes(target, ranks): what whoever uses the output has to know, of modules of these ranks.
+    recognises(path): whether what lies there is of this format; quick, raises nothing. last: if
+    it takes files that others may know better, and is asked after them. read: None where it is only
+    written; files: patterns of the names of what it reads of a folder, which are fetched from the
+    Hub. write(path, target, overwrite, force) -> the folder or file that a merge is written to,
+    module by module; None where it is only read. holds: what a merge may have to be written so;
+    others are refused before. names: whose names of modules it is written with (`Style.names`).
+    dense: whether it is given ΔW, not A and B. needs_base: whether it is made of the base model
+    (`Target.base`). config_only: whether that is read for its config alone. notes(target, ranks):
+    what whoever uses the output has to know, of modules of these ranks.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Format:
     config_only: bool = False
     notes: Callable[[Target, Collection[int]], tuple[str, ...]] = _nothing
     files: tuple[str, ...] = ()
+    last: bool = False
     why_not: Callable[[], str | None] = usable
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "State",
     "batched",
     "batches",
+    "checked",
     "joined",
 ]
 
@@ -50,8 +51,8 @@ class Needs:
     """What a method has to be given.
 
     gram: the dtype of its Grams, None for none. bare: those of B^T are without the scalings s_i,
-    and so is the B^T that C_B is applied to. host: they are in the host's memory. calibrates:
-    whether it can do what `State.calibrated` asks for.
+    and so is the B^T that C_B is applied to. host: they are in the host's memory, where scalings
+    and weights always are. calibrates: whether it can do what `State.calibrated` asks for.
     """
 
     gram: torch.dtype | None = None
@@ -211,6 +212,22 @@ Contract = Callable[[Batch, State, Tensor, Any], Coefficients]
 
 options is the method's frozen dataclass. OptionError or FlatCut for what has no merge.
 """
+
+
+def checked(made: object, name: str, ranks: Sequence[int], weights: Tensor) -> Coefficients:
+    """What a method returned, by its name; TypeError where it is not what a `Contract` returns."""
+    (count, adapters), rank = weights.shape, sum(ranks)
+    told = type(made).__name__
+    if isinstance(made, Coefficients):
+        a, b = None if made.a is None else [*made.a.shape], [*made.b.shape]
+        fits = b == [count, adapters] if a is None else a == b == [count, *b[1:2], rank]
+        if fits:
+            return made
+        told = f"a {a}, b {b}"
+    raise TypeError(
+        f"method {name!r} has to return Coefficients, a and b [{count}, k, {rank}], "
+        f"or a None and b [{count}, {adapters}]; it returned {told}"
+    )
 
 
 def batched(

@@ -28,7 +28,7 @@ from .base import (
     grams,
     wide_grams,
 )
-from .contract import Batch, Coefficients, Needs, Reducible, State, batched, joined
+from .contract import Batch, Coefficients, Needs, Reducible, State, batched, checked, joined
 from .groups import Groups, Here, Through
 from .spectral import schatten
 
@@ -196,7 +196,8 @@ class Run:
         method = self.chosen.method
         assert method.coefficients
         try:
-            return method.coefficients(grams, state, weights, self.chosen.options).settled()
+            made = method.coefficients(grams, state, weights, self.chosen.options)
+            return checked(made, method.name, grams.ranks, weights).settled()
         except FlatCut as error:
             raise error.of(grams.names[error.at]) from None
 

@@ -150,6 +150,7 @@ def _row(kind: _Kind) -> Format:
         ),
         names=kind.name,
         files=(kind.file,),
+        last=True,
     )
 
 

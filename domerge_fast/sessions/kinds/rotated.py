@@ -15,7 +15,7 @@ from ...algebra.side import Side
 from ...algebra.threads import of_parts
 from ...errors import FlatCut, OptionError
 from ...methods.base import Chosen, Factors, Settings
-from ...methods.contract import Batch, State, batches
+from ...methods.contract import Batch, State, batches, checked
 from ...methods.running import prepared
 from ...methods.spectral import space, svc
 from .alike import Alike, Inner, Weights
@@ -117,7 +117,8 @@ class Given(_Rotated):
         )
         given = torch.tensor(weights, dtype=torch.float64)
         assert method.coefficients
-        x = method.coefficients(grams, State(), given, self.method.options)
+        made = method.coefficients(grams, State(), given, self.method.options)
+        x = checked(made, method.name, self.ranks, given)
         b = self.bare if needs.bare else self.sizes[..., None] * self.bare
         if x.a is None:
             pairs = zip(grams.of_rows(x.b)[..., None] * b, self.a)
