@@ -467,6 +467,25 @@ def test_blocks_of_any_stride(isa, side):
     assert torch.equal(cpu.apply([None], [p], torch.float32)[0], dense.float())
 
 
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("d", [1, 15, 16, 17, 65, 3073])
+def test_without_coefficients_every_number_is_scaled_and_rounded_once(isa, columns, d):
+    """Of blocks of one dtype and of several; all but the first are slices of a larger matrix."""
+    generator = torch.Generator().manual_seed(d)
+    for ranks, kinds in (((4,), DTYPES), ((16, 16), DTYPES), ((1, 8, 3), DTYPES), ((9, 2), [None])):
+        for dtype in kinds:
+            blocks = []
+            for k, r in enumerate(ranks):
+                shape = (d, r + k) if columns else (r, d + k)
+                whole = torch.randn(shape, generator=generator).to(dtype or DTYPES[k])
+                blocks.append(whole[:, :r].T if columns else whole[:, :d])
+            scales = tuple(0.75 - k for k in range(len(ranks)))
+            for out_dtype in DTYPES:
+                (found,) = cpu.apply([None], [Side(blocks, scales)], out_dtype)
+                parts = [(b.float() * s).to(out_dtype) for b, s in zip(blocks, scales)]
+                assert torch.equal(found, torch.cat(parts))
+
+
 def test_mixed_dtypes_in_one_problem(isa):
     x = [torch.randn(3, 50), torch.randn(2, 50).bfloat16(), torch.randn(4, 50).half()]
     p = Side((*x, torch.randn(2, 50).double()), (1.0, 2.0, 0.5, 1.0))

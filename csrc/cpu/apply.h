@@ -1,6 +1,8 @@
-// C X, tile by tile: convert, multiply, convert, write. X is read once.
+// C X, tile by tile: convert, multiply, convert, write; X itself without a tile between. X is read
+// once.
 #pragma once
 
+#include "copy.h"
 #include "kernels.h"
 #include "load.h"
 
@@ -70,22 +72,20 @@ class RowProduct {
     float* y_ = nullptr;
 };
 
-// The same transposed, for blocks in columns: tiles [kApplyRows, ld].
+// The same transposed, for blocks in columns, with coefficients: tiles [kApplyRows, ld].
 class ColumnProduct {
  public:
     ColumnProduct(const ApplyItem& item, Arena& arena)
         : item_(item), x_(take_matrix(arena, kApplyRows, ldx())) {
-        if (!item.coefficients) return;
         const int64_t rank = item.problem->rank;
         const float* c = padded_copy(item.coefficients, item.rows, rank, ldx(), arena);
         c_ = take_matrix(arena, round_up(rank, 16), ldy());
         transpose(c, ldx(), round_up(item.rows, 16), round_up(rank, 16), c_, ldy());
         y_ = take_matrix(arena, kApplyRows, ldy());
     }
-    int64_t ld() const { return c_ ? ldy() : ldx(); }
+    int64_t ld() const { return ldy(); }
     float* operator()(int64_t begin, int64_t n) {
         load_columns(*item_.problem, begin, n, x_, ldx());
-        if (!c_) return x_;
         multiply(x_, ldx(), c_, ldy(), n, item_.problem->rank, item_.rows, y_, ldy());
         return y_;
     }
@@ -95,8 +95,8 @@ class ColumnProduct {
     int64_t ldy() const { return row_stride<float>(round_up(item_.rows, 16)); }
     const ApplyItem& item_;
     float* x_;
-    float* c_ = nullptr;  // transposed
-    float* y_ = nullptr;
+    float* c_;  // transposed
+    float* y_;
 };
 
 // Rows [begin, begin + n) of the row-major [d, columns] output. Whole vectors are written: what
@@ -139,7 +139,9 @@ void apply_columns(const ApplyItem& item, Arena& arena) {
 
 template <class Rows, class Columns>
 void apply_item(const ApplyItem& item, Arena& arena) {
-    if (item.problem->columns)
+    if (!item.coefficients)
+        copy_item(item);
+    else if (item.problem->columns)
         apply_columns<Columns>(item, arena);
     else
         apply_rows<Rows>(item, arena);

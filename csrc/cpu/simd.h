@@ -144,6 +144,25 @@ DOMERGE_INLINE double sum_lanes(FloatVec v) {
     return lanes[0];
 }
 
+// Of whole numbers below 2^16. (Compilers make several instructions of `convertvector`.)
+DOMERGE_INLINE BitsVec widen(HalfVec v) {
+#if defined(__AVX512F__)
+    return bits<BitsVec>(_mm512_cvtepu16_epi32(bits<__m256i>(v)));
+#elif defined(__AVX2__)
+    return bits<BitsVec>(_mm256_cvtepu16_epi32(bits<__m128i>(v)));
+#else
+    return __builtin_convertvector(v, BitsVec);
+#endif
+}
+
+DOMERGE_INLINE HalfVec narrow(BitsVec v) {
+#if defined(__AVX512F__)
+    return bits<HalfVec>(_mm512_cvtepi32_epi16(bits<__m512i>(v)));
+#else
+    return __builtin_convertvector(v, HalfVec);
+#endif
+}
+
 struct Float32 {
     using Storage = float;
     static DOMERGE_INLINE FloatVec load(const float* p) { return DOMERGE_ISA::load<FloatVec>(p); }
@@ -153,14 +172,13 @@ struct Float32 {
 struct BFloat16 {
     using Storage = uint16_t;
     static DOMERGE_INLINE FloatVec load(const uint16_t* p) {
-        const auto wide = __builtin_convertvector(DOMERGE_ISA::load<HalfVec>(p), BitsVec);
-        return bits<FloatVec>(wide << 16);
+        return bits<FloatVec>(widen(DOMERGE_ISA::load<HalfVec>(p)) << 16);
     }
     static DOMERGE_INLINE void store(uint16_t* p, FloatVec v) {
         const BitsVec b = bits<BitsVec>(v);
         const BitsVec rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
         const BitsVec safe = where(v != v, BitsVec{} + 0x7fc0u, rounded);
-        DOMERGE_ISA::store(p, __builtin_convertvector(safe, HalfVec));
+        DOMERGE_ISA::store(p, narrow(safe));
     }
 };
 
