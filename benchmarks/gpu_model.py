@@ -38,14 +38,13 @@ ARCH = "90"
 
 RATES = Rates(4.8e12, {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12, "float64": 67e12})
 """Bytes and flops a second of an H200, by its maker."""
-FLOAT64_UNITS = 34e12
-"""Flops a second in float64 beside tensor cores."""
 ISSUED = 132 * 4 * 1.755e9
 """Instructions that the warps of all multiprocessors issue a second."""
 
 FORMATS = {"bfloat16": "BFloat16", "float32": "Float32"}
 HMMA_FLOPS = {"bfloat16": 16 * 8 * 16 * 2, "tf32": 16 * 8 * 8 * 2}
-DFMA_FLOPS = 64
+DMMA_FLOPS = 16 * 8 * 4 * 2
+"""Of an instruction in float64; one of 8 x 8 x 4 takes as long."""
 STEPS = 3
 """Of a descent: docs/algorithm.md."""
 LARGEST = 256
@@ -163,14 +162,29 @@ def apply_decouple(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
 
 
 def block_gram(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
-    """Squares of 8, 16, 32 or 64 in float64."""
-    loop = kernels["BlockGram<BFloat16>"]["loop"]
-    products = 0.0
+    """Tiles at and below the diagonal of 8, 16, 32 or 64 rows, of which four warps share the
+    columns; of a tile beside it each has half of the rows (DoubleGram in csrc/cuda/double_gram.h).
+    """
+    row = kernels["BlockGram<BFloat16>"]["matrix"]
+    total = FREE
     for r in ranks:
         size = fitting(r, (8, 16, 32, 64))
-        count = up(r, size)
-        products += count * (count + 1) / 2 * size**2 * d / 32
-    return Cost(products * DFMA_FLOPS / FLOAT64_UNITS, products * loop["all"] / loop["DFMA"])
+        count, rows = up(r, size), max(size, 16)
+        columns = 4096 // rows  # at a time
+        place = {64: 2, 32: 4, 16: 6}.get(size, 8)
+        tiles = ways(row, place) * count + ways(row, 0) * (count * (count - 1) / 2)
+        moves = copies(rows * columns) * count**2
+        total += (tiles * 4 + moves) * up(d, columns)
+    return total
+
+
+def ways(stretches: Sequence[Mapping[str, int]], place: int) -> Cost:
+    """The mean of two stretches in float64, for X in rows and in columns."""
+    costs = (
+        Cost(x["DMMA"] * DMMA_FLOPS / RATES.gemm["float64"], x["all"])
+        for x in stretches[place : place + 2]
+    )
+    return sum(costs, FREE) * 0.5
 
 
 def orthogonalize(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:

@@ -247,6 +247,18 @@ def test_grams_of_parts_count_three_products_of_every_square_up_to_the_diagonal(
         assert cost.instructions == pytest.approx(3 * 400 * steps + rest.instructions)
 
 
+def test_block_grams_count_tiles_and_their_columns():
+    """Of 72 rows two tiles on the diagonal and one beside it, of which two have both operands."""
+    row = [{"all": 400, "DMMA": 128}] * 2 + [{"all": 200, "DMMA": 80}] * 2
+    row += [{"all": 90, "DMMA": 16}] * 6
+    kernels = {"BlockGram<BFloat16>": {"matrix": row}}
+    cost = gpu_model.block_gram(kernels, (72,), 100)
+    assert cost.units * 67e12 == pytest.approx(2 * 4 * (128 + 2 * 80) * 1024)
+    assert cost.instructions == 2 * 4 * (400 + 2 * 200) + 15 * 2 * 4 * 64 * 128 / 512
+    small = gpu_model.block_gram(kernels, (5, 8), 256)
+    assert small.units * 67e12 == pytest.approx(2 * 4 * 16 * 1024)
+
+
 # Rivals
 
 MIXED = Workload(

@@ -71,6 +71,17 @@ def test_grams_of_float32_take_three_products_of_parts():
             assert 2 * sum(kind in way for way in row["matrix"]) == len(products), name
 
 
+def test_block_grams_are_made_on_tensor_cores_in_float64():
+    """Two ways of every tile, beside the diagonal first: of 16 x 8 on sm_90, elsewhere of 8 x 8."""
+    for (arch, name), row in rows("block_gram").items():
+        of_tiles = (128, 80, 48, 32, 16) if arch == 90 else (256, 144, 80, 48, 16)
+        wanted = [n // (2 if "Float32" in name else 1) for n in of_tiles for _ in range(2)]
+        assert [way["DMMA"] for way in row["matrix"]] == wanted, name
+        assert not any("DFMA" in way for way in row["matrix"]), name
+        if arch != 120:  # whose float64 is slow: there each waits for the one before
+            assert all(way["all"] <= 4 * way["DMMA"] + 24 for way in row["matrix"]), name
+
+
 def test_descents_take_three_products_of_parts():
     """Operands along their rows, and down their columns: a number takes a load and three
     instructions that split it, a block of 16 x 8 three products."""

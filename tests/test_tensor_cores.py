@@ -103,6 +103,26 @@ def test_factors_may_begin_anywhere_and_lie_in_larger_ones(shift, dtype):
         assert errors(found, torch.cat([x, x[:5]]))[0] <= ALLOWED
 
 
+BLOCKS = [[3, 8, 5], [16, 9], [17, 32], [64, 40], [65, 3], [130, 72]]
+"""Ranks of the adapters, for each size of a tile, and of several tiles."""
+
+
+@pytest.mark.parametrize("ranks", BLOCKS, ids=str)
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("layout", SIDES)
+def test_block_grams_are_those_of_float64(layout, dtype, ranks):
+    sides = [SIDES[layout](random_case(ranks, d, d + 1), dtype) for d in (41, 264, 530)]
+    found = run_both_ways(lambda: ops.block_gram(sides, backend="cuda"))
+    for side, packed in zip(sides, found, strict=True):
+        squares = packed.split([r * r for r in ranks])
+        for x, r, gram in zip(exact(side), ranks, squares, strict=True):
+            gram = gram.view(r, r)
+            norms = x.norm(dim=1)
+            off = (gram - x @ x.T) / (norms[:, None] * norms)
+            assert float(off.abs().max()) <= 1e-14
+            assert torch.equal(gram, gram.T)
+
+
 def coefficients(rows: int, rank: int) -> Tensor:
     """Rows of very different sizes, as any C may have, entries too."""
     generator = torch.Generator().manual_seed(rank)

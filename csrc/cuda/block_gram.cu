@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "gram.h"
+#include "double_gram.h"
 
 namespace domerge {
 
@@ -19,20 +19,13 @@ struct BlockGramParams {
     double* out;
 };
 
-// Columns at a time. Small blocks are one tile and little to read: then much of it is on its way.
-// Of the smallest every thread has seven columns: an odd number, so that a warp uses more banks.
-template <class Format, int kSize>
-constexpr int kDepth = kSize == 8    ? 7 * 64
-                       : kSize == 64 ? 2 * kLanes<Format>
-                                     : 4096 / kSize;
-
 template <class Format>
 struct BlockGram {
     using Params = BlockGramParams;
-    static constexpr int kThreads = kBlockThreads;
-    static constexpr int kBlocksPerSm = 1;  // what registers allow
+    static constexpr int kThreads = 128;
+    static constexpr int kBlocksPerSm = 2;  // what registers allow
     template <int kSize>
-    using Product = GramProduct<Format, kSize, kDepth<Format, kSize>, (kSize < 64)>;
+    using Product = DoubleGram<Format, kSize, kThreads>;
     static constexpr int64_t kSharedBytes =
         std::max({Product<8>::kSharedBytes, Product<16>::kSharedBytes, Product<32>::kSharedBytes,
                   Product<64>::kSharedBytes});
@@ -50,14 +43,14 @@ struct BlockGram {
         const int first = static_cast<int>(own.first_row);
         for (int row = 0; row < work.rank; row += kSize) {
             for (int column = 0; column <= row; column += kSize) {
-                Product<kSize>::run(block, reader, first + row, first + column, 0);
+                Product<kSize>::run(block, reader, first + row, first + column);
                 block.each([&](int thread) {
                     for (int e = thread; e < kSize * kSize; e += kThreads) {
                         const int64_t i = row + e / kSize, j = column + e % kSize;
                         if (i >= work.rank || j > i) continue;
                         const double value =
                             own.scale * own.scale *
-                            Product<kSize>::Product::gather(product, e / kSize, e % kSize);
+                            Product<kSize>::gather(product, row == column, e / kSize, e % kSize);
                         out[i * work.rank + j] = value;
                         out[j * work.rank + i] = value;
                     }
