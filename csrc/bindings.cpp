@@ -1,5 +1,5 @@
 // Names to functions. Addresses are integers; the caller has checked shapes, dtypes and devices and
-// keeps the memory alive.
+// keeps the memory alive. Lists of 8-byte numbers are handed over as such, or as a buffer of them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,32 @@
 #include "places.h"
 
 namespace py = pybind11;
+
+namespace pybind11::detail {
+
+template <class T>
+struct numbers_caster : list_caster<std::vector<T>, T> {
+    bool load(handle source, bool convert) {
+        if (PyObject_CheckBuffer(source.ptr()) == 0)
+            return list_caster<std::vector<T>, T>::load(source, convert);
+        Py_buffer given;
+        if (PyObject_GetBuffer(source.ptr(), &given, PyBUF_SIMPLE) != 0) throw error_already_set();
+        const auto* begin = static_cast<const char*>(given.buf);
+        this->value.resize(given.len / sizeof(T));
+        if (given.len > 0) std::memcpy(this->value.data(), begin, this->value.size() * sizeof(T));
+        PyBuffer_Release(&given);
+        return true;
+    }
+};
+
+template <>
+struct type_caster<std::vector<uint64_t>> : numbers_caster<uint64_t> {};
+template <>
+struct type_caster<std::vector<int64_t>> : numbers_caster<int64_t> {};
+template <>
+struct type_caster<std::vector<double>> : numbers_caster<double> {};
+
+}  // namespace pybind11::detail
 
 // Whether the call in this thread comes from the one in which Python answers signals. Others have
 // nothing to ask for, and must not wait for the GIL while the interpreter ends.
@@ -42,6 +68,7 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init<std::string_view, std::string_view, std::string_view>(), py::arg("addresses"),
              py::arg("heads"), py::arg("rows"));
     m.def("places", domerge::places);
+    m.def("spread", domerge::spread);
     m.def("isa", [] { return std::string(domerge::choose_kernels().name); });
     m.def("isas", domerge::supported_isas);
     m.def("gram", on_cpu(domerge::gram));

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
-#include <string>
+#include <tuple>
 #include <vector>
 
 namespace domerge {
@@ -97,6 +97,22 @@ inline pybind11::object places(const pybind11::capsule& api, const pybind11::tup
         }
         found.push_back(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);
     }
+    return pybind11::bytes(reinterpret_cast<const char*>(found.data()),
+                           found.size() * sizeof(uint64_t));
+}
+
+// First, step, and how many.
+using Run = std::tuple<uint64_t, int64_t, int64_t>;
+
+// The numbers of one run after the other as bytes, each with all of `inner` added to it.
+inline pybind11::bytes spread(const std::vector<Run>& runs, const std::vector<int64_t>& inner) {
+    int64_t size = 0;
+    for (const auto& [first, step, count] : runs) size += count;
+    std::vector<uint64_t> found;
+    found.reserve(size * inner.size());
+    for (const auto& [first, step, count] : runs)
+        for (int64_t k = 0; k < count; ++k)
+            for (const int64_t more : inner) found.push_back(first + k * step + more);
     return pybind11::bytes(reinterpret_cast<const char*>(found.data()),
                            found.size() * sizeof(uint64_t));
 }

@@ -9,6 +9,9 @@ they answer signals: what a handler raises is raised once no thread works any mo
 from collections.abc import Sequence
 from typing import Any
 
+Numbers = Sequence[int] | Sequence[float] | bytes | memoryview
+"""One by one, or a buffer of all in 8 bytes each."""
+
 class Problems:
     """As algebra/side.py packs them: addresses of all blocks, heads of all problems, rows of all
     blocks. ValueError where their numbers do not agree."""
@@ -20,23 +23,27 @@ def places(api: object, types: tuple[type, ...], tensors: list[Any], width: int,
     None unless all are of one of these types of tensors and such matrices, and, but for width 0, on
     one device, each with the dtype and shape of the one `width` before it."""
 
+def spread(runs: Sequence[tuple[int, int, int]], inner: Sequence[int], /) -> bytes:
+    """The numbers of runs (first, step, how many), one run after the other, each with all of
+    `inner` added to it, as int64."""
+
 def isa() -> str:
     """The instruction set in use: avx512, avx2 or baseline."""
 
 def isas() -> list[str]:
     """Those that this machine can run, best first."""
 
-def gram(problems: Problems, out: Sequence[int], wide: bool, threads: int, /) -> None:
+def gram(problems: Problems, out: Numbers, wide: bool, threads: int, /) -> None:
     """out: float32 [R, R] a problem, or float64 when wide."""
 
-def block_gram(problems: Problems, out: Sequence[int], threads: int, /) -> None:
+def block_gram(problems: Problems, out: Numbers, threads: int, /) -> None:
     """out: float64 [sum r_i^2] a problem."""
 
 def orthogonalize(
-    grams: Sequence[int],
-    ranks: Sequence[int],
-    counts: Sequence[int],
-    out: Sequence[int],
+    grams: Numbers,
+    ranks: Numbers,
+    counts: Numbers,
+    out: Numbers,
     stats: int,
     frobenius: bool,
     gamma: float,
@@ -49,7 +56,7 @@ def orthogonalize(
 
 def orthogonalize_factors(
     problems: Problems,
-    out: Sequence[int],
+    out: Numbers,
     stats: int,
     half: bool,
     gamma: float,
@@ -68,9 +75,9 @@ def half_products() -> bool:
 
 def apply(
     problems: Problems,
-    coefficients: Sequence[int],
-    rows: Sequence[int],
-    out: Sequence[int],
+    coefficients: Numbers,
+    rows: Numbers,
+    out: Numbers,
     out_dtype: int,
     threads: int,
     /,
@@ -79,28 +86,26 @@ def apply(
 
 def apply_decouple(
     problems: Problems,
-    coefficients: Sequence[int],
-    blocks: Sequence[int],
-    omegas: Sequence[float],
+    coefficients: Numbers,
+    blocks: Numbers,
+    omegas: Numbers,
     scale: float,
-    full: Sequence[int],
-    out: Sequence[int],
+    full: Numbers,
+    out: Numbers,
     out_dtype: int,
-    norms: Sequence[int],
+    norms: Numbers,
     threads: int,
     /,
 ) -> None:
     """blocks: float64 [sum r_i^2] a problem; full: float64 [R, R] a problem, or none at all."""
 
-def block_products(
-    x: Sequence[int], y: Sequence[int], ranks: Sequence[int], out: int, threads: int, /
-) -> None:
+def block_products(x: Numbers, y: Numbers, ranks: Numbers, out: int, threads: int, /) -> None:
     """x, y: float32 [R, R] a problem, all of the same ranks; out: float64 [P, T, T]."""
 
 def largest(
-    data: Sequence[int],
-    counts: Sequence[int],
-    dtypes: Sequence[int],
+    data: Numbers,
+    counts: Numbers,
+    dtypes: Numbers,
     out: int,
     threads: int,
     /,
@@ -111,9 +116,7 @@ def largest(
 def block_largest(problems: Problems, out: int, threads: int, /) -> None:
     """The same of every block of the problems, whose scale is left out."""
 
-def entry_counts(
-    a: Problems, b: Problems, prefixes: Sequence[int], out: int, threads: int, /
-) -> None:
+def entry_counts(a: Problems, b: Problems, prefixes: Numbers, out: int, threads: int, /) -> None:
     """a, b: one problem each, a in rows. out: int64 [T, 2^16], or [T, 2^15] with prefixes; zeros,
     which the counts are added to.
     """
@@ -121,11 +124,11 @@ def entry_counts(
 def entry_sums(
     a: Problems,
     b: Problems,
-    trims: Sequence[float],
+    trims: Numbers,
     rescales: Sequence[bool],
     seed: int,
     module: int,
-    adapters: Sequence[int],
+    adapters: Numbers,
     out: int,
     threads: int,
     /,
@@ -135,12 +138,12 @@ def entry_sums(
 def entry_merge(
     a: Problems,
     b: Problems,
-    trims: Sequence[float],
+    trims: Numbers,
     rescales: Sequence[bool],
     seed: int,
     module: int,
-    adapters: Sequence[int],
-    weights: Sequence[float],
+    adapters: Numbers,
+    weights: Numbers,
     sign: int,
     weighted: bool,
     mean: int,

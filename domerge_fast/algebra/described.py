@@ -11,6 +11,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..storage.buffers import Run
+
 __all__ = [
     "CODES",
     "FACTOR_DTYPES",
@@ -84,13 +86,11 @@ def rows_of(
     return layout, [row * dtype.itemsize * start for start in first]
 
 
-def starts(x: Tensor) -> Sequence[int]:
-    """Where a matrix begins, or every matrix of x [P, ...]."""
-    first = x.data_ptr()
-    if x.dim() < 3:
-        return (first,)
-    step = x.stride(0) * x.itemsize
-    return range(first, first + step * len(x), step) if step else [first] * len(x)
+def starts(x: Tensor, dims: int = 2) -> Run:
+    """Where a matrix begins, or every matrix of x [P, ...]. dims: of what is no matrix."""
+    if x.dim() <= dims:
+        return x.data_ptr(), 0, 1
+    return x.data_ptr(), x.stride(0) * x.itemsize, x.shape[0]
 
 
 def bits(scales: Sequence[float]) -> bytes:

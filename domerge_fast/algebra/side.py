@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..storage.buffers import Matrix, as_tensor, packed
+from ..storage.buffers import Matrix, as_tensor, packed, spread
 from .described import CODES, Described, Layout, bits, described, rows_of, starts
 
 __all__ = ["CODES", "Side", "each_row", "owners", "squares", "starts", "table"]
@@ -111,8 +111,7 @@ class Side:
         in_columns = d > 1 and strides[0] == 1
         side._set((1.0,) * len(ranks), ranks, d, x.device, in_columns, x, count=count)
         if layout:
-            at = [first + place for first in starts(x) for place in places]
-            side.described = layout, packed(at)
+            side.described = layout, spread([starts(x)], places)
         return side
 
     def _alike(self, stored: Any, count: int | None, at: slice) -> Side:

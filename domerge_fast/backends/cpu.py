@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..algebra.described import bits
 from ..algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ..algebra.side import CODES, Side, squares, table
+from ..storage.buffers import packed
 from . import long_products
 from . import torch as by_torch
 from .descent_rates import CPU, Rates
 from .factor_descent import FACTOR_STATS, LEAST_SHARE, in_factor_form
-from .layout import addresses, dense, matrices, row_major, together
+from .layout import addresses, dense, matrices, repeated, row_major, together
 from .singly import Singly, each, joined
 
 __all__ = [
@@ -73,7 +75,7 @@ def gram(problems: Sequence[Side], dtype: torch.dtype = torch.float32) -> list[T
 def block_gram(problems: Sequence[Side]) -> list[Tensor]:
     """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
     given, _alive = _described(problems)
-    out, at = _results([(squares(p.ranks),) for p in problems], torch.float64, problems)
+    out, at = _results([(squares(p.ranks),) for p in problems], torch.float64, problems, dims=1)
     _C.block_gram(given, at, torch.get_num_threads())
     return out
 
@@ -122,16 +124,14 @@ def _orthogonalize(
 ) -> tuple[list[Tensor], Tensor]:
     inputs = matrices(grams)
     counts = [len(g) if g.dim() == 3 else None for g in grams]
-    results, at = together([g.shape[-2:] for g in grams], torch.float32, counts=counts)
-    first = results[0].data_ptr()
-    at = [first + 4 * place for place in at]
-    every = [r for r, count in zip(ranks, counts) for _ in range(1 if count is None else count)]
-    stats = torch.zeros(len(every), 5, dtype=torch.float64)
+    results = together([g.shape[-2:] for g in grams], torch.float32, counts=counts)
+    modules = [1 if count is None else count for count in counts]
+    stats = torch.zeros(sum(modules), 5, dtype=torch.float64)
     _C.orthogonalize(
         addresses(inputs),
-        [rank for r in every for rank in r],
-        [len(r) for r in every],
-        at,
+        repeated(zip(map(packed, ranks), modules)),
+        repeated(zip([packed([len(r)]) for r in ranks], modules)),
+        addresses(results),
         stats.data_ptr(),
         penalty == "frobenius",
         gamma,
@@ -216,7 +216,7 @@ def apply(
     turned = [p.in_columns for p in problems]
     shapes = [(p.d, k) if t else (k, p.d) for k, p, t in zip(rows, problems, turned)]
     out, at = _results(shapes, out_dtype, problems, turned)
-    counts = [k for k, p in zip(rows, problems) for _ in range(p.modules)]
+    counts = repeated((packed([k]), p.modules) for k, p in zip(rows, problems))
     code, threads = CODES[out_dtype], torch.get_num_threads()
     _C.apply(given, addresses(cs, problems), counts, at, code, threads)
     return out
@@ -234,16 +234,16 @@ def apply_decouple(
     """A' [R, n] and the adapters' norms ||B_i A_i||_F [T] in float64, of every problem."""
     given, _alive = _described(problems, rows_only=True)
     cs = matrices(coefficients)
-    packed = [k if k.stride(-1) == 1 else k.contiguous() for k in blocks]
+    rows = [k if k.stride(-1) == 1 else k.contiguous() for k in blocks]
     whole = [row_major(h) for h in full or ()]
     out, at = _results([(p.rank, p.d) for p in problems], out_dtype, problems)
     shapes = [(len(p.ranks),) for p in problems]
-    norms, at_norms = _results(shapes, torch.float64, problems)
+    norms, at_norms = _results(shapes, torch.float64, problems, dims=1)
     _C.apply_decouple(
         given,
         addresses(cs, problems),
-        addresses([k[..., None] for k in packed]),
-        [w for omega, p in zip(omegas, problems) for _ in range(p.modules) for w in omega],
+        addresses(rows, dims=1),
+        repeated((bits(omega), p.modules) for omega, p in zip(omegas, problems)),
         scale,
         addresses(whole),
         at,
@@ -361,9 +361,8 @@ def _results(
     dtype: torch.dtype,
     problems: Sequence[Side],
     turned: Sequence[bool] | None = None,
-) -> tuple[list[Tensor], list[int]]:
-    """Memory for results of every problem, and its addresses; see `together`."""
-    counts = [p.count for p in problems]
-    results, places = together(shapes, dtype, counts=counts, turned=turned)
-    first = results[0].data_ptr() if results else 0
-    return results, [first + at * dtype.itemsize for at in places]
+    dims: int = 2,
+) -> tuple[list[Tensor], memoryview]:
+    """Memory for results of every problem, and its addresses; see `together`. dims: of one."""
+    results = together(shapes, dtype, counts=[p.count for p in problems], turned=turned)
+    return results, addresses(results, dims=dims)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from itertools import accumulate
 from typing import TypeVar
@@ -13,9 +13,19 @@ import torch
 from torch import Tensor
 
 from ..algebra.side import Side, starts
-from ..storage.buffers import Pieces
+from ..storage.buffers import Pieces, spread
 
-__all__ = ["addresses", "dense", "matrices", "recycled", "row_major", "side_by_side", "together"]
+__all__ = [
+    "addresses",
+    "dense",
+    "matrices",
+    "offsets",
+    "recycled",
+    "repeated",
+    "row_major",
+    "side_by_side",
+    "together",
+]
 
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 
@@ -40,16 +50,27 @@ def recycled() -> Iterator[None]:
         _pieces.reset(token)
 
 
-def addresses(tensors: Sequence[Tensor | None], sides: Sequence[Side] | None = None) -> list[int]:
+def addresses(
+    tensors: Sequence[Tensor | None], sides: Sequence[Side] | None = None, dims: int = 2
+) -> memoryview:
     """Where matrices begin, those of a tensor [P, ...] one after the other. sides: whose they are;
-    where there is none, 0 for every module of its side."""
-    found: list[int] = []
-    for k, x in enumerate(tensors):
-        if x is not None:
-            found += starts(x)
-        else:
-            found += [0] * (sides[k].modules if sides else 1)
-    return found
+    where there is none, 0 for every module of its side. dims: of what are no matrices."""
+    runs = [
+        (0, 0, sides[k].modules if sides else 1) if x is None else starts(x, dims)
+        for k, x in enumerate(tensors)
+    ]
+    return memoryview(spread(runs)).cast("Q")
+
+
+def offsets(results: Sequence[Tensor], dims: int = 2) -> list[int]:
+    """`addresses` of results that lie together, in elements from where the first begins."""
+    first, size = results[0].data_ptr(), results[0].itemsize
+    return [(at - first) // size for at in addresses(results, dims=dims)]
+
+
+def repeated(rows: Iterable[tuple[bytes, int]]) -> bytes:
+    """Numbers as `packed`, each as often as is said."""
+    return b"".join([numbers * count for numbers, count in rows])
 
 
 def side_by_side(batches: Sequence[Tensor]) -> Tensor:
@@ -95,17 +116,15 @@ def together(
     device: torch.device | None = None,
     counts: Sequence[int | None] | None = None,
     turned: Sequence[bool] | None = None,
-) -> tuple[list[Tensor], list[int]]:
-    """Row-major results of an op in one allocation, and where each begins in it, in elements. Small
-    ones cost more to allocate than to compute. One of them keeps the memory of all. counts: where
-    there is one, so many of that shape, as a tensor [count, ...]. turned: of which the transposes
-    are wanted."""
+) -> list[Tensor]:
+    """Row-major results of an op in one allocation: small ones cost more to allocate than to
+    compute. One of them keeps the memory of all. counts: where there is one, so many of that shape,
+    as a tensor [count, ...]. turned: of which the transposes are wanted."""
     leads = [None] * len(shapes) if counts is None else counts
     steps = [-(-math.prod(shape) // GAP) * GAP for shape in shapes]
     sizes = [step * (1 if lead is None else lead) for step, lead in zip(steps, leads)]
     memory = _memory(sum(sizes), dtype, device)
     results: list[Tensor] = []
-    places: list[int] = []
     first = 0
     for k, (shape, step, size, lead) in enumerate(zip(shapes, steps, sizes, leads)):
         strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
@@ -114,9 +133,8 @@ def together(
         else:
             x = memory.as_strided((lead, *shape), (step, *strides), first)
         results.append(x.mT if turned and turned[k] else x)
-        places += range(first, first + size, step or 1)
         first += size
-    return results, places
+    return results
 
 
 def _memory(count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:

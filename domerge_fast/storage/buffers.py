@@ -20,16 +20,21 @@ __all__ = [
     "Lying",
     "Matrix",
     "Pieces",
+    "Run",
     "aligned",
     "are_row_major",
     "as_tensor",
     "bytes_of",
     "packed",
     "places",
+    "spread",
 ]
 
 EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 """What tells in C where tensors lie; None of older versions of torch."""
+
+Run = tuple[int, int, int]
+"""Numbers at equal distances: the first, the distance, and how many."""
 
 ALIGNMENT = 64
 """Every tensor starts at a multiple of this many bytes: a cache line, and the widest vector."""
@@ -158,6 +163,12 @@ def _asked_in_c(matrices: Sequence[Matrix], width: int) -> bytes | None:
 def packed(addresses: Sequence[int]) -> bytes:
     """As kernels are handed them."""
     return struct.pack(f"={len(addresses)}Q", *addresses)
+
+
+def spread(runs: Sequence[Run], inner: Sequence[int] = (0,)) -> bytes:
+    """The numbers of one run after the other, each with all of `inner` added to it, as
+    `packed`."""
+    return _C.spread(runs, inner)
 
 
 class Buffers:

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from ...algebra.roots import root
-from ...algebra.side import CODES, Side, squares, starts
+from ...algebra.side import CODES, Side, squares
 from .. import torch as by_torch
 from ..descent import STATS
-from ..layout import addresses, dense, matrices, row_major, together
+from ..layout import addresses, dense, matrices, offsets, row_major, together
 from ..singly import Singly
 from . import tables
 from .kernels import Kernels
@@ -57,10 +57,11 @@ class Gpu:
         with region("gram", problems[0].device) as device:
             host = tables.describe(problems)
             shapes, counts = [(p.rank, p.rank) for p in problems], [p.count for p in problems]
-            grams, offsets = together(shapes, torch.float32, device, counts)
+            grams = together(shapes, torch.float32, device, counts)
+            at = offsets(grams)
             every = _every(problems)
             plans = [
-                (size, *tables.gram_tiles(every, members, offsets, size, GRAM_CHUNK))
+                (size, *tables.gram_tiles(every, members, at, size, GRAM_CHUNK))
                 for size, members in _by_rank(every, kernels.sizes("gram")).items()
             ]
             table, rest = upload_table(host, [x for _, *pair, _ in plans for x in pair])
@@ -77,10 +78,10 @@ class Gpu:
         with region("block_gram", problems[0].device) as device:
             host = tables.describe(problems)
             sizes, counts = [(squares(p.ranks),) for p in problems], [p.count for p in problems]
-            packed, offsets = together(sizes, torch.float64, device, counts)
+            packed = together(sizes, torch.float64, device, counts)
             work: list[int] = []
             block = 0
-            for k, (p, at) in enumerate(zip(_every(problems), offsets)):
+            for k, (p, at) in enumerate(zip(_every(problems), offsets(packed, dims=1))):
                 for r in p.ranks:
                     work += (k, block, r, at)
                     at += r * r
@@ -124,13 +125,14 @@ class Gpu:
                     stats[row[i] : row[i + 1]] = own
             given = [row_major(grams[i].float()) for i in small]
             shapes = [(g.shape[-1], g.shape[-1]) for g in given]
-            cs, offsets = together(shapes, torch.float32, device, [counts[i] for i in small])
+            cs = together(shapes, torch.float32, device, [counts[i] for i in small])
+            at = offsets(cs)
             begins: list[int] = []
             work: list[tuple[int, ...]] = []
             for i, g in zip(small, given):
-                for k, address in enumerate(starts(g)):
+                for k, address in enumerate(addresses([g])):
                     of_ranks = len(ranks[i]), len(begins)
-                    work.append((address, g.shape[-1], *of_ranks, offsets[len(work)], row[i] + k))
+                    work.append((address, g.shape[-1], *of_ranks, at[len(work)], row[i] + k))
                 begins += accumulate(ranks[i], initial=0)
             sizes = {k: rank for k, (_, rank, *_) in enumerate(work)}
             groups = tables.buckets(sizes, kernels.sizes("orthogonalize"))
@@ -166,10 +168,10 @@ class Gpu:
             cs = matrices(coefficients)
             heights = [p.rank if c is None else c.shape[-2] for c, p in zip(cs, problems)]
             shapes = [(p.d, k) if p.in_columns else (k, p.d) for k, p in zip(heights, problems)]
-            results, offsets = _results(shapes, out_dtype, problems)
+            results = _results(shapes, out_dtype, problems)
             every = _every(problems)
             counts = [k for k, p in zip(heights, problems) for _ in range(p.modules)]
-            work = tables.rows(zip(addresses(cs, problems), counts, offsets), 3)
+            work = tables.rows(zip(addresses(cs, problems), counts, offsets(results)), 3)
             groups = tables.buckets(dict(enumerate(counts)), kernels.sizes("apply"))
             tiles = [
                 tables.grid(
@@ -211,11 +213,11 @@ class Gpu:
             cs = matrices(coefficients)
             packed = [k if k.stride(-1) == 1 else k.contiguous() for k in blocks]
             shapes = [(p.rank, p.d) for p in problems]
-            results, offsets = _results(shapes, out_dtype, problems)
-            work = tables.rows(zip(addresses(cs, problems), offsets), 2)
+            results = _results(shapes, out_dtype, problems)
+            work = tables.rows(zip(addresses(cs, problems), offsets(results)), 2)
             every = _every(problems)
             given: list[tuple[int, int]] = []
-            for p, address in zip(every, addresses([k[..., None] for k in packed])):
+            for p, address in zip(every, addresses(packed, dims=1)):
                 for r in p.ranks:
                     given.append((address, r))
                     address += 8 * r * r
@@ -308,14 +310,12 @@ class Gpu:
 
 def _results(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, problems: Sequence[Side]
-) -> tuple[list[Tensor], list[int]]:
-    """Memory of its own for every problem's result, and every module's offset from the first."""
+) -> list[Tensor]:
+    """Memory of its own for every problem's result."""
     device = problems[0].device
     leads = [() if p.count is None else (p.count,) for p in problems]
     pairs = zip(leads, shapes)
-    results = [torch.empty((*lead, *shape), dtype=dtype, device=device) for lead, shape in pairs]
-    first = results[0].data_ptr()
-    return results, [(at - first) // dtype.itemsize for x in results for at in starts(x)]
+    return [torch.empty((*lead, *shape), dtype=dtype, device=device) for lead, shape in pairs]
 
 
 def _find_large_roots(
