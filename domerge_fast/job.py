@@ -127,8 +127,9 @@ class Job:
         kept = keep(plan.adapters, plan.weights, asked.whole, origin)
         works = [(part.plan, part.work) for part in parts]
         changed = changes(plan, works, kept, origin, dtype, written.dense)
-        ranks = {n: r for part in parts for n, r in part.work.ranks(part.plan).items()}
-        ranks = {n: ranks[n] for n in plan.names}
+        of_parts = [part.work.ranks(part.plan) for part in parts]
+        ranks = {n: r for own in of_parts for n, r in own.items()}
+        ranks = ranks if len(parts) == 1 else {n: ranks[n] for n in plan.names}
         parts, matrices = uncut(parts, written, runtime)
         target, refit, notes = target_of(
             plan, dtype, asked, kept, ranks, checkpoint, written, changed, matrices
@@ -136,8 +137,8 @@ class Job:
         target, fitted = runtimes.written_for(runtime, written, target)
         if written.needs_base:
             target = in_numbers(target)
-        of_parts = (note for part in parts for note in part.said)
-        said = (*of_parts, *renamed, *of_format, *notes, *fitted)
+        by_part = (note for part in parts for note in part.said)
+        said = (*by_part, *renamed, *of_format, *notes, *fitted)
         recipe = dataclasses.replace(
             asked,
             adapters=tuple(Input(a.name) for a in loaded),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import weakref
@@ -83,7 +84,8 @@ class Module:
     def layer(self) -> tuple[Kind, int, tuple[int, ...], int]:
         """What all adapters of the module have in common: kind, m, the shape of the inputs, and of
         how many matrices its parameter is."""
-        return self.kind, self.b_shape[0], self.a_shape[1:], self.slice.count if self.slice else 1
+        count = self.slice.count if self.slice else 1
+        return _layer(self.kind, self.b_shape[0], self.a_shape[1:], count)
 
     @property
     def parameter(self) -> str:
@@ -96,6 +98,14 @@ class Module:
         if self.slice is None or self.slice.index is None:
             return self.name, 0
         return self.parameter, self.slice.index
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _layer(
+    kind: Kind, m: int, inputs: tuple[int, ...], count: int
+) -> tuple[Kind, int, tuple[int, ...], int]:
+    """One tuple for all modules that are alike: adapters are compared module by module."""
+    return kind, m, inputs, count
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -215,6 +225,11 @@ class Adapter:
         return self.inputs[0].path.parent if self.inputs else None
 
     @cached_property
+    def names(self) -> list[str]:
+        """Of all modules."""
+        return [*self.modules]
+
+    @cached_property
     def alike(self) -> dict[str, Alike]:
         """Of every module; those that are alike have the same one."""
         made: dict[tuple, Alike] = {}
@@ -260,9 +275,9 @@ class Adapter:
         return {n: x for n, x in self.modules.items() if x.slice and x.slice.index is not None}
 
     @cached_property
-    def layers(self) -> dict[str, tuple]:
+    def layers(self) -> list[tuple]:
         """`Module.layer` of every module."""
-        return {name: module.layer for name, module in self.modules.items()}
+        return [module.layer for module in self.modules.values()]
 
     @property
     def changed(self) -> list[str]:

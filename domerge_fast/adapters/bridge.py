@@ -328,8 +328,8 @@ def _saved_as(module: str, paths: Mapping[str, str]) -> str:
 
 
 def _has_names_of(one: Adapter, other: Adapter) -> bool:
-    same = one.modules.keys() == other.modules.keys() and one.changed == other.changed
-    return same and one.carried.keys() == other.carried.keys()
+    same = one.names == other.names or one.modules.keys() == other.modules.keys()
+    return same and one.changed == other.changed and one.carried.keys() == other.carried.keys()
 
 
 def _is_of_other(stem: str, old: str, new: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ..errors import AdapterError, DomergeError
 from .adapter import Adapter, Module
@@ -81,7 +81,8 @@ def _check_replication(adapters: Sequence[Adapter]) -> None:
 
 
 def _check_modules(adapters: Sequence[Adapter]) -> None:
-    if all(_same(adapter.layers, adapters[0].layers) for adapter in adapters[1:]):
+    first = adapters[0]
+    if all(x.names == first.names and x.layers == first.layers for x in adapters[1:]):
         return
     seen: dict[str, tuple[Adapter, Module]] = {}
     for adapter in adapters:
@@ -96,11 +97,6 @@ def _check_modules(adapters: Sequence[Adapter]) -> None:
                     f"adapts a {_describe(module)}, adapter {owner.name!r} a {_describe(expected)}"
                 )
                 raise AdapterError(adapter.name, name, problem, remedy)
-
-
-def _same(one: Mapping[str, tuple], other: Mapping[str, tuple]) -> bool:
-    """Whether they say the same in the same order."""
-    return [*one] == [*other] and [*one.values()] == [*other.values()]
 
 
 def _describe(module: Module) -> str:

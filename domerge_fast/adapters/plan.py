@@ -49,8 +49,8 @@ class Plan:
             check_no_dora(adapter)
         own = own or {}
         live = [i for i, weight in enumerate(weights) if weight != 0]
-        first = adapters[live[0]].modules if live else {}
-        if not own and all(adapters[i].modules.keys() == first.keys() for i in live):
+        first = adapters[live[0]].names if live else []
+        if not own and all(adapters[i].names == first for i in live):
             alike = dict.fromkeys(first, tuple(live))
             return cls(adapters, weights, tuple(first), alike)
         owners: dict[str, list[int]] = {}
@@ -78,8 +78,10 @@ class Plan:
     @cached_property
     def described(self) -> dict[str, Module]:
         """`module` of every name."""
-        of_adapters = [adapter.modules for adapter in self.adapters]
-        return {name: of_adapters[self.owners[name][0]][name] for name in self.names}
+        found: dict[str, Module] = {}
+        for owners, names in self._by_owners.items():
+            found |= zip(names, _of(self.adapters[owners[0]].modules, names))
+        return found if len(self._by_owners) == 1 else {name: found[name] for name in self.names}
 
     def modules(self, name: str) -> list[Module]:
         return [self.adapters[i].modules[name] for i in self.owners[name]]
@@ -228,10 +230,10 @@ class Plan:
         """`Adapter.sides` in the plan's order, of all adapters that have any of its modules."""
         found = {}
         for i in {i for owners in self._by_owners for i in owners}:
-            a, b = self.adapters[i].sides
-            places = self.adapters[i].places
-            if [*places] != [*self.names]:
-                at = [places.get(name) for name in self.names]
+            adapter, names = self.adapters[i], [*self.names]
+            a, b = adapter.sides
+            if adapter.names != names:
+                at = [adapter.places.get(name) for name in names]
                 a, b = ([None if k is None else side[k] for k in at] for side in (a, b))
             found[i] = a, b
         return found

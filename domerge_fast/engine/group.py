@@ -169,9 +169,10 @@ def _unusual(parts: Sequence[_Part]) -> list[list[int]]:
     """The modules of every part with a row that is zero, not finite, or of no usual size."""
     found: list[list[int]] = [[] for _ in parts]
     for chosen, a, b in _batches(parts, lambda x: None):
-        usual = [precision.usual(x.diagonal(dim1=1, dim2=2)) for x in (a, b)]
-        fits = usual[0] & usual[1]
-        if not bool(fits.all()):
+        diagonals = [x.diagonal(dim1=1, dim2=2) for x in (a, b)]
+        if not all(bool(precision.usual(x.flatten())) for x in diagonals):
+            usual = [precision.usual(x) for x in diagonals]
+            fits = usual[0] & usual[1]
             rest = iter(fits.tolist())
             for k in chosen:
                 own = islice(rest, len(parts[k].stack.names))

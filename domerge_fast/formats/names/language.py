@@ -33,7 +33,8 @@ Sizes = Mapping[str, int]
 def parted(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
     """The adapters with fused modules split that others have in parts, and what is to be said of
     that. Sizes are those of the parts. AdapterError where they do not fit."""
-    names = dict.fromkeys(itertools.chain.from_iterable(a.modules for a in adapters))
+    others = (a.modules for a in adapters[1:] if a.names != adapters[0].names)
+    names = dict.fromkeys(itertools.chain(adapters[0].modules, *others)) if adapters else {}
     cuts = {n: parts for n in names if n.endswith(_ends()) and (parts := _parts_of(n, names))}
     cuts |= _experts(adapters)
     if not cuts:

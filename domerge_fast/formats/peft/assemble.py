@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -66,6 +67,7 @@ def assemble(
     rows = {path: shape[0] for path, shape in sizes if shape}
     bare = wrappers(rows) if wrappers else {}
     for path, sides in sorted(factors.items()):
+        path = sys.intern(path)  # one text for all adapters: they are compared name by name
         for module, pair in _modules(name, path, sides, scaling, bare.get(path)):
             if module.name in modules:
                 problem = "is adapted twice, by itself and by its parameter"

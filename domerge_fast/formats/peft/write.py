@@ -91,7 +91,8 @@ def _config(
     first = configs[0]
     where = _selection(first)
     alike = all(_selection(c) == where for c in configs[1:])
-    same = all(a.modules.keys() == modules.keys() for a in adapters)
+    every = [*modules]
+    same = all(a.names == every or a.modules.keys() == modules.keys() for a in adapters)
     names = [name for name, x in modules.items() if not x.slice]
     parameters = sorted({x.parameter for x in modules.values() if x.slice})
     listed = isinstance(first.target_modules, list) and bool(first.target_modules) == bool(names)
