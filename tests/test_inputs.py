@@ -460,3 +460,15 @@ def test_a_file_is_opened_once_for_a_group(pair, monkeypatch):
     )
     at_one(loaded, "linear")
     assert len(opened) == len(calls) == len(pair)
+
+
+def test_adapters_of_files_are_merged_with_those_in_memory(pair):
+    plain = [
+        dm.from_tensors(random_factors(SHAPES, 4, seed=i), base_model="base", name=f"in{i}")
+        for i in (0, 1)
+    ]
+    expected = at_one(plain)
+    for mixed in ([pair[0], plain[1]], [plain[0], pair[1]]):
+        found = at_one(mixed)
+        for name in NAMES:
+            assert all(map(torch.equal, found.factors(name), expected.factors(name)))

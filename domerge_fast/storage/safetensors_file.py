@@ -216,7 +216,7 @@ def group_bytes(wanted: Iterable[LazyTensor]) -> int:
     return sum(_rooms(wanted))
 
 
-def read_group(wanted: Sequence[LazyTensor], buffers: Buffers) -> list[Matrix]:
+def read_group(wanted: Sequence[LazyTensor | torch.Tensor], buffers: Buffers) -> list[Matrix]:
     """Factors as matrices [shape[0], the rest]: those of files in one buffer, every file opened
     once and read from front to back; those in memory as they are. A matrix of which `Columns` are
     wanted is read once, also if the group before had others of it. What is `Turned` is a view of
@@ -226,7 +226,7 @@ def read_group(wanted: Sequence[LazyTensor], buffers: Buffers) -> list[Matrix]:
     return [as_tensor(x).T if type(w) is Turned else x for x, w in zip(found, wanted)]
 
 
-def _read_group(wanted: Sequence[LazyTensor], buffers: Buffers) -> list[Matrix]:
+def _read_group(wanted: Sequence[LazyTensor | torch.Tensor], buffers: Buffers) -> list[Matrix]:
     places = list(itertools.accumulate(_rooms(wanted), initial=0))
     buffers.apart = _apart(wanted, buffers.apart)
     if not places[-1]:
@@ -248,7 +248,7 @@ def _read_group(wanted: Sequence[LazyTensor], buffers: Buffers) -> list[Matrix]:
     ]
 
 
-def _rooms(wanted: Iterable[LazyTensor]) -> list[int]:
+def _rooms(wanted: Iterable[LazyTensor | torch.Tensor]) -> list[int]:
     """What each takes of a buffer."""
     # Asked of every factor of a merge: `type` is no call.
     stored = [x.whole if type(x) is Turned else x for x in wanted]
@@ -256,7 +256,7 @@ def _rooms(wanted: Iterable[LazyTensor]) -> list[int]:
 
 
 def _apart(
-    wanted: Sequence[LazyTensor], known: Mapping[object, torch.Tensor]
+    wanted: Sequence[LazyTensor | torch.Tensor], known: Mapping[object, torch.Tensor]
 ) -> dict[object, torch.Tensor]:
     """The columns of all matrices of which some are wanted."""
     found: dict[object, torch.Tensor] = {}
@@ -274,11 +274,12 @@ def _matrix_of(x: Columns) -> object:
     return x.whole
 
 
-def _in_memory(x: LazyTensor, buffers: Buffers) -> torch.Tensor:
+def _in_memory(x: LazyTensor | torch.Tensor, buffers: Buffers) -> torch.Tensor:
     if isinstance(x, Columns):
         return buffers.apart[_matrix_of(x)][x.index]
     # Detached only where that is needed: it takes as long as all else.
-    tensor = x.tensor if isinstance(x, MemoryTensor) else x.read()
+    x = x.tensor if isinstance(x, MemoryTensor) else x
+    tensor = x if isinstance(x, torch.Tensor) else x.read()
     if tensor.requires_grad:
         tensor = tensor.detach()
     plain = tensor.ndim == 2 and tensor.is_contiguous()
