@@ -70,6 +70,13 @@ def orthogonalize_factors(
     adapters. half: products of bfloat16, where `half_products`.
     """
 
+def long_product(
+    left: int, right: int, depth: int, rows: int, columns: int, out: int, threads: int, /
+) -> None:
+    """out: float32 [rows, columns] = left^T right of float32 [depth, rows] and [depth, columns],
+    each of whose numbers has 16 bits in products. Where `has_long_products`."""
+
+def has_long_products() -> bool: ...
 def half_products() -> bool:
     """Whether the instruction set in use multiplies bfloat16 numbers faster."""
 

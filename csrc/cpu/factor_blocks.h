@@ -21,13 +21,13 @@ struct Panels {
 
 constexpr int64_t kPieceBytes = 4096;  // fetched ahead during one product
 
-// Square (i, j) of a block, [32, 32] at out(i, j), = left panel i times right panel j, for the i >=
-// j + above. The block's sums stay in L2 while the panels pass by, a stretch at a time: of the
-// right panel it stays in L1. With every product goes a piece of the next stretch from memory to
-// L2: its latency is what these products would wait for.
+// Square (i, j) of a block, [32, 32] at out(i, j), = (first) or += left panel i times right panel
+// j, for the i >= j + above. The block's sums stay in L2 while the panels pass by, a stretch at a
+// time: of the right panel it stays in L1. With every product goes a piece of the next stretch from
+// memory to L2: its latency is what these products would wait for.
 template <class P, class Out>
 void multiply_block(const Panels<typename P::Number>& left, const Panels<typename P::Number>& right,
-                    int64_t units, int64_t above, int64_t ld, Out out) {
+                    int64_t units, int64_t above, int64_t ld, Out out, bool first = true) {
     constexpr int64_t stretch_bytes = P::kStretch * kUnitNumbers * sizeof(typename P::Number);
     constexpr int64_t pieces = stretch_bytes / kPieceBytes;
     for (int64_t u = 0; u < units; u += P::kStretch) {
@@ -43,7 +43,8 @@ void multiply_block(const Panels<typename P::Number>& left, const Panels<typenam
                                                           : right.at(panel - left.count, next);
                     ahead = reinterpret_cast<const char*>(from) + piece % pieces * kPieceBytes;
                 }
-                P::multiply(left.at(i, u), right.at(j, u), count, out(i, j), ld, u == 0, ahead);
+                P::multiply(left.at(i, u), right.at(j, u), count, out(i, j), ld, first && u == 0,
+                            ahead);
             }
         }
     }

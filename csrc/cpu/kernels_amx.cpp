@@ -5,6 +5,7 @@
 #include "amx_gram.h"
 #include "apply_decouple.h"
 #include "factors.h"
+#include "long_products.h"
 
 namespace domerge {
 
@@ -25,6 +26,7 @@ void gram(const Problem& problem, int64_t begin, int64_t end, bool first, float*
 }
 
 const FactorKernels half = Factors<TileProducts>::kernels();
+const LongKernels long_products = LongProducts<TileProducts>::kernels();
 
 bool suits_tiles(const ApplyItem& item) {
     return item.coefficients && is_bfloat16(*item.problem);
@@ -54,6 +56,7 @@ const Kernels& kernels() {
         changed.apply = apply;
         changed.apply_decouple = apply_decouple;
         changed.half = &half;
+        changed.long_products = &long_products;
         return changed;
     }();
     return table;

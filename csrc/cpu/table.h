@@ -36,6 +36,7 @@ const Kernels kernels = {
     entry_merge,
     &single,
     nullptr,
+    nullptr,
 };
 
 }  // namespace DOMERGE_ISA

@@ -191,18 +191,20 @@ def _narrowed(stacks: Sequence[Stack], merged: list[Factors], work: Work) -> lis
     given = [(merged[k].a, merged[k].b) for k in wide]
     _check_finite([stacks[k] for k in wide], given, work.settings.backend)
     dtype = torch.float32 if work.post else work.settings.dtype
+    # float16 has no room for ΔW before it is brought to size.
+    formed = dtype if dtype == torch.bfloat16 else torch.float32
     found = list(merged)
     for k, (a, b) in zip(wide, given):
         backend = work.settings.backend
-        (delta,) = ops.apply([b.float()], [Side((a,), (1.0,))], torch.float32, backend=backend)
+        (delta,) = ops.apply([b.float()], [Side((a,), (1.0,))], formed, backend=backend)
         a, b = beside_unit(delta, backend)
         found[k] = replace(merged[k], a=_as(a, dtype), b=_as(b, dtype))
     return found
 
 
 def beside_unit(delta: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """A [k, n] and B [m, k] of ΔW in float32, k = min(m, n): one is ΔW over a power of two, the
-    other that power of the unit matrix, so that their largest entries are alike."""
+    """A [k, n] and B [m, k] of ΔW in float32 or bfloat16, k = min(m, n): one is ΔW over a power of
+    two, the other that power of the unit matrix, so that their largest entries are alike."""
     (size,) = ops.largest([delta], backend=backend).tolist()
     power = 2.0 ** round(math.frexp(size)[1] / 2) if size else 1.0
     m, n = delta.shape
