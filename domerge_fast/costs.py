@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .adapters.plan import Plan
+from .backends.descent_rates import on_factors
 from .engine.streamed import memory_of
 from .methods.streamed.choice import is_large
 
@@ -90,8 +91,8 @@ class Shape:
 
 
 def _side(rank: int, d: int, steps: int) -> float:
-    """A descent on the factors where R > d, else on R x R matrices, with the Gram and C X."""
-    if rank > d:
+    """A descent on the factors, or on R x R matrices with the Gram and C X."""
+    if on_factors(rank, d):
         return (2.0 + 4 * steps) * rank * d**2
     return 3.0 * rank**2 * d + rank**3 * max(7.0 * steps - 4, 0)
 
@@ -99,7 +100,7 @@ def _side(rank: int, d: int, steps: int) -> float:
 def _state(rank: int, d: int) -> int:
     """Direction, gradient and two layouts of factors in 16 bits, and three triangles [d, d]; or
     twelve R x R matrices."""
-    return 8 * rank * d + 6 * d**2 if rank > d else 48 * rank**2
+    return 8 * rank * d + 6 * d**2 if on_factors(rank, d) else 48 * rank**2
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import domerge_fast as dm
 from domerge_fast import _C, ops
 from domerge_fast.backends import cpu, descent_rates
 from domerge_fast.backends.descent_rates import CPU, LEAST, on_factors
+from domerge_fast.costs import Shape
 from domerge_fast.engine import first_pass
 from domerge_fast.methods import do
 from domerge_fast.storage.shelf import Shelf
@@ -36,6 +37,18 @@ def test_the_faster_form_is_that_of_the_rates_measured(isa, monkeypatch):
     assert on_factors(640, 1024, "cpu", TOL) == (isa == "amx")
     assert not on_factors(384, 512, "cpu", TOL)
     assert not on_factors(256, 1024, "cpu", TOL)
+
+
+def test_plans_count_with_the_same_rates_on_every_machine(monkeypatch):
+    """And with the form that these choose, also where R is below d."""
+    for isa in CPU:
+        monkeypatch.setattr(_C, "isa", lambda isa=isa: isa)
+        assert on_factors(1000, 1024)
+        assert not on_factors(700, 1024)
+    factors, squares = Shape(1024, 1024, (8,) * 125), Shape(1024, 1024, (8,) * 87)
+    descent = 14.0 * 1000 * 1024**2
+    assert factors.flops() == 2 * descent + 125 * 72 * 1024
+    assert squares.flops() == 2 * (3.0 * 696**2 * 1024 + 17 * 696**3) + 87 * 72 * 1024
 
 
 def test_every_instruction_set_has_rates():

@@ -18,7 +18,7 @@ from ..algebra.side import CODES, Side, squares, table
 from ..storage.buffers import packed
 from . import long_products
 from . import torch as by_torch
-from .descent_rates import CPU, Rates
+from .descent_rates import CPU, MAX_DESCENT_RANK, Rates
 from .factor_descent import FACTOR_STATS, LEAST_SHARE, in_factor_form
 from .layout import addresses, dense, matrices, repeated, row_major, together
 from .singly import Singly, each, joined
@@ -52,9 +52,6 @@ SIZED = {**CODES, torch.float64: len(CODES)}
 """The dtypes whose size can be told, by the numbers of csrc/common/problem.h."""
 
 library = Singly(by_torch)
-
-MAX_DESCENT_RANK = 1024
-"""Above it the library's blocked GEMM takes over: up to here the kernel was measured faster."""
 
 HALF_TOL = 3e-4
 """Of the objective, what the roundings of factors to bfloat16 are well below in its products."""
@@ -173,10 +170,7 @@ def _takes_half(rank: int, d: int, tol: float) -> bool:
 
 def descent_rates(rank: int, d: int, tol: float) -> Rates:
     """Those that choose the form of a descent."""
-    known = CPU[_C.isa()]
-    half = known.half if _takes_half(rank, d, tol) else None
-    squares = known.squares if rank <= MAX_DESCENT_RANK else known.library
-    return Rates(squares, known.apply, half or known.factors)
+    return CPU[_C.isa()].of(rank, _takes_half(rank, d, tol))
 
 
 def _on_factors(

@@ -6,11 +6,26 @@ a side takes decides the last digits of a merge, so it may not depend on how bus
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .registry import AUTO, load
 
-__all__ = ["CPU", "LEAST", "STEPS", "TORCH", "CpuRates", "Rates", "on_factors", "seconds"]
+__all__ = [
+    "CPU",
+    "LEAST",
+    "MAX_DESCENT_RANK",
+    "STEPS",
+    "TORCH",
+    "CpuRates",
+    "Rates",
+    "on_factors",
+    "seconds",
+]
+
+MAX_DESCENT_RANK = 1024
+"""Above it the library's blocked GEMM makes the descent on R x R matrices, on a CPU: up to here the
+kernel was measured faster."""
 
 LEAST = 256
 """Of R and d: of smaller ones products are not most of the time, and there is little to gain."""
@@ -38,6 +53,10 @@ class CpuRates:
     factors: float
     half: float | None = None
 
+    def of(self, rank: int, half: bool) -> Rates:
+        squares = self.squares if rank <= MAX_DESCENT_RANK else self.library
+        return Rates(squares, self.apply, self.half if half and self.half else self.factors)
+
 
 CPU = {
     "amx": CpuRates(120, 62, 270, 112, half=440),
@@ -46,20 +65,29 @@ CPU = {
     "baseline": CpuRates(23, 16, 24, 23),
 }
 """By instruction set."""
+PLANNED = CPU["avx512"]
+"""What plans and estimates count with, so that they are the same on every machine."""
 TORCH = Rates(52, 120, 58)
 """On a CPU. On a GPU the factors are taken one module after the other, which was not measured."""
 
 
-def on_factors(rank: int, d: int, backend: str, tol: float) -> bool:
+def on_factors(rank: int, d: int, backend: str | None = None, tol: float = math.inf) -> bool:
     """Whether a side [R, d] descends on its factors, for the squared penalty: always where R > d,
     as R x R matrices would be larger than the factors; else where that takes less time. A backend
-    that has no `descent_rates(rank, d, tol)`, or "auto", descends on R x R matrices there."""
+    that has no `descent_rates(rank, d, tol)`, or "auto", descends on R x R matrices there. None for
+    a backend: what a plan counts with, for any tol."""
     if rank > d:
         return True
-    known = None if backend == AUTO else getattr(load(backend), "descent_rates", None)
-    if known is None or rank < LEAST:
+    if rank < LEAST:
         return False
-    squares, factors = seconds(rank, d, known(rank, d, tol))
+    if backend is None:
+        rates = PLANNED.of(rank, half=False)
+    else:
+        known = None if backend == AUTO else getattr(load(backend), "descent_rates", None)
+        if known is None:
+            return False
+        rates = known(rank, d, tol)
+    squares, factors = seconds(rank, d, rates)
     return factors < squares
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ...adapters.plan import Kind
+from ...backends.descent_rates import on_factors
 from ...errors import OptionError
 from .descent import kept_bytes
 
@@ -39,7 +40,7 @@ def streams(options: Any, kinds: Iterable[Kind], hindrance: str | None) -> bool:
 
 def is_large(rank: int, m: int, n: int) -> bool:
     """Whether `AUTO` reads adapters of such a module in batches: by its factors and results, and on
-    both sides five copies of X in float32 where there are more rows than columns, R x R matrices
+    both sides five copies of X in float32 where it descends on the factors, R x R matrices
     elsewhere; and whether less is kept of it then."""
-    descents = sum(20 * rank * d if rank > d else 48 * rank**2 for d in (m, n))
+    descents = sum(20 * rank * d if on_factors(rank, d) else 48 * rank**2 for d in (m, n))
     return descents + 6 * rank * (m + n) > max(MOST_BYTES, kept_bytes(m, n))
