@@ -1,5 +1,5 @@
-"""`do` on adapters read in batches: 10,000 small ones from files, with its peak memory, the same
-continued with more of them, and what is left to the optimum of 200, over sets: python
+"""`do` on adapters read in batches: up to 100,000 small ones from files, with its peak memory, the
+same continued with more of them, and what is left to the optimum of 200, over sets: python
 benchmarks/streamed.py [--publish].
 
 The optimum is that of the descent on all factors at once, in float64, until it stands still. CPU
@@ -227,7 +227,7 @@ def page(counts: list[int]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--counts", type=int, nargs="*", default=[1000, 10_000])
+    parser.add_argument("--counts", type=int, nargs="*", default=[1000, 10_000, 100_000])
     parser.add_argument("--goes", type=int, nargs=2, action="append", metavar=("FIRST", "MORE"))
     parser.add_argument("--publish", action="store_true")
     parser.add_argument("--continue", nargs=3, dest="going", help=argparse.SUPPRESS)
