@@ -1,4 +1,4 @@
-#include "table.h"
+#include "warp.h"
 
 namespace domerge {
 
@@ -28,11 +28,47 @@ struct Roots {
     static constexpr int64_t kSharedBytes = 2 * kMaxRank * sizeof(double);
     static_assert(kSharedBytes <= kSmallestShared);
 
+    // A number and where it is.
+    struct Candidate {
+        double number;
+        int place;
+
+        DOMERGE_DEVICE void take(const Candidate& other) {
+            const bool better =
+                other.number > number || (other.number == number && other.place < place);
+            number = better ? other.number : number;
+            place = better ? other.place : place;
+        }
+    };
+
+    // The place of the largest number, the first of equals: every warp finds it for itself, a lane
+    // every 32nd number and then half as many lanes at a time.
     static DOMERGE_DEVICE int largest(const double* left, int rank) {
-        int pivot = 0;
-        for (int i = 1; i < rank; ++i)
-            if (left[i] > left[pivot]) pivot = i;
-        return pivot;
+        Fragment<Candidate, 1> found;
+        lanes([&](int lane) {
+            const int first = lane < rank ? lane : 0;
+            Candidate& own = found.of(lane)[0];
+            own = {left[first], first};
+            DOMERGE_ROLLED
+            for (int i = lane + kLanesOfWarp; i < rank; i += kLanesOfWarp) own.take({left[i], i});
+        });
+        DOMERGE_UNROLL
+        for (int distance = kLanesOfWarp / 2; distance > 0; distance /= 2) {
+#ifdef __CUDACC__
+            Candidate& own = found.values[0];
+            const double number = __shfl_xor_sync(0xffffffffu, own.number, distance);
+            const int place = __shfl_xor_sync(0xffffffffu, own.place, distance);
+            own.take({number, place});
+#else
+            for (int lane = 0; lane < distance; ++lane)
+                found.of(lane)[0].take(found.of(lane + distance)[0]);
+#endif
+        }
+#ifdef __CUDACC__
+        return __shfl_sync(0xffffffffu, found.values[0].place, 0);  // one for all, of NaN as well
+#else
+        return found.of(0)[0].place;
+#endif
     }
 
     static DOMERGE_DEVICE void run(const Params& params, Block<kThreads>& block) {
