@@ -8,8 +8,9 @@ bytes; its products, with what tiles pad and with C in two parts; the instructio
 stretches with products, from tests/data/machine_code.json, of copies to shared memory and of sums
 added to others. Left out is what comes before and after a tile, the splitting of C and all waiting,
 so a kernel is slower than that.
-Of `orthogonalize` that is all but the products of three steps, at R up to 256, which its kernel
-takes. `roots` waits for one number after another, of which such counts tell nothing.
+Of `orthogonalize` that is all but the products of three steps and, beyond R = 256, their matrices'
+way through memory, as if no cache held any. `roots` waits for one number after another, of which
+such counts tell nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ DMMA_FLOPS = 16 * 8 * 4 * 2
 STEPS = 3
 """Of a descent: docs/algorithm.md."""
 LARGEST = 256
-"""The largest R that a kernel descends on."""
+"""The largest R that a block descends on; beyond, a block has a tile."""
+TILE = 128
 WARPS = 8
 """Of a block."""
 COPY_BYTES, COPY_INSTRUCTIONS = 512, 15
@@ -59,16 +61,19 @@ Kernels = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of the units that multiply, and instructions of warps."""
+    """Seconds of the units that multiply, instructions of warps, and bytes."""
 
     units: float
     instructions: float
+    bytes: float = 0
+    """Of matrices that pass through memory, beside what the op reads and writes at least."""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.units + other.units, self.instructions + other.instructions)
+        both = self.instructions + other.instructions
+        return Cost(self.units + other.units, both, self.bytes + other.bytes)
 
     def __mul__(self, count: float) -> Cost:
-        return Cost(self.units * count, self.instructions * count)
+        return Cost(self.units * count, self.instructions * count, self.bytes * count)
 
 
 FREE = Cost(0, 0)
@@ -191,6 +196,8 @@ def orthogonalize(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
     """STEPS steps: three whole products and one up to the diagonal, which issues as many
     instructions; of the first step one of each (SquareProduct in csrc/cuda/square_product.h)."""
     rank = sum(ranks)
+    if rank > LARGEST:
+        return descent_by_tiles(kernels, rank)
     size = fitting(rank, (16, 32, 64, 96, 128, 192, 256))
     rows, columns = {16: (1, 1), 32: (1, 2)}.get(size, (2, 4))  # the grid of warps
     region = size if size <= 128 else 64
@@ -205,6 +212,21 @@ def orthogonalize(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
     )
     half = Cost(one.units * sum(tiles) / len(tiles), one.instructions)
     return one * (3 * STEPS - 2) + half * STEPS
+
+
+def descent_by_tiles(kernels: Kernels, rank: int) -> Cost:
+    """The same products tile by tile (csrc/cuda/tiles_phases.h), of F those at and below the
+    diagonal. Of the bytes, matrices that a phase reads or writes, each once: Gradient 3, Metric 6,
+    Turn 6, Changes 4.5, Advance 6; in the first step Metric and Turn 2 less and Changes 1; 7.5
+    before and after, besides G and C."""
+    count = up(rank, TILE)
+    below = count * (count - 1) // 2
+    one = stretch(kernels["Metric"], "tf32") * (WARPS * 4 * up(rank, 32))
+    one += added(64) * up(rank, 64)
+    half = one * below + Cost(one.units * 5 / 8, one.instructions) * count
+    matrices = 25.5 * STEPS - 5 + 7.5
+    passing = Cost(0, 0, matrices * 4 * (TILE * count) ** 2)
+    return one * (count**2 * (3 * STEPS - 2)) + half * STEPS + passing
 
 
 OPS: Sequence[tuple[str, torch.dtype, Callable[[Kernels, Sequence[int], int], Cost]]] = (
@@ -231,8 +253,6 @@ def sides(workload: Workload, op: str) -> Iterator[tuple[tuple[int, ...], int, i
         lengths = {"gram": both, "orthogonalize": both, "apply_decouple": (shape.n,)}
         kinds.update((own, d) for d in lengths.get(op, (shape.m,)))
     for (own, d), count in kinds.items():
-        if op == "orthogonalize" and sum(own) > LARGEST:
-            continue
         if sum(own) <= d or op == "block_gram":
             yield own, d, count
 
@@ -260,7 +280,7 @@ def row(
         cost += model(kernels, ranks, d) * count
     bound, limit = RATES.seconds(work)
     takes = {
-        "bytes": work.bytes / RATES.copy,
+        "bytes": (work.bytes + cost.bytes) / RATES.copy,
         "products": cost.units,
         "instructions": cost.instructions / ISSUED,
     }

@@ -92,6 +92,34 @@ def orthogonalize(
     stream: int,
     /,
 ) -> None: ...
+def tiled_descent_bytes(size: int, adapters: int, frobenius: bool, /) -> int:
+    """Bytes of a problem's memory; adapters: the largest T."""
+
+class TiledDescent:
+    """A descent for R above orthogonalize's sizes, step by step, of problems of R <= size.
+
+    memory [problems, each] bytes, aligned to 16: of each problem it begins with a float64 that is
+    not 0 while another step is to follow.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        work: int,
+        problems: int,
+        starts: int,
+        memory: int,
+        each: int,
+        out: int,
+        stats: int,
+        frobenius: bool,
+        gamma: float,
+        tol: float,
+    ) -> None: ...
+    def begin(self, stream: int, /) -> None: ...
+    def step(self, first: bool, stream: int, /) -> None: ...
+    def finish(self, stream: int, /) -> None: ...
+
 def apply(
     table: _Table,
     size: int,

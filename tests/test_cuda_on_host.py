@@ -22,6 +22,7 @@ from support.shapes import CASES, random_case
 
 from domerge_fast import ops
 from domerge_fast.backends import reference
+from domerge_fast.backends.gpu import phases
 from domerge_fast.ops.orthogonalize import PENALTIES
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,12 @@ def test_the_kernels_on_tensor_cores(extension):
 
 @pytest.mark.slow
 @from_outside
+def test_descents_by_tiles(extension):
+    run_tests(extension, "tests/test_cuda_on_host.py", "-k", "tiles and not order")
+
+
+@pytest.mark.slow
+@from_outside
 def test_the_kernels_do_not_race(extension):
     run_tests(extension, "tests/test_cuda_on_host.py", "-k", "order")
 
@@ -156,6 +163,72 @@ def test_the_order_of_threads_has_no_influence(op):
 @inside
 def test_the_order_of_threads_has_no_influence_on_entries():
     run_both_ways(lambda: test_entries_gpu.run("cuda"))
+
+
+TILED = {
+    "a row beyond two tiles": ([8] * 32 + [1], 2),
+    "ragged": ([3, 250, 1, 40, 90], 3),
+    "a row beyond four": ([200, 200, 113], 2),
+    "one step at 1024": ([512, 512], 1),
+}
+"""Ranks of the adapters, for R above what a block descends on, and steps."""
+
+
+def overlapping(ranks: list[int], seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.rand(sum(ranks) + 40, generator=generator, dtype=torch.float64)
+    blocks = torch.randn(sum(ranks), len(shared), generator=generator, dtype=torch.float64)
+    return [(1 + i % 3) * (x + 0.3 * shared) for i, x in enumerate(blocks.split(ranks))]
+
+
+@inside
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("name", TILED)
+def test_tiles_descend_as_the_oracle_does(name, penalty):
+    ranks, steps = TILED[name]
+    x = overlapping(ranks, 3)
+    expected, stats = reference.descend(x, penalty, 1.0, steps, 0.0)
+    found, own_stats, _ = test_ops.descend(x, "cuda", penalty, steps=steps, tol=0.0)
+    assert own_stats == pytest.approx(stats, rel=1e-5)
+    test_ops.assert_blocks_within(found, expected, x, 2e-6 if penalty == "squared" else 1e-4)
+
+
+@inside
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_the_order_of_threads_has_no_influence_on_tiles(penalty):
+    """Problems of several sizes in one launch, of which one has stopped while the others go on."""
+    problems = [overlapping(ranks, 5) for ranks in ([150, 130], [100, 90, 70, 60])]
+    problems.append([*torch.eye(280, dtype=torch.float64).split([140, 140])])
+    grams = [(torch.cat(x) @ torch.cat(x).T).float() for x in problems]
+    ranks = [[len(block) for block in x] for x in problems]
+
+    def descend() -> list[torch.Tensor]:
+        found, stats = ops.orthogonalize(grams, ranks, penalty=penalty, steps=2, backend="cuda")
+        return [*found, *stats]
+
+    found = run_both_ways(descend)
+    assert torch.equal(found[2], torch.eye(280))
+    assert [int(row[0]) for row in found[3:]] == [2, 2, 0]
+
+
+@inside
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_tiles_take_turns_in_memory_and_stop(penalty, monkeypatch):
+    """Two problems one after the other; and with all steps in a CUDA graph, of which those after
+    the last one do nothing."""
+    grams = [(x @ x.T).float() for x in (torch.cat(overlapping([150, 130], k)) for k in (1, 2))]
+
+    def descend() -> list[torch.Tensor]:
+        rule = {"penalty": penalty, "steps": 3, "tol": 0.5}
+        found, stats = ops.orthogonalize(grams, [(150, 130)] * 2, backend="cuda", **rule)
+        assert float(stats[:, 0].max()) < 3
+        return [*found, stats]
+
+    expected = descend()
+    for name, value in (("MEMORY", 0), ("_is_captured", lambda work: True)):
+        with monkeypatch.context() as patch:
+            patch.setattr(phases, name, value)
+            assert all(map(torch.equal, expected, descend()))
 
 
 @pytest.fixture

@@ -98,6 +98,19 @@ def test_descents_take_three_products_of_parts():
         assert every <= 4 * loads + hmma + 60 * ways, name
 
 
+def test_tiles_of_descents_take_three_products_of_parts():
+    """Of 4 x 4 blocks of a warp, from panels either way."""
+    for (_, name), row in rows("descent_tiles").items():
+        if name not in ("Gradient", "Metric", "Changes"):
+            continue
+        hmma, loads, every = (
+            sum(part.get(kind, 0) for part in row["matrix"]) for kind in ("HMMA", "LDS32", "all")
+        )
+        assert (hmma, loads) == (48, 24), name
+        assert every <= 4 * hmma + 12, name
+        assert row["stores"]["STG64"] >= 8, name
+
+
 def test_products_of_16_bit_factors_are_made_on_tensor_cores_and_stored_in_whole_vectors():
     for (_, name), row in rows("apply").items():
         if not name.startswith("TensorApply"):

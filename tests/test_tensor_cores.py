@@ -227,8 +227,8 @@ def test_magnitudes_have_the_accuracy_of_float32(bits):
         assert_within(result, right, change, 5e-7)
 
 
-DESCENTS = [[8, 8], [20, 10], [16] * 4, [40, 50], [16] * 8, [90, 70], [120, 90]]
-"""Ranks of the adapters, for each size that R is padded to."""
+DESCENTS = [[8, 8], [20, 10], [16] * 4, [40, 50], [16] * 8, [90, 70], [120, 90], [3, 250, 1, 46]]
+"""Ranks of the adapters, for each size that R is padded to, and for tiles."""
 
 
 @pytest.mark.parametrize("ranks", DESCENTS, ids=sum)
@@ -251,6 +251,8 @@ def test_no_rank_is_left_to_library_calls(monkeypatch):
     given = [None], [case.rows(torch.bfloat16)], blocks, [case.omegas]
     (found,), _ = ops.apply_decouple(*given, 1.0, torch.bfloat16, backend="cuda")
     assert found.isfinite().all()
+    (found,), _ = ops.orthogonalize([torch.eye(290)], [case.ranks], steps=1, backend="cuda")
+    assert torch.equal(found, torch.eye(290))
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

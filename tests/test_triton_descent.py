@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import pytest
 import torch
 from support.shapes import CASES, exact
 from torch import Tensor
+
+from domerge_fast.backends.gpu import phases
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="test_triton.py runs it with TRITON_INTERPRET"
@@ -31,20 +32,15 @@ def assert_same(found: tuple[list[Tensor], Tensor], expected: tuple[list[Tensor]
     assert torch.equal(found[1], expected[1])
 
 
-@pytest.fixture
-def launches():
-    return importlib.import_module("domerge_fast.backends.gpu.triton.orthogonalize")
-
-
-def test_problems_that_do_not_fit_at_once_have_the_bits_of_those_that_do(launches, monkeypatch):
+def test_problems_that_do_not_fit_at_once_have_the_bits_of_those_that_do(monkeypatch):
     expected = descend(steps=2)
-    monkeypatch.setattr(launches, "MEMORY", 1)
+    monkeypatch.setattr(phases, "MEMORY", 1)
     assert_same(descend(steps=2), expected)
 
 
 @pytest.mark.parametrize("penalty", ["squared", "frobenius"])
-def test_steps_after_the_last_one_do_nothing(penalty, launches, monkeypatch):
+def test_steps_after_the_last_one_do_nothing(penalty, monkeypatch):
     expected = descend(penalty=penalty, steps=4, tol=0.1)
     assert float(expected[1][:, 0].min()) < 4
-    monkeypatch.setattr(launches, "_is_captured", lambda out: True)
+    monkeypatch.setattr(phases, "_is_captured", lambda out: True)
     assert_same(descend(penalty=penalty, steps=4, tol=0.1), expected)

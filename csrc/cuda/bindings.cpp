@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "descent_tiles.h"
 #include "launch.h"
 #include "orthogonalize.h"
 
@@ -48,6 +49,21 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("gram", domerge::gram, Unlocked());
     m.def("block_gram", domerge::block_gram, Unlocked());
     m.def("orthogonalize", domerge::orthogonalize, Unlocked());
+    m.def("tiled_descent_bytes", domerge::tiled_descent_bytes);
+    py::class_<domerge::TiledDescent>(m, "TiledDescent")
+        .def(py::init([](int64_t size, domerge::Address work, int64_t problems,
+                         domerge::Address starts, domerge::Address memory, int64_t each,
+                         domerge::Address out, domerge::Address stats, bool frobenius, double gamma,
+                         double tol) {
+                 return domerge::TiledDescent{size, work,  problems,  starts, memory, each,
+                                              out,  stats, frobenius, gamma,  tol};
+             }),
+             py::arg("size"), py::arg("work"), py::arg("problems"), py::arg("starts"),
+             py::arg("memory"), py::arg("each"), py::arg("out"), py::arg("stats"),
+             py::arg("frobenius"), py::arg("gamma"), py::arg("tol"))
+        .def("begin", &domerge::TiledDescent::begin, Unlocked())
+        .def("step", &domerge::TiledDescent::step, Unlocked())
+        .def("finish", &domerge::TiledDescent::finish, Unlocked());
     m.def("apply", domerge::apply, Unlocked());
     m.def("roots", domerge::roots, Unlocked());
     m.def("apply_decouple", domerge::apply_decouple, Unlocked());

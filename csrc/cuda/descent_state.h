@@ -6,7 +6,7 @@
 // and takes one problem after the other.
 #pragma once
 
-#include "../common/descent.h"
+#include "descent_rule.h"
 #include "square_product.h"
 
 namespace domerge {
@@ -26,11 +26,6 @@ struct DescentParams {
     double tol;
 };
 
-template <int kCount>
-struct Totals {
-    double at[kCount];
-};
-
 template <int kSize>
 struct DescentState {
     using Product = SquareProduct<kSize>;
@@ -39,12 +34,9 @@ struct DescentState {
     // Whether a product can replace one of its operands.
     static constexpr bool kInPlace = Product::kRegion == kSize;
     static constexpr int kMatrices = kInPlace ? 7 : 8;
-    static constexpr int kCoefficients = 5;  // of a quartic
-    static constexpr int kSums = 6;          // as many are added up at once
-    static constexpr int kGroups = 16;       // of threads, whose sums are added first
     static constexpr int64_t kMatrixBytes = int64_t{4} * kSize * kLd;
-    static constexpr int64_t kMaxPairs = int64_t{kSize} * (kSize - 1) / 2;
-    static constexpr int64_t kPairsBytes = kMaxPairs * (8 * (kCoefficients + 1) + 4);
+    static constexpr int kMaxPairs = kSize * (kSize - 1) / 2;
+    static constexpr int64_t kPairsBytes = int64_t{kMaxPairs} * (8 * (kCoefficients + 1) + 4);
 
     struct Shared {
         union {
@@ -118,8 +110,31 @@ struct DescentState {
         return reinterpret_cast<float*>(first + index * kMatrixBytes);
     }
 
-    // Scratch memory beyond the matrices.
-    DOMERGE_DEVICE char* beyond() const { return scratch + kMatrices * kMatrixBytes; }
+    // What pairs of factors want (descent_pairs.h); their numbers are beyond the matrices.
+    DOMERGE_DEVICE double norm(int j) const { return shared.norm[j]; }
+    DOMERGE_DEVICE int first_row(int j) const { return shared.start[j]; }
+    DOMERGE_DEVICE int owner(int i) const { return shared.owner[i]; }
+    DOMERGE_DEVICE float inverse(int i) const { return shared.inverse[i]; }
+    DOMERGE_DEVICE float& step(int i) const { return shared.step[i]; }
+    DOMERGE_DEVICE float& curvature(int i) const { return shared.curvature[i]; }
+    DOMERGE_DEVICE double* pair_numbers() const {
+        return reinterpret_cast<double*>(scratch + kMatrices * kMatrixBytes);
+    }
+    static constexpr DOMERGE_DEVICE int pair_room() { return kMaxPairs; }
+
+    // Entries below the diagonal of H, E and F.
+    struct Entry {
+        float x, y, z;
+    };
+    struct Entries {
+        const float* h;
+        const float* changes;
+        DOMERGE_DEVICE Entry operator()(int row, int column) const {
+            const int at = row * kLd + column;
+            return {h[at], changes[at], changes[column * kLd + row]};
+        }
+    };
+    DOMERGE_DEVICE Entries entries() const { return {h(), next()}; }
 
     // A phase of many: the addresses that it uses should not fill the registers of the others.
     template <class Phase>
@@ -153,32 +168,7 @@ struct DescentState {
     // Sums of what part(thread, sums) adds up, in an order that is always the same.
     template <int kCount, class Part>
     DOMERGE_DEVICE Totals<kCount> total(Part part) const {
-        each([&](int thread) {
-            double sums[kCount] = {};
-            part(thread, sums);
-            DOMERGE_UNROLL
-            for (int k = 0; k < kCount; ++k) shared.partial[k][thread] = sums[k];
-        });
-        each([&](int thread) {
-            constexpr int length = kThreads / kGroups;
-            DOMERGE_ROLLED
-            for (int i = thread; i < kCount * kGroups; i += kThreads) {
-                const double* partial = &shared.partial[i / kGroups][i % kGroups * length];
-                double sum = 0;
-                for (int l = 0; l < length; ++l) sum += partial[l];
-                shared.group[i / kGroups][i % kGroups] = sum;
-            }
-        });
-        each([&](int thread) {
-            if (thread >= kCount) return;
-            double sum = 0;
-            for (int g = 0; g < kGroups; ++g) sum += shared.group[thread][g];
-            shared.total[thread] = sum;
-        });
-        Totals<kCount> totals;
-        DOMERGE_UNROLL
-        for (int k = 0; k < kCount; ++k) totals.at[k] = shared.total[k];
-        return totals;
+        return add_up<kCount, kThreads>(shared, [&](auto phase) { each(phase); }, part);
     }
 
     // Ct = I, H = G / scale, D = Q = P = E = F = 0 and the factors' norms.

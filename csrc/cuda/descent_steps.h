@@ -14,27 +14,16 @@
 
 namespace domerge {
 
-// <A, B>_G = tr(A G B^T), kept up to date instead of being computed anew.
-struct Products {
-    double kpp, kp_old_p, kp_d;  // of the gradient K P with P, the last P, and D
-    double pp, p_d, p_change;    // of P with P, D, and C - I
-    double dd, d_change;         // of D with D and with C - I
-};
-
 template <int kSize>
 struct Descent {
     using Params = DescentParams;
     using State = DescentState<kSize>;
     using Product = typename State::Product;
-    using Quartic = Totals<State::kCoefficients>;
+    using Quartic = Totals<kCoefficients>;
     static constexpr int kThreads = State::kThreads;
     static constexpr int kBlocksPerSm = kSize == 16 ? 12 : kSize == 32 ? 5 : 1;
     static constexpr int kLd = State::kLd;
-    static constexpr int kSums = State::kSums;
 
-    struct Part {
-        float at[kSums];
-    };
     using Parts = PerThread<Part, kThreads>;
 
     State& s;
@@ -71,7 +60,7 @@ struct Descent {
                 precondition();
             if (product == 1) {
                 const double last = products.kpp;
-                find_gradient_products(products, parts);
+                products.find(add_up<kSums>(parts));
                 if (!(products.kpp > 0)) return false;
                 turn(products, last);
             }
@@ -88,7 +77,7 @@ struct Descent {
     }
 
     DOMERGE_DEVICE Quartic find_quartic(Parts& parts) const {
-        Quartic quartic = add_up<State::kCoefficients>(parts);
+        Quartic quartic = add_up<kCoefficients>(parts);
         quartic.at[1] *= 2;
         quartic.at[3] *= 2;
         return quartic;
@@ -176,13 +165,8 @@ struct Descent {
                              k = load<2>(shared.curvature + column);
                 DOMERGE_UNROLL
                 for (int c = 0; c < 2; ++c) {
-                    const float kq = k.at[c] * q.at[c];
-                    sums.at[0] += kq * p.at[c];
-                    sums.at[1] += kq * old.at[c];
-                    sums.at[2] += kq * d.at[c];
-                    sums.at[3] += q.at[c] * p.at[c];
-                    sums.at[4] += q.at[c] * d.at[c];
-                    sums.at[5] += q.at[c] * change.at[c];
+                    add_gradient(sums, k.at[c], p.at[c], q.at[c], q.at[c], old.at[c], d.at[c],
+                                 change.at[c]);
                 }
                 store(next + at, q);
             });
@@ -214,28 +198,16 @@ struct Descent {
                         const bool counts = (c == 0 ? wanted : both) &&
                                             shared.owner[row] != shared.owner[column + c];
                         const float w = counts ? shared.inverse[row] * n.at[c] : 0.0f;
-                        penalty.add_quartic(sums.at, x.at[c], e.at[c], f.at[c], w);
+                        add_quartic(sums.at, x.at[c], e.at[c], f.at[c], w);
                     }
                 });
             });
     }
 
-    DOMERGE_DEVICE void find_gradient_products(Products& products, Parts& parts) const {
-        const Totals<kSums> totals = add_up<kSums>(parts);
-        products.kpp = totals.at[0];
-        products.kp_old_p = totals.at[1];
-        products.kp_d = totals.at[2];
-        products.pp = totals.at[3];
-        products.p_d = totals.at[4];
-        products.p_change = totals.at[5];
-    }
-
     // D = -P + beta D by Polak and Ribiere, and Q = D G by the same recurrence.
     DOMERGE_DEVICE void turn(Products& products, double kpp_old) const {
-        double beta = kpp_old > 0 ? (products.kpp - products.kp_old_p) / kpp_old : 0.0;
-        if (!(beta > 0) || -products.kpp + beta * products.kp_d >= 0) beta = 0;
-        products.dd = products.pp - 2 * beta * products.p_d + beta * beta * products.dd;
-        products.d_change = -products.p_change + beta * products.d_change;
+        const double beta = products.beta(kpp_old);
+        products.turn(beta);
         const float b = static_cast<float>(beta);
         s.each([&](int thread) {
             const float *const pt = s.pt(), *const next = s.next();

@@ -75,18 +75,28 @@ struct SquareProduct {
         for (int n = 0; n < kN; ++n) domerge::clear(sums.at[m][n]);
     }
 
+    // to += from, from = 0.
+    static DOMERGE_DEVICE void move(Sums& from, Sums& to) {
+        DOMERGE_UNROLL
+        for (int m = 0; m < kM; ++m) DOMERGE_UNROLL
+        for (int n = 0; n < kN; ++n) {
+            add(to.at[m][n], from.at[m][n]);
+            domerge::clear(from.at[m][n]);
+        }
+    }
+
     // Lines from `from` on, kCount / 2 times 8, of eight k: down the columns of a matrix, or along
     // its rows. Which k a lane has is the same for both operands, and such that banks differ.
-    template <bool kAlong, int kCount>
+    template <bool kAlong, int kStride, int kCount>
     static DOMERGE_DEVICE void read(int lane, const float* from, Parts<kCount>& to) {
         constexpr int kLines = kCount / 2;
         lanes_from(lane, [&](int own) {
             const float* const at =
-                from + (kAlong ? own / 4 * kLd + own % 4 : own % 4 * 2 * kLd + own / 4);
+                from + (kAlong ? own / 4 * kStride + own % 4 : own % 4 * 2 * kStride + own / 4);
             DOMERGE_UNROLL
             for (int i = 0; i < kCount; ++i) {
                 const int line = i % kLines * 8, next = i / kLines;
-                const float number = at[kAlong ? line * kLd + next * 4 : next * kLd + line];
+                const float number = at[kAlong ? line * kStride + next * 4 : next * kStride + line];
                 to.high.of(own)[i] = nearest_tf32(number);
                 to.low.of(own)[i] = number - to.high.of(own)[i];
             }
@@ -95,11 +105,11 @@ struct SquareProduct {
 
     // Adds `steps` times eight k of both operands. A warp's m-th rows and n-th columns are left out
     // where the n-th columns of all warps begin right of where their m-th rows end, `limit` times
-    // eight columns on.
-    template <bool kAlong>
+    // eight columns on. kStride: from line to line of both.
+    template <bool kAlong, int kStride = kLd>
     static DOMERGE_DEVICE void add_rows(int warp, const float* left, const float* right, int steps,
                                         int limit, Sums& sums) {
-        constexpr int kLine = kAlong ? kLd : 1, kStep = kAlong ? 8 : 8 * kLd;
+        constexpr int kLine = kAlong ? kStride : 1, kStep = kAlong ? 8 : 8 * kStride;
         const int lane = own_lane();
         left += 16 * grid_row(warp) * kLine;
         right += 8 * grid_column(warp) * kLine;
@@ -114,22 +124,22 @@ struct SquareProduct {
             if constexpr (kM < kN) {  // what takes fewer registers is kept
                 Parts<4> rows[kM];
                 DOMERGE_UNROLL
-                for (int m = 0; m < kM; ++m) read<kAlong>(lane, rows_at(m), rows[m]);
+                for (int m = 0; m < kM; ++m) read<kAlong, kStride>(lane, rows_at(m), rows[m]);
                 DOMERGE_UNROLL
                 for (int n = 0; n < kN; ++n) {
                     Parts<2> columns;
-                    read<kAlong>(lane, columns_at(n), columns);
+                    read<kAlong, kStride>(lane, columns_at(n), columns);
                     DOMERGE_UNROLL
                     for (int m = 0; m < kM; ++m) add(m, n, rows[m], columns);
                 }
             } else {
                 Parts<2> columns[kN];
                 DOMERGE_UNROLL
-                for (int n = 0; n < kN; ++n) read<kAlong>(lane, columns_at(n), columns[n]);
+                for (int n = 0; n < kN; ++n) read<kAlong, kStride>(lane, columns_at(n), columns[n]);
                 DOMERGE_UNROLL
                 for (int m = 0; m < kM; ++m) {
                     Parts<4> rows;
-                    read<kAlong>(lane, rows_at(m), rows);
+                    read<kAlong, kStride>(lane, rows_at(m), rows);
                     DOMERGE_UNROLL
                     for (int n = 0; n < kN; ++n) add(m, n, rows, columns[n]);
                 }

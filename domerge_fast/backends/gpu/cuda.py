@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from ...algebra.entry_rules import Election
 from ...algebra.side import CODES
 from .entries import MEANS, SIGNS, GpuEntries, Updates
 from .host import Gpu
+from .phases import descend
 from .tables import Table
 
 __all__ = [
@@ -33,11 +36,16 @@ BATCHES = True
 """Ops take sides of several modules."""
 
 
+TILED_SIZES = tuple(n << k for k in range(7, 20) for n in (3, 4))
+"""R, padded, of descents by tiles."""
+
+
 class _Kernels:
     """gpu.kernels.Kernels and gpu.entries.EntryKernels by the launches of the extension."""
 
     def sizes(self, op: str) -> tuple[int, ...]:
-        return tuple(getattr(_cuda, f"{op}_sizes")())
+        sizes = tuple(getattr(_cuda, f"{op}_sizes")())
+        return sizes + TILED_SIZES if op == "orthogonalize" else sizes
 
     def columns(self, op: str, size: int) -> int:
         return getattr(_cuda, f"{op}_columns")(size)
@@ -65,6 +73,11 @@ class _Kernels:
         steps: int,
         tol: float,
     ) -> None:
+        if size not in _cuda.orthogonalize_sizes():
+            _descend_by_tiles(
+                size, adapters, work, starts, out, stats, frobenius, gamma, steps, tol
+            )
+            return
         needed = _cuda.orthogonalize_scratch(size, len(work), frobenius)
         scratch = torch.empty(needed, dtype=torch.uint8, device=out.device)
         _cuda.orthogonalize(
@@ -158,6 +171,54 @@ class _Kernels:
             _at(out),
             _stream(out),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _TiledDescent:
+    launches: _cuda.TiledDescent
+    stream: int
+
+    def begin(self) -> None:
+        self.launches.begin(self.stream)
+
+    def step(self, first: bool) -> None:
+        self.launches.step(first, self.stream)
+
+    def finish(self) -> None:
+        self.launches.finish(self.stream)
+
+
+def _descend_by_tiles(
+    size: int,
+    adapters: int,
+    work: Tensor,
+    starts: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    frobenius: bool,
+    gamma: float,
+    steps: int,
+    tol: float,
+) -> None:
+    each = _cuda.tiled_descent_bytes(size, adapters, frobenius) // 8
+
+    def start(batch: Tensor, memory: Tensor) -> _TiledDescent:
+        launches = _cuda.TiledDescent(
+            size=size,
+            work=_at(batch),
+            problems=len(batch),
+            starts=_at(starts),
+            memory=_at(memory),
+            each=8 * each,
+            out=_at(out),
+            stats=_at(stats),
+            frobenius=frobenius,
+            gamma=gamma,
+            tol=tol,
+        )
+        return _TiledDescent(launches, _stream(out))
+
+    descend(work, each, 0, steps, start)
 
 
 def _at(x: Tensor) -> int:

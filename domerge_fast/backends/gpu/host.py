@@ -4,8 +4,8 @@ The kernels differ (`Kernels`); the tables, the tiles and the allocations are th
 does all problems of an op, whatever their shapes: R is padded to a few sizes, work is cut into
 tiles, the largest first, and sums over d into fixed chunks that are added in order, so that
 results are bitwise the same every time. Launches are on the current stream, nothing waits for
-them (but library calls, and Triton's descent between steps), and so a call can be captured in a
-CUDA graph: after one call outside it, with capture_error_mode="relaxed", because the tables go
+them (but library calls, and descents of many launches between steps), and so a call can be captured
+in a CUDA graph: after one call outside it, with capture_error_mode="relaxed", because the tables go
 through pinned memory.
 """
 
@@ -101,39 +101,24 @@ class Gpu:
         steps: int = 50,
         tol: float = 1e-3,
     ) -> tuple[list[Tensor], Tensor]:
-        """C [R, R] of every problem and the descent's statistics [P, 5] (see descent.STATS).
-
-        Problems with R above the largest size of the kernels go through batched library calls.
-        """
-        counts = [len(g) if g.dim() == 3 else None for g in grams]
-        modules = [1 if count is None else count for count in counts]
-        row = [0, *accumulate(modules)]
+        """C [R, R] of every problem and the descent's statistics [P, 5] (see descent.STATS)."""
+        if not grams:
+            return [], torch.empty(0, len(STATS), dtype=torch.float64)
         kernels = self.load()
-        most = kernels.sizes("orthogonalize")[-1]
-        large = [i for i, g in enumerate(grams) if g.shape[-1] > most]
-        small = [i for i, g in enumerate(grams) if g.shape[-1] <= most]
-        if not small:
-            return library.orthogonalize(grams, ranks, penalty, gamma, steps, tol)
-        results: list[Tensor] = list(grams)
         with region("orthogonalize", grams[0].device) as device:
-            stats = torch.empty(row[-1], len(STATS), dtype=torch.float64, device=device)
-            if large:
-                part = [grams[i] for i in large], [ranks[i] for i in large]
-                found, rows_of = library.orthogonalize(*part, penalty, gamma, steps, tol)
-                for i, c, own in zip(large, found, rows_of.split([modules[i] for i in large])):
-                    results[i] = c
-                    stats[row[i] : row[i + 1]] = own
-            given = [row_major(grams[i].float()) for i in small]
+            given = [row_major(g.float()) for g in grams]
+            counts = [len(g) if g.dim() == 3 else None for g in given]
             shapes = [(g.shape[-1], g.shape[-1]) for g in given]
-            cs = together(shapes, torch.float32, device, [counts[i] for i in small])
+            cs = together(shapes, torch.float32, device, counts)
             at = offsets(cs)
+            stats = torch.empty(len(at), len(STATS), dtype=torch.float64, device=device)
             begins: list[int] = []
             work: list[tuple[int, ...]] = []
-            for i, g in zip(small, given):
-                for k, address in enumerate(addresses([g])):
-                    of_ranks = len(ranks[i]), len(begins)
-                    work.append((address, g.shape[-1], *of_ranks, at[len(work)], row[i] + k))
-                begins += accumulate(ranks[i], initial=0)
+            for g, own in zip(given, ranks):
+                for address in addresses([g]):
+                    row = len(work)
+                    work.append((address, g.shape[-1], len(own), len(begins), at[row], row))
+                begins += accumulate(own, initial=0)
             sizes = {k: rank for k, (_, rank, *_) in enumerate(work)}
             groups = tables.buckets(sizes, kernels.sizes("orthogonalize"))
             jobs = [tables.rows([work[k] for k in members], 6) for members in groups.values()]
@@ -143,9 +128,7 @@ class Gpu:
             for size, work_of, table in zip(groups, works, jobs):
                 adapters = int(table[:, 2].max())
                 kernels.orthogonalize(size, adapters, work_of, begin_of, cs[0], stats, *rule)
-            for i, c in zip(small, cs):
-                results[i] = c
-        return results, stats
+        return cs, stats
 
     def orthogonalize_factors(
         self, problems: Sequence[Side], gamma: float = 1.0, steps: int = 50, tol: float = 1e-3

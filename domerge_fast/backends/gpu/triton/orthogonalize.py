@@ -13,17 +13,19 @@ same few kernels, which hold a tile in registers and nothing else. Matrices lie 
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 import triton.language as tl
 from torch import Tensor
 
+from ..phases import descend
 from . import _problem
 from . import descent_scalars as scalars
 from . import descent_tiles as tiles
 
 __all__ = ["SIZES", "orthogonalize"]
 
-SIZES = (16, 32, 64, *(n << k for k in range(6, 15) for n in (2, 3)))
+SIZES = (16, 32, 64, *(n << k for k in range(6, 20) for n in (2, 3)))
 TILES = {16: 16, 32: 32, 64: 32}
 """By size; 64 beyond."""
 
@@ -35,12 +37,6 @@ CHUNK = 16
 
 SMALL = 32
 """Rows, at most, of a tile whose pairs of adapters are summed."""
-
-MEMORY = 256 << 20
-"""Bytes that the problems of one launch may hold, unless one needs more."""
-
-MAX_PROBLEMS = 1 << 15
-"""Of one launch."""
 
 
 def orthogonalize(
@@ -55,50 +51,64 @@ def orthogonalize(
     steps: int,
     tol: float,
 ) -> None:
-    """See Kernels.orthogonalize.
-
-    Waits after every step for whether another one is needed, except where a CUDA graph is
-    captured: that gets all of them, and where none is needed they do nothing.
-    """
+    """See Kernels.orthogonalize."""
     tile = TILES.get(size, 64)
-    small = min(tile, SMALL)
     each = _problem.numbers(size, adapters, frobenius, tile)
-    count = min(len(work), max(1, MEMORY // (8 * each)), MAX_PROBLEMS)
-    memory = torch.empty(count, each, dtype=torch.float64, device=out.device)
-    captured = _is_captured(out)
-    pairs = (tiles.ENERGIES, tiles.QUARTICS)
+    rule = (size, tile, frobenius, gamma, tol)
 
-    for batch in work.split(count):
+    def start(batch: Tensor, memory: Tensor) -> _Descent:
+        return _Descent(batch, starts, memory, out, stats, *rule)
 
-        def of_tiles(*phases: tl.constexpr, batch: Tensor = batch) -> None:
-            for phase in phases:
-                side = small if phase in pairs else tile
-                tiles.descent_tiles_kernel[((size // side) ** 2, len(batch))](
-                    batch, starts, memory, each, size, out, gamma,
-                    PHASE=phase.value, FROBENIUS=frobenius, TILE=side, CHUNK=CHUNK,
-                    num_warps=WARPS[side], num_stages=2,
-                )  # fmt: skip
+    descend(work, each, _problem.RUNNING.value, steps, start)
 
-        def of_scalars(phase: tl.constexpr, batch: Tensor = batch) -> None:
-            scalars.descent_scalars_kernel[(len(batch),)](
-                batch, starts, memory, each, size, stats, gamma, tol,
-                PHASE=phase.value, FROBENIUS=frobenius, TILE=tile, SMALL=small, num_warps=8,
+
+@dataclass(frozen=True, eq=False)
+class _Descent:
+    batch: Tensor
+    starts: Tensor
+    memory: Tensor
+    out: Tensor
+    stats: Tensor
+    size: int
+    tile: int
+    frobenius: bool
+    gamma: float
+    tol: float
+
+    def _of_tiles(self, *phases: tl.constexpr) -> None:
+        for phase in phases:
+            side = self._small if phase in (tiles.ENERGIES, tiles.QUARTICS) else self.tile
+            tiles.descent_tiles_kernel[((self.size // side) ** 2, len(self.batch))](
+                self.batch, self.starts, self.memory, self.memory.shape[1], self.size, self.out,
+                self.gamma,
+                PHASE=phase.value, FROBENIUS=self.frobenius, TILE=side, CHUNK=CHUNK,
+                num_warps=WARPS[side], num_stages=2,
             )  # fmt: skip
 
-        of_scalars(scalars.START)
-        of_tiles(tiles.FILL, tiles.ENERGIES)
-        of_scalars(scalars.BEGIN)
-        for _ in range(steps):
-            of_tiles(tiles.GRADIENT, tiles.PRODUCTS, tiles.TURN, tiles.CHANGES)
-            if frobenius:
-                of_tiles(tiles.QUARTICS)
-            of_scalars(scalars.SEARCH)
-            of_tiles(tiles.ADVANCE)
-            if not captured and not memory[: len(batch), _problem.RUNNING.value].any():
-                break
-        of_tiles(tiles.LEAVE, tiles.ENERGIES)
-        of_scalars(scalars.FINISH)
+    def _of_scalars(self, phase: tl.constexpr) -> None:
+        scalars.descent_scalars_kernel[(len(self.batch),)](
+            self.batch, self.starts, self.memory, self.memory.shape[1], self.size, self.stats,
+            self.gamma, self.tol,
+            PHASE=phase.value, FROBENIUS=self.frobenius, TILE=self.tile, SMALL=self._small,
+            num_warps=8,
+        )  # fmt: skip
 
+    @property
+    def _small(self) -> int:
+        return min(self.tile, SMALL)
 
-def _is_captured(out: Tensor) -> bool:
-    return out.is_cuda and torch.cuda.is_current_stream_capturing()
+    def begin(self) -> None:
+        self._of_scalars(scalars.START)
+        self._of_tiles(tiles.FILL, tiles.ENERGIES)
+        self._of_scalars(scalars.BEGIN)
+
+    def step(self, first: bool) -> None:
+        self._of_tiles(tiles.GRADIENT, tiles.PRODUCTS, tiles.TURN, tiles.CHANGES)
+        if self.frobenius:
+            self._of_tiles(tiles.QUARTICS)
+        self._of_scalars(scalars.SEARCH)
+        self._of_tiles(tiles.ADVANCE)
+
+    def finish(self) -> None:
+        self._of_tiles(tiles.LEAVE, tiles.ENERGIES)
+        self._of_scalars(scalars.FINISH)
