@@ -86,10 +86,12 @@ def apply(
     rows: Numbers,
     out: Numbers,
     out_dtype: int,
+    finite: int,
     threads: int,
     /,
 ) -> None:
-    """coefficients: float32 [K, R] a problem, or 0 for the identity; rows: the K's."""
+    """coefficients: float32 [K, R] a problem, or 0 for the identity; rows: the K's. finite: takes a
+    bool a problem, whether all of its result is."""
 
 def apply_decouple(
     problems: Problems,
@@ -101,10 +103,12 @@ def apply_decouple(
     out: Numbers,
     out_dtype: int,
     norms: Numbers,
+    finite: int,
     threads: int,
     /,
 ) -> None:
-    """blocks: float64 [sum r_i^2] a problem; full: float64 [R, R] a problem, or none at all."""
+    """blocks: float64 [sum r_i^2] a problem; full: float64 [R, R] a problem, or none at all.
+    finite: as in `apply`."""
 
 def block_products(x: Numbers, y: Numbers, ranks: Numbers, out: int, threads: int, /) -> None:
     """x, y: float32 [R, R] a problem, all of the same ranks; out: float64 [P, T, T]."""

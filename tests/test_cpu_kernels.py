@@ -490,6 +490,38 @@ def test_blocks_of_any_stride(isa, side):
     assert torch.equal(cpu.apply([None], [p], torch.float32)[0], dense.float())
 
 
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("columns", [False, True])
+def test_results_are_seen_to_be_finite_where_they_are(isa, columns, given, out_dtype):
+    """Of a side of two modules, of one whose last number is not finite, and of one whose last is
+    beyond the dtype once it is rounded, or beyond float32 once it is scaled."""
+    generator = torch.Generator().manual_seed(3)
+    top = torch.finfo(out_dtype).max
+    beyond = top if out_dtype == torch.float32 else top * (1 + 0.8 * HALF_UNIT[out_dtype])
+    scale = 2.0 if out_dtype == torch.float32 else 1.0
+    for last in (1.0, float("nan"), float("inf"), -beyond, 0.9 * top / scale):
+        blocks = [torch.randn(r, 70, generator=generator) for r in (5, 3)]
+        blocks[1][-1, -1] = last
+        if columns:
+            blocks = [b.T.contiguous().T for b in blocks]
+        side = Side(blocks, (1.0, scale))
+        finite: list[Tensor] = []
+        c = torch.eye(8) if given else None
+        calm = Side([torch.ones(2, 20), torch.ones(4, 20)], (1.0, 1.0))
+        found = cpu.apply([c, None], [side, calm], out_dtype, finite)
+        expected = [x for x in found if bool(x.isfinite().all())]
+        assert [*map(id, finite)] == [*map(id, expected)]
+        assert (last in (1.0, 0.9 * top / scale)) == (finite[0] is found[0])
+        if not columns and last != -beyond:
+            k = torch.ones(34, dtype=torch.float64)
+            finite = []
+            (a,), _ = cpu.apply_decouple(
+                [c], [side], [k], [[1.0, 1.0]], 1.0, out_dtype, None, finite
+            )
+            assert bool(finite) == bool(a.isfinite().all())
+
+
 @pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize("d", [1, 15, 16, 17, 65, 3073])
 def test_without_coefficients_every_number_is_scaled_and_rounded_once(isa, columns, d):

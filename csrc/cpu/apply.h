@@ -38,11 +38,11 @@ inline void multiply(const float* left, int64_t ld_left, const float* right, int
 }
 
 inline void write_rows(const float* tile, int64_t ld, int64_t rows, int64_t begin, int64_t n,
-                       int64_t d, DType dtype, void* out) {
+                       int64_t d, DType dtype, void* out, Watch& watch) {
     with_dtype(dtype, [&](auto format) {
         using Format = decltype(format);
         auto* to = static_cast<typename Format::Storage*>(out) + begin;
-        for (int64_t i = 0; i < rows; ++i) write_row<Format>(tile + i * ld, n, to + i * d);
+        for (int64_t i = 0; i < rows; ++i) write_row<Format>(tile + i * ld, n, to + i * d, watch);
     });
 }
 
@@ -102,49 +102,53 @@ class ColumnProduct {
 // Rows [begin, begin + n) of the row-major [d, columns] output. Whole vectors are written: what
 // they hold beyond a row is overwritten by the next row of the same item.
 inline void write_columns(const float* tile, int64_t ld, int64_t columns, int64_t begin, int64_t n,
-                          int64_t item_end, DType dtype, void* out) {
+                          int64_t item_end, DType dtype, void* out, Watch& watch) {
     with_dtype(dtype, [&](auto format) {
         using Format = decltype(format);
         auto* to = static_cast<typename Format::Storage*>(out);
         for (int64_t c = 0; c < n; ++c) {
             const int64_t row = (begin + c) * columns;
-            for (int64_t j = 0; j < columns; j += kWidth)
-                store_some<Format>(to + row + j, load<FloatVec>(tile + c * ld + j),
-                                   item_end * columns - row - j);
+            for (int64_t j = 0; j < columns; j += kWidth) {
+                const FloatVec v = load<FloatVec>(tile + c * ld + j);
+                watch.add(v, columns - j);
+                store_some<Format>(to + row + j, v, item_end * columns - row - j);
+            }
         }
     });
 }
 
 template <class Rows>
-void apply_rows(const ApplyItem& item, Arena& arena) {
+void apply_rows(const ApplyItem& item, Arena& arena, Watch& watch) {
     Rows product(item, arena);
     for (int64_t begin = item.begin; begin < item.end; begin += kApplyColumns) {
         poll();
         const int64_t n = least(item.end - begin, kApplyColumns);
         write_rows(product(begin, n), Rows::kLd, item.rows, begin, n, item.problem->d,
-                   item.out_dtype, item.out);
+                   item.out_dtype, item.out, watch);
     }
 }
 
 template <class Columns>
-void apply_columns(const ApplyItem& item, Arena& arena) {
+void apply_columns(const ApplyItem& item, Arena& arena, Watch& watch) {
     Columns product(item, arena);
     for (int64_t begin = item.begin; begin < item.end; begin += kApplyRows) {
         poll();
         const int64_t n = least(item.end - begin, kApplyRows);
         write_columns(product(begin, n), product.ld(), item.rows, begin, n, item.end,
-                      item.out_dtype, item.out);
+                      item.out_dtype, item.out, watch);
     }
 }
 
 template <class Rows, class Columns>
-void apply_item(const ApplyItem& item, Arena& arena) {
+bool apply_item(const ApplyItem& item, Arena& arena) {
+    Watch watch;
     if (!item.coefficients)
-        copy_item(item);
+        copy_item(item, watch);
     else if (item.problem->columns)
-        apply_columns<Columns>(item, arena);
+        apply_columns<Columns>(item, arena, watch);
     else
-        apply_rows<Rows>(item, arena);
+        apply_rows<Rows>(item, arena, watch);
+    return watch.finite(item.out_dtype);
 }
 
 }  // namespace DOMERGE_ISA

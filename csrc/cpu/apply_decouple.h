@@ -161,7 +161,7 @@ inline void renormalize(const DecoupleItem& item, const DecoupleTile& t, int64_t
 }
 
 template <class Rows>
-void apply_decouple_item(const DecoupleItem& item, Arena& arena) {
+bool apply_decouple_item(const DecoupleItem& item, Arena& arena) {
     const ApplyItem& apply = item.apply;
     const Problem& problem = *apply.problem;
     constexpr int64_t ld = Rows::kLd;
@@ -172,6 +172,7 @@ void apply_decouple_item(const DecoupleItem& item, Arena& arena) {
                    take_matrix(arena, 1, ld),
                    ld};
     Rows product(apply, arena);
+    Watch watch;
     for (int64_t begin = apply.begin; begin < apply.end; begin += kApplyColumns) {
         poll();
         const int64_t n = least(apply.end - begin, kApplyColumns);
@@ -179,8 +180,10 @@ void apply_decouple_item(const DecoupleItem& item, Arena& arena) {
         find_magnitudes(item, t, n);
         rescale(item, t, n, item.full != nullptr);
         if (item.full) renormalize(item, t, n);
-        write_rows(t.values, ld, problem.rank, begin, n, problem.d, apply.out_dtype, apply.out);
+        write_rows(t.values, ld, problem.rank, begin, n, problem.d, apply.out_dtype, apply.out,
+                   watch);
     }
+    return watch.finite(apply.out_dtype);
 }
 
 }  // namespace DOMERGE_ISA

@@ -10,7 +10,7 @@ namespace DOMERGE_ISA {
 // The same columns of the row below are fetched meanwhile: they lie in another page, which no
 // prefetcher expects.
 template <class Out>
-void copy_rows(const ApplyItem& item, typename Out::Storage* out) {
+void copy_rows(const ApplyItem& item, typename Out::Storage* out, Watch& watch) {
     const Problem& problem = *item.problem;
     const int64_t n = item.end - item.begin;
     out += item.begin;
@@ -24,7 +24,9 @@ void copy_rows(const ApplyItem& item, typename Out::Storage* out) {
                 poll();
                 for (int64_t c = 0; c < n; c += kWidth) {
                     __builtin_prefetch(from + block.pitch + c);
-                    store_some<Out>(out + c, load_some<In>(from + c, n - c) * scale, n - c);
+                    const FloatVec v = load_some<In>(from + c, n - c) * scale;
+                    watch.add(v, n - c);
+                    store_some<Out>(out + c, v, n - c);
                 }
             }
         });
@@ -37,7 +39,7 @@ void copy_rows(const ApplyItem& item, typename Out::Storage* out) {
 // calls body with the format of a block.
 template <class Out, bool AtEnd, class WithFormat>
 DOMERGE_INLINE void copy_stretch(const ApplyItem& item, int64_t begin, int64_t end,
-                                 typename Out::Storage* out, WithFormat with_format) {
+                                 typename Out::Storage* out, Watch& watch, WithFormat with_format) {
     const Problem& problem = *item.problem;
     const int64_t last = item.end * problem.rank;
     for (int64_t c = begin, to = c * problem.rank; c < end; ++c) {
@@ -52,11 +54,10 @@ DOMERGE_INLINE void copy_stretch(const ApplyItem& item, int64_t begin, int64_t e
                 const int64_t left = (problem.d - 1 - c) * block.pitch + block.rank;
                 __builtin_prefetch(from + kColumnsAhead * block.pitch);
                 for (int64_t i = 0; i < block.rank; i += kWidth) {
-                    if (AtEnd)
-                        store_some<Out>(out + to + i, load_some<In>(from + i, left - i) * scale,
-                                        last - to - i);
-                    else
-                        Out::store(out + to + i, In::load(from + i) * scale);
+                    const FloatVec v =
+                        (AtEnd ? load_some<In>(from + i, left - i) : In::load(from + i)) * scale;
+                    watch.add(v, block.rank - i);
+                    store_some<Out>(out + to + i, v, AtEnd ? last - to - i : kWidth);
                 }
             });
         }
@@ -64,11 +65,12 @@ DOMERGE_INLINE void copy_stretch(const ApplyItem& item, int64_t begin, int64_t e
 }
 
 template <class Out, class WithFormat>
-void copy_columns(const ApplyItem& item, typename Out::Storage* out, WithFormat with_format) {
+void copy_columns(const ApplyItem& item, typename Out::Storage* out, Watch& watch,
+                  WithFormat with_format) {
     // Of a row there is at least one number.
     const int64_t sure = item.end - item.begin > kWidth ? item.end - kWidth : item.begin;
-    copy_stretch<Out, false>(item, item.begin, sure, out, with_format);
-    copy_stretch<Out, true>(item, sure, item.end, out, with_format);
+    copy_stretch<Out, false>(item, item.begin, sure, out, watch, with_format);
+    copy_stretch<Out, true>(item, sure, item.end, out, watch, with_format);
 }
 
 inline bool have_one_dtype(const Problem& problem) {
@@ -77,20 +79,20 @@ inline bool have_one_dtype(const Problem& problem) {
     return true;
 }
 
-inline void copy_item(const ApplyItem& item) {
+inline void copy_item(const ApplyItem& item, Watch& watch) {
     const Problem& problem = *item.problem;
     with_dtype(item.out_dtype, [&](auto out_format) {
         using Out = decltype(out_format);
         auto* out = static_cast<typename Out::Storage*>(item.out);
         const auto by_dtype = [](DType dtype, auto body) { with_dtype(dtype, body); };
         if (!problem.columns)
-            copy_rows<Out>(item, out);
+            copy_rows<Out>(item, out, watch);
         else if (have_one_dtype(problem))
             with_dtype(problem.blocks[0].dtype, [&](auto format) {
-                copy_columns<Out>(item, out, [format](DType, auto body) { body(format); });
+                copy_columns<Out>(item, out, watch, [format](DType, auto body) { body(format); });
             });
         else
-            copy_columns<Out>(item, out, by_dtype);
+            copy_columns<Out>(item, out, watch, by_dtype);
     });
 }
 

@@ -190,6 +190,14 @@ int64_t bytes_of(DType dtype) {
     return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
+// Of every problem, whether what was written of all of its chunks is finite.
+void gather_finite(const std::vector<Chunk>& chunks, const std::vector<char>& of_chunks,
+                   int64_t problems, bool* finite) {
+    std::fill_n(finite, problems, true);
+    for (size_t c = 0; c < chunks.size(); ++c)
+        finite[chunks[c].problem] = finite[chunks[c].problem] && of_chunks[c];
+}
+
 // Raises `top` to a magnitude, where NaN is above all.
 void raise(double& top, double value) {
     if (!std::isnan(top) && !(value <= top)) top = value;
@@ -334,8 +342,10 @@ bool half_products(const Kernels& kernels) {
 }
 
 void apply(const Kernels& kernels, const Problems& problems, const Addresses& coefficients,
-           const std::vector<int64_t>& rows, const Addresses& out, int out_dtype, int threads) {
+           const std::vector<int64_t>& rows, const Addresses& out, int out_dtype, uint64_t finite,
+           int threads) {
     const std::vector<Chunk> chunks = chunks_of(problems.list(), kApplyChunk);
+    std::vector<char> seen(chunks.size());
     parallel_for(chunks.size(), threads, [&](int64_t item, Arena& arena) {
         const Chunk& c = chunks[item];
         const ApplyItem work{&problems[c.problem],
@@ -345,14 +355,15 @@ void apply(const Kernels& kernels, const Problems& problems, const Addresses& co
                              c.end,
                              at<void>(out[c.problem]),
                              static_cast<DType>(out_dtype)};
-        kernels.apply(work, arena);
+        seen[item] = kernels.apply(work, arena);
     });
+    gather_finite(chunks, seen, problems.size(), at<bool>(finite));
 }
 
 void apply_decouple(const Kernels& kernels, const Problems& problems, const Addresses& coefficients,
                     const Addresses& blocks, const std::vector<double>& omegas, double scale,
                     const Addresses& full, const Addresses& out, int out_dtype,
-                    const Addresses& norms, int threads) {
+                    const Addresses& norms, uint64_t finite, int threads) {
     Roots roots, full_roots;
     std::vector<int64_t> first_block;
     for (int64_t p = 0; p < problems.size(); ++p) {
@@ -374,6 +385,7 @@ void apply_decouple(const Kernels& kernels, const Problems& problems, const Addr
 
     const std::vector<Chunk> chunks = chunks_of(problems.list(), kApplyChunk);
     std::vector<std::vector<double>> energies(chunks.size());
+    std::vector<char> seen(chunks.size());
     parallel_for(chunks.size(), threads, [&](int64_t item, Arena& arena) {
         const Chunk& c = chunks[item];
         const Problem& problem = problems[c.problem];
@@ -385,12 +397,15 @@ void apply_decouple(const Kernels& kernels, const Problems& problems, const Addr
                              c.end,
                              at<void>(out[c.problem]),
                              static_cast<DType>(out_dtype)};
-        kernels.apply_decouple(DecoupleItem{work, &roots.roots[first_block[c.problem]],
-                                            &omegas[first_block[c.problem]], scale,
-                                            full.empty() ? nullptr : &full_roots.roots[c.problem],
-                                            energies[item].data()},
-                               arena);
+        const DecoupleItem whole{work,
+                                 &roots.roots[first_block[c.problem]],
+                                 &omegas[first_block[c.problem]],
+                                 scale,
+                                 full.empty() ? nullptr : &full_roots.roots[c.problem],
+                                 energies[item].data()};
+        seen[item] = kernels.apply_decouple(whole, arena);
     });
+    gather_finite(chunks, seen, problems.size(), at<bool>(finite));
     for (size_t c = 0; c < chunks.size(); ++c) {
         double* sum = at<double>(norms[chunks[c].problem]);
         for (size_t b = 0; b < energies[c].size(); ++b)

@@ -63,12 +63,14 @@ bool half_products(const Kernels&);
 void long_product(const Kernels&, uint64_t left, uint64_t right, int64_t depth, int64_t rows,
                   int64_t columns, uint64_t out, int threads);
 bool has_long_products(const Kernels&);
+// finite: a bool a problem, whether all of its result is.
 void apply(const Kernels&, const Problems&, const Addresses& coefficients,
-           const std::vector<int64_t>& rows, const Addresses& out, int out_dtype, int threads);
+           const std::vector<int64_t>& rows, const Addresses& out, int out_dtype, uint64_t finite,
+           int threads);
 void apply_decouple(const Kernels&, const Problems&, const Addresses& coefficients,
                     const Addresses& blocks, const std::vector<double>& omegas, double scale,
                     const Addresses& full, const Addresses& out, int out_dtype,
-                    const Addresses& norms, int threads);
+                    const Addresses& norms, uint64_t finite, int threads);
 // All problems have these ranks; out [problems, T, T].
 void block_products(const Kernels&, const Addresses& x, const Addresses& y,
                     const std::vector<int64_t>& ranks, uint64_t out, int threads);

@@ -121,8 +121,9 @@ struct Kernels {
                         Arena&);
     void (*orthogonalize)(const float* gram, int64_t rank, const int64_t* ranks, int64_t count,
                           const DescentOptions&, float* coefficients, DescentStats*, Arena&);
-    void (*apply)(const ApplyItem&, Arena&);
-    void (*apply_decouple)(const DecoupleItem&, Arena&);
+    // Both return whether all that they wrote is finite.
+    bool (*apply)(const ApplyItem&, Arena&);
+    bool (*apply_decouple)(const DecoupleItem&, Arena&);
     int64_t (*root_rows)(int64_t rank);
     int64_t (*root_stride)(int64_t rank);
     Root (*root)(const double* matrix, int64_t rank, float* data, Arena&);

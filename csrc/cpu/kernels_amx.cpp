@@ -32,18 +32,14 @@ bool suits_tiles(const ApplyItem& item) {
     return item.coefficients && is_bfloat16(*item.problem);
 }
 
-void apply(const ApplyItem& item, Arena& arena) {
-    if (suits_tiles(item))
-        apply_item<TileRowProduct, TileColumnProduct>(item, arena);
-    else
-        avx512::kernels.apply(item, arena);
+bool apply(const ApplyItem& item, Arena& arena) {
+    return suits_tiles(item) ? apply_item<TileRowProduct, TileColumnProduct>(item, arena)
+                             : avx512::kernels.apply(item, arena);
 }
 
-void apply_decouple(const DecoupleItem& item, Arena& arena) {
-    if (suits_tiles(item.apply))
-        apply_decouple_item<TileRowProduct>(item, arena);
-    else
-        avx512::kernels.apply_decouple(item, arena);
+bool apply_decouple(const DecoupleItem& item, Arena& arena) {
+    return suits_tiles(item.apply) ? apply_decouple_item<TileRowProduct>(item, arena)
+                                   : avx512::kernels.apply_decouple(item, arena);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "tile.h"
+#include "watch.h"
 
 namespace domerge {
 namespace DOMERGE_ISA {
@@ -64,9 +65,13 @@ void load_columns(const Problem& problem, int64_t begin, int64_t n, T* tile, int
 
 // out[0, n) = row[0, n) in the out dtype.
 template <class Format>
-DOMERGE_INLINE void write_row(const float* row, int64_t n, typename Format::Storage* out) {
-    for (int64_t c = 0; c < n; c += kWidth)
-        store_some<Format>(out + c, load<FloatVec>(row + c), n - c);
+DOMERGE_INLINE void write_row(const float* row, int64_t n, typename Format::Storage* out,
+                              Watch& watch) {
+    for (int64_t c = 0; c < n; c += kWidth) {
+        const FloatVec v = load<FloatVec>(row + c);
+        watch.add(v, n - c);
+        store_some<Format>(out + c, v, n - c);
+    }
 }
 
 }  // namespace DOMERGE_ISA

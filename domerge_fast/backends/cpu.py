@@ -25,6 +25,7 @@ from .singly import Singly, each, joined
 
 __all__ = [
     "BATCHES",
+    "SEES_FINITE",
     "apply",
     "apply_decouple",
     "block_gram",
@@ -43,6 +44,9 @@ __all__ = [
 
 BATCHES = True
 """Ops take sides of several modules."""
+
+SEES_FINITE = True
+"""`apply` and `apply_decouple` tell which of their results they saw to be finite."""
 
 SIGNS = {"none": 0, "total": 1, "frequency": 2}
 MEANS = {"sum": 0, "count": 1, "weight": 2}
@@ -199,7 +203,10 @@ def _on_factors(
 
 
 def apply(
-    coefficients: Sequence[Tensor | None], problems: Sequence[Side], out_dtype: torch.dtype
+    coefficients: Sequence[Tensor | None],
+    problems: Sequence[Side],
+    out_dtype: torch.dtype,
+    finite: list[Tensor] | None = None,
 ) -> list[Tensor]:
     """C X [K, d] of every problem (None: X itself), in the memory layout of its first block."""
     if any(map(long_products.is_long, coefficients, problems)):
@@ -212,7 +219,9 @@ def apply(
     out, at = _results(shapes, out_dtype, problems, turned)
     counts = repeated((packed([k]), p.modules) for k, p in zip(rows, problems))
     code, threads = CODES[out_dtype], torch.get_num_threads()
-    _C.apply(given, addresses(cs, problems), counts, at, code, threads)
+    seen = torch.empty(sum([p.modules for p in problems]), dtype=torch.bool)
+    _C.apply(given, addresses(cs, problems), counts, at, code, seen.data_ptr(), threads)
+    _note(finite, out, seen, problems)
     return out
 
 
@@ -224,6 +233,7 @@ def apply_decouple(
     scale: float,
     out_dtype: torch.dtype,
     full: Sequence[Tensor] | None = None,
+    finite: list[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A' [R, n] and the adapters' norms ||B_i A_i||_F [T] in float64, of every problem."""
     given, _alive = _described(problems, rows_only=True)
@@ -233,6 +243,7 @@ def apply_decouple(
     out, at = _results([(p.rank, p.d) for p in problems], out_dtype, problems)
     shapes = [(len(p.ranks),) for p in problems]
     norms, at_norms = _results(shapes, torch.float64, problems, dims=1)
+    seen = torch.empty(sum([p.modules for p in problems]), dtype=torch.bool)
     _C.apply_decouple(
         given,
         addresses(cs, problems),
@@ -243,9 +254,20 @@ def apply_decouple(
         at,
         CODES[out_dtype],
         at_norms,
+        seen.data_ptr(),
         torch.get_num_threads(),
     )
+    _note(finite, out, seen, problems)
     return out, norms
+
+
+def _note(
+    finite: list[Tensor] | None, results: list[Tensor], seen: Tensor, problems: Sequence[Side]
+) -> None:
+    """Adds the results that are finite; seen: whether that of every module is."""
+    if finite is not None:
+        of_results = seen.split([p.modules for p in problems])
+        finite += [x for x, own in zip(results, of_results) if bool(own.all())]
 
 
 def truncate(

@@ -36,6 +36,11 @@ class Result:
     kept: Sequence[float] = ()
     energy: Sequence[float] = ()
 
+    @property
+    def finite(self) -> Sequence[Tensor]:
+        """Tensors that were seen to be finite as they were made."""
+        return self.made.finite if isinstance(self.made, Factors) else ()
+
     def each(self) -> list[Result]:
         """Those of the modules, one by one."""
         if self.made.count is None:

@@ -41,7 +41,9 @@ def merged(
     lost = scaled.of_weights if work.by_ratio else 0
     known = _Known(method, stacks, group.grams, found, first, lost if work.alone else None)
     results = known.merged(work, range(len(stacks)))
-    flat = iter(precision.fits([r.tensors for own in results for r in own], work.settings.backend))
+    every = [r for own in results for r in own]
+    finite = [x for r in every for x in r.finite] if not work.post else []
+    flat = iter(precision.fits([r.tensors for r in every], work.settings.backend, finite))
     fits = [[fit for _ in own for fit in next(flat)] for own in results]
     changed = [
         bool(scaled.of_scale or power or s.far or s.powers != (0, 0))

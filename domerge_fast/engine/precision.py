@@ -185,11 +185,17 @@ def weighted(stack: Stack, power: int, by_ratio: bool) -> Stack:
     return dataclasses.replace(stack, weights=weights, powers=powers)
 
 
-def fits(merged: Sequence[tuple[Tensor, ...]], backend: str) -> list[list[bool]]:
+def fits(
+    merged: Sequence[tuple[Tensor, ...]], backend: str, finite: Sequence[Tensor] = ()
+) -> list[list[bool]]:
     """Whether every merged module is finite and, in float16, rounded by little for sure. merged:
-    what one module became, or, with P before all shapes, several."""
+    what one module became, or, with P before all shapes, several. finite: those that are known to
+    be."""
     found = []
-    of_all = iter(_finite([x for tensors in merged for x in tensors], backend))
+    known = {id(x) for x in finite}
+    flat = [x for tensors in merged for x in tensors]
+    looked_at = iter(_finite([x for x in flat if id(x) not in known], backend))
+    of_all = iter([True if id(x) in known else next(looked_at) for x in flat])
     for tensors in merged:
         count = 1 if tensors[0].dim() == 2 else len(tensors[0])
         flags = [next(of_all) for _ in tensors]

@@ -83,10 +83,13 @@ def _applied(given: Sequence[_Applied], dtype: torch.dtype, backend: str) -> Ite
     flat = [*(x.a for x in given), *(x.b for x in given)]
     wide = {k for k, (c, _) in enumerate(flat) if c is not None and c.dtype == torch.float64}
     rest = [flat[k] for k in range(len(flat)) if k not in wide]
-    narrow = iter(ops.apply([c for c, _ in rest], [x for _, x in rest], dtype, backend=backend))
+    finite: list[Tensor] = []
+    products = [c for c, _ in rest], [x for _, x in rest], dtype
+    narrow = iter(ops.apply(*products, backend=backend, finite=finite))
+    known = {*map(id, finite)}
     found = [_in_float64(*flat[k], dtype) if k in wide else next(narrow) for k in range(len(flat))]
     for x, a, bt in zip(given, found, found[len(given) :]):
-        yield Factors(a, bt.mT, kept=x.kept, energy=x.energy)
+        yield Factors.of(a, bt, known, kept=x.kept, energy=x.energy)
 
 
 def _in_float64(c: Tensor | None, side: Side, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -67,7 +67,8 @@ class Factors:
 
     norms: ||ΔW_i||_F of the stack's adapters by module, where the method worked them out. kept,
     energy: by module the share of ||ΔW||_F^2 that a cut left, and that before it; () where it was
-    not cut yet.
+    not cut yet. finite: which of A and B were seen to be finite as they were made: these tensors
+    themselves, so that nothing is said of what takes their place.
     """
 
     a: Tensor
@@ -77,6 +78,14 @@ class Factors:
     norms: Sequence[Sequence[float]] | None = None
     kept: Sequence[float] = ()
     energy: Sequence[float] = ()
+    finite: Sequence[Tensor] = ()
+
+    @classmethod
+    def of(cls, a: Tensor, bt: Tensor, finite: Collection[int], **others: Any) -> Factors:
+        """Of A and B^T as ops give them. finite: the ids of results that were seen to be."""
+        b = bt.mT
+        known = [x for x, result in ((a, a), (b, bt)) if id(result) in finite]
+        return cls(a, b, finite=known, **others)
 
     @property
     def count(self) -> int | None:

@@ -99,13 +99,16 @@ def _merged(
     settings: Settings,
 ) -> list[Factors]:
     backend = settings.backend
-    b_hat = ops.apply([x.c for x in b], [x.problem for x in b], settings.dtype, backend=backend)
+    finite: list[Tensor] = []
+    moved = [x.c for x in b], [x.problem for x in b], settings.dtype
+    b_hat = ops.apply(*moved, backend=backend, finite=finite)
     if options.decouple:
-        a_new, norms = _decouple(stacks, a, b_hat, options, settings)
+        a_new, norms = _decouple(stacks, a, b_hat, options, settings, finite)
     else:
-        a_new, norms = _weigh(stacks, a, settings), [None] * len(stacks)
+        a_new, norms = _weigh(stacks, a, settings, finite), [None] * len(stacks)
+    known = {*map(id, finite)}
     return [
-        Factors(an, bt.mT, x.report, y.report, n)
+        Factors.of(an, bt, known, a_side=x.report, b_side=y.report, norms=n)
         for an, bt, x, y, n in zip(a_new, b_hat, a, b, norms)
     ]
 
@@ -204,6 +207,7 @@ def _decouple(
     b_hat: Sequence[Tensor],
     options: DoOptions,
     settings: Settings,
+    finite: list[Tensor],
 ) -> tuple[list[Tensor], list[Sequence[Sequence[float]] | None]]:
     merged_b = [Side.split(x, s.b.ranks) for s, x in zip(stacks, b_hat)]
     full = None
@@ -219,11 +223,14 @@ def _decouple(
         settings.dtype,
         full=full,
         backend=settings.backend,
+        finite=finite,
     )
     return a_new, [Rows(n.view(-1, n.shape[-1]).contiguous()) for n in gather(norms)]
 
 
-def _weigh(stacks: Sequence[Stack], a: Sequence[Moved], settings: Settings) -> list[Tensor]:
+def _weigh(
+    stacks: Sequence[Stack], a: Sequence[Moved], settings: Settings, finite: list[Tensor]
+) -> list[Tensor]:
     """λ ω_i Ahat_i: task arithmetic on the orthogonalized factors."""
     weighed = [x.times([settings.scale * w for w in s.omegas]) for s, x in zip(stacks, a)]
     return ops.apply(
@@ -231,6 +238,7 @@ def _weigh(stacks: Sequence[Stack], a: Sequence[Moved], settings: Settings) -> l
         [x.problem for x in weighed],
         settings.dtype,
         backend=settings.backend,
+        finite=finite,
     )
 
 

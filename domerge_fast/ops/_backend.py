@@ -48,6 +48,13 @@ def _dtype(things: Sequence[Tensor | Side]) -> torch.dtype:
     return found.pop() if len(found) == 1 else torch.float32
 
 
+def noting(module: Any, finite: list[Tensor] | None) -> dict[str, list[Tensor]]:
+    """The list that takes results seen to be finite, for a backend that sees it."""
+    if finite is None or not getattr(module, "SEES_FINITE", False):
+        return {}
+    return {"finite": finite}
+
+
 def op(function: Callable[P, T]) -> Callable[P, T]:
     """The op, which a profile of torch's shows by the name that it has in `torch.ops`."""
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..algebra.side import Side, squares
-from ._backend import implementation, op
+from ._backend import implementation, noting, op
 
 __all__ = ["apply_decouple"]
 
@@ -34,13 +34,14 @@ def apply_decouple(
     *,
     full: Sequence[Tensor] | None = None,
     backend: str = "auto",
+    finite: list[Tensor] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A' [R, n] of every problem, and ||B_i A_i||_F of its adapters [T] in float64; with P before
     all shapes for a side of P modules, which have the same omegas.
 
     coefficients: C [R, R] or None. blocks: the K_i of the B side, packed [sum r_i^2] in float64
     (`block_gram`). omegas: one weight an adapter. full: B^T B [R, R] in float64 of every problem
-    to renormalize the merged direction, or None.
+    to renormalize the merged direction, or None. finite: as for `apply`.
     """
     rows = zip(problems, blocks, omegas, strict=True)
     for ranks, size, count in {(p.ranks, k.shape[-1], len(w)) for p, k, w in rows}:
@@ -48,6 +49,13 @@ def apply_decouple(
             raise ValueError(f"blocks or omegas do not fit the ranks {ranks}")
     module = implementation("apply_decouple", backend, problems, coefficients, blocks, full)
     a, norms = module.apply_decouple(
-        coefficients, problems, blocks, omegas, scale, out_dtype, full or None
+        coefficients,
+        problems,
+        blocks,
+        omegas,
+        scale,
+        out_dtype,
+        full or None,
+        **noting(module, finite),
     )
     return a, norms
