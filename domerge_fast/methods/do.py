@@ -100,8 +100,7 @@ def _merged(
 ) -> list[Factors]:
     backend = settings.backend
     finite: list[Tensor] = []
-    moved = [x.c for x in b], [x.problem for x in b], settings.dtype
-    b_hat = ops.apply(*moved, backend=backend, finite=finite)
+    b_hat = _formed(b, settings.dtype, backend, finite)
     if options.decouple:
         a_new, norms = _decouple(stacks, a, b_hat, options, settings, finite)
     else:
@@ -111,6 +110,17 @@ def _merged(
         Factors.of(an, bt, known, a_side=x.report, b_side=y.report, norms=n)
         for an, bt, x, y, n in zip(a_new, b_hat, a, b, norms)
     ]
+
+
+def _formed(
+    sides: Sequence[Moved], dtype: torch.dtype, backend: str, finite: list[Tensor]
+) -> list[Tensor]:
+    """Xhat of every side: that of a descent on the factors itself, where it needs no change."""
+    known = [x.formed(dtype) for x in sides]
+    rest = [x for x, own in zip(sides, known) if own is None]
+    moved = [x.c for x in rest], [x.problem for x in rest], dtype
+    made = iter(ops.apply(*moved, backend=backend, finite=finite))
+    return [next(made) if own is None else own for own in known]
 
 
 def both_sides(

@@ -44,6 +44,12 @@ class Moved:
         """What `Descended` keeps of it: nothing of a side that was left as it is."""
         return None if self.report is None else (self.c, self.x_hat, self.report)
 
+    def formed(self, dtype: torch.dtype) -> Tensor | None:
+        """Xhat, where it is there in that dtype, with no factor on an adapter's."""
+        if self.x_hat is None or self.x_hat.dtype != dtype or {*self.problem.scales} != {1.0}:
+            return None
+        return self.x_hat
+
     def times(self, gains: Sequence[float]) -> Moved:
         """Every adapter's Xhat_i times its own factor."""
         if self.c is None:
