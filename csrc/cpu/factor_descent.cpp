@@ -17,9 +17,10 @@ using factor_descent::Line;
 using factor_descent::make_line;
 using factor_descent::Pairs;
 
-constexpr int kHalvings = 60;   // of the error of the start
-constexpr int64_t kLarge = 64;  // units of rows and of columns: below it blocks are half as long
-                                // on both sides, so that there are some for every thread
+constexpr int kHalvings = 60;    // of the error of the start
+constexpr double kAlike = 0.01;  // of numbers of which the mean serves all
+constexpr int64_t kLarge = 64;   // units of rows and of columns: below it blocks are half as long
+                                 // on both sides, so that there are some for every thread
 
 int64_t size_of(DType dtype) {
     return dtype == DType::float32 ? 4 : 2;
@@ -205,7 +206,7 @@ class Descent {
 
     // Of the factors alpha_i X_i those that are best if all X_i were directions at random, with as
     // much overlap in all as these have: alpha_i = 1 / (1 + 2 / (gamma n_i) sum_{j != i}
-    // alpha_j^2 n_j / d).
+    // alpha_j^2 n_j / d); their mean for all where they differ by less than kAlike.
     std::vector<double> mean_field(double overlap) const {
         double sum = 0, squares = 0;
         for (double n : norm_) {
@@ -224,6 +225,20 @@ class Descent {
                 alpha[i] = (alpha[i] + best) / 2;
             }
         }
+        return level(alpha);
+    }
+
+    std::vector<double> level(std::vector<double> alpha) const {
+        double sum = 0, least = 1, most = 0;
+        for (size_t i = 0; i < alpha.size(); ++i) {
+            if (!(norm_[i] > 0)) continue;
+            sum += alpha[i];
+            least = std::min(least, alpha[i]);
+            most = std::max(most, alpha[i]);
+        }
+        if (most <= (1 + kAlike) * least)
+            for (size_t i = 0; i < alpha.size(); ++i)
+                if (norm_[i] > 0) alpha[i] = sum / interfering();
         return alpha;
     }
 
@@ -232,15 +247,17 @@ class Descent {
     double start(double overlap) {
         if (!(options_.gamma > 0)) return overlap;
         const std::vector<double> alpha = mean_field(overlap);
+        double moved = 0;
+        for (size_t i = 0; i < alpha.size(); ++i)
+            moved += (1 - alpha[i]) * (1 - alpha[i]) * norm_[i] * norm_[i];
+        if (const double factor = common(alpha); factor > 0)
+            return start_at(factor, alpha, overlap, moved);
         place(alpha);
         gram(1, 0, e_.whole);
         std::swap(s_.whole, e_.whole);
         std::vector<float> own(s_.own, s_.own + own_size_);
         scale_own(alpha);
         const double found = terms(true).at[0];
-        double moved = 0;
-        for (size_t i = 0; i < alpha.size(); ++i)
-            moved += (1 - alpha[i]) * (1 - alpha[i]) * norm_[i] * norm_[i];
         if (found + options_.gamma * moved < overlap) {
             moved_ = moved;
             alpha_ = alpha;
@@ -250,6 +267,30 @@ class Descent {
         std::copy(own.begin(), own.end(), s_.own);
         place(alpha_);
         return overlap;
+    }
+
+    // The factor of all adapters that interfere, or 0 where they have several.
+    double common(const std::vector<double>& alpha) const {
+        double factor = 0;
+        for (size_t i = 0; i < alpha.size(); ++i) {
+            if (!(norm_[i] > 0)) continue;
+            if (factor > 0 && alpha[i] != factor) return 0;
+            factor = alpha[i];
+        }
+        return factor;
+    }
+
+    // As `start`, with one factor: S is that of X, times its square.
+    double start_at(double factor, const std::vector<double>& alpha, double overlap, double moved) {
+        const double square = factor * factor, found = square * square * overlap;
+        if (!(found + options_.gamma * moved < overlap)) return overlap;
+        place(alpha);
+        const int64_t numbers = state_.columns * (state_.columns + 1) / 2 * kUnitNumbers;
+        for (int64_t i = 0; i < numbers; ++i) s_.whole[i] *= static_cast<float>(square);
+        scale_own(alpha);
+        moved_ = moved;
+        alpha_ = alpha;
+        return found;
     }
 
     void scale_own(const std::vector<double>& alpha) {

@@ -38,6 +38,8 @@ PIECE = 1 << 20
 """Numbers in a temporary product: what the allocator still keeps instead of returning it."""
 HALVINGS = 60
 """Of the error of the start's factors."""
+ALIKE = 0.01
+"""Where they differ by less, their mean is every adapter's: S is then that of X times a number."""
 
 
 def in_factor_form(
@@ -102,7 +104,8 @@ def _descend(form: _Factors, overlap: float, steps: int, tol: float) -> tuple[in
 
 
 def mean_field(norms: Tensor, gamma: float, per_pair: float) -> Tensor:
-    """alpha_i = 1 / (1 + 2 / (gamma n_i) sum_{j != i} alpha_j^2 n_j per_pair), [T] in float64.
+    """alpha_i = 1 / (1 + 2 / (gamma n_i) sum_{j != i} alpha_j^2 n_j per_pair), [T] in float64;
+    1 where n_i is 0; the others' mean for all of these where they are alike.
 
     per_pair: ||X_i X_j^T||^2 over n_i^2 n_j^2, 1 / d for directions at random.
     """
@@ -111,7 +114,10 @@ def mean_field(norms: Tensor, gamma: float, per_pair: float) -> Tensor:
     for _ in range(HALVINGS):
         sizes = alpha.square() * norms
         alpha = (alpha + 1 / (1 + coupling * (sizes.sum() - sizes))) / 2
-    return alpha
+    given = alpha[norms > 0]
+    if len(given) and given.max() <= (1 + ALIKE) * given.min():
+        return torch.where(norms > 0, given.mean(), 1.0)
+    return torch.where(norms > 0, alpha, 1.0)
 
 
 class _Factors:
@@ -153,7 +159,6 @@ class _Factors:
             return overlap
         weights = self.norms.sum() ** 2 - self.norms.square().sum()
         alpha = mean_field(self.norms, self.gamma, overlap / float(weights))
-        alpha = alpha.where(self.norms > 0, 1.0)
         x_hat = alpha.to(self.x.dtype)[:, None, None] * self.x
         h = _squares(self.root * x_hat)
         found = 2 * _cross(h, h)
