@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import os
@@ -136,7 +137,7 @@ def build(cls: type[T], given: Mapping[str, Any], owner: str, others: Iterable[s
     Raises OptionError for a name that `owner` does not have, a wrong type or a wrong value.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    types = typing.get_type_hints(cls)
+    types = _types(cls)  # type: ignore[arg-type]
     for name in given:
         if name not in fields:
             known = [*fields, *others]
@@ -147,6 +148,12 @@ def build(cls: type[T], given: Mapping[str, Any], owner: str, others: Iterable[s
         for name, value in given.items()
     }
     return cls(**values)
+
+
+@functools.cache
+def _types(cls: type) -> Mapping[str, Any]:
+    """Of an options dataclass; to evaluate them takes as long as an op on many modules."""
+    return typing.get_type_hints(cls)
 
 
 def check(

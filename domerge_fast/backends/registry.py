@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
@@ -97,7 +98,7 @@ def _cpu() -> tuple[str, ...]:
 
 def _extension_missing() -> str | None:
     try:
-        importlib.import_module("domerge_fast._C")
+        _imported("domerge_fast._C")
     except ImportError as error:
         return f"the C++ extension does not import ({error}); reinstall with `pip install .`"
     return None
@@ -245,4 +246,9 @@ def _runs_on(row: Backend, device_type: str) -> bool:
 
 def load(name: str) -> ModuleType:
     """The module that implements a backend named by `choose`."""
-    return importlib.import_module(TABLE[name].module)
+    return _imported(TABLE[name].module)
+
+
+def _imported(name: str) -> ModuleType:
+    # Asked for with every op, of which importlib takes longer to answer.
+    return sys.modules.get(name) or importlib.import_module(name)

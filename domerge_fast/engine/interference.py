@@ -145,7 +145,8 @@ def _alignments(grams: Tensor, ranks: Sequence[int]) -> Tensor:
     energy = _block_products(grams, grams, ranks)
     own = energy.diagonal(dim1=1, dim2=2).sqrt()
     product = own[:, :, None] * own[:, None, :]
-    return torch.where(product > 0, energy / product.where(product > 0, 1.0), 0.0)
+    present = product > 0
+    return torch.where(present, energy / product.where(present, 1.0), 0.0)
 
 
 def _block_products(x: Tensor, y: Tensor, ranks: Sequence[int]) -> Tensor:

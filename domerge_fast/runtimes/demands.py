@@ -195,6 +195,9 @@ def _together(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
 
 def missing(rule: Together, parts: Parts) -> list[str]:
     """The modules that others need beside them and that are not there."""
+    owners = [parts.get(last, {}).keys() for last in {*rule.needed, *rule.one}]
+    if all(own == owners[0] for own in owners):
+        return []
     complete = set.intersection(*(set(parts.get(last, ())) for last in rule.needed))
     needing = set().union(*(parts.get(last, ()) for last in rule.one)) - complete
     lacking = filter(re.compile(rule.owners).fullmatch, needing)
