@@ -32,14 +32,14 @@ from domerge_fast.formats import from_tensors
 MODULES = {"llama3-8b-8": 224, "moe-30b-4": 1000}
 
 BUDGETS = {
-    ("llama3-8b-8", "do", "cpu"): (242, 11.0),
+    ("llama3-8b-8", "do", "cpu"): (243, 12.0),
     ("llama3-8b-8", "do", "gpu"): (69, 4.0),
-    ("llama3-8b-8", "linear", "cpu"): (172, 9.0),
+    ("llama3-8b-8", "linear", "cpu"): (174, 9.0),
     ("llama3-8b-8", "linear", "gpu"): (52, 3.0),
     ("moe-30b-4", "do", "cpu"): (22, 6.0),
     ("moe-30b-4", "do", "gpu"): (11.4, 3.0),
-    ("moe-30b-4", "linear", "cpu"): (17, 5.0),
-    ("moe-30b-4", "linear", "gpu"): (9.6, 3.0),
+    ("moe-30b-4", "linear", "cpu"): (17.2, 5.0),
+    ("moe-30b-4", "linear", "gpu"): (9.7, 3.0),
 }
 """Function calls a module, a tenth above those that were counted; and units of CPU time for all,
 three times what was measured on two cores that others wanted too: calls tell of small changes,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,7 +27,7 @@ class Stubs:
             "gram": self._gram,
             "block_gram": self._block_gram,
             "orthogonalize": self._orthogonalize,
-            "apply": lambda *_: None,
+            "apply": self._apply,
             "apply_decouple": self._apply_decouple,
             "block_products": self._block_products,
             "block_largest": lambda problems, out, threads: None,
@@ -45,22 +45,31 @@ class Stubs:
 
         return call
 
-    def _gram(self, problems: _C.Problems, out: list[int], wide: bool, threads: int) -> None:
+    def _gram(self, problems: _C.Problems, out: Sequence[int], wide: bool, threads: int) -> None:
         fill(out, self._rank**2 * (8 if wide else 4))
 
-    def _block_gram(self, problems: _C.Problems, out: list[int], threads: int) -> None:
+    def _block_gram(self, problems: _C.Problems, out: Sequence[int], threads: int) -> None:
         fill(out, 8 * sum(r * r for r in self._ranks))
 
-    def _orthogonalize(self, grams: Any, ranks: Any, counts: Any, out: list[int], *_: Any) -> None:
+    def _orthogonalize(
+        self, grams: Any, ranks: Any, counts: Any, out: Sequence[int], *_: Any
+    ) -> None:
         fill(out, 4 * self._rank**2)
 
-    def _apply_decouple(self, *arguments: Any) -> None:
-        fill(arguments[-2], 8 * len(self._ranks))
+    def _apply(self, problems: Any, coefficients: Any, *arguments: Any) -> None:
+        fill(arguments[-2:-1], len(coefficients))
 
-    def _block_products(self, x: list[int], y: list[int], ranks: Any, out: int, _: int) -> None:
+    def _apply_decouple(self, problems: Any, coefficients: Any, *arguments: Any) -> None:
+        norms, finite, _ = arguments[-3:]
+        fill(norms, 8 * len(self._ranks))
+        fill([finite], len(coefficients))
+
+    def _block_products(
+        self, x: Sequence[int], y: Sequence[int], ranks: Any, out: int, _: int
+    ) -> None:
         fill([out], 8 * len(x) * len(self._ranks) ** 2)
 
 
-def fill(addresses: list[int], size: int) -> None:
+def fill(addresses: Sequence[int], size: int) -> None:
     for address in addresses:
         ctypes.memset(address, USUAL, size)
