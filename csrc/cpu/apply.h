@@ -42,7 +42,9 @@ inline void write_rows(const float* tile, int64_t ld, int64_t rows, int64_t begi
     with_dtype(dtype, [&](auto format) {
         using Format = decltype(format);
         auto* to = static_cast<typename Format::Storage*>(out) + begin;
-        for (int64_t i = 0; i < rows; ++i) write_row<Format>(tile + i * ld, n, to + i * d, watch);
+        Watch own = watch;
+        for (int64_t i = 0; i < rows; ++i) write_row<Format>(tile + i * ld, n, to + i * d, own);
+        watch = own;
     });
 }
 
@@ -106,14 +108,16 @@ inline void write_columns(const float* tile, int64_t ld, int64_t columns, int64_
     with_dtype(dtype, [&](auto format) {
         using Format = decltype(format);
         auto* to = static_cast<typename Format::Storage*>(out);
+        Watch own = watch;
         for (int64_t c = 0; c < n; ++c) {
             const int64_t row = (begin + c) * columns;
             for (int64_t j = 0; j < columns; j += kWidth) {
                 const FloatVec v = load<FloatVec>(tile + c * ld + j);
-                watch.add(v, columns - j);
+                own.add(v, columns - j);
                 store_some<Format>(to + row + j, v, item_end * columns - row - j);
             }
         }
+        watch = own;
     });
 }
 

@@ -22,12 +22,14 @@ void copy_rows(const ApplyItem& item, typename Out::Storage* out, Watch& watch) 
             const auto* from = static_cast<const typename In::Storage*>(block.data) + item.begin;
             for (int64_t i = 0; i < block.rank; ++i, from += block.pitch, out += problem.d) {
                 poll();
+                Watch own = watch;
                 for (int64_t c = 0; c < n; c += kWidth) {
                     __builtin_prefetch(from + block.pitch + c);
                     const FloatVec v = load_some<In>(from + c, n - c) * scale;
-                    watch.add(v, n - c);
+                    own.add(v, n - c);
                     store_some<Out>(out + c, v, n - c);
                 }
+                watch = own;
             }
         });
     }
@@ -42,6 +44,7 @@ DOMERGE_INLINE void copy_stretch(const ApplyItem& item, int64_t begin, int64_t e
                                  typename Out::Storage* out, Watch& watch, WithFormat with_format) {
     const Problem& problem = *item.problem;
     const int64_t last = item.end * problem.rank;
+    Watch own = watch;
     for (int64_t c = begin, to = c * problem.rank; c < end; ++c) {
         if (c % kColumnsAhead == 0) poll();
         for (int64_t b = 0; b < problem.count; to += problem.blocks[b++].rank) {
@@ -56,12 +59,13 @@ DOMERGE_INLINE void copy_stretch(const ApplyItem& item, int64_t begin, int64_t e
                 for (int64_t i = 0; i < block.rank; i += kWidth) {
                     const FloatVec v =
                         (AtEnd ? load_some<In>(from + i, left - i) : In::load(from + i)) * scale;
-                    watch.add(v, block.rank - i);
+                    own.add(v, block.rank - i);
                     store_some<Out>(out + to + i, v, AtEnd ? last - to - i : kWidth);
                 }
             });
         }
     }
+    watch = own;
 }
 
 template <class Out, class WithFormat>

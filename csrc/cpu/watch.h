@@ -7,6 +7,8 @@
 namespace domerge {
 namespace DOMERGE_ISA {
 
+// A loop has one of its own, which stays in a register: one it only refers to may be what it stores
+// to, for all that a compiler knows.
 class Watch {
  public:
     DOMERGE_INLINE void add(FloatVec v) {
