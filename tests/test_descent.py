@@ -17,10 +17,12 @@ SPREADS = (1, 6, 36)
 SHAPES = {"2 adapters": (2, 8, 512), "8 adapters": (8, 8, 512), "16 adapters": (16, 4, 256)}
 
 
-def adapters(count: int, rank: int, d: int, shared: float, spread: float) -> list[Tensor]:
+def adapters(
+    count: int, rank: int, d: int, shared: float, spread: float, seed: int | None = None
+) -> list[Tensor]:
     """X_i at random, a share of whose energy lies in the same `rank` directions, and whose norms
     spread over a factor, in no order."""
-    generator = torch.Generator().manual_seed(count)
+    generator = torch.Generator().manual_seed(count if seed is None else seed)
     common = torch.randn(rank, d, generator=generator, dtype=torch.float64)
     sizes = torch.logspace(0, math.log10(spread), count, dtype=torch.float64)
     blocks = []
@@ -74,6 +76,15 @@ def test_sixty_four_adapters_that_overlap():
         _, best = descend(x, steps=60, tol=1e-9)
         assert found <= (1 + TOL) * best
         assert steps <= most
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gains_that_fall_less_and_less_end_no_descent_early(seed):
+    """Steps along the directions that all share gain a thousand times what is left after them."""
+    x = adapters(64, 8, 1024, 0.7, 1, seed)
+    steps, found = descend(x)
+    assert found <= (1 + TOL) * descend(x, steps=60, tol=1e-9)[1]
+    assert steps <= 5
 
 
 def test_even_sets_take_no_more_steps_than_they_need():

@@ -16,6 +16,7 @@ constexpr double kNegligible = 1e-6;      // share of the largest norm below whi
 constexpr double kFrobeniusFloor = 1e-3;  // EPS: what smooths the norm at zero
 constexpr double kLeastCurvature = 1e-4;  // of the largest: less would make all others wait
 constexpr double kGuard = 3;              // times what is left by the gains so far
+constexpr double kSlowing = 2;            // ratios of gains that grow go on growing so much less
 constexpr double kLittle = 0.1;           // of what is allowed: a step that gains less is the last
 
 // What steps have lowered the objective by, the last one first.
@@ -33,7 +34,8 @@ DOMERGE_ANYWHERE double bounded_curvature(double curvature, double largest, doub
 }
 
 // Adds a step's gain, and tells whether what is left to gain is below what is allowed, kGuard times
-// over, if gains keep falling as they did at worst in the last two steps.
+// over, if gains keep falling as they did at worst in the last two steps, or where they fall less
+// and less, as they would in the next.
 DOMERGE_ANYWHERE bool enough(Gains& gains, double gain, double allowed) {
     gains.at[2] = gains.at[1];
     gains.at[1] = gains.at[0];
@@ -43,7 +45,9 @@ DOMERGE_ANYWHERE bool enough(Gains& gains, double gain, double allowed) {
     if (gain <= kLittle * allowed) return true;
     if (gains.count < 3) return false;
     const double now = gain / gains.at[1], before = gains.at[1] / gains.at[2];
-    const double ratio = now > before ? now : before;
+    const double next = now * now / before / kSlowing;
+    double ratio = now > before ? now : before;
+    if (next > ratio) ratio = next;
     return ratio < 1 && kGuard * gain * ratio <= allowed * (1 - ratio);
 }
 

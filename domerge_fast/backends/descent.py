@@ -37,6 +37,7 @@ __all__ = [
     "LEAST_CURVATURE",
     "LITTLE",
     "NEGLIGIBLE",
+    "SLOWING",
     "STATS",
     "Line",
     "enough",
@@ -54,6 +55,10 @@ grows with the spread of the norms."""
 GUARD = 3
 """Gaps to the converged optimum stayed below `tol` with it, and not without, where gamma is .1:
 20 sets of 2 to 250 adapters, 0 to 99 % of their directions shared, norms spread up to 36 times."""
+SLOWING = 2
+"""Where many adapters share directions, two steps gain nearly all of f along these, each far more
+than the next; then gains fall as slowly as elsewhere. Of 24 sets of 64 adapters without it 8 ended
+above `tol`, with it none, after 118 steps in place of 97; 48 others took 245 in place of 244."""
 LEAST_CURVATURE = 1e-4
 """Of the largest: where gamma is 0, an adapter that hardly overlaps would make all others wait."""
 LITTLE = 0.1
@@ -123,14 +128,17 @@ def enough(gains: Sequence[Tensor], allowed: Tensor) -> Tensor:
     """Whether what is left to gain is below what is allowed, GUARD times over.
 
     Of what every step so far has lowered f by; all of one shape, and so is what is returned. What
-    is left is what later steps gain, if gains keep falling as they did at worst in the last two.
+    is left is what later steps gain, if gains keep falling as they did at worst in the last two;
+    or where they fall less and less, as they would in the next: ratios that grow go on growing,
+    SLOWING times less.
     The same in csrc/common/descent.h.
     """
     last = gains[-1]
     stops = last <= LITTLE * allowed
     if len(gains) < 3:
         return stops
-    ratio = torch.maximum(last / gains[-2], gains[-2] / gains[-3])
+    now, before = last / gains[-2], gains[-2] / gains[-3]
+    ratio = torch.maximum(torch.maximum(now, before), now * now / before / SLOWING)
     return stops | ((ratio < 1) & (GUARD * last * ratio <= allowed * (1 - ratio)))
 
 

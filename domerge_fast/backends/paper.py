@@ -197,7 +197,8 @@ def _is_done(decreases: Sequence[float], allowed: float) -> bool:
         return True
     if len(decreases) < 3:
         return False
-    ratio = max(last / decreases[-2], decreases[-2] / decreases[-3])
+    now, before = last / decreases[-2], decreases[-2] / decreases[-3]
+    ratio = max(now, before, now * now / before / 2)
     return ratio < 1 and 3 * last * ratio <= allowed * (1 - ratio)
 
 

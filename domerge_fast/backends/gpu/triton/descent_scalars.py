@@ -19,6 +19,7 @@ EPSILON = tl.constexpr(descent.EPSILON)
 LEAST_CURVATURE = tl.constexpr(descent.LEAST_CURVATURE)
 GUARD = tl.constexpr(descent.GUARD)
 LITTLE = tl.constexpr(descent.LITTLE)
+SLOWING = tl.constexpr(descent.SLOWING)
 
 
 @triton.jit
@@ -171,7 +172,9 @@ def _enough(gain, gain_1, gain_2, taken, allowed):
     """descent.enough of the last three gains."""
     allowed = tl.maximum(allowed, 0.0)
     now = gain / tl.where(gain_1 > 0, gain_1, 1.0)
-    ratio = tl.maximum(now, gain_1 / tl.where(gain_2 > 0, gain_2, 1.0))
+    before = gain_1 / tl.where(gain_2 > 0, gain_2, 1.0)
+    following = now * now / tl.where(before > 0, before, 1.0) / SLOWING
+    ratio = tl.maximum(tl.maximum(now, before), following)
     falling = (taken > 2) & (gain_1 > 0) & (gain_2 > 0) & (ratio < 1)
     return (gain <= LITTLE * allowed) | (falling & (GUARD * gain * ratio <= allowed * (1 - ratio)))
 
