@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from domerge_fast import _C
+from domerge_fast.algebra.described import starts
 from domerge_fast.storage import buffers
-from domerge_fast.storage.buffers import Lying, are_row_major, as_tensor, places
+from domerge_fast.storage.buffers import Lying, are_row_major, as_tensor, places, spread
 
 
 @pytest.fixture(params=["in C", "one by one"], autouse=True)
@@ -88,3 +89,15 @@ def test_tensors_that_are_trained_lose_that_where_they_are_used():
 def test_what_is_no_exchange_api_is_refused():
     with pytest.raises(TypeError):
         _C.places(None, (Tensor,), [torch.ones(1, 1)], 1)
+
+
+def test_runs_are_the_addresses_of_a_tensor_s_matrices():
+    x = torch.ones(3, 5, 5)[:, 1:]
+    assert starts(x) == (x.data_ptr(), 4 * 5 * 5, 3)
+    assert starts(x[0]) == (x.data_ptr(), 0, 1)
+    assert starts(x[0], dims=1) == (x.data_ptr(), 4 * 5, 4)
+    expected = [y.data_ptr() + more for y in (*x, x[1]) for more in (0, 20)]
+    assert spread([starts(x), starts(x[1])], [0, 20]) == struct.pack("=8Q", *expected)
+    same = x[:1].expand(2, 4, 5)
+    assert spread([starts(same)]) == struct.pack("=2Q", *[x.data_ptr()] * 2)
+    assert spread([]) == b""
