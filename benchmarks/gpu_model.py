@@ -6,8 +6,8 @@ writes the table in docs/kernels.md: for every op, the least time by its bytes a
 that its kernel can take, and their ratio. A kernel takes as long as the slowest of three: its
 bytes; its products, with what tiles pad and with C in two parts; the instructions of its straight
 stretches with products, from tests/data/machine_code.json, of copies to shared memory and of sums
-added to others. Left out is what comes before and after a tile, the splitting of C and all waiting,
-so a kernel is slower than that.
+added to others. Left out is what comes before and after a tile, the splitting of C, ||a|| and all
+waiting, so a kernel is slower than that.
 Of `orthogonalize` that is all but the products of three steps and, beyond R = 256, their matrices'
 way through memory, as if no cache held any. `roots` waits for one number after another, of which
 such counts tell nothing.
@@ -152,17 +152,16 @@ def apply(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
 
 def apply_decouple(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
     """The product, and S a of every adapter for 32 rows of S, in the end also 16, 8 rows of a and
-    32 columns at a time."""
+    32 columns at a time; the rows of a before those of S are left out, where S is zero."""
     rank = sum(ranks)
     size = fitting(rank, (16, 32, 64, 128, 256, 512))
     kernel = kernels[f"ApplyDecouple<BFloat16, {size}, true>"]
     of_32, of_16 = (i for i, row in enumerate(kernel["matrix"]) if "LDSM" not in row)
     total = product(kernel, rank, min(size, 256) if size < 512 else 128, d)
-    for place, count in (
-        (of_32, sum((r + 15) // 32 * up(r, 8) for r in ranks)),
-        (of_16, sum(up(r, 8) for r in ranks if 0 < r % 32 <= 16)),
-    ):
-        total += stretch(kernel, "tf32", place) * (count * up(d, 32))
+    for r in ranks:
+        for row in range(0, r, 32):
+            place = of_16 if r - row <= 16 else of_32
+            total += stretch(kernel, "tf32", place) * (up(r - row, 8) * up(d, 32))
     return total
 
 

@@ -390,21 +390,20 @@ def test_a_wrong_backend_gets_no_figures_and_exit_code_1(tmp_path, monkeypatch, 
 
 
 def test_only_what_waits_for_nothing_becomes_a_graph():
-    def captured(device: str, rank: int = 256, own: int = 256) -> set[tuple[str, str]]:
+    def captured(device: str, own: int = 256) -> set[tuple[str, str]]:
         pairs = ((op, b) for op in ops.__all__ for b in ("cuda", "triton", "torch"))
-        rest = torch.device(device), rank, own
+        rest = torch.device(device), own
         return {(op, b) for op, b in pairs if measure._captures({op}, b, *rest)}
 
     usual = {(op, b) for op in measure.CAPTURED for b in ("cuda", "triton")}
     assert captured("cuda") == usual
     assert captured("cpu") == set()
-    assert captured("cuda", rank=512) == usual - {("orthogonalize", "cuda")}
     decoupled = {("apply_decouple", b) for b in ("cuda", "triton")}
     assert captured("cuda", own=257) == usual - decoupled
     gpu, merge = torch.device("cuda"), {*measure.CAPTURED}
-    assert measure._captures(merge, "triton", gpu, 512, 256)
-    assert not measure._captures(merge, "cuda", gpu, 512, 256)
-    assert not measure._captures(merge | {"orthogonalize_factors"}, "triton", gpu, 64, 64)
+    assert measure._captures(merge, "cuda", gpu, 256)
+    assert not measure._captures(merge, "cuda", gpu, 257)
+    assert not measure._captures(merge | {"orthogonalize_factors"}, "triton", gpu, 64)
 
 
 def test_modules_that_do_not_fit_are_left_out(monkeypatch):

@@ -1,4 +1,4 @@
-#include "warp.h"
+#include "magnitudes.h"
 
 namespace domerge {
 
@@ -17,7 +17,9 @@ struct RootsParams {
     double* scratch;  // as large as out: the rows before they are rounded
 };
 
-// Cholesky with diagonal pivoting, a row at a step; a thread has every kThreads-th column.
+// Cholesky with diagonal pivoting, a row at a step; a thread has every kThreads-th column. The root
+// has its columns in the order of the pivots, then those that were none, and lies as magnitudes.h
+// reads it.
 struct Roots {
     using Params = RootsParams;
     static constexpr int kThreads = 128;
@@ -25,7 +27,9 @@ struct Roots {
     static constexpr int kMaxRank = 256;
     // What is left of the diagonal, before and after a step: threads still read the one when others
     // write the other.
-    static constexpr int64_t kSharedBytes = 2 * kMaxRank * sizeof(double);
+    static constexpr int64_t kLeftBytes = 2 * kMaxRank * sizeof(double);
+    // The step in which a column was the pivot, or -1; and the columns in their order.
+    static constexpr int64_t kSharedBytes = kLeftBytes + 2 * kMaxRank * sizeof(int);
     static_assert(kSharedBytes <= kSmallestShared);
 
     // A number and where it is.
@@ -78,9 +82,13 @@ struct Roots {
         double* const rows = params.scratch + work.offset;
         float* const out = params.out + work.offset;
         double* const both = reinterpret_cast<double*>(block.shared);
+        int* const step_of = reinterpret_cast<int*>(block.shared + kLeftBytes);
+        int* const order = step_of + kMaxRank;
         block.each([&](int thread) {
-            for (int i = thread; i < rank; i += kThreads) both[i] = matrix[i * rank + i];
-            for (int i = thread; i < rank * rank; i += kThreads) out[i] = 0.0f;
+            for (int i = thread; i < rank; i += kThreads) {
+                both[i] = matrix[i * rank + i];
+                step_of[i] = -1;
+            }
         });
         double trace = 0.0;
         for (int i = 0; i < rank; ++i) trace += both[i];
@@ -88,8 +96,9 @@ struct Roots {
         block.each([&](int thread) {
             if (thread == 0) params.norms[block.index] = static_cast<float>(norm);
         });
-        if (!(trace > 0.0)) return;
-        for (int k = 0; k < rank; ++k) {
+        int steps = 0;
+        for (; trace > 0.0 && steps < rank; ++steps) {
+            const int k = steps;
             const double* const left = both + k % 2 * kMaxRank;
             double* const next = both + (k + 1) % 2 * kMaxRank;
             const int pivot = largest(left, rank);
@@ -102,12 +111,34 @@ struct Roots {
                         value -= rows[m * rank + pivot] * rows[m * rank + i];
                     value = left[i] < 0.0 ? 0.0 : value * inverse;
                     rows[k * rank + i] = value;
-                    out[k * rank + i] = static_cast<float>(value / norm);
                     // -1: used up, later rows are zero here.
                     next[i] = i == pivot || left[i] < 0.0 ? -1.0 : left[i] - value * value;
+                    if (i == pivot) {
+                        step_of[i] = k;
+                        order[k] = i;
+                    }
                 }
             });
         }
+        block.each([&](int thread) {
+            for (int i = thread; i < rank; i += kThreads) {
+                if (step_of[i] >= 0) continue;
+                int place = steps;
+                for (int j = 0; j < i; ++j) place += step_of[j] < 0 ? 1 : 0;
+                order[place] = i;
+            }
+        });
+        block.each([&](int thread) {
+            const int size = 8 * eights_of(rank);
+            for (int e = thread; e < size * size; e += kThreads) {
+                const int row = e / size, column = e % size;
+                const bool inside = row < steps && column < rank;
+                const double value = inside ? rows[row * rank + order[column]] / norm : 0.0;
+                out[root_place(rank, row, column)] = static_cast<float>(value);
+            }
+            for (int i = thread; i < size; i += kThreads)
+                out[size * size + i] = from_bits(i < rank ? order[i] : 0);
+        });
     }
 };
 

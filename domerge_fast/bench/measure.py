@@ -222,7 +222,7 @@ def _rows(
     """All ops in the order of a merge, then the whole of it."""
     say("inputs of the ops")
     recorded = cases.record(stacks, dtype, backends[0], DoOptions())
-    rank, own = (max(x) for x in zip(*((s.rank, max(s.a.ranks)) for s in stacks)))
+    own = max(max(s.a.ranks) for s in stacks)
     of_merge = {case.op for case in recorded}.difference(cases.BESIDE)
     jobs: dict[str, tuple[Callable[[str], Call], Work, int]] = {}
     for op in dict.fromkeys(case.op for case in recorded):
@@ -239,7 +239,7 @@ def _rows(
         bound, limit = rates.seconds(work)
         for graph in (False, True):
             taken = of_merge if op == MERGE else {op}
-            members = [b for b in backends if not graph or _captures(taken, b, device, rank, own)]
+            members = [b for b in backends if not graph or _captures(taken, b, device, own)]
             calls_of = {b: call_of(b) for b in members}
             if graph:
                 calls_of = {b: timing.captured(call, device) for b, call in calls_of.items()}
@@ -256,15 +256,12 @@ def _merge(stacks: Sequence[Stack], dtype: torch.dtype, backend: str) -> Call:
     return lambda: cases.merge(stacks, dtype, cases.runner(backend), DoOptions(), backend)
 
 
-def _captures(
-    taken: Collection[str], backend: str, device: torch.device, rank: int, own: int
-) -> bool:
-    """Whether a call that takes these ops can be a CUDA graph. rank: the largest R; own: the
-    largest r_i. Above MAX_RANK library calls wait, in descents but for Triton's, and for roots."""
+def _captures(taken: Collection[str], backend: str, device: torch.device, own: int) -> bool:
+    """Whether a call that takes these ops can be a CUDA graph. own: the largest r_i; above MAX_RANK
+    library calls that find roots wait."""
     on_gpu = device.type == "cuda" and backend in ("cuda", "triton")
-    descends = "orthogonalize" in taken and backend == "cuda" and rank > MAX_RANK
     decouples = "apply_decouple" in taken and own > MAX_RANK
-    return on_gpu and set(taken) <= set(CAPTURED) and not descends and not decouples
+    return on_gpu and set(taken) <= set(CAPTURED) and not decouples
 
 
 def merge_work(stacks: Sequence[Stack], dtype: torch.dtype, recorded: Sequence[Case]) -> Work:

@@ -98,6 +98,21 @@ class _Kernels:
         code = CODES[out.dtype]
         _cuda.apply(_numbers(table), size, *_rows(tiles), _at(work), _at(out), code, _stream(out))
 
+    def root_numbers(self, rank: int) -> int:
+        size = rank + -rank % 8
+        return size * size + size
+
+    def as_roots(self, roots: Tensor) -> Tensor:
+        """Triangular, in blocks of 8 x 8 and with the order of their columns behind them
+        (csrc/cuda/magnitudes.h)."""
+        count, rank, _ = roots.shape
+        more = -rank % 8
+        s = torch.nn.functional.pad(torch.linalg.qr(roots, mode="r").R, (0, more, 0, more))
+        blocks = s.float().unflatten(2, (-1, 2, 4)).unflatten(1, (-1, 8)).permute(0, 1, 3, 2, 5, 4)
+        order = torch.arange(rank, dtype=torch.int32, device=roots.device)
+        behind = torch.nn.functional.pad(order, (0, more)).view(torch.float32)
+        return torch.cat([blocks.flatten(1), behind.expand(count, -1)], 1)
+
     def roots(self, work: Tensor, out: Tensor, norms: Tensor) -> None:
         scratch = torch.empty_like(out, dtype=torch.float64)
         _cuda.roots(*_rows(work), _at(out), _at(norms), _at(scratch), _stream(out))

@@ -204,7 +204,7 @@ class Gpu:
                 for r in p.ranks:
                     given.append((address, r))
                     address += 8 * r * r
-            places, root_total = tables.places(r * r for _, r in given)
+            places, root_total = tables.places(kernels.root_numbers(r) for _, r in given)
             small = [(address, r if r <= MAX_RANK else 0) for address, r in given]
             roots_of = tables.rows(((*square, at) for square, at in zip(small, places)), 3)
             owners = zip(omegas, problems)
@@ -229,7 +229,7 @@ class Gpu:
             norms = torch.empty(len(given), device=device)
             energies = torch.zeros(len(given), slots, dtype=torch.float64, device=device)
             kernels.roots(roots_work, roots, norms)
-            _find_large_roots(packed, problems, places, roots, norms)
+            _find_large_roots(kernels, packed, problems, places, roots, norms)
             for size, members in groups.items():
                 kernels.apply_decouple(
                     table,
@@ -302,6 +302,7 @@ def _results(
 
 
 def _find_large_roots(
+    kernels: Kernels,
     packed: Sequence[Tensor],
     problems: Sequence[Side],
     places: Sequence[int],
@@ -322,12 +323,12 @@ def _find_large_roots(
                 blocks = list(range(first + i, last, len(p.ranks)))
                 alike.setdefault(r, []).append((piece.reshape(-1, r, r), blocks))
         first = last
-    for r, found in alike.items():
+    for found in alike.values():
         grams = torch.cat([k for k, _ in found])
         sizes = grams.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).sqrt()[:, None, None]
-        units = torch.where(sizes > 0, root(grams) / sizes, 0.0)
+        units = kernels.as_roots(torch.where(sizes > 0, root(grams) / sizes, 0.0))
         for own, size, i in zip(units, sizes, (i for _, blocks in found for i in blocks)):
-            roots[places[i] : places[i] + r * r] = own.flatten()
+            roots[places[i] : places[i] + len(own)] = own
             norms[i] = size.squeeze()
 
 

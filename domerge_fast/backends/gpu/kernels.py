@@ -69,13 +69,20 @@ class Kernels(Protocol):
         row, first column of a tile of `size` rows. Results are [K, d]; [d, K] in columns.
         """
 
+    def root_numbers(self, rank: int) -> int:
+        """How many numbers a root of [rank, rank] takes."""
+
     def roots(self, work: Tensor, out: Tensor, norms: Tensor) -> None:
-        """S (float32 [r, r]) with norm^2 S^T S = K, norm^2 = trace K, of every block.
+        """S [r, r] with norm^2 S^T S = K, norm^2 = trace K, of every block, in float32 and in the
+        form that apply_decouple reads.
 
         work [N, 3]: address of K (float64 [r, r]), r, offset. norms [N] in float32. By Cholesky
         with diagonal pivoting in float64, stopped where what is left is below 1e-16 r trace K;
         the rows from there on are zero. K = 0 gives S = 0 and norm 0.
         """
+
+    def as_roots(self, roots: Tensor) -> Tensor:
+        """Roots [P, r, r] that were found elsewhere in that form, [P, numbers] in float32."""
 
     def apply_decouple(
         self,

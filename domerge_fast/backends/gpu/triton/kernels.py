@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from . import (
     apply,
     apply_decouple,
@@ -29,6 +31,12 @@ class TritonKernels:
     entry_counts = staticmethod(entries.entry_counts)
     entry_sums = staticmethod(entries.entry_sums)
     entry_merge = staticmethod(entries.entry_merge)
+
+    def root_numbers(self, rank: int) -> int:
+        return rank * rank
+
+    def as_roots(self, roots: Tensor) -> Tensor:
+        return roots.flatten(1).float()
 
     def sizes(self, op: str) -> tuple[int, ...]:
         return {
