@@ -18,11 +18,11 @@ struct numbers_caster : list_caster<std::vector<T>, T> {
             return list_caster<std::vector<T>, T>::load(source, convert);
         Py_buffer given;
         if (PyObject_GetBuffer(source.ptr(), &given, PyBUF_SIMPLE) != 0) throw error_already_set();
-        const auto* begin = static_cast<const char*>(given.buf);
+        const bool whole = given.len % sizeof(T) == 0;
         this->value.resize(given.len / sizeof(T));
-        if (given.len > 0) std::memcpy(this->value.data(), begin, this->value.size() * sizeof(T));
+        if (whole && given.len > 0) std::memcpy(this->value.data(), given.buf, given.len);
         PyBuffer_Release(&given);
-        return true;
+        return whole;
     }
 };
 

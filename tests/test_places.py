@@ -101,3 +101,8 @@ def test_runs_are_the_addresses_of_a_tensor_s_matrices():
     same = x[:1].expand(2, 4, 5)
     assert spread([starts(same)]) == struct.pack("=2Q", *[x.data_ptr()] * 2)
     assert spread([]) == b""
+
+
+def test_a_buffer_of_other_than_whole_numbers_is_refused():
+    with pytest.raises(TypeError):
+        _C.spread([], b"1234567")

@@ -143,8 +143,9 @@ def exactly(names: Sequence[str]) -> list[str] | str:
 
 def _ambiguous(names: Sequence[str]) -> list[str]:
     """The outermost modules that end another one's name."""
-    outermost = sorted({name for name in names if "." not in name})
-    return [last for last in outermost if any(name.endswith(f".{last}") for name in names)]
+    outermost = {name for name in names if "." not in name}
+    endings = (name.rpartition(".")[2] for name in names if "." in name)
+    return sorted(outermost.intersection(endings)) if outermost else []
 
 
 def wrappers(layouts: Collection[Layout]) -> dict[str, str]:
