@@ -68,9 +68,9 @@ def test_a_batch_is_its_modules(method, cut, monkeypatch):
 def test_a_batch_is_applied_at_once(method, monkeypatch):
     sides: list[int | None] = []
 
-    def apply(coefficients: Any, problems: Any, dtype: torch.dtype, backend: str) -> Any:
+    def apply(coefficients: Any, problems: Any, dtype: torch.dtype, **others: Any) -> Any:
         sides.extend(x.count for x in problems)
-        return usual(coefficients, problems, dtype, backend=backend)
+        return usual(coefficients, problems, dtype, **others)
 
     usual = applying.ops.apply
     monkeypatch.setattr(applying.ops, "apply", apply)

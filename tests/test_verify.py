@@ -76,8 +76,8 @@ def off(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fast backends' results are off by this share of an entry in each row."""
     usual = ops.apply
 
-    def wrong(*args: object, backend: str = "auto") -> list[Tensor]:
-        found = usual(*args, backend=backend)
+    def wrong(*args: object, backend: str = "auto", **others: object) -> list[Tensor]:
+        found = usual(*args, backend=backend, **others)
         if backend != "reference":
             for x in found:
                 x[..., 0] *= 1 + share
