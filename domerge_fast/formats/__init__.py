@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +27,8 @@ from .single_file.write import ROWS
 from .tensors import from_tensors
 
 __all__ = ["FORMATS", "from_model", "from_tensors", "load"]
+
+LOG = logging.getLogger(__name__)
 
 FORMATS = Registry("format", Format, (PEFT, MLX, *ROWS, GGUF, DELTAS, MODEL))
 
@@ -78,12 +81,14 @@ def _asked() -> Iterator[Format]:
 
 
 def _recognises(row: Format, path: Path) -> bool:
-    """What a row says of it; one of another package that fails at that stands in no one's way."""
+    """What a row says of it; one of another package that fails at that stands in no one's way, as
+    the log says."""
     try:
         return row.recognises(path)
-    except Exception:
+    except Exception as error:  # whatever another package's function raises
         if row.name in FORMATS.own:
             raise
+        LOG.info("format %s is passed over: %s: %s", row.name, type(error).__name__, error)
         return False
 
 
