@@ -26,11 +26,12 @@ from .engine.reader import Budget
 from .errors import OptionError, some
 from .formats import FORMATS
 from .formats.choose import asked_for
-from .job import Job, Progress, choose_device
+from .job import Progress
 from .merged import Merged
 from .methods import TABLE
 from .methods.base import Method
 from .on_inputs import on_inputs
+from .planning import choose_device, plan_job
 from .reading import Source, read
 from .recipe import DETAILS, FULL, NORMS, Recipe
 from .results.report import Interference
@@ -213,7 +214,7 @@ def run(
         problem = f"{recipe.form!r} is written, not kept in memory"
         raise OptionError("form", problem, "give an output")
     sources = [x.name for x in recipe.adapters] if adapters is None else adapters
-    job = dataclasses.replace(Job.make(recipe, sources, max_device_memory), verify=verify)
+    job = dataclasses.replace(plan_job(recipe, sources, max_device_memory), verify=verify)
     if output is None:
         return job.in_memory(progress)
     return job.written(options.folder("output", output), overwrite, force, progress)
@@ -228,7 +229,7 @@ def estimate(
     """What `run` will read, write and take. Reads headers and merges a sample of the modules, which
     it drops; writes nothing. Raises as `merge` does."""
     sources = [x.name for x in recipe.adapters] if adapters is None else adapters
-    return of_job(Job.make(recipe, sources, max_device_memory))
+    return of_job(plan_job(recipe, sources, max_device_memory))
 
 
 def inspect(

@@ -26,8 +26,9 @@ from .formats.names.refit import Refit
 from .formats.peft.write import PEFT
 from .formats.single_file.write import ROWS as FILES
 from .formats.target import Target
-from .job import target_of, versions
+from .job import versions
 from .ops.largest import largest
+from .planning import target_of
 from .reading import Source, read
 from .recipe import Input, Recipe
 from .results.report import Report

@@ -1,58 +1,41 @@
-"""A merge that is ready to run: what is done to which module, and what is written, settled."""
+"""A merge that is ready to run: what is done to which module and what is written is settled
+(planning.py)."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import os
 import platform
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from . import options, runtimes
+from . import runtimes
 from ._version import __version__
-from .adapters import Adapter, Kept, keep
-from .adapters.differences import Changes
 from .adapters.plan import Plan
-from .backends import registry
-from .base import Base
 from .engine import pipeline as engine
-from .engine.changes import changes
 from .engine.details import DetailSums
 from .engine.interference import InterferenceSums, told
 from .engine.passes import ALONE, Passes
 from .engine.progress_bar import shown
 from .engine.reader import Budget
-from .errors import OptionError
-from .formats import tokenizer
-from .formats.choose import asked_for, check_holds, is_ragged, respelled
 from .formats.format import Format
 from .formats.merge_folder import MergeFolder
-from .formats.model.checkpoint import Checkpoint
-from .formats.model.fit import in_numbers
 from .formats.names.refit import Refit
-from .formats.peft import write as peft
 from .formats.target import Target
 from .merged import Merged, Results
-from .methods.steps import PRE
-from .methods.steps.base import Beside
-from .parts import Part, parts_of, uncut
-from .reading import Source, read, weights_of, without
-from .recipe import AUTO, DETAILS, FULL, NORMS, Input, Recipe, check_weights
-from .results.card import recipe_text
+from .parts import Part
+from .recipe import DETAILS, FULL, NORMS, Input, Recipe
 from .results.report import ModuleReports, Report, StackReport
 from .storage.digests import Digests, Sums
 from .storage.features_file import FeaturesFile
 from .storage.input_file import InputFile
-from .storage.lazy import dtype_name
 
-__all__ = ["Done", "Job", "Progress", "choose_device", "target_of", "versions"]
+__all__ = ["Done", "Job", "Progress", "versions"]
 
 LOG = logging.getLogger(__name__)
 
@@ -88,70 +71,6 @@ class Job:
     started: float
     features: FeaturesFile | None = None
     verify: bool = False
-
-    @classmethod
-    def make(
-        cls, asked: Recipe, sources: Iterable[Source], max_device_memory: int | str | None = None
-    ) -> Job:
-        """Reads headers and what adapters save whole; a few factors where `auto` chooses."""
-        started = time.perf_counter()
-        _check_form(asked)
-        asked, runtime = runtimes.settled(asked)
-        base = Base(asked)
-        loaded, renamed = read(sources, asked.base_model, asked.weights, base.whole)
-        written, of_format = runtimes.format_of(asked, loaded, runtime)
-        every = sorted({name for a in loaded for name in a.modules}) if asked.rules else []
-        of_modules = asked.of_modules(every)
-        loaded = without(loaded, {n for n, x in of_modules.items() if x.get("leave_out")})
-        own = {n: _own(x["weights"], len(loaded)) for n, x in of_modules.items() if "weights" in x}
-        plan = Plan.make(loaded, weights_of(asked.weights, len(loaded)), own)
-        if not plan.names:
-            raise OptionError("rules", "every module is left out", "let one be merged")
-        dtype = plan.dtype() if asked.dtype is None else getattr(torch, asked.dtype)
-        most = options.size("max_device_memory", max_device_memory)
-        budget = Budget(choose_device(asked.device, loaded), most)
-        backend = registry.choose(asked.backend, budget.device.type)
-        why = "asked for"
-        if asked.backend == AUTO:
-            forced = os.environ.get(registry.ENVIRONMENT)
-            why = f"{registry.ENVIRONMENT} names it" if forced else "by evidence (docs/kernels.md)"
-        LOG.info("backend %s on %s: %s", backend, budget.device, why)
-        features = _features(asked)
-        names = tuple(a.name for a in loaded)
-        beside = Beside(names, features, asked.features_energy)
-        before = tuple(PRE[name].bound(beside) for name in asked.pre)
-        made = parts_of(asked, plan, of_modules, dtype, backend)
-        parts = tuple(replace(x, work=replace(x.work, pre=before)) for x in made)
-        checkpoint = base.of(written)
-        origin = base.origin(plan.described)
-        kept = keep(plan.adapters, plan.weights, asked.whole, origin)
-        works = [(part.plan, part.work) for part in parts]
-        changed = changes(plan, works, kept, origin, dtype, written.dense)
-        of_parts = [part.work.ranks(part.plan) for part in parts]
-        ranks = {n: r for own in of_parts for n, r in own.items()}
-        ranks = ranks if len(parts) == 1 else {n: ranks[n] for n in plan.names}
-        parts, matrices = uncut(parts, written, runtime)
-        target, refit, notes = target_of(
-            plan, dtype, asked, kept, ranks, checkpoint, written, changed, matrices
-        )
-        target, fitted = runtimes.written_for(runtime, written, target)
-        if written.needs_base:
-            target = in_numbers(target)
-        by_part = (note for part in parts for note in part.said)
-        said = (*by_part, *renamed, *of_format, *notes, *fitted)
-        recipe = dataclasses.replace(
-            asked,
-            adapters=tuple(Input(a.name) for a in loaded),
-            weights=tuple(plan.weights),
-            scale=_told_scale(asked, parts),
-            format=written.name,
-            whole=f"from:{loaded.index(kept.owner) + 1}" if kept.owner else asked.whole,
-            backend=backend,
-            device=str(budget.device),
-            dtype=dtype_name(dtype),
-        )
-        target = dataclasses.replace(target, recipe_bytes=_recipe_bytes(recipe, target))
-        return cls(recipe, plan, parts, budget, target, written, refit, said, started, features)
 
     def in_memory(self, progress: Progress = False) -> Merged:
         results = Results(self.plan.names)
@@ -265,31 +184,6 @@ class Job:
             LOG.info("%d modules by %s, in %.0f MB of memory", len(names), method, needed / 1e6)
 
 
-def _told_scale(asked: Recipe, parts: Sequence[Part]) -> float | str | None:
-    """What repeats the scale; parts may have their own where none was asked for."""
-    if len(parts) > 1:
-        return asked.scale
-    return AUTO if parts[0].auto else parts[0].work.settings.scale
-
-
-def _features(asked: Recipe) -> FeaturesFile | None:
-    """What layers are given, where a step takes it."""
-    if asked.features is None:
-        return None
-    if all(PRE[name].of is None for name in asked.pre):
-        raise OptionError("features", "no step takes them", "add 'osrm_project' to pre")
-    return FeaturesFile(Path(asked.features.name))
-
-
-def _check_form(asked: Recipe) -> None:
-    """What can be told before an adapter is read."""
-    row = asked_for(asked)
-    if row.needs_base and asked.base is None:
-        raise OptionError("form", f"{asked.form!r} needs the base model", "give its folder as base")
-    if asked.format or row.dense:
-        is_ragged(asked, row)
-
-
 def _shifted(
     show: Callable[[int, int], None], before: int, total: int
 ) -> Callable[[int, int], None]:
@@ -305,47 +199,6 @@ def _of_parts(parts: Sequence[Part], found: Sequence[Mapping[int, float]]) -> It
         yield f"{what}: {part.work.method.method.name}, scale {scale:g}"
 
 
-def _own(weights: Sequence[float], count: int) -> tuple[float, ...]:
-    return tuple(check_weights(weights, count))
-
-
-def target_of(
-    plan: Plan,
-    dtype: torch.dtype,
-    asked: Recipe,
-    kept: Kept,
-    ranks: Mapping[str, int],
-    base: Checkpoint | None,
-    row: Format,
-    changed: Changes,
-    matrices: Collection[str] = (),
-) -> tuple[Target, Refit | None, tuple[str, ...]]:
-    """What the merge is written as, how it gets its modules, and what has to be said of it.
-    matrices: the modules that are no factors there."""
-    merging = [adapter for adapter, weight in zip(plan.adapters, plan.weights) if weight != 0]
-    files, notes = tokenizer.files(merging, kept)
-    target = peft.target(plan, dtype, asked.base_model, kept, ranks, is_ragged(asked, row))
-    dense = {n: dataclasses.replace(target.layouts[n], dense=True) for n in matrices}
-    layouts = target.layouts if not dense else {**target.layouts, **dense}
-    target = dataclasses.replace(target, layouts=layouts, changes=changed)
-    target, refit, told = respelled(row, plan.adapters, target, asked.base_model)
-    check_holds(row, target)
-    styles = tuple(a.style for a in merging if a.style and a.style.format == row.name)
-    target = dataclasses.replace(target, copied=files, base=base, styles=styles)
-    return target, refit, (*kept.notes, *changed.notes, *notes, *told)
-
-
-def _recipe_bytes(recipe: Recipe, target: Target) -> int:
-    """What a recipe takes at most as a text within JSON, with the sums of its inputs, which it does
-    not have yet."""
-    of_base = target.base.known_by if target.base else []
-    names = [file.path.name for file in (*target.files, *of_base)]
-    names += [os.path.basename(recipe.features.name)] if recipe.features else []
-    sums = sum(len(json.dumps({name: "0" * 64})) + 40 for name in names)
-    bare = dataclasses.replace(recipe, base=recipe.base and Input(recipe.base.name))
-    return len(json.dumps(recipe_text(bare))) + 2 * sums
-
-
 def versions() -> dict[str, str]:
     """Versions of what a merge depends on."""
     return {
@@ -353,16 +206,3 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def choose_device(device: str, adapters: Sequence[Adapter]) -> torch.device:
-    if device == "auto":
-        homes = {device for a in adapters for device in a.devices}
-        return homes.pop() if len(homes) == 1 else torch.device("cpu")
-    try:
-        probe = torch.zeros(1, device=device)
-        probe.item()
-    except (RuntimeError, AssertionError) as error:
-        remedy = "use 'cpu', or 'cuda:0' where torch sees a GPU"
-        raise OptionError("device", f"torch cannot use {device!r} here", remedy) from error
-    return probe.device

@@ -16,7 +16,17 @@ ROOMS = (
     *("_version", "errors", "aliases", "options", "registry", "storage", "algebra"),
     *("adapters", "backends", "ops", "methods", "recipe", "results", "pages", "formats"),
     *("runtimes", "merged", "engine", "reading", "direction", "on_inputs", "base", "costs"),
-    *("parts", "job", "distributed", "dry_run", "conversion", "api", "unlearning", "sessions"),
+    *(
+        "parts",
+        "job",
+        "planning",
+        "distributed",
+        "dry_run",
+        "conversion",
+        "api",
+        "unlearning",
+        "sessions",
+    ),
     *("evaluators", "osrm", "routing", "integrations", "learning", "explore", "bench", "cli"),
     "__main__",
 )

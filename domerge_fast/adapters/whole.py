@@ -13,8 +13,6 @@ refused. "drop" keeps none, "from:NAME" those of one adapter. Adapters of weight
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +21,10 @@ import torch
 
 from ..errors import AdapterError, DomergeError, OptionError, some
 from ..options import suggest
-from ..storage.lazy import LazyTensor, dtype_name, in_step
+from ..storage.lazy import LazyTensor, dtype_name
 from .adapter import Adapter, AdapterConfig, called
 from .names import PREFIX, is_of_tokens, is_saved
+from .whole_sum import CHOOSE, Sum, equal
 
 __all__ = [
     "AUTO",
@@ -35,10 +34,7 @@ __all__ = [
     "NEW_HEADS",
     "WITH_HEAD",
     "Kept",
-    "Sum",
-    "change",
     "check_policy",
-    "equal",
     "is_named",
     "keep",
     "lacks_head",
@@ -52,9 +48,8 @@ COPY = ".base_layer."
 # told, and what it was before training is drawn anew whenever the model is loaded.
 WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 NEW_HEADS = ("classifier", "score", "qa_outputs")
-_CHOOSE = "say whole='from:NAME' to take one adapter's, or 'drop' (--whole)"
 _START = "start again with whole='from:NAME' to take one adapter's, or 'drop' (--whole)"
-_GIVE_BASE = f"give the base to add up the changes (--base), or {_CHOOSE}"
+_GIVE_BASE = f"give the base to add up the changes (--base), or {CHOOSE}"
 
 Origin = Callable[[str], LazyTensor | None]
 """W0 of a parameter, by its name in the adapted model; None where it is not at hand."""
@@ -70,56 +65,6 @@ class Kept:
     modules_to_save: list[str] | None = None
     owner: Adapter | None = None
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sum:
-    """W0 + Σ w_i (W_i - W0), computed piece by piece whenever it is read; without the first W0
-    where it is only the change that is wanted."""
-
-    name: str
-    origin: LazyTensor
-    terms: tuple[tuple[float, LazyTensor], ...]
-    dtype: torch.dtype
-    only_change: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.origin.shape
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def read(self) -> torch.Tensor:
-        parts = [self._of(*tensors) for tensors in in_step(self._tensors)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        return self._of(*(tensor.rows(start, stop) for tensor in self._tensors))
-
-    @property
-    def _tensors(self) -> list[LazyTensor]:
-        return [self.origin, *(tensor for _, tensor in self.terms)]
-
-    def _of(self, origin: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        wide = functools.reduce(torch.promote_types, (x.dtype for x in tensors), torch.float32)
-        origin = origin.to(wide)
-        total = torch.zeros_like(origin) if self.only_change else origin.clone()
-        for (weight, _), tensor in zip(self.terms, tensors):
-            total += weight * (tensor.to(origin) - origin)
-        rounded = total.to(self.dtype)
-        if not torch.isfinite(rounded).all():
-            problem = f"{self.name!r}, which adapters save whole: the sum is not finite"
-            raise DomergeError(f"{problem} in {dtype_name(self.dtype)}; {_CHOOSE}")
-        return rounded
-
-
-def change(name: str, tensor: LazyTensor, origin: LazyTensor, dtype: torch.dtype) -> Sum:
-    """W - W0 of what is kept."""
-    if isinstance(tensor, Sum):
-        return Sum(name, tensor.origin, tensor.terms, dtype, only_change=True)
-    return Sum(name, origin, ((1.0, tensor),), dtype, only_change=True)
 
 
 def check_policy(whole: str) -> str:
@@ -206,7 +151,7 @@ class _Origins:
             if not equal(fitting[0], other):
                 name = key.removeprefix(PREFIX)
                 problem = f"{name!r}, which adapters save whole, was not the same in all of them"
-                raise DomergeError(f"{problem} before training; {_CHOOSE}")
+                raise DomergeError(f"{problem} before training; {CHOOSE}")
         return fitting[0] if fitting else None
 
     def of(self, key: str, kept: LazyTensor) -> LazyTensor | None:
@@ -286,7 +231,7 @@ def _sum(
     first, other = unlike
     one, two = first.carried[key], other.carried[key]
 
-    def refused(problem: str, remedy: str = _CHOOSE) -> AdapterError:
+    def refused(problem: str, remedy: str = CHOOSE) -> AdapterError:
         name = key.removeprefix(PREFIX)
         return AdapterError(other.name, None, f"{name!r}, saved whole, {problem}", remedy)
 
@@ -300,7 +245,7 @@ def _sum(
         raise refused(differs, _START)
     origin = origins(key, one.shape)
     if origin is None:
-        remedy = _GIVE_BASE if origins.could_have_base else _CHOOSE
+        remedy = _GIVE_BASE if origins.could_have_base else CHOOSE
         raise refused(f"{differs}, and its original is not at hand", remedy)
     if origin.shape != one.shape:
         how = f"{differs}; it was {list(origin.shape)} before training, now {list(one.shape)}"
@@ -311,23 +256,6 @@ def _sum(
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     terms = tuple((weight, tensor) for _, weight, tensor in having)
     return Sum(key, origin, terms, dtype)
-
-
-def equal(one: LazyTensor, other: LazyTensor) -> bool:
-    """Whether two tensors are the same bit by bit, or one is the other rounded to fewer bits."""
-    narrow = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
-    if one.shape != other.shape or (one.dtype != other.dtype and not _rounds(one, other)):
-        return False
-    return all(torch.equal(_bits(x, narrow), _bits(y, narrow)) for x, y in in_step([one, other]))
-
-
-def _rounds(one: LazyTensor, other: LazyTensor) -> bool:
-    floats = one.dtype.is_floating_point and other.dtype.is_floating_point
-    return floats and one.dtype.itemsize != other.dtype.itemsize
-
-
-def _bits(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.cpu().to(dtype).contiguous().reshape(-1).view(torch.uint8)
 
 
 def _check_under_factors(

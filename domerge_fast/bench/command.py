@@ -10,7 +10,7 @@ from .. import options
 from ..adapters.plan import Plan
 from ..backends import registry
 from ..errors import OptionError
-from ..job import choose_device
+from ..planning import choose_device
 from ..reading import read
 from ..storage import side_file
 from . import measure, plot

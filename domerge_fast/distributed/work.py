@@ -22,6 +22,7 @@ from ..errors import AdapterError, DomergeError, Elsewhere
 from ..formats.merge_folder import MergeFolder
 from ..job import Done, Job, Progress
 from ..merged import Merged
+from ..planning import plan_job
 from ..reading import Source, opened
 from ..recipe import Recipe
 from ..storage.digests import sha256
@@ -53,7 +54,7 @@ class Asked:
 
     def job(self, adapters: list[Adapter]) -> tuple[Job, MergeFolder]:
         """What is done, and how it is written; nothing is touched yet."""
-        job = Job.make(self.recipe, adapters, self.most)
+        job = plan_job(self.recipe, adapters, self.most)
         job = dataclasses.replace(job, verify=self.verify)
         assert job.format.write
         return job, job.format.write(self.path, job.target, self.overwrite, self.force)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..adapters import LazyTensor
-from ..adapters.whole import COPY, change, parameter
+from ..adapters.whole import COPY, parameter
+from ..adapters.whole_sum import change
 from ..algebra import powers
 from ..errors import DomergeError
 from ..results.card import CARD, Heading

@@ -15,6 +15,7 @@ from ..job import Job
 from ..merged import Merged
 from ..methods.thresholds import Counted
 from ..options import suggest
+from ..planning import plan_job
 from ..reading import Source
 from ..recipe import Recipe, Rule
 
@@ -89,7 +90,7 @@ def made_all(
 
 def _job(recipe: Recipe, sources: Sequence[Source], counted: Counted) -> Job:
     """Told what is known of the updates, unless a step or an outer method makes others of them."""
-    job = Job.make(recipe, sources)
+    job = plan_job(recipe, sources)
     if recipe.pre or recipe.chosen.inner:
         return job
     parts = []

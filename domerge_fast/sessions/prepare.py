@@ -18,6 +18,7 @@ from ..engine.progress_bar import shown
 from ..errors import AdapterError, OptionError
 from ..formats import load
 from ..job import Job, Progress
+from ..planning import plan_job
 from ..reading import Source
 from ..recipe import DETAILS, NONE, Recipe
 from .kinds.alike import Alike
@@ -87,7 +88,7 @@ def prepare(
         raise OptionError("adapters", "is one adapter, not a list", "put it in a list: [adapter]")
     given = tuple(adapters)
     sources = tuple(load(x) if isinstance(x, (str, os.PathLike)) else x for x in given)
-    job = Job.make(recipe, sources)
+    job = plan_job(recipe, sources)
     _check(job, recipe)
     names = [a.name for a in job.plan.adapters]
     sums = InterferenceSums(names, told(recipe.report, len(names)))

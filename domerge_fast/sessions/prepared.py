@@ -27,9 +27,9 @@ from torch import Tensor
 
 from .. import options
 from ..errors import OptionError, some
-from ..job import choose_device
 from ..merged import Merged
 from ..methods.thresholds import Counted
+from ..planning import choose_device
 from ..recipe import DTYPES, Recipe, check_scale
 from . import stored
 from .coefficients import Addresses, Kappa

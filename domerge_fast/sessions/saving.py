@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import ops, runtimes
-from ..adapters.whole import Sum
+from ..adapters.whole_sum import Sum
 from ..algebra import powers
 from ..engine.work import Cut, Work
 from ..errors import FlatCut, OptionError
 from ..job import Job, versions
 from ..merged import Merged
+from ..planning import plan_job
 from ..reading import Source
 from ..recipe import AUTO, Recipe
 from ..results.report import Interference, ModuleReport, Report
@@ -37,7 +38,7 @@ def planned(
     added up, and coefficients do not say with which weights."""
     whole = kappa.shape[-1] == adapters
     present = torch.where(kappa == 0, 1.0, kappa) if whole else torch.ones(len(names), adapters)
-    job = Job.make(with_coefficients(recipe, present, names), sources)
+    job = plan_job(with_coefficients(recipe, present, names), sources)
     added = [key for key, tensor in job.target.carried.items() if isinstance(tensor, Sum)]
     if added and not (whole and bool(kappa.all()) and bool((kappa == kappa[0]).all())):
         problem = f"{added[0]!r}, saved whole by adapters, is added up with one weight for each"

@@ -40,10 +40,11 @@ from ..formats.peft import write as peft
 from ..formats.peft.assemble import assemble
 from ..formats.peft.config import read_config
 from ..formats.target import Target
-from ..job import Progress, choose_device, versions
+from ..job import Progress, versions
 from ..merged import Merged
 from ..methods import opcm
 from ..methods.base import Chosen, Settings
+from ..planning import choose_device
 from ..recipe import DTYPES, NORMS, Input, Recipe, check_scale, check_weights
 from ..results.report import ModuleReport, ModuleReports, Report, energy_kept
 from ..storage.folder import whole_output

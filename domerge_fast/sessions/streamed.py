@@ -28,6 +28,7 @@ from ..errors import AdapterError, OptionError, OutputError
 from ..job import Job, Progress
 from ..merged import Merged
 from ..parts import Part
+from ..planning import plan_job
 from ..reading import opened
 from ..recipe import Recipe, check_weights
 from ..storage.folder import whole_output
@@ -130,7 +131,7 @@ class Streamed:
             known = _loaded(state)
             whole = (*(state.recipe.weights or ()), *given)
             recipe = dataclasses.replace(state.recipe, weights=whole)
-            job = Job.make(dataclasses.replace(recipe, device=device), [*known, *new])
+            job = plan_job(dataclasses.replace(recipe, device=device), [*known, *new])
             addition = self._grow(job, state, fresh, progress)
             names = [x.name for x in job.plan.adapters[len(known) :]]
             job.check_inputs()
@@ -238,7 +239,7 @@ class Streamed:
             raise OptionError("folder", problem, "add adapters first")
         recipe = dataclasses.replace(asked_of(state.recipe, asked), scale=scale)
         recipe = Recipe.of_plain(recipe.plain())
-        job = Job.make(recipe, _loaded(state))
+        job = plan_job(recipe, _loaded(state))
         part = _part(job)
         before = self._past(job, state, part)
 

@@ -12,7 +12,8 @@ import torch
 
 from ...adapters import LazyTensor, Module
 from ...adapters.names import is_of_tokens
-from ...adapters.whole import Sum, equal, parameter
+from ...adapters.whole import parameter
+from ...adapters.whole_sum import Sum, equal
 from ...errors import OptionError
 from ..target import Layout, Target
 from . import weights

@@ -15,7 +15,8 @@ from typing import Any
 from ...adapters import LazyTensor
 from ...adapters.names import EMBEDDINGS, HEADS, is_of_tokens, is_saved
 from ...adapters.stems import split
-from ...adapters.whole import COPY, equal, parameter
+from ...adapters.whole import COPY, parameter
+from ...adapters.whole_sum import equal
 from ...storage.lazy import dtype_name
 from ..target import Layout, Target
 from .checkpoint import FLOATS, TIED, Checkpoint, parts, refusal
