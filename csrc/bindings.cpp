@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "columns.h"
 #include "cpu/dispatch.h"
 #include "cpu/stop.h"
 #include "places.h"
@@ -67,7 +68,10 @@ PYBIND11_MODULE(_C, m) {
     py::class_<domerge::Problems>(m, "Problems")
         .def(py::init<std::string_view, std::string_view, std::string_view>(), py::arg("addresses"),
              py::arg("heads"), py::arg("rows"));
+    m.def("cut", domerge::cut);
+    m.def("by_number", domerge::by_number);
     m.def("places", domerge::places);
+    m.def("places_in_turn", domerge::places_in_turn);
     m.def("spread", domerge::spread);
     m.def("isa", [] { return std::string(domerge::choose_kernels().name); });
     m.def("isas", domerge::supported_isas);

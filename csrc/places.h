@@ -5,6 +5,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -68,37 +69,75 @@ inline bool row_major(const DlTensor& x) {
            (x.shape[0] == 1 || x.strides[0] == x.shape[1]);
 }
 
+// Takes matrices one after the other, and where they lie. width: each is to be on one device, and
+// like the one `width` before; 0: none is.
+class Places {
+ public:
+    Places(const pybind11::capsule& api, const pybind11::tuple& types, size_t width)
+        : exchange_(static_cast<const DlExchange*>(api.get_pointer())), width_(width) {
+        if (exchange_->version.major != 1 || exchange_->from_object == nullptr)
+            throw std::invalid_argument("DLPack's exchange API of version 1 is wanted");
+        for (const pybind11::handle type : types) types_.push_back(type.ptr());
+    }
+
+    void reserve(size_t count) { found_.reserve(count); }
+
+    // Whether it is a tensor of one of the types, and such a matrix.
+    bool take(PyObject* x) {
+        const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
+        if (std::find(types_.begin(), types_.end(), type) == types_.end()) return false;
+        DlTensor tensor;
+        if (exchange_->from_object(x, &tensor) != 0) throw pybind11::error_already_set();
+        if (!row_major(tensor) || !fits(tensor)) return false;
+        found_.push_back(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);
+        return true;
+    }
+
+    pybind11::bytes bytes() const {
+        return pybind11::bytes(reinterpret_cast<const char*>(found_.data()),
+                               found_.size() * sizeof(uint64_t));
+    }
+
+ private:
+    bool fits(const DlTensor& x) {
+        if (width_ == 0) return true;
+        const Place place{x.shape[0], x.shape[1], x.device, x.dtype};
+        if (found_.size() >= width_) return place == seen_[found_.size() % width_];
+        seen_.push_back(place);
+        return place.on(seen_[0].device);
+    }
+
+    const DlExchange* exchange_;
+    size_t width_;
+    std::vector<const PyObject*> types_;
+    std::vector<uint64_t> found_;
+    std::vector<Place> seen_;
+};
+
 // The addresses of row-major matrices as bytes; None unless all are tensors of one of the types and
 // such matrices, and, but for width 0, lie on one device and are each like the one `width` before.
 inline pybind11::object places(const pybind11::capsule& api, const pybind11::tuple& types,
                                const pybind11::list& tensors, size_t width) {
-    const auto* exchange = static_cast<const DlExchange*>(api.get_pointer());
-    if (exchange->version.major != 1 || exchange->from_object == nullptr)
-        throw std::invalid_argument("DLPack's exchange API of version 1 is wanted");
-    std::vector<uint64_t> found;
-    std::vector<Place> seen;
+    Places found(api, types, width);
     found.reserve(tensors.size());
-    seen.reserve(width);
-    for (const pybind11::handle x : tensors) {
-        bool known = false;
-        for (const pybind11::handle type : types)
-            known = known || reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())) == type.ptr();
-        if (!known) return pybind11::none();
-        DlTensor tensor;
-        if (exchange->from_object(x.ptr(), &tensor) != 0) throw pybind11::error_already_set();
-        if (!row_major(tensor)) return pybind11::none();
-        const Place place{tensor.shape[0], tensor.shape[1], tensor.device, tensor.dtype};
-        const size_t k = found.size();
-        if (k < width) {
-            seen.push_back(place);
-            if (!place.on(seen[0].device)) return pybind11::none();
-        } else if (width > 0 && !(place == seen[k % width])) {
-            return pybind11::none();
+    for (const pybind11::handle x : tensors)
+        if (!found.take(x.ptr())) return pybind11::none();
+    return found.bytes();
+}
+
+// `places` of what several lists have at these positions, of one position after the other.
+inline pybind11::object places_in_turn(const pybind11::capsule& api, const pybind11::tuple& types,
+                                       const std::vector<pybind11::list>& columns,
+                                       const std::vector<int64_t>& at) {
+    Places found(api, types, columns.size());
+    found.reserve(at.size() * columns.size());
+    for (const int64_t k : at)
+        for (const pybind11::list& column : columns) {
+            PyObject* x = PyList_GetItem(column.ptr(), k);
+            if (x == nullptr) throw pybind11::error_already_set();
+            if (!found.take(x)) return pybind11::none();
         }
-        found.push_back(reinterpret_cast<uintptr_t>(tensor.data) + tensor.byte_offset);
-    }
-    return pybind11::bytes(reinterpret_cast<const char*>(found.data()),
-                           found.size() * sizeof(uint64_t));
+    return found.bytes();
 }
 
 // First, step, and how many.

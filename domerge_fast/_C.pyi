@@ -23,6 +23,23 @@ def places(api: object, types: tuple[type, ...], tensors: list[Any], width: int,
     None unless all are of one of these types of tensors and such matrices, and, but for width 0, on
     one device, each with the dtype and shape of the one `width` before it."""
 
+def places_in_turn(
+    api: object, types: tuple[type, ...], columns: Sequence[list[Any]], at: Numbers, /
+) -> bytes | None:
+    """`places`, with a width of all columns, of what these have at the positions: one position
+    after the other. IndexError for a position that a column lacks."""
+
+def cut(shares: Numbers, least: int, /) -> list[int]:
+    """Where pieces end whose shares, float64, add up to 1: before the share that would exceed it,
+    one at least in a piece; or, where `least` is not 0, behind the one that reaches it, `least` at
+    least in a piece."""
+
+def by_number(
+    which: Numbers, names: tuple[str, ...], begin: int, end: int, /
+) -> list[tuple[int, tuple[str, ...], bytes]]:
+    """The positions from begin to end by their number in `which`, in the order that the first of
+    each has: the number, their names, and they as int64."""
+
 def spread(runs: Sequence[tuple[int, int, int]], inner: Sequence[int], /) -> bytes:
     """The numbers of runs (first, step, how many), one run after the other, each with all of
     `inner` added to it, as int64."""

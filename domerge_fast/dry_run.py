@@ -85,7 +85,7 @@ def estimate(job: Job) -> Estimate:
 
 
 def _factor_bytes(plan: Plan) -> int:
-    return max(plan.read_bytes(plan.names), sum(map(plan.factor_bytes, plan.names)))
+    return max(plan.read_bytes(), sum(map(plan.factor_bytes, plan.names)))
 
 
 def _whole(job: Job) -> int:

@@ -311,8 +311,8 @@ def test_factors_stay_on_disk_and_are_read_as_they_lie_there(pairs):
     plan = Plan.make(adapters, [1.0, 1.0])
     assert all(isinstance(x, Turned) for a in adapters for pair in a.stored.values() for x in pair)
     assert all(not a.devices for a in adapters)
-    buffers = Buffers(plan.read_bytes(plan.names))
-    for stack in plan.stacks([plan.names], buffers)[0]:
+    buffers = Buffers(plan.read_bytes())
+    for stack in plan.stacks([range(len(plan.names))], buffers)[0]:
         assert stack.a.in_columns
         assert not stack.b.in_columns
         memory = {

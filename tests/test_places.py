@@ -9,7 +9,7 @@ from torch import Tensor
 from domerge_fast import _C
 from domerge_fast.algebra.described import starts
 from domerge_fast.storage import buffers
-from domerge_fast.storage.buffers import Lying, are_row_major, as_tensor, places, spread
+from domerge_fast.storage.buffers import InTurn, Lying, are_row_major, as_tensor, places, spread
 
 
 @pytest.fixture(params=["in C", "one by one"], autouse=True)
@@ -39,6 +39,24 @@ def test_addresses_of_matrices_that_are_alike_module_by_module():
     assert found
     assert struct.unpack("=6Q", found) == tuple(x.data_ptr() for x in given)
     assert are_row_major(given)
+
+
+def test_columns_at_some_positions_are_as_one_list():
+    columns = [[torch.ones(2, 3) for _ in range(4)], [torch.ones(5, 3) for _ in range(4)]]
+    given = InTurn(columns, struct.pack("=3q", 3, 0, 2))
+    expected = [column[k] for k in (3, 0, 2) for column in columns]
+    assert len(given) == 6
+    assert all(x is y for x, y in zip(given, expected, strict=True))
+    assert all(x is y for x, y in zip(given[2:5], expected[2:5], strict=True))
+    assert given[3] is columns[1][0]
+    assert places(given, 2) == places(expected, 2) != places(columns[0], 1)
+    columns[1][2] = columns[0][2]
+    assert places(given, 2) is None
+
+
+def test_a_position_that_a_column_lacks_is_refused():
+    with pytest.raises(IndexError):
+        places(InTurn([[torch.ones(1, 1)]], struct.pack("=q", 1)), 1)
 
 
 UNLIKE = {
@@ -84,6 +102,23 @@ def test_tensors_that_are_trained_lose_that_where_they_are_used():
     trained = torch.nn.Parameter(torch.ones(2, 2))
     assert not as_tensor(trained).requires_grad
     assert as_tensor(trained).data_ptr() == trained.data_ptr()
+
+
+def test_shares_are_cut_where_they_add_up_to_one():
+    shares = struct.pack("=6d", 0.5, 0.5, 0.25, 2.0, 0.75, 0.5)
+    assert _C.cut(shares, 0) == [2, 3, 4, 5, 6]
+    assert _C.cut(shares, 1) == [2, 4, 6]
+    assert _C.cut(shares, 3) == [3, 6]
+    assert _C.cut(b"", 0) == []
+
+
+def test_positions_by_number_in_the_order_of_the_first():
+    which, names = struct.pack("=5q", 7, 2, 0, 2, 0), tuple("abcde")
+    assert _C.by_number(which, names, 1, 5) == [
+        (2, ("b", "d"), struct.pack("=2q", 1, 3)),
+        (0, ("c", "e"), struct.pack("=2q", 2, 4)),
+    ]
+    assert _C.by_number(which, names, 2, 2) == []
 
 
 def test_what_is_no_exchange_api_is_refused():

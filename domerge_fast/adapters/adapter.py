@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -230,24 +230,26 @@ class Adapter:
         return [*self.modules]
 
     @cached_property
-    def alike(self) -> dict[str, Alike]:
-        """Of every module; those that are alike have the same one."""
-        made: dict[tuple, Alike] = {}
-        found = {}
-        for name, x in self.modules.items():
+    def alike(self) -> tuple[list[Alike], torch.Tensor]:
+        """Of modules that are alike, and which of them every module is, [N]."""
+        numbers: dict[tuple, int] = {}
+        found: list[Alike] = []
+        which = []
+        for x in self.modules.values():
             key = x.rank, x.scaling, x.a_shape, x.b_shape, x.dtype
-            if key not in made:
-                made[key] = Alike(x.rank, x.scaling, x.m, x.n, x.dtype)
-            found[name] = made[key]
-        return found
+            if (number := numbers.get(key)) is None:
+                number = numbers[key] = len(found)
+                found.append(Alike(x.rank, x.scaling, x.m, x.n, x.dtype))
+            which.append(number)
+        return found, torch.tensor(which, dtype=torch.int64)
 
     @cached_property
-    def rooms(self) -> dict[str, int]:
-        """What every module's factors take of a buffer that they are read into; {} where all are
+    def rooms(self) -> list[int]:
+        """What every module's factors take of a buffer that they are read into; [] where all are
         `in_place`."""
         if self.in_place:
-            return {}
-        return {name: group_bytes(pair) for name, pair in self.stored.items()}
+            return []
+        return [group_bytes(self.stored[name]) for name in self.modules]
 
     @property
     def in_place(self) -> bool:
@@ -255,7 +257,7 @@ class Adapter:
         return all(isinstance(x, torch.Tensor) for x in self.sides[0][:1])
 
     @cached_property
-    def sides(self) -> tuple[Sequence[Any], Sequence[Any]]:
+    def sides(self) -> tuple[list[Any], list[Any]]:
         """The A's, and the B's, of all modules: tensors where all are `in_place`, else as
         stored."""
         pairs = [self.stored[name] for name in self.modules]

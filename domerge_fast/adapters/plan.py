@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-from ..storage.buffers import Buffers
+from .. import _C
+from ..storage.buffers import Buffers, InTurn, bytes_of
 from ..storage.safetensors_file import read_group
 from . import Adapter, Module
+from .columns import OfKinds, Same, alike
 from .dora import check_no_dora
 from .stack import Kind, Stack, stack_of_one, stacks_of
 
@@ -30,12 +33,12 @@ GPU_GROUP_BYTES = 256 << 20
 @dataclass(frozen=True, eq=False)
 class Plan:
     """The modules of a merge in order. Adapters of weight zero are left out of every stack. own:
-    the weights of modules that have others."""
+    the weights of modules that have others. Columns have an entry a module, in this order."""
 
     adapters: Sequence[Adapter]
     weights: Sequence[float]
     names: tuple[str, ...]
-    owners: dict[str, tuple[int, ...]]
+    owners: Mapping[str, tuple[int, ...]]
     own: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @classmethod
@@ -51,8 +54,9 @@ class Plan:
         live = [i for i, weight in enumerate(weights) if weight != 0]
         first = adapters[live[0]].names if live else []
         if not own and all(adapters[i].names == first for i in live):
-            alike = dict.fromkeys(first, tuple(live))
-            return cls(adapters, weights, tuple(first), alike)
+            return cls(
+                adapters, weights, tuple(first), Same(adapters[live[0]].modules, tuple(live))
+            )
         owners: dict[str, list[int]] = {}
         for i, adapter in enumerate(adapters):
             for name in adapter.modules:
@@ -76,12 +80,11 @@ class Plan:
         return self.adapters[self.owners[name][0]].modules[name]
 
     @cached_property
-    def described(self) -> dict[str, Module]:
+    def described(self) -> Mapping[str, Module]:
         """`module` of every name."""
-        found: dict[str, Module] = {}
-        for owners, names in self._by_owners.items():
-            found |= zip(names, _of(self.adapters[owners[0]].modules, names))
-        return found if len(self._by_owners) == 1 else {name: found[name] for name in self.names}
+        if isinstance(self.owners, Same):
+            return self.adapters[self.owners.value[0]].modules
+        return {name: self.module(name) for name in self.names}
 
     def modules(self, name: str) -> list[Module]:
         return [self.adapters[i].modules[name] for i in self.owners[name]]
@@ -91,49 +94,88 @@ class Plan:
         return self.kinds[name].rank
 
     @property
-    def ranks(self) -> dict[str, int]:
+    def ranks(self) -> OfKinds[Kind, int]:
         """R of every module."""
-        ranks = {kind: kind.rank for kind in self.every_kind}
-        return {name: ranks[kind] for name, kind in self.kinds.items()}
+        return self.of_kinds({kind: kind.rank for kind in self.every_kind})
+
+    def of_kinds(self, values: Mapping[Kind, Value]) -> OfKinds[Kind, Value]:
+        """What is said of every kind, by module."""
+        return OfKinds(self.kinds, values)
 
     @cached_property
-    def kinds(self) -> dict[str, Kind]:
+    def kinds(self) -> Mapping[str, Kind]:
         """Of every module; those alike have the same one."""
-        found: dict[str, Kind] = {}
-        for owners, names in self._by_owners.items():
-            of_adapters = [_of(self.adapters[i].alike, names) for i in owners]
-            own = [self._own_weights(owners, names)] if self.own else []
-            keys = [*zip(*of_adapters, *own)]
-            made = {key: self._kind(owners, key) for key in dict.fromkeys(keys)}
-            found |= zip(names, map(made.__getitem__, keys))
+        return Kinds(self)
+
+    @property
+    def every_kind(self) -> list[Kind]:
+        """Those that there are."""
+        return self._kinds[0]
+
+    @property
+    def which(self) -> Tensor:
+        """Which of them every module has, as a column in int64."""
+        return self._kinds[1]
+
+    @cached_property
+    def _kinds(self) -> tuple[list[Kind], Tensor]:
+        found: list[Kind] = []
+        which = torch.empty(len(self.names), dtype=torch.int64)
+        for owners, at in self._by_owners.items():
+            columns = [self._column(i, self.adapters[i].alike[1], at) for i in owners]
+            counts = [len(self.adapters[i].alike[0]) for i in owners]
+            weights = self._own_weights(owners, at)
+            if weights:
+                numbers = {row: k for k, row in enumerate(dict.fromkeys(weights))}
+                columns.append(torch.tensor([numbers[row] for row in weights]))
+                counts.append(len(numbers))
+            first, kinds = alike(columns, counts)
+            which[at] = kinds + len(found)
+            for k in first:
+                of_adapters = [self.adapters[i].alike[0][c[k]] for i, c in zip(owners, columns)]
+                own = weights[k] if weights else tuple([self.weights[i] for i in owners])
+                found.append(Kind.of(owners, of_adapters, own))
+        return found, which
+
+    def _column(self, i: int, column: Tensor, at: slice | list[int]) -> Tensor:
+        """What an adapter says of its modules, of those at these places of the plan."""
+        places = self._places[i]
+        return column[at] if places is None else column[[places[k] for k in self._listed(at)]]
+
+    def _listed(self, at: slice | list[int]) -> Sequence[int]:
+        return at if isinstance(at, list) else range(len(self.names))
+
+    def _own_weights(
+        self, owners: tuple[int, ...], at: slice | list[int]
+    ) -> list[tuple[float, ...]]:
+        """Of the adapters that have the modules at these places, by module; [] where none has own
+        ones."""
+        if not self.own:
+            return []
+        rows = (self.own.get(self.names[k], self.weights) for k in self._listed(at))
+        return [tuple([row[i] for i in owners]) for row in rows]
+
+    @cached_property
+    def _by_owners(self) -> Mapping[tuple[int, ...], slice | list[int]]:
+        """The places of the modules that the same adapters have; a slice of all."""
+        if isinstance(self.owners, Same):
+            return {self.owners.value: slice(None)}
+        found: dict[tuple[int, ...], list[int]] = {}
+        for k, name in enumerate(self.names):
+            found.setdefault(self.owners[name], []).append(k)
         return found
 
     @cached_property
-    def every_kind(self) -> tuple[Kind, ...]:
-        """Those that there are."""
-        return tuple(dict.fromkeys(self.kinds.values()))
-
-    def _kind(self, owners: tuple[int, ...], key: tuple) -> Kind:
-        """key: what modules have in common in every owner, and their weights where some have own
-        ones."""
-        weights = key[-1] if self.own else tuple([self.weights[i] for i in owners])
-        return Kind.of(owners, key[: len(owners)], weights)
-
-    def _own_weights(
-        self, owners: tuple[int, ...], names: Sequence[str]
-    ) -> Iterator[tuple[float, ...]]:
-        """Of the adapters that have these modules, by module."""
-        rows = (self.own.get(name, self.weights) for name in names)
-        return (tuple([row[i] for i in owners]) for row in rows)
-
-    @cached_property
-    def _by_owners(self) -> Mapping[tuple[int, ...], Sequence[str]]:
-        """The modules that the same adapters have."""
-        if len(every := set(self.owners.values())) == 1:
-            return dict.fromkeys(every, self.names)
-        found: dict[tuple[int, ...], list[str]] = {}
-        for name, owners in self.owners.items():
-            found.setdefault(owners, []).append(name)
+    def _places(self) -> dict[int, list[int] | None]:
+        """Where every adapter that is merged has the plan's modules, 0 where it has none; None
+        where it has them in this order."""
+        found: dict[int, list[int] | None] = {}
+        for i in {i for owners in self._by_owners for i in owners}:
+            adapter = self.adapters[i]
+            if isinstance(self.owners, Same) or adapter.names == [*self.names]:
+                found[i] = None
+            else:
+                found[i] = [adapter.places.get(name, 0) for name in self.names]
         return found
 
     @property
@@ -158,89 +200,98 @@ class Plan:
         """`Kind.device_bytes` of a module."""
         return self.kinds[name].device_bytes(dtype)
 
-    def groups(
-        self, shares: Mapping[str, float], names: Sequence[str] | None = None
-    ) -> Iterator[Sequence[str]]:
-        """Names in order, until their shares of a group add up to 1; at least one in a group.
-        names: of some modules, None for all."""
-        names = self.names if names is None else names
-        begin, filled = 0, 0.0
-        for k, part in enumerate(map(shares.__getitem__, names)):
-            if k > begin and filled + part > 1:
-                yield names[begin:k]
-                begin, filled = k, 0.0
-            filled += part
-        if begin < len(names):
-            yield names[begin:]
+    def groups(self, shares: Tensor, within: range | None = None) -> list[range]:
+        """Places in order, until their shares of a group add up to 1; at least one in a group.
+        shares: a column in float64. within: of some places that follow each other, None for all."""
+        within = range(len(self.names)) if within is None else within
+        return self._cut(shares, within, 0)
+
+    def portions(self, shares: Tensor, within: range, least: int) -> list[range]:
+        """As `groups`, but each with so many modules that their shares add up to 1 at least, and
+        with the least number of them, but for the last."""
+        return self._cut(shares, within, least)
+
+    def _cut(self, shares: Tensor, within: range, least: int) -> list[range]:
+        begin = within.start
+        ends = _C.cut(bytes_of(shares[begin : within.stop]), least)
+        return [range(begin + k, begin + end) for k, end in zip([0, *ends], ends)]
 
     def stack(self, name: str) -> Stack:
         """A module's factors from every adapter that has it, where they are."""
         a, b = zip(*(self.adapters[i].factors(name) for i in self.owners[name]))
         return stack_of_one(self.kinds[name], name, a, b)
 
-    def read_bytes(self, names: Sequence[str]) -> int:
-        """What a buffer for the factors of a group has to hold."""
-        return sum(map(self.rooms.__getitem__, names))
+    def read_bytes(self, within: range | None = None) -> int:
+        """What a buffer for the factors of a group has to hold; of all modules, if none is
+        given."""
+        if within is None:
+            return sum(self.rooms)
+        return sum(self.rooms[within.start : within.stop])
 
     @cached_property
-    def rooms(self) -> dict[str, int]:
-        """What every module's factors take of a buffer."""
-        found: dict[str, int] = {}
-        for owners, names in self._by_owners.items():
-            given = [rooms for i in owners if (rooms := self.adapters[i].rooms)]
-            rows = zip(*(_of(rooms, names) for rooms in given))
-            found |= zip(names, map(sum, rows)) if given else dict.fromkeys(names, 0)
-        return found
+    def rooms(self) -> list[int]:
+        """What every module's factors take of a buffer, as a column; [] where nothing is read."""
+        found = torch.zeros(len(self.names), dtype=torch.int64)
+        for owners, at in self._by_owners.items():
+            for i in owners:
+                if rooms := self.adapters[i].rooms:
+                    found[at] += self._column(i, torch.tensor(rooms), at)
+        return found.tolist() if any(adapter.rooms for adapter in self.adapters) else []
 
-    def stacks(self, portions: Sequence[Sequence[str]], buffers: Buffers) -> list[list[Stack]]:
+    def stacks(self, portions: Sequence[range], buffers: Buffers) -> list[list[Stack]]:
         """Modules' factors from every adapter that has them, where they are; those of files are
         read into a buffer. Modules alike of a portion are one stack, in the order that the first of
-        each has."""
-        alike = [self._alike(portion) for portion in portions]
-        sides = [side for own in alike for row in own.items() for side in self._of(*row)]
+        each has. portions: of places in the plan."""
+        members = [self._alike(portion) for portion in portions]
+        sides: list[Sequence[Any]] = [
+            InTurn([self._sides[i][side] for i in kind.owners], at)
+            for own in members
+            for kind, _, at in own
+            for side in (0, 1)
+        ]
         if not all(adapter.in_place for adapter in self.adapters):
             found = iter(read_group([x for side in sides for x in side], buffers))
             sides = [[*islice(found, len(side))] for side in sides]
         rest = iter(sides)
         return [
-            [s for row in own.items() for s in stacks_of(*row, next(rest), next(rest))]
-            for own in alike
+            [s for kind, names, _ in own for s in stacks_of(kind, names, next(rest), next(rest))]
+            for own in members
         ]
 
-    def _alike(self, names: Sequence[str]) -> dict[Kind, list[str]]:
-        """The modules by kind, in the order that the first of each has."""
-        members: dict[Kind, list[str]] = {}
-        for name, kind in zip(names, map(self.kinds.__getitem__, names)):
-            members.setdefault(kind, []).append(name)
-        return members
-
-    def _of(self, kind: Kind, names: Sequence[str]) -> Iterator[list[Any]]:
-        """A of every adapter, of one of these modules alike after the other; and B."""
-        at = [self._places[name] for name in names]
-        for side in zip(*(self._sides[i] for i in kind.owners)):
-            yield [*chain.from_iterable(zip(*(map(own.__getitem__, at) for own in side)))]
+    def _alike(self, within: range) -> list[tuple[Kind, tuple[str, ...], bytes]]:
+        """The modules of some places by kind, in the order that the first of each has: the kind,
+        their names, and the places."""
+        found = _C.by_number(bytes_of(self.which), self.names, within.start, within.stop)
+        return [(self.every_kind[number], names, at) for number, names, at in found]
 
     @cached_property
-    def _places(self) -> dict[str, int]:
-        """Which module has which name."""
-        return {name: k for k, name in enumerate(self.names)}
-
-    @cached_property
-    def _sides(self) -> dict[int, tuple[Sequence[Any], Sequence[Any]]]:
+    def _sides(self) -> dict[int, tuple[list[Any], list[Any]]]:
         """`Adapter.sides` in the plan's order, of all adapters that have any of its modules."""
         found = {}
-        for i in {i for owners in self._by_owners for i in owners}:
-            adapter, names = self.adapters[i], [*self.names]
-            a, b = adapter.sides
-            if adapter.names != names:
-                at = [adapter.places.get(name) for name in names]
-                a, b = ([None if k is None else side[k] for k in at] for side in (a, b))
-            found[i] = a, b
+        for i, places in self._places.items():
+            a, b = self.adapters[i].sides
+            found[i] = (
+                (a, b) if places is None else ([a[k] for k in places], [b[k] for k in places])
+            )
         return found
 
 
-def _of(found: Mapping[str, Value], names: Sequence[str]) -> Iterable[Value]:
-    """What is found by these names, one after the other."""
-    if [*found] == [*names]:
-        return found.values()  # in this order already: a look-up takes ten times as long
-    return map(found.__getitem__, names)
+class Kinds(Mapping[str, Kind]):
+    """The kinds of a plan's modules by name: looked up only if somebody asks."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    @cached_property
+    def _found(self) -> dict[str, Kind]:
+        every = self._plan.every_kind
+        return dict(zip(self._plan.names, map(every.__getitem__, self._plan.which.tolist())))
+
+    def __getitem__(self, name: str) -> Kind:
+        return self._found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan.names)
+
+    def __len__(self) -> int:
+        return len(self._plan.names)

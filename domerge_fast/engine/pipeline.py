@@ -141,7 +141,8 @@ def _modules(stacks: Sequence[Stack]) -> int:
 def _log(plan: Plan, stacks: Sequence[Stack], what: str, done: int) -> None:
     if LOG.isEnabledFor(logging.DEBUG):
         names = [name for s in stacks for name in s.names]
-        counts = len(names), what, plan.read_bytes(names) / 1e6, done, len(plan.names)
+        nbytes = sum(map(plan.factor_bytes, names))
+        counts = len(names), what, nbytes / 1e6, done, len(plan.names)
         LOG.debug("%d modules %s, %.1f MB of factors; %d of %d are done", *counts)
 
 

@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 
 import torch
+from torch import Tensor
 
 from ..adapters.plan import GPU_GROUP_BYTES, GROUP_BYTES, Kind, Plan, Stack
 from ..errors import OptionError
@@ -41,7 +42,7 @@ def memory(plan: Plan, budget: Budget, work: Work) -> int:
         return plan.device_bytes(name, work.settings.dtype) + dense
 
     (groups,) = _groups(plan, budget, work, [plan.names])
-    return max(sum(map(needed, group)) for group in groups)
+    return max(sum(map(needed, plan.names[at.start : at.stop])) for at in groups)
 
 
 def _streams(plan: Plan, budget: Budget) -> list[torch.cuda.Stream]:
@@ -96,7 +97,8 @@ class Reader:
         ahead: Future[_Read] | None = None
         for plan in plans:
             place = self.budget.device, self.streams
-            following = self.thread.submit(_read, plan, [plan.names], buffers, *place)
+            whole = [range(len(plan.names))]
+            following = self.thread.submit(_read, plan, whole, buffers, *place)
             if ahead:
                 yield ahead.result().wait()[0]
             ahead = following
@@ -114,12 +116,12 @@ class Reader:
         """The groups in portions, if these are to be apart; with a unit's last group its number."""
         plan, dense = self.plan, work is not None and work.dense
         of_units = _groups(plan, self.budget, work, units)
-        buffers = Buffers(max(plan.read_bytes(names) for groups in of_units for names in groups))
+        buffers = Buffers(max(plan.read_bytes(group) for groups in of_units for group in groups))
         ahead: tuple[Future[_Read], int | None] | None = None
         for unit in chosen:
             last = len(of_units[unit]) - 1
-            for k, names in enumerate(of_units[unit]):
-                portions = list(_portions(plan, names, dense)) if apart else [names]
+            for k, group in enumerate(of_units[unit]):
+                portions = _portions(plan, group, dense) if apart else [group]
                 place = self.budget.device, self.streams
                 following = self.thread.submit(_read, plan, portions, buffers, *place)
                 if ahead:
@@ -142,27 +144,26 @@ class _Read:
         return [list(islice(stacks, count)) for count in self.counts]
 
 
-def _portions(plan: Plan, names: Sequence[str], dense: bool) -> Iterator[Sequence[str]]:
-    threads, kinds = torch.get_num_threads(), plan.kinds
-    shares = {
-        kind: kind.rank**3 / (threads * PORTION_CUBES)
+def _portions(plan: Plan, group: range, dense: bool) -> list[range]:
+    threads = torch.get_num_threads()
+    shares = [
+        kind.rank**3 / (threads * PORTION_CUBES)
         + (kind.m * kind.n / PORTION_ENTRIES if dense else 0)
         for kind in plan.every_kind
-    }
-    begin, share = 0, 0.0
-    for end, kind in enumerate(map(kinds.__getitem__, names), 1):
-        share += shares[kind]
-        if share >= 1 and (dense or end - begin >= threads):  # a module is one thread's work
-            yield names[begin:end]
-            begin, share = end, 0.0
-    if begin < len(names):
-        yield names[begin:]
+    ]
+    # A module is one thread's work.
+    return plan.portions(_column(plan, shares), group, 1 if dense else threads)
+
+
+def _column(plan: Plan, shares: Sequence[float]) -> Tensor:
+    """What is said of every kind, of every module."""
+    return torch.tensor(shares, dtype=torch.float64)[plan.which]
 
 
 def _groups(
     plan: Plan, budget: Budget, work: Work | None, units: Sequence[Sequence[str]]
-) -> list[list[Sequence[str]]]:
-    """Of every unit."""
+) -> list[list[range]]:
+    """Of every unit, places in the plan."""
     usual = GPU_GROUP_BYTES if budget.device.type == "cuda" else GROUP_BYTES
     dtype = work.settings.dtype if work else plan.dtype()
     dense = work is not None and work.dense
@@ -178,23 +179,22 @@ def _groups(
         part = max(kind.factor_bytes / usual, kind.dense_bytes / DENSE_BYTES if dense else 0.0)
         return part if most is None else max(part, needed(kind) / most)
 
-    kinds, rooms = plan.kinds, plan.rooms
-    of_kinds = {kind: share(kind) for kind in plan.every_kind}
-    if most is not None and any(needed(kind) > most for kind in of_kinds):
-        name = next(name for name in plan.names if needed(kinds[name]) > most)
-        size = needed(kinds[name]) >> 20
+    if most is not None and any(needed(kind) > most for kind in plan.every_kind):
+        name = next(name for name in plan.names if needed(plan.kinds[name]) > most)
+        size = needed(plan.kinds[name]) >> 20
         problem = f"module {name!r} alone takes {size} MiB, {most >> 20} are allowed"
         raise OptionError("max_device_memory", problem, "allow more, or merge on the CPU")
 
-    shares = {name: of_kinds[kind] for name, kind in kinds.items()}
-    if any(rooms.values()):
-        shares = {name: max(share, rooms[name] / usual) for name, share in shares.items()}
-    return [list(plan.groups(shares, names)) for names in units]
+    shares = _column(plan, [share(kind) for kind in plan.every_kind])
+    if plan.rooms:
+        shares = shares.maximum(torch.tensor(plan.rooms, dtype=torch.float64) / usual)
+    ends = [*accumulate(map(len, units))]
+    return [plan.groups(shares, range(end - len(x), end)) for x, end in zip(units, ends)]
 
 
 def _read(
     plan: Plan,
-    portions: Sequence[Sequence[str]],
+    portions: Sequence[range],
     buffers: Buffers,
     device: torch.device,
     streams: Sequence[torch.cuda.Stream],

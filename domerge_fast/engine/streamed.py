@@ -151,10 +151,10 @@ def gone_through(
     has what modules keep; of these modules the others are read, and the first ones only where what
     is left to the optimum is above `tol`. share: of `tol`, at which they stop."""
     with Reader.opened(plan, budget) as reader:
-        shares = {
-            name: kept_bytes(kind.m, kind.n) / STATE_BYTES for name, kind in plan.kinds.items()
-        }
-        for names in plan.groups(shares):
+        of_kinds = [kept_bytes(kind.m, kind.n) / STATE_BYTES for kind in plan.every_kind]
+        shares = torch.tensor(of_kinds, dtype=torch.float64)[plan.which]
+        for at in plan.groups(shares):
+            names = plan.names[at.start : at.stop]
             yield from _of_group(reader, plan.only(names), work, order, known, before, share)
 
 
@@ -214,7 +214,7 @@ def _batches(
     if not modules:
         return
     chosen = plan.only([*modules])
-    room = max(part.read_bytes(part.names) for part in _parts(chosen, bounds))
+    room = max(part.read_bytes() for part in _parts(chosen, bounds))
     for stacks in reader.parts(_parts(chosen, bounds), room):
         for stack in stacks:
             for one in stack.each():

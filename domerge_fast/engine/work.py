@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..adapters.plan import Plan, Stack
+from ..adapters.columns import OfKinds
+from ..adapters.plan import Kind, Plan, Stack
 from ..methods.base import UNCUT, Chosen, Cut, ScaleRule, Settings
 from ..methods.running import Run
 from ..methods.steps.base import PostStep
@@ -126,7 +127,7 @@ class Work:
         )
         return method.wide(bool(self.at_cut) or sized)
 
-    def ranks(self, plan: Plan) -> dict[str, int]:
+    def ranks(self, plan: Plan) -> OfKinds[Kind, int]:
         """What the rank of every module's factors is at most."""
         cut = self.cut or (self.usual if self.method.dense else UNCUT)
         most = {}
@@ -135,7 +136,7 @@ class Work:
             whole = self.method.dense or self.streamed
             limits = [side, side if whole else self.method.rank(kind.ranks)]
             most[kind] = min([*limits, cut.rank or side])
-        return {name: most[kind] for name, kind in plan.kinds.items()}
+        return plan.of_kinds(most)
 
     def uncut(self, plan: Plan) -> frozenset[str]:
         """The modules that an adapter stores as a matrix, and whose merge is no smaller as

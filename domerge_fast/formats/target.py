@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..adapters import Kept, LazyTensor, Module, Style
 from ..adapters.adapter import Slice, parameter_of
+from ..adapters.columns import OfKinds
 from ..adapters.differences import NO_CHANGES, Changes
 from ..storage.input_file import InputFile
 from .model.checkpoint import Checkpoint
@@ -143,7 +144,9 @@ class Target:
         if self.ragged:
             return None
         if isinstance(self.layouts, Layouts):
-            return max(self.layouts.ranks.values(), default=None)
+            of_modules = self.layouts.ranks
+            found = of_modules.every if isinstance(of_modules, OfKinds) else of_modules.values()
+            return max(found, default=None)
         ranks = [layout.largest_rank for layout in self.layouts.values() if not layout.dense]
         return max(ranks, default=None)
 

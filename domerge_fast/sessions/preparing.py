@@ -107,8 +107,9 @@ def _groups(
     """Stacks as the method takes them, read into memory of their own, and the ||τ_i||_F of
     each."""
     backend = work.settings.backend
-    for names in plan.groups({name: room / GROUP_BYTES for name, room in plan.rooms.items()}):
-        read = [plan.stack(name) for name in names]
+    rooms = torch.tensor(plan.rooms or [0] * len(plan.names), dtype=torch.float64)
+    for at in plan.groups(rooms / GROUP_BYTES):
+        read = [plan.stack(name) for name in plan.names[at.start : at.stop]]
         stacks = transfer.upload(read, device).wait()
         group = measured(plan, stacks, [True] * len(stacks), sums, backend)
         for s in group.stacks:

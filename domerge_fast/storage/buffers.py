@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import mmap
 import struct
 import weakref
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .. import _C
 
 __all__ = [
     "Buffers",
+    "InTurn",
     "Lying",
     "Matrix",
     "Pieces",
@@ -131,6 +133,34 @@ def as_tensor(x: Matrix) -> Tensor:
     return x.detach() if x.requires_grad else x
 
 
+class InTurn(Sequence[Any]):
+    """What several lists have at some positions, of one position after the other. at: int64."""
+
+    def __init__(self, columns: Sequence[list[Any]], at: bytes) -> None:
+        self.columns, self.at = columns, at
+
+    @overload
+    def __getitem__(self, k: int) -> Any: ...
+    @overload
+    def __getitem__(self, k: slice) -> list[Any]: ...
+    def __getitem__(self, k: int | slice) -> Any:
+        if isinstance(k, slice):
+            return [self[n] for n in range(len(self))[k]]
+        position, column = divmod(k, len(self.columns))
+        return self.columns[column][self._at[position]]
+
+    def __iter__(self) -> Iterator[Any]:
+        rows = (map(column.__getitem__, self._at) for column in self.columns)
+        return itertools.chain.from_iterable(zip(*rows))
+
+    def __len__(self) -> int:
+        return len(self.columns) * len(self._at)
+
+    @property
+    def _at(self) -> memoryview:
+        return memoryview(self.at).cast("q")
+
+
 def places(matrices: Sequence[Matrix], width: int) -> bytes | None:
     """Where row-major matrices without gaps begin, as `packed`; None unless all are such, on one
     device, and each has the dtype and the shape of the one `width` before it."""
@@ -157,7 +187,10 @@ def are_row_major(tensors: Sequence[Tensor]) -> bool:
 
 
 def _asked_in_c(matrices: Sequence[Matrix], width: int) -> bytes | None:
-    return _C.places(EXCHANGE, (Tensor, torch.nn.Parameter), list(matrices), width)
+    types = Tensor, torch.nn.Parameter
+    if isinstance(matrices, InTurn):
+        return _C.places_in_turn(EXCHANGE, types, matrices.columns, matrices.at)
+    return _C.places(EXCHANGE, types, list(matrices), width)
 
 
 def packed(addresses: Sequence[int]) -> bytes:

@@ -67,12 +67,12 @@ def target(
 ) -> Target:
     """What the merge of a plan is written as; `copied` is left to the caller. ranks: what every
     module's rank is at most, None: that of the stacked adapters."""
-    ranks = ranks or plan.ranks
+    ranks = plan.ranks if ranks is None else ranks
     merging = [a for a, w in zip(plan.adapters, plan.weights) if w != 0]
     config = _config(merging, plan.described, base_model, whole)
     inputs = frozenset(a.folder.resolve() for a in plan.adapters if a.folder)
     files = tuple(file for a in plan.adapters for file in a.inputs)
-    layouts = Layouts(plan.described, {name: ranks[name] for name in plan.names})
+    layouts = Layouts(plan.described, ranks)
     return Target(config, layouts, whole, dtype, inputs, files, ragged=ragged)
 
 
