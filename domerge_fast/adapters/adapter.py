@@ -19,6 +19,7 @@ from ..storage.buffers import are_row_major
 from ..storage.input_file import InputFile
 from ..storage.lazy import LazyTensor, MemoryTensor
 from ..storage.safetensors_file import group_bytes
+from .parts import Parts
 from .style import Style
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "TokenRows",
     "called",
     "parameter_of",
+    "parts_of",
     "without_paths",
 ]
 
@@ -117,6 +119,12 @@ class Alike:
     m: int
     n: int
     dtype: torch.dtype
+
+
+def parts_of(modules: Mapping[str, Any]) -> Parts:
+    """Of what is adapted, by what the model calls it. modules: with what says a slice and the
+    parameter of each."""
+    return Parts([x.parameter if x.slice else name for name, x in modules.items()])
 
 
 def parameter_of(name: str, piece: Slice | None) -> str:
@@ -280,6 +288,16 @@ class Adapter:
     def layers(self) -> list[tuple]:
         """`Module.layer` of every module."""
         return [module.layer for module in self.modules.values()]
+
+    @cached_property
+    def is_sliced(self) -> bool:
+        """Whether a module is of a parameter that is adapted as it is."""
+        return any(module.slice for module in self.modules.values())
+
+    @cached_property
+    def parts(self) -> Parts:
+        """Of what is adapted, by what the model calls it."""
+        return parts_of(self.modules)
 
     @property
     def changed(self) -> list[str]:

@@ -15,8 +15,10 @@ from .. import _C
 from ..storage.buffers import Buffers, InTurn, bytes_of
 from ..storage.safetensors_file import read_group
 from . import Adapter, Module
+from .adapter import parts_of
 from .columns import OfKinds, Same, alike
 from .dora import check_no_dora
+from .parts import Parts
 from .stack import Kind, Stack, stack_of_one, stacks_of
 
 __all__ = ["GPU_GROUP_BYTES", "GROUP_BYTES", "Kind", "Plan", "Stack"]
@@ -85,6 +87,23 @@ class Plan:
         if isinstance(self.owners, Same):
             return self.adapters[self.owners.value[0]].modules
         return {name: self.module(name) for name in self.names}
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether all adapters that are merged have all modules, in this order."""
+        return isinstance(self.owners, Same)
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether a module is of a parameter that is adapted as it is."""
+        return any(self.adapters[i].is_sliced for owners in self._by_owners for i in owners)
+
+    @cached_property
+    def parts(self) -> Parts:
+        """Of what is adapted, by what the model calls it."""
+        if isinstance(self.owners, Same):
+            return self.adapters[self.owners.value[0]].parts
+        return parts_of(self.described)
 
     def modules(self, name: str) -> list[Module]:
         return [self.adapters[i].modules[name] for i in self.owners[name]]

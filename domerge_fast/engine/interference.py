@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +41,7 @@ class InterferenceSums:
         self.rows, self.columns, self.inner, self.shared = (
             torch.zeros(size, dtype=torch.float64) for _ in range(4)
         )
-        self.norms: list[list[float]] = [[] for _ in names]
+        self.norms: list[list[Tensor]] = [[] for _ in names]
 
     def add(self, names: Sequence[str], stack: Stack, a: Tensor, b: Tensor) -> Rows:
         """Count modules in, by their Grams [P, R, R] in the host's memory, in float64 where they
@@ -69,21 +68,21 @@ class InterferenceSums:
 
     def count(self, adapters: Sequence[int], norms: Tensor) -> Rows:
         """Count the norms of P modules in, [P, T] of these adapters; returns them."""
-        for i, column in zip(adapters, norms.T.tolist()):
-            self.norms[i] += column
+        for i, column in zip(adapters, norms.T):
+            self.norms[i].append(column)
         return Rows(norms)
 
     def fresh(self) -> InterferenceSums:
         """Sums of the same, with nothing counted."""
         return InterferenceSums(self.names, self.report, self.details and self.details.fresh())
 
-    def plain(self) -> tuple[list[Tensor], list[list[float]], Any]:
+    def plain(self) -> tuple[list[Tensor], list[Tensor], Any]:
         """What was counted, for `take`."""
         tables = [self.rows, self.columns, self.inner, self.shared]
         details = self.details.plain() if self.details else None
-        return tables if self.report == FULL else [], self.norms, details
+        return tables if self.report == FULL else [], [*map(_joined, self.norms)], details
 
-    def take(self, plain: tuple[list[Tensor], list[list[float]], Any]) -> None:
+    def take(self, plain: tuple[list[Tensor], list[Tensor], Any]) -> None:
         """Count in what others have counted."""
         tables, norms, details = plain
         if self.details:
@@ -91,15 +90,16 @@ class InterferenceSums:
         for own, more in zip((self.rows, self.columns, self.inner, self.shared), tables):
             own += more
         for mine, theirs in zip(self.norms, norms):
-            mine += theirs
+            mine.append(theirs)
 
     def result(self) -> Interference | None:
         """What was counted."""
         if self.report == NONE:
             return None
-        spread = tuple(_spread(n) if n else (0.0, 0.0, 0.0) for n in self.norms)
+        of_all = [*map(_joined, self.norms)]
+        spread = tuple(map(_spread, of_all))
         if self.report == NORMS:
-            norms = tuple(math.sqrt(math.fsum(x * x for x in n)) for n in self.norms)
+            norms = tuple(math.sqrt(math.fsum(x * x for x in n.tolist())) for n in of_all)
             return Interference(self.names, None, None, None, norms, spread)
         return self._tables(spread)
 
@@ -136,8 +136,17 @@ def _size(stack: Stack) -> float:
     return float(4.0 ** sum(stack.powers))
 
 
-def _spread(norms: Sequence[float]) -> tuple[float, float, float]:
-    return min(norms), statistics.median(norms), max(norms)
+def _joined(norms: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*norms]) if norms else torch.empty(0, dtype=torch.float64)
+
+
+def _spread(norms: Tensor) -> tuple[float, float, float]:
+    """The least, the median and the largest; 0 where there is none."""
+    count = len(norms)
+    if not count:
+        return 0.0, 0.0, 0.0
+    low, high = (float(norms.kthvalue(k).values) for k in (count // 2 + count % 2, count // 2 + 1))
+    return float(norms.min()), (low + high) / 2, float(norms.max())
 
 
 def _alignments(grams: Tensor, ranks: Sequence[int]) -> Tensor:

@@ -27,6 +27,7 @@ from .group import Group, measured
 from .interference import InterferenceSums
 from .merging import Merged, merged
 from .passes import ALONE, Pass, Passes
+from .progress_bar import untold
 from .reader import Budget, Reader
 from .scaled import Scaled
 from .verifying import Verified, Verifying
@@ -118,8 +119,7 @@ def run(
                 written = writer.submit(_write, sink, parts, ready, reader.streams)
                 done += _modules(stacks)
                 _log(plan, stacks, "merged", done - total + len(plan.names))
-                for k in range(done - _modules(stacks), done):
-                    progress(k + 1, total)
+                _tell(progress, done - _modules(stacks), done, total)
                 if last is not None:
                     written = writer.submit(_done, written, merging, last, noted.plain())
                     noted = _Noted.fresh(sums)
@@ -132,6 +132,12 @@ def run(
         reports += map(StackReport.of_plain, of_unit)
         sums.take(counted)
     return Outcome(reports, first.scales if first else {})
+
+
+def _tell(progress: Progress, begin: int, end: int, total: int) -> None:
+    """Of every module from one count to another, where somebody is told."""
+    for done in range(begin, end) if progress is not untold else ():
+        progress(done + 1, total)
 
 
 def _modules(stacks: Sequence[Stack]) -> int:
@@ -184,8 +190,7 @@ def _gone_through(
             first.add(replace(group, stacks=scaled.weighted(group.stacks)))
             done += _modules(stacks)
             _log(plan, stacks, "looked at", done)
-            for k in range(done - _modules(stacks), done):
-                progress(k + 1, 2 * len(plan.names))
+            _tell(progress, done - _modules(stacks), done, 2 * len(plan.names))
             if last is not None:
                 looking.done(last, (first.noted(), noted.sums.plain()))
                 seen.append(last)
@@ -295,9 +300,8 @@ def survey(
     with Reader.opened(plan, budget) as reader:
         for stacks in reader.groups(None):
             measured(plan, stacks, [True] * len(stacks), sums, backend)
-            for _ in range(_modules(stacks)):
-                done += 1
-                progress(done, len(plan.names))
+            done += _modules(stacks)
+            _tell(progress, done - _modules(stacks), done, len(plan.names))
 
 
 def _shares(

@@ -199,8 +199,10 @@ def fits(
     for tensors in merged:
         count = 1 if tensors[0].dim() == 2 else len(tensors[0])
         flags = [next(of_all) for _ in tensors]
-        rows = [x if isinstance(x, list) else [x] * count for x in flags]
-        whole = [all(row) for row in zip(*rows)]
+        whole = [True] * count
+        if not all(x is True for x in flags):
+            rows = [x if isinstance(x, list) else [x] * count for x in flags]
+            whole = [all(row) for row in zip(*rows)]
         if len(tensors) == 2 and tensors[0].dtype == torch.float16:
             a, b = tensors
             errors = _expected_errors(_sample(a), _sample(b.mT)).reshape(-1).tolist()

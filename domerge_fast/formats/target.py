@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..adapters import Kept, LazyTensor, Module, Style
-from ..adapters.adapter import Slice, parameter_of
+from ..adapters.adapter import Slice, parameter_of, parts_of
 from ..adapters.columns import OfKinds
 from ..adapters.differences import NO_CHANGES, Changes
+from ..adapters.parts import Parts
+from ..adapters.plan import Plan
 from ..storage.input_file import InputFile
 from .model.checkpoint import Checkpoint
 
@@ -61,11 +63,16 @@ class Layout:
 
 
 class Layouts(Mapping[str, Layout]):
-    """Those of modules that are stored as an adapter has them. All are made once one is asked for:
-    a merge that stays in memory asks for none. ranks: what every module's rank is at most."""
+    """Those of a plan's modules, which are stored as an adapter has them. All are made once one is
+    asked for: a merge that stays in memory asks for none. ranks: what every module's rank is at
+    most."""
 
-    def __init__(self, modules: Mapping[str, Module], ranks: Mapping[str, int]) -> None:
-        self.modules, self.ranks = modules, ranks
+    def __init__(self, plan: Plan, ranks: Mapping[str, int]) -> None:
+        self.modules, self.ranks, self._plan = plan.described, ranks, plan
+
+    @property
+    def parts(self) -> Parts:
+        return self._plan.parts
 
     @cached_property
     def _made(self) -> dict[str, Layout]:
@@ -128,6 +135,11 @@ class Target:
     def modules(self) -> Mapping[str, Layout | Module]:
         """What says the kind, m, slice and parameter of every module."""
         return self.layouts.modules if isinstance(self.layouts, Layouts) else self.layouts
+
+    @property
+    def parts(self) -> Parts:
+        """Of what is adapted, by what the model calls it."""
+        return self.layouts.parts if isinstance(self.layouts, Layouts) else parts_of(self.layouts)
 
     @property
     def carried(self) -> Mapping[str, LazyTensor]:

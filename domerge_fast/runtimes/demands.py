@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from ..adapters.parts import Parts
 from ..errors import some
-from .facts import Facts, Parts
+from .facts import Facts
 from .runtime import PATTERNS, SCALES, Runtime, Together
 
 __all__ = ["DEMANDS", "Miss", "misses", "missing"]
+
+Owners = Mapping[str, Mapping[str, int]]
+"""`Parts.owners`."""
 
 COPY = ".base_layer"
 
@@ -184,9 +188,8 @@ def _replicated(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
 
 
 def _together(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
-    parts = facts.parts if runtime.together else {}
     for rule in runtime.together:
-        if lacking := missing(rule, parts):
+        if lacking := missing(rule, facts.parts):
             remedy = "adapt them all"
             if rule.filled:
                 remedy = "--for writes zeros, if their shape is known: --base FOLDER says it"
@@ -195,6 +198,10 @@ def _together(runtime: Runtime, facts: Facts) -> Iterator[Miss]:
 
 def missing(rule: Together, parts: Parts) -> list[str]:
     """The modules that others need beside them and that are not there."""
+    return parts.once(rule, lambda: _missing(rule, parts.owners))
+
+
+def _missing(rule: Together, parts: Owners) -> list[str]:
     owners = [parts.get(last, {}).keys() for last in {*rule.needed, *rule.one}]
     if all(own == owners[0] for own in owners):
         return []
@@ -209,7 +216,7 @@ def missing(rule: Together, parts: Parts) -> list[str]:
     ]
 
 
-def _first(owner: str, parts: Parts) -> int:
+def _first(owner: str, parts: Owners) -> int:
     return min(own[owner] for own in parts.values() if owner in own)
 
 

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import repeat
 from typing import Any
 
 from ..adapters import Adapter, Module
 from ..adapters.names import PREFIX
+from ..adapters.parts import Parts
 from ..formats.peft.write import rank_fields
 from ..formats.target import Layout, Target
 from .runtime import Stated
 
-__all__ = ["Facts", "Parts", "by_part", "of_adapter", "of_target"]
-
-Parts = Mapping[str, Mapping[str, int]]
-"""What modules belong to, by what they are called there: each owner with the place of its module
-among all."""
+__all__ = ["Facts", "of_adapter", "of_target"]
 
 TOKENS = "added_tokens.json"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """format: its name. modules: what says their kinds and places. ranks: the least and the largest
-    of the stored factors. scales: every module's rank and what it is scaled by, where that may not
-    be 1; stated: what PEFT's config says of all, in a PEFT folder. fields: what a config that is
-    there has; None for one that is written with all. targets: its target_modules. carried: names of
-    the tensors saved whole. changed: parameters with changes that are no product of factors.
-    replicates: whether layers are replicated. adds_tokens: whether its tokenizer lists added ones.
-    others: what it is besides LoRA, as `Runtime.others`."""
+    """format: its name. modules: what says their kinds and places; parts: theirs. ranks: the least
+    and the largest of the stored factors. scales: every module's rank and what it is scaled by,
+    where that may not be 1; stated: what PEFT's config says of all, in a PEFT folder. fields: what
+    a config that is there has; None for one that is written with all. targets: its target_modules.
+    carried: names of the tensors saved whole. changed: parameters with changes that are no product
+    of factors. replicates: whether layers are replicated. adds_tokens: whether its tokenizer lists
+    added ones. others: what it is besides LoRA, as `Runtime.others`."""
 
     format: str
     modules: Mapping[str, Layout | Module]
+    parts: Parts
     ranks: tuple[int, int]
     scales: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     stated: Stated | None = None
@@ -47,20 +42,6 @@ class Facts:
     replicates: bool = False
     adds_tokens: bool = False
     others: tuple[str, ...] = ()
-
-    @cached_property
-    def parts(self) -> Parts:
-        """`by_part` of the modules."""
-        return by_part(self.modules)
-
-
-def by_part(modules: Mapping[str, Layout | Module]) -> Parts:
-    """The modules' owners, by what the modules are called there."""
-    names = [x.parameter if x.slice else name for name, x in modules.items()]
-    parts: defaultdict[str, dict[str, int]] = defaultdict(dict)
-    for k, (owner, _, last) in enumerate(map(str.rpartition, names, repeat("."))):
-        parts[last].setdefault(owner, k)
-    return parts
 
 
 def of_target(format: str, target: Target, ranks: Collection[int] = ()) -> Facts:
@@ -73,6 +54,7 @@ def of_target(format: str, target: Target, ranks: Collection[int] = ()) -> Facts
     return Facts(
         format,
         target.modules,
+        target.parts,
         (min(ranks), max(ranks)),
         scales,
         stated if format == "peft" else None,
@@ -112,6 +94,7 @@ def of_adapter(adapter: Adapter) -> Facts:
     return Facts(
         format,
         layouts,
+        adapter.parts,
         (min(ranks), max(ranks)),
         scales,
         stated,

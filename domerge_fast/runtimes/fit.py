@@ -12,7 +12,6 @@ from ..formats.model.checkpoint import Checkpoint
 from ..formats.peft.write import WHERE
 from ..formats.target import Layout, Target
 from .demands import missing
-from .facts import by_part
 from .runtime import Runtime, Together
 
 __all__ = ["fitted"]
@@ -39,10 +38,9 @@ def fitted(runtime: Runtime, row: Format, target: Target) -> tuple[Target, tuple
 
 def _added(runtime: Runtime, target: Target) -> Iterator[tuple[str, Layout]]:
     """The modules that are written with factors of zero, where their shape is known."""
-    parts = by_part(target.modules) if runtime.together else {}
     for rule in runtime.together:
         if rule.filled:
-            for name in missing(rule, parts):
+            for name in missing(rule, target.parts):
                 if shape := _shape(name, rule, target):
                     m, inputs = shape
                     yield name, Layout(name, "linear", m, (inputs,), 1)

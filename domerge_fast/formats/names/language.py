@@ -33,10 +33,7 @@ Sizes = Mapping[str, int]
 def parted(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
     """The adapters with fused modules split that others have in parts, and what is to be said of
     that. Sizes are those of the parts. AdapterError where they do not fit."""
-    others = (a.modules for a in adapters[1:] if a.names != adapters[0].names)
-    names = dict.fromkeys(itertools.chain(adapters[0].modules, *others)) if adapters else {}
-    cuts = {n: parts for n in names if n.endswith(_ends()) and (parts := _parts_of(n, names))}
-    cuts |= _experts(adapters)
+    cuts = _fused(adapters) | _experts(adapters)
     if not cuts:
         return list(adapters), []
     sizes = {n: x.b_shape[0] for a in adapters for n, x in a.modules.items()}
@@ -46,6 +43,16 @@ def parted(adapters: Sequence[Adapter]) -> tuple[list[Adapter], list[str]]:
         f"{' and '.join(ends)} of some adapters split into {', '.join(into)}, as others have them"
     )
     return [_split(adapter, cuts, sizes) for adapter in adapters], [note]
+
+
+def _fused(adapters: Sequence[Adapter]) -> dict[str, dict[str, str]]:
+    """The parts of all fused modules of which some adapter has any."""
+    every = [a.names for k, a in enumerate(adapters) if not k or a.names != adapters[0].names]
+    text = "\n".join([*itertools.chain(*every), ""])
+    if not any(f"{end}\n" in text for end in _ends()):  # told of all names at once
+        return {}
+    names = dict.fromkeys(itertools.chain(*every))
+    return {n: parts for n in names if n.endswith(_ends()) and (parts := _parts_of(n, names))}
 
 
 def _experts(adapters: Sequence[Adapter]) -> dict[str, dict[str, str]]:

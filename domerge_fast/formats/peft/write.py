@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...adapters import Adapter, AdapterConfig, Kept, Module
+from ...adapters import Adapter, AdapterConfig, Kept
 from ...adapters.names import PREFIX
+from ...adapters.parts import Parts
 from ...adapters.plan import Plan
 from ...adapters.whole import lacks_head
 from ...errors import DomergeError
@@ -69,16 +70,16 @@ def target(
     module's rank is at most, None: that of the stacked adapters."""
     ranks = plan.ranks if ranks is None else ranks
     merging = [a for a, w in zip(plan.adapters, plan.weights) if w != 0]
-    config = _config(merging, plan.described, base_model, whole)
+    config = _config(merging, plan, base_model, whole)
     inputs = frozenset(a.folder.resolve() for a in plan.adapters if a.folder)
     files = tuple(file for a in plan.adapters for file in a.inputs)
-    layouts = Layouts(plan.described, ranks)
+    layouts = Layouts(plan, ranks)
     return Target(config, layouts, whole, dtype, inputs, files, ragged=ragged)
 
 
 def _config(
     adapters: Sequence[Adapter],
-    modules: Mapping[str, Module],
+    plan: Plan,
     base_model: str | None,
     whole: Kept,
 ) -> dict[str, object]:
@@ -91,13 +92,17 @@ def _config(
     first = configs[0]
     where = _selection(first)
     alike = all(_selection(c) == where for c in configs[1:])
-    every = [*modules]
-    same = all(a.names == every or a.modules.keys() == modules.keys() for a in adapters)
-    names = [name for name, x in modules.items() if not x.slice]
-    parameters = sorted({x.parameter for x in modules.values() if x.slice})
+    same = plan.is_uniform or all(a.modules.keys() == {*plan.names} for a in adapters)
+    names: Sequence[str] = plan.names
+    parameters: list[str] = []
+    if plan.is_sliced:
+        modules = plan.described
+        names = [name for name, x in modules.items() if not x.slice]
+        parameters = sorted({x.parameter for x in modules.values() if x.slice})
     listed = isinstance(first.target_modules, list) and bool(first.target_modules) == bool(names)
     if not (alike and same and listed):
-        where = dict.fromkeys(WHERE) | {"target_modules": exactly(names)}
+        parts = Parts(names) if plan.is_sliced else plan.parts
+        where = dict.fromkeys(WHERE) | {"target_modules": exactly(names, parts)}
         where["target_parameters"] = parameters or None
 
     def stated(field: str) -> object:
@@ -129,23 +134,17 @@ def _selection(config: AdapterConfig) -> dict[str, object]:
     return {k: sorted(v, key=str) if isinstance(v, list) else v for k, v in values.items()}
 
 
-def exactly(names: Sequence[str]) -> list[str] | str:
-    """`target_modules` for these modules and no others.
+def exactly(names: Sequence[str], parts: Parts | None = None) -> list[str] | str:
+    """`target_modules` for these modules and no others. parts: theirs, if they are known.
 
     PEFT takes a name in a list also for the end of a longer dotted name. Where an outermost module
     ends another one's name, a regular expression is needed, which PEFT matches whole and SGLang
     does not take.
     """
-    if not _ambiguous(names):
+    parts = parts or Parts(names)
+    if not parts.ambiguous:
         return sorted(names)
     return "|".join(re.escape(name) for name in sorted(names))
-
-
-def _ambiguous(names: Sequence[str]) -> list[str]:
-    """The outermost modules that end another one's name."""
-    outermost = {name for name in names if "." not in name}
-    endings = (name.rpartition(".")[2] for name in names if "." in name)
-    return sorted(outermost.intersection(endings)) if outermost else []
 
 
 def wrappers(layouts: Collection[Layout]) -> dict[str, str]:
