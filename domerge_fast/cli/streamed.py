@@ -49,13 +49,14 @@ def _start(args: argparse.Namespace) -> int:
 
 
 def _add(args: argparse.Namespace) -> int:
+    from ..engine.streamed import estimated
     from ..sessions.streamed import Streamed
 
     weights = [args.weight] * len(args.adapters)
     found = Streamed.open(args.folder).add_all(args.adapters, weights)
     line = (
         f"{found.adapters} adapters added, those before read again for {found.again} modules; left "
-        f"to the optimum: at most {100 * found.left:.2g} % of f, as estimated"
+        f"to the optimum, as estimated: {estimated(found.left, found.few)}"
     )
     plain = {"folder": args.folder, **dataclasses.asdict(found)}
     shared.show(args, plain, lambda: streams.wrap(line))

@@ -25,6 +25,7 @@ from .work import Work
 __all__ = [
     "Found",
     "Module",
+    "estimated",
     "gone_through",
     "memory",
     "memory_of",
@@ -62,16 +63,17 @@ def run(
     order = (work.rule.order or 2) if work.rule else None
     if order is None and sums.report != NONE:
         order = 2
-    worst, most = 0.0, 0
+    worst, most, few = 0.0, 0, False
 
     def seen() -> Iterator[Module]:
-        nonlocal worst, most
+        nonlocal worst, most, few
         for module in gone_through(plan, work, budget, order):
             worst, most = max(worst, module.gap), max(most, module.passes)
+            few |= module.few
             yield module
 
     found = merged(seen(), plan, work, sums, sink, to_host, progress)
-    return replace(found, notes=(_note(most, worst),))
+    return replace(found, notes=(_note(most, worst, few),))
 
 
 def merged(
@@ -130,11 +132,18 @@ def memory_of(shapes: Iterable[tuple[int, int]]) -> int:
     return max(STATE_BYTES, *(kept_bytes(m, n) for m, n in shapes)) + COPIES * PART_BYTES
 
 
-def _note(passes: int, gap: float) -> str:
+def _note(passes: int, gap: float, few: bool) -> str:
     return (
         f"do read the adapters in batches, {passes + 2} times at most, instead of all at once: "
-        f"what is left to its descents' optimum is estimated as at most {100 * gap:.2g} % of f"
+        f"what is left to its descents' optimum is estimated as {estimated(gap, few)}"
     )
+
+
+def estimated(gap: float, few: bool) -> str:
+    """What is left, in words. few: whether the adapters of a module are so few that it may be more
+    than its estimate."""
+    more = ", or some times that, as single adapters hold a large share of it" if few else ""
+    return f"at most {100 * gap:.2g} % of f{more}"
 
 
 def gone_through(

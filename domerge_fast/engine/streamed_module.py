@@ -163,6 +163,10 @@ class Module:
         return max(gap / f if f > 0 else 0.0 for gap, f in after)
 
     @property
+    def few(self) -> bool:
+        return any(x.few for x in self.descents)
+
+    @property
     def passes(self) -> int:
         return max(x.passes for x in self.descents)
 

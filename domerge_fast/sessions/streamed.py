@@ -181,7 +181,7 @@ class Streamed:
     def _grow(self, job: Job, state: StreamedState, fresh: Path, progress: Progress) -> Addition:
         """Write what is kept of every module, with the adapters of the job that are new."""
         part, plan = _part(job), job.plan
-        known, again, passes, left = len(state.adapters), 0, 0, 0.0
+        known, again, passes, left, few = len(state.adapters), 0, 0, 0.0, False
         before = self._past(job, state, part)
         shapes = {
             f"{name}.{field}": shape
@@ -197,10 +197,11 @@ class Streamed:
             for done, module in enumerate(engine.gone_through(plan, *given), 1):
                 again += module.past is None and module.owners[0] < known
                 passes, left = max(passes, module.passes), max(left, module.gap)
+                few |= module.few
                 for key, tensor in module.kept.tensors.items():
                     writer.add(f"{module.name}.{key}", tensor)
                 show(done, len(plan.names))
-        return Addition(len(plan.adapters) - known, again, passes, left)
+        return Addition(len(plan.adapters) - known, again, passes, left, few)
 
     def _past(self, job: Job, state: StreamedState, part: Part) -> engine.Found:
         """What there is of a module. OptionError where the adapters that are new make others of
@@ -248,10 +249,10 @@ class Streamed:
             for name in job.plan.names:
                 yield engine.Module.of(job.plan, name, given, device, before(name))
 
-        left = max(x.left for x in state.additions[-1:])
+        last = state.additions[-1]
         note = (
             f"do read the adapters in batches, added in {len(state.additions)} goes: what is left "
-            f"to its descents' optimum is estimated as at most {100 * left:.2g} % of f"
+            f"to its descents' optimum is estimated as {engine.estimated(last.left, last.few)}"
         )
         done = dataclasses.replace(part, done=modules)
         return dataclasses.replace(job, parts=(done,), notes=(*job.notes, note))

@@ -27,12 +27,14 @@ STREAMED = disk.Kind(
 @dataclass(frozen=True)
 class Addition:
     """Of adapters that were added at once. again: modules of which those before were read, too.
-    passes: at most, of a descent. left: to its optimum, at most, as estimated, as a share of f."""
+    passes: at most, of a descent. left: to its optimum, at most, as estimated, as a share of f.
+    few: whether it may be some times that, because a module has few adapters."""
 
     adapters: int
     again: int
     passes: int
     left: float
+    few: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ __all__ = ["Kept", "Sums"]
 @dataclass(eq=False)
 class Sums:
     """Of some adapters: Φ = sum Y_i^T Y_i [d, d] in float64, in the eigenvectors of S where there
-    is one; sum ||Y_i Y_i^T||^2; and ||Xhat - X||^2, with what of it is numbers times the X_i."""
+    is one; sum ||Y_i Y_i^T||^2; ||Xhat - X||^2, with what of it is numbers times the X_i; and what
+    the Y_i would gain by being put in their own equations once more, which is not kept."""
 
     whole: Tensor
     own: float = 0.0
     moved: float = 0.0
     along: float = 0.0
+    left: float = 0.0
 
     @classmethod
     def fresh(cls, d: int, device: torch.device) -> Sums:
@@ -28,13 +30,13 @@ class Sums:
 
     def times(self, power: int) -> Sums:
         """In another unit: the Y_i^T Y_i are as large as X."""
-        rest = (4.0**power * x for x in (self.own, self.moved, self.along))
+        rest = (4.0**power * x for x in (self.own, self.moved, self.along, self.left))
         return Sums(2.0**power * self.whole, *rest)
 
     def plus(self, other: Sums) -> Sums:
         """Of both. Each Φ as it is, in no eigenvectors."""
         rest = self.own + other.own, self.moved + other.moved, self.along + other.along
-        return Sums(self.whole + other.whole, *rest)
+        return Sums(self.whole + other.whole, *rest, self.left + other.left)
 
     def add(self, y: Tensor) -> None:
         rows = y.flatten(0, 1)
