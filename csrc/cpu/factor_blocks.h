@@ -21,6 +21,27 @@ struct Panels {
 
 constexpr int64_t kPieceBytes = 4096;  // fetched ahead during one product
 
+// A piece, or none, of which some lines at a time are fetched to L2.
+class Piece {
+ public:
+    explicit Piece(const void* begin)
+        : line_(static_cast<const char*>(begin)), end_(line_ ? line_ + kPieceBytes : nullptr) {}
+
+    // Of each of so many parts of a product.
+    static constexpr int64_t lines(int64_t parts) {
+        return (kPieceBytes / kLine + parts - 1) / parts;
+    }
+
+    DOMERGE_INLINE void fetch(int64_t lines) {
+        for (int64_t k = 0; k < lines && line_ != end_; ++k, line_ += kLine)
+            __builtin_prefetch(line_, 0, 2);
+    }
+
+ private:
+    static constexpr int64_t kLine = 64;
+    const char *line_, *end_;
+};
+
 // Square (i, j) of a block, [32, 32] at out(i, j), = (first) or += left panel i times right panel
 // j, for the i >= j + above. The block's sums stay in L2 while the panels pass by, a stretch at a
 // time: of the right panel it stays in L1. With every product goes a piece of the next stretch from
