@@ -38,10 +38,12 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {
     "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "avx512": AVX512,
     "avx2": AVX2,
     "baseline": [],
 }
+NEWER = {"amx", "avx512_bf16"}  # than some compilers: GCC 11 knows both, Clang 12 too
 
 
 class BuildError(SetupError):
@@ -176,7 +178,7 @@ def isas(machine: str) -> list[str]:
 
 
 def accepts(compiler: Any, flags: list[str], folder: Path) -> bool:
-    """Whether the compiler knows these flags (for AMX: GCC 11 and Clang 12 on)."""
+    """Whether the compiler knows these flags."""
     folder.mkdir(parents=True, exist_ok=True)
     probe = folder / "probe.cpp"
     probe.write_text("int main() {}\n")
@@ -244,11 +246,11 @@ class BuildExtension(build_ext):
         machine = platform.machine()
         sources = cpp_sources(machine)
         macros = [("DOMERGE_X86", "1")] if len(isas(machine)) > 1 else []
-        if "amx" in isas(machine):
-            if accepts(self.compiler, ISA_FLAGS["amx"], Path(self.build_temp)):
-                macros.append(("DOMERGE_AMX", "1"))
+        for isa in sorted(NEWER & set(isas(machine))):
+            if accepts(self.compiler, ISA_FLAGS[isa], Path(self.build_temp)):
+                macros.append((f"DOMERGE_{isa.upper()}", "1"))
             else:
-                del sources["csrc/cpu/kernels_amx.cpp"]
+                del sources[f"csrc/cpu/kernels_{isa}.cpp"]
         jobs = [pool.submit(self.compile_cpp, ext, s, macros, f) for s, f in sources.items()]
         return [job.result() for job in jobs]
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("nan_poison")
 
 HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 DTYPES = list(HALF_UNIT)
-ISAS = ("amx", "avx512", "avx2", "baseline")
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "baseline")
 PENALTIES = ("squared", "frobenius")
 
 

@@ -18,6 +18,11 @@ namespace amx {
 const Kernels& kernels();
 }
 #endif
+#ifdef DOMERGE_AVX512_BF16
+namespace avx512_bf16 {
+const Kernels& kernels();
+}
+#endif
 #ifdef DOMERGE_X86
 namespace avx512 {
 extern const Kernels kernels;
@@ -60,6 +65,9 @@ std::vector<const Kernels*> supported() {
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
 #if defined(DOMERGE_AMX) && defined(__linux__)
         if (may_use_amx()) list.push_back(&amx::kernels());
+#endif
+#ifdef DOMERGE_AVX512_BF16
+        if (__builtin_cpu_supports("avx512bf16")) list.push_back(&avx512_bf16::kernels());
 #endif
         list.push_back(&avx512::kernels);
     }

@@ -60,6 +60,7 @@ class CpuRates:
 
 CPU = {
     "amx": CpuRates(120, 62, 270, 112, half=440),
+    "avx512_bf16": CpuRates(173, 47, 175, 178, half=305),
     "avx512": CpuRates(115, 59, 115, 112),
     "avx2": CpuRates(65, 36, 66, 62),
     "baseline": CpuRates(23, 16, 24, 23),
