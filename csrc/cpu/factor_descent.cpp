@@ -26,6 +26,9 @@ int64_t size_of(DType dtype) {
     return dtype == DType::float32 ? 4 : 2;
 }
 
+constexpr int64_t kPacked = 64;  // units of rows, or as many as of columns: the panels of S then
+                                 // are as large; whole stretches of every kind of product
+
 // The symmetric matrices of all adapters, one after the other, of what lies in [d, d] as a sum.
 struct Matrix {
     float* whole;
@@ -67,8 +70,8 @@ class Descent {
  private:
     void take(const Problem& problem, Arena& memory) {
         const int64_t squares = state_.columns * (state_.columns + 1) / 2 * kUnitNumbers;
-        const int64_t panels = std::max(state_.units, state_.columns) * state_.columns *
-                               kUnitNumbers * kernels_.number_bytes;
+        const int64_t panels = std::max(std::min(most_packed(), state_.units), state_.columns) *
+                               state_.columns * kUnitNumbers * kernels_.number_bytes;
         const int64_t moved = state_.rows * state_.ld() * kernels_.number_bytes;
         int64_t own = 0;
         for (int64_t b = 0; b < problem.count; ++b)
@@ -159,10 +162,23 @@ class Descent {
         units([&](int64_t unit, Arena&) { kernels_.place(state_, unit, of_row.data()); });
     }
 
+    int64_t most_packed() const {
+        return (std::max(state_.columns, kPacked) + kPacked - 1) / kPacked * kPacked;
+    }
+
     // squares = Y^T Y with Y = root (of_position Xhat + of_direction D).
     void gram(float of_position, float of_direction, float* squares) {
-        units(
-            [&](int64_t unit, Arena&) { kernels_.pack(state_, unit, of_position, of_direction); });
+        for (int64_t first = 0; first < state_.units; first += state_.packed) {
+            state_.first_packed = first;
+            state_.packed = std::min(most_packed(), state_.units - first);
+            run_(state_.packed, [&](int64_t unit, Arena&) {
+                kernels_.pack(state_, first + unit, of_position, of_direction);
+            });
+            add_packed(squares);
+        }
+    }
+
+    void add_packed(float* squares) {
         const int64_t rows = state_.block_rows, columns = state_.block_columns;
         std::vector<std::pair<int64_t, int64_t>> items;
         for (int64_t i = (state_.columns - 1) / rows; i >= 0; --i)

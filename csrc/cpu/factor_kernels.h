@@ -26,6 +26,7 @@ struct FactorRow {
 struct FactorState {
     int64_t rows, d;                    // R, d
     int64_t units, columns;             // of 32 rows, of 32 columns
+    int64_t first_packed, packed;       // units of rows, of which Y's columns have panels
     int64_t block_rows, block_columns;  // of units, of what is multiplied at once
     float gamma;
     const FactorRow* row;        // [R]
@@ -50,7 +51,8 @@ struct FactorKernels {
     void (*place)(const FactorState&, int64_t unit, const float* factors);
     // Panels of Y = root (of_position Xhat + of_direction D), of one unit of rows.
     void (*pack)(const FactorState&, int64_t unit, float of_position, float of_direction);
-    // squares = Y^T Y, what block (i, j) has of them.
+    // squares = (where the first unit of rows is packed) or += Y^T Y, what block (i, j) has of
+    // them.
     void (*gram)(const FactorState&, int64_t i, int64_t j, float* squares);
     // Panel j of S.
     void (*pack_squares)(const FactorState&, const float* squares, int64_t j);

@@ -93,21 +93,24 @@ struct Factors {
                     store(block + k * kUnit + i, v * root);
                 }
             }
-            const int64_t at = (column * state.units + unit) * kUnitNumbers;
+            const int64_t at =
+                (column * state.packed + unit - state.first_packed) * kUnitNumbers;
             P::pack_both(block, numbers(state.left) + at, numbers(state.right) + at);
         }
     }
 
     static void gram(const FactorState& state, int64_t bi, int64_t bj, float* squares) {
         [[maybe_unused]] const typename P::Session session{};
-        const int64_t panel = state.units * kUnitNumbers;
+        const int64_t panel = state.packed * kUnitNumbers;
         const int64_t i = bi * state.block_rows, j = bj * state.block_columns;
         const Panels<Number> left{numbers(state.left) + i * panel, panel,
                                   least(state.block_rows, state.columns - i)};
         const Panels<Number> right{numbers(state.right) + j * panel, panel,
                                    least(state.block_columns, state.columns - j)};
-        multiply_block<P>(left, right, state.units, j - i, kUnit,
-                          [&](int64_t k, int64_t l) { return squares + square_at(i + k, j + l); });
+        multiply_block<P>(
+            left, right, state.packed, j - i, kUnit,
+            [&](int64_t k, int64_t l) { return squares + square_at(i + k, j + l); },
+            state.first_packed == 0);
     }
 
     static void pack_squares(const FactorState& state, const float* squares, int64_t j) {
