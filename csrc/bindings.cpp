@@ -81,7 +81,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("orthogonalize_factors", on_cpu(domerge::orthogonalize_factors));
     m.def("half_products", on_cpu(domerge::half_products));
     m.def("long_product", on_cpu(domerge::long_product));
-    m.def("has_long_products", on_cpu(domerge::has_long_products));
+    m.def("half_long_products", on_cpu(domerge::half_long_products));
     m.def("apply", on_cpu(domerge::apply));
     m.def("apply_decouple", on_cpu(domerge::apply_decouple));
     m.def("block_products", on_cpu(domerge::block_products));

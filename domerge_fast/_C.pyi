@@ -45,7 +45,7 @@ def spread(runs: Sequence[tuple[int, int, int]], inner: Sequence[int], /) -> byt
     `inner` added to it, as int64."""
 
 def isa() -> str:
-    """The instruction set in use: avx512, avx2 or baseline."""
+    """The instruction set in use: amx, avx512_bf16, avx512, avx2 or baseline."""
 
 def isas() -> list[str]:
     """Those that this machine can run, best first."""
@@ -88,12 +88,22 @@ def orthogonalize_factors(
     """
 
 def long_product(
-    left: int, right: int, depth: int, rows: int, columns: int, out: int, threads: int, /
+    left: int,
+    right: int,
+    depth: int,
+    rows: int,
+    columns: int,
+    out: int,
+    half: bool,
+    threads: int,
+    /,
 ) -> None:
-    """out: float32 [rows, columns] = left^T right of float32 [depth, rows] and [depth, columns],
-    each of whose numbers has 16 bits in products. Where `has_long_products`."""
+    """out: float32 [rows, columns] = left^T right of float32 [depth, rows] and [depth, columns].
+    half: of bfloat16 products, in which a number has 16 bits, where `half_long_products`."""
 
-def has_long_products() -> bool: ...
+def half_long_products() -> bool:
+    """Whether the instruction set in use multiplies numbers in two bfloat16 parts faster."""
+
 def half_products() -> bool:
     """Whether the instruction set in use multiplies bfloat16 numbers faster."""
 

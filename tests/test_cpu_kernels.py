@@ -128,11 +128,9 @@ def test_apply(isa, side, dtype, out_dtype):
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES)
-def test_long_products_are_the_same_with_any_number_of_threads(out_dtype, monkeypatch):
-    """Beside one that the kernel makes, and one without C; C of more rows than one thread's. With
-    numbers in two parts where the result has 16 bits and there are such products, else the
-    library's."""
-    monkeypatch.setattr(long_products, "ROWS", 100)
+def test_long_products_are_the_same_with_any_number_of_threads(isa, out_dtype):
+    """Beside one that the kernel makes, and one without C; C of more rows than a block's. With
+    numbers in two parts where the result has 16 bits and there are such products."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(1500, 70, generator=generator)
     long = Side(tuple(x.split([900, 600])), (0.5, -2.0))
@@ -152,29 +150,31 @@ def test_long_products_are_the_same_with_any_number_of_threads(out_dtype, monkey
         assert y.dtype == out_dtype
         assert torch.equal(y, again)
         sums = full.abs() @ stacked(p).abs()
-        in_parts = _C.has_long_products() and out_dtype is not torch.float32
+        in_parts = _C.half_long_products() and out_dtype is not torch.float32
         share = 2.0**-16 if in_parts else 1e-6
         allowed = HALF_UNIT[out_dtype] * 1.01 * expected.abs() + share * sums + 2.0**-25
         assert_within(y, expected, allowed, "a product")
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("shape", [(1100, 33, 70), (4200, 300, 550), (1, 1, 1)])
-def test_long_products_of_numbers_in_parts_lose_little(shape):
+def test_long_products_lose_little(isa, shape, half):
     """Sums beyond what is packed at once, and more rows and columns than a block's; none of whole
-    squares. Rounded to bfloat16, the numbers would be 2^-9 off."""
-    if not _C.has_long_products():
-        pytest.skip("this machine has none that are faster")
+    squares. Rounded to bfloat16, the numbers of those in parts would be 2^-9 off."""
+    if half and not _C.half_long_products():
+        pytest.skip("this instruction set has none that are faster")
+    share = 2.0**-16 if half else 1e-6
     depth, rows, columns = shape
     generator = torch.Generator().manual_seed(depth)
     left = torch.randn(depth, rows, generator=generator)
     right = torch.randn(depth, columns, generator=generator)
     found = torch.full((rows + 1, columns), 7.0)
-    _C.long_product(left.data_ptr(), right.data_ptr(), *shape, found.data_ptr(), 2)
+    _C.long_product(left.data_ptr(), right.data_ptr(), *shape, found.data_ptr(), half, 2)
     assert (found[rows] == 7).all()
     expected = left.double().T @ right.double()
-    most = 2.0**-16 * (left.abs().double().T @ right.abs().double())
+    most = share * (left.abs().double().T @ right.abs().double())
     assert_within(found[:rows], expected, most, "a product")
-    assert float((found[:rows] - expected).norm()) <= 2.0**-16 * float(expected.norm())
+    assert float((found[:rows] - expected).norm()) <= share * float(expected.norm())
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])

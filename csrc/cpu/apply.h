@@ -12,10 +12,6 @@ namespace DOMERGE_ISA {
 constexpr int64_t kApplyColumns = 384;  // in rows: the X tile [R, 384]; a multiple of every panel
 constexpr int64_t kApplyRows = 64;      // in columns: the X tile [64, R]
 
-DOMERGE_INLINE float* take_matrix(Arena& arena, int64_t rows, int64_t ld) {
-    return static_cast<float*>(arena.take(rows * ld * sizeof(float)));
-}
-
 // A copy of a dense matrix with zero rows and columns up to a multiple of 16.
 inline float* padded_copy(const float* in, int64_t rows, int64_t columns, int64_t ld,
                           Arena& arena) {

@@ -58,11 +58,11 @@ void orthogonalize(const Kernels&, const Addresses& grams, const std::vector<int
 void orthogonalize_factors(const Kernels&, const Problems&, const Addresses& out, uint64_t stats,
                            bool half, double gamma, int64_t steps, double tol, int threads);
 bool half_products(const Kernels&);
-// out [rows, columns] = left^T right of float32 matrices [depth, rows] and [depth, columns], each
-// of whose numbers has 16 bits in products. Where the kernels have them: `has_long_products`.
+// out [rows, columns] = left^T right of float32 matrices [depth, rows] and [depth, columns]. half:
+// with products of bfloat16, in which a number has 16 bits, where the kernels have them.
 void long_product(const Kernels&, uint64_t left, uint64_t right, int64_t depth, int64_t rows,
-                  int64_t columns, uint64_t out, int threads);
-bool has_long_products(const Kernels&);
+                  int64_t columns, uint64_t out, bool half, int threads);
+bool half_long_products(const Kernels&);
 // finite: a bool a problem, whether all of its result is.
 void apply(const Kernels&, const Problems&, const Addresses& coefficients,
            const std::vector<int64_t>& rows, const Addresses& out, int out_dtype, uint64_t finite,

@@ -29,13 +29,15 @@ struct SingleProducts {
     static void pack_right(const float* block, float* right) {
         __builtin_memcpy(right, block, kUnitNumbers * sizeof(float));
     }
+    static void pack_left(const float* block, float* left) { pack_right(block, left); }
     static void pack_both(const float* block, float*, float* right) { pack_right(block, right); }
     // Of block [32 rows, 32 along the sum].
     static void pack_rows(const float* block, float* left) {
         transpose(block, kUnit, kUnit, kUnit, left, kUnit);
     }
 
-    // out [32, 32] = (first) or += left^T right over some units, while a piece at `ahead` is fetched.
+    // out [32, 32] = (first) or += left^T right over some units, while a piece at `ahead` is
+    // fetched.
     static DOMERGE_INLINE void multiply(const float* left, const float* right, int64_t units,
                                         float* out, int64_t ld, bool first, const void* ahead) {
         Piece piece(ahead);

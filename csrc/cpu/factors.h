@@ -93,8 +93,7 @@ struct Factors {
                     store(block + k * kUnit + i, v * root);
                 }
             }
-            const int64_t at =
-                (column * state.packed + unit - state.first_packed) * kUnitNumbers;
+            const int64_t at = (column * state.packed + unit - state.first_packed) * kUnitNumbers;
             P::pack_both(block, numbers(state.left) + at, numbers(state.right) + at);
         }
     }

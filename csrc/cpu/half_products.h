@@ -28,6 +28,8 @@ struct HalfPanels {
     static constexpr int64_t kBlockColumns = 16;
     static constexpr int64_t kStretch = 8;  // units of which both operands' panels stay in L1
 
+    static DOMERGE_INLINE FloatVec leading(FloatVec v) { return bits<FloatVec>(rounded(v)); }
+
     static void pack_right(const float* block, uint16_t* right) {
         for (int64_t t = 0; t < 2; ++t) {
             for (int64_t w = 0; w < kHalf; ++w) {
@@ -54,6 +56,10 @@ struct HalfPanels {
             for (int w = 0; w < kWidth; ++w)
                 store(left + t * kSquareNumbers + w * kUnit, square[w]);
         }
+    }
+    static void pack_left(const float* block, uint16_t* left) {
+        alignas(64) uint16_t right[kUnitNumbers];
+        pack_both(block, left, right);
     }
     static void pack_rows(const float* block, uint16_t* left) {
         for (int64_t i = 0; i < kUnit; ++i)

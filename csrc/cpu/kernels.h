@@ -138,9 +138,10 @@ struct Kernels {
     // sums [end - begin, 2]: every row's magnitudes of one adapter, all and kept.
     void (*entry_sums)(const UpdateItem&, const Trim&, const Draw&, double* sums, Arena&);
     void (*entry_merge)(const UpdateItem&, const MergeRule&, float* out, Arena&);  // out: all rows
-    const FactorKernels* single;       // with products of float32
-    const FactorKernels* half;         // with products of bfloat16; null where they gain nothing
-    const LongKernels* long_products;  // null where the library is faster
+    const FactorKernels* single;     // with products of float32
+    const FactorKernels* half;       // with products of bfloat16; null where they gain nothing
+    const LongKernels* long_single;  // with products of float32
+    const LongKernels* long_half;    // of numbers in two bfloat16 parts; null where slower
 };
 
 }  // namespace domerge

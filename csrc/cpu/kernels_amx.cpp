@@ -26,7 +26,7 @@ void gram(const Problem& problem, int64_t begin, int64_t end, bool first, float*
 }
 
 const FactorKernels half = Factors<TileProducts>::kernels();
-const LongKernels long_products = LongProducts<TileProducts>::kernels();
+const LongKernels long_half = LongProducts<TileProducts, 2>::kernels();
 
 bool suits_tiles(const ApplyItem& item) {
     return item.coefficients && is_bfloat16(*item.problem);
@@ -52,7 +52,7 @@ const Kernels& kernels() {
         changed.apply = apply;
         changed.apply_decouple = apply_decouple;
         changed.half = &half;
-        changed.long_products = &long_products;
+        changed.long_half = &long_half;
         return changed;
     }();
     return table;

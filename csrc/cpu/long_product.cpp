@@ -18,8 +18,8 @@ int64_t parts(int64_t count, int64_t size) {
 }  // namespace
 
 void long_product(const Kernels& kernels, uint64_t left, uint64_t right, int64_t depth,
-                  int64_t rows, int64_t columns, uint64_t out, int threads) {
-    const LongKernels& of = *kernels.long_products;
+                  int64_t rows, int64_t columns, uint64_t out, bool half, int threads) {
+    const LongKernels& of = half && kernels.long_half ? *kernels.long_half : *kernels.long_single;
     const int64_t lefts = parts(rows, of.panel_columns), rights = parts(columns, of.panel_columns);
     const int64_t blocks = parts(lefts, of.block_rows), across = parts(rights, of.block_columns);
     const int64_t units = std::min(kUnits, parts(depth, of.unit_rows));
@@ -41,8 +41,8 @@ void long_product(const Kernels& kernels, uint64_t left, uint64_t right, int64_t
     }
 }
 
-bool has_long_products(const Kernels& kernels) {
-    return kernels.long_products != nullptr;
+bool half_long_products(const Kernels& kernels) {
+    return kernels.long_half != nullptr;
 }
 
 }  // namespace domerge

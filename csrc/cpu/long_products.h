@@ -1,5 +1,6 @@
-// Products of float32 matrices with long sums, of bfloat16 panels: every number in two parts, high
-// + low, which are it to 2^-17; high high + high low + low high are the product to 2^-16.
+// Products of float32 matrices with long sums: of panels of float32 numbers, or of bfloat16 ones,
+// with every number in two parts, high + low, which are it to 2^-17; high high + high low + low
+// high are the product to 2^-16.
 #pragma once
 
 #include "factor_blocks.h"
@@ -8,14 +9,13 @@
 namespace domerge {
 namespace DOMERGE_ISA {
 
-template <class P>
+template <class P, int64_t kParts>
 struct LongProducts {
     using Number = typename P::Number;
-    static constexpr int64_t kParts = 2;
 
     static int64_t panels(int64_t columns) { return (columns + kUnit - 1) / kUnit; }
 
-    // Panels of one part of an operand, `units` units each. Those of the other part follow.
+    // Panels of one part of an operand, `units` units each. Those of the next part follow.
     static Number* part(const LongProduct& x, const LongOperand& operand, int64_t part) {
         return static_cast<Number*>(operand.panels) +
                part * panels(operand.columns) * x.units * kUnitNumbers;
@@ -24,7 +24,7 @@ struct LongProducts {
     // pack(block, to): a unit of `to` from block [32, 32].
     template <class Pack>
     static void pack(const LongProduct& x, const LongOperand& operand, int64_t panel, Pack pack) {
-        alignas(64) float high[kUnitNumbers], low[kUnitNumbers];
+        alignas(64) float blocks[kParts][kUnitNumbers];
         for (int64_t u = 0; u < x.units; ++u) {
             poll();
             for (int64_t k = 0; k < kUnit; ++k) {
@@ -34,21 +34,22 @@ struct LongProducts {
                     const int64_t n = row < x.depth ? operand.columns - c : 0;
                     FloatVec v{};
                     if (n > 0) v = load_some<Float32>(operand.data + row * operand.columns + c, n);
-                    const FloatVec upper = bits<FloatVec>(rounded(v));
-                    store(high + k * kUnit + i, upper);
-                    store(low + k * kUnit + i, v - upper);
+                    for (int64_t p = 0; p < kParts; ++p) {
+                        FloatVec own = v;
+                        if constexpr (kParts > 1)
+                            if (p + 1 < kParts) own = P::leading(v);
+                        store(blocks[p] + k * kUnit + i, own);
+                        v -= own;
+                    }
                 }
             }
             const int64_t at = (panel * x.units + u) * kUnitNumbers;
-            pack(high, part(x, operand, 0) + at);
-            pack(low, part(x, operand, 1) + at);
+            for (int64_t p = 0; p < kParts; ++p) pack(blocks[p], part(x, operand, p) + at);
         }
     }
 
     static void pack_left(const LongProduct& x, int64_t panel) {
-        alignas(64) Number right[kUnitNumbers];
-        pack(x, x.left, panel,
-             [&](const float* block, Number* to) { P::pack_both(block, to, right); });
+        pack(x, x.left, panel, P::pack_left);
     }
 
     static void pack_right(const LongProduct& x, int64_t panel) {
@@ -68,13 +69,13 @@ struct LongProducts {
         float* sums = take_matrix(arena, P::kBlockRows * kUnit, ld);
         {
             [[maybe_unused]] const typename P::Session session{};
-            constexpr int64_t terms[][kParts] = {{0, 0}, {0, 1}, {1, 0}};
-            for (const auto& [left, right] : terms)
-                multiply_block<P>(
-                    block(x, x.left, left, i, P::kBlockRows),
-                    block(x, x.right, right, j, P::kBlockColumns), x.units, -P::kBlockColumns, ld,
-                    [&](int64_t k, int64_t l) { return sums + (k * ld + l) * kUnit; },
-                    left + right == 0);
+            for (int64_t left = 0; left < kParts; ++left)
+                for (int64_t right = 0; left + right < kParts; ++right)
+                    multiply_block<P>(
+                        block(x, x.left, left, i, P::kBlockRows),
+                        block(x, x.right, right, j, P::kBlockColumns), x.units, -P::kBlockColumns,
+                        ld, [&](int64_t k, int64_t l) { return sums + (k * ld + l) * kUnit; },
+                        left + right == 0);
         }
         const int64_t columns = x.right.columns, first = j * kUnit;
         const int64_t width = least(P::kBlockColumns * kUnit, columns - first);

@@ -8,6 +8,7 @@
 #include "factors.h"
 #include "gram.h"
 #include "largest.h"
+#include "long_products.h"
 #include "orthogonalize.h"
 
 #define DOMERGE_STRING_(x) #x
@@ -17,6 +18,7 @@ namespace domerge {
 namespace DOMERGE_ISA {
 
 const FactorKernels single = Factors<SingleProducts>::kernels();
+const LongKernels long_single = LongProducts<SingleProducts, 1>::kernels();
 
 extern const Kernels kernels;
 const Kernels kernels = {
@@ -36,6 +38,7 @@ const Kernels kernels = {
     entry_merge,
     &single,
     nullptr,
+    &long_single,
     nullptr,
 };
 

@@ -43,6 +43,10 @@ constexpr int64_t row_stride(int64_t n) {
     return ((round_up(n, line) / line + 1) | 1) * line;
 }
 
+DOMERGE_INLINE float* take_matrix(Arena& arena, int64_t rows, int64_t ld) {
+    return static_cast<float*>(arena.take(rows * ld * sizeof(float)));
+}
+
 template <class T, int NV>
 struct Tile {
     Vec<T> sum[kTileRows][NV];

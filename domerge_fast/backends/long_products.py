@@ -1,6 +1,6 @@
-"""C X of float32 factors with sums so long that a blocked GEMM makes it faster than the kernel, on
-a CPU: a merge of hundreds of adapters as one matrix. The GEMM is the library's; for a result of 16
-bits where AMX multiplies, ours, of numbers in two bfloat16 parts (docs/kernels.md).
+"""C X of float32 factors with sums so long that a product in blocks makes it faster than `apply`'s
+kernel, on a CPU: a merge of hundreds of adapters as one matrix. For a result of 16 bits where AMX
+multiplies, of numbers in two bfloat16 parts (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -13,14 +13,11 @@ from torch import Tensor
 from .. import _C
 from ..algebra.full_precision import full_precision
 from ..algebra.side import Side
-from ..algebra.threads import in_threads
 
 __all__ = ["apart", "is_long"]
 
 MAX_RANK = 1024
-"""Above it the library was measured faster: by a tenth at 2000, 1.7 times at 8000."""
-ROWS = 512
-"""One thread's at a time."""
+"""Above it blocks were measured faster."""
 
 Apply = Callable[[Sequence[Tensor | None], Sequence[Side], torch.dtype], list[Tensor]]
 
@@ -53,17 +50,9 @@ def apart(
 def _product(c: Tensor, p: Side, out_dtype: torch.dtype) -> Tensor:
     """Does not depend on how many threads there are."""
     x = p.blocks[0] if p.scales == (1.0,) else p.stack(torch.float32)
-    if out_dtype != torch.float32 and _C.has_long_products():
-        left, right = c.float().mT.contiguous(), x.contiguous()
-        sums = torch.empty(len(c), p.d)
-        shape = (p.rank, len(c), p.d)
-        addresses = left.data_ptr(), right.data_ptr()
-        _C.long_product(*addresses, *shape, sums.data_ptr(), torch.get_num_threads())
-        return sums.to(out_dtype)
-    out = torch.empty(len(c), p.d, dtype=out_dtype)
-
-    def multiply(rows: slice) -> None:
-        out[rows] = c[rows].float() @ x
-
-    in_threads(multiply, [slice(k, k + ROWS) for k in range(0, len(c), ROWS)], p.device)
-    return out
+    left, right = c.float().mT.contiguous(), x.contiguous()
+    sums = torch.empty(len(c), p.d)
+    sizes = (p.rank, len(c), p.d)
+    half, threads = out_dtype != torch.float32, torch.get_num_threads()
+    _C.long_product(left.data_ptr(), right.data_ptr(), *sizes, sums.data_ptr(), half, threads)
+    return sums.to(out_dtype)
