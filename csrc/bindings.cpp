@@ -6,6 +6,7 @@
 #include "columns.h"
 #include "cpu/dispatch.h"
 #include "cpu/stop.h"
+#include "grams.h"
 #include "places.h"
 
 namespace py = pybind11;
@@ -70,6 +71,8 @@ PYBIND11_MODULE(_C, m) {
              py::arg("heads"), py::arg("rows"));
     m.def("cut", domerge::cut);
     m.def("by_number", domerge::by_number);
+    m.def("diagonals_within", domerge::diagonals_within);
+    m.def("over_products", domerge::over_products);
     m.def("places", domerge::places);
     m.def("places_in_turn", domerge::places_in_turn);
     m.def("spread", domerge::spread);

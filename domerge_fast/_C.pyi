@@ -40,6 +40,17 @@ def by_number(
     """The positions from begin to end by their number in `which`, in the order that the first of
     each has: the number, their names, and they as int64."""
 
+def diagonals_within(
+    first: int, count: int, step: int, rank: int, pitch: int, wide: bool, low: float, high: float, /
+) -> bool:
+    """Whether the diagonals of so many matrices [rank, rank], float32 or, when wide, float64, have
+    no number outside of low and high; NaN is. step: from one to the next, pitch: from row to row,
+    in elements."""
+
+def over_products(x: int, y: int, count: int, size: int, out: int, /) -> None:
+    """out: x_ij / (y_i y_j) of so many matrices [size, size] and vectors [size], float64, 0 where
+    the divisor is not above 0."""
+
 def spread(runs: Sequence[tuple[int, int, int]], inner: Sequence[int], /) -> bytes:
     """The numbers of runs (first, step, how many), one run after the other, each with all of
     `inner` added to it, as int64."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.make import write_adapter
@@ -11,7 +13,7 @@ from support.shapes import CASES
 import domerge_fast as dm
 from domerge_fast import OptionError
 from domerge_fast.adapters.plan import Plan
-from domerge_fast.algebra.host import gather
+from domerge_fast.algebra.host import gather, over_diagonals, within
 from domerge_fast.backends.gpu import tables
 from domerge_fast.engine import reader, transfer
 from domerge_fast.options import size
@@ -39,6 +41,33 @@ def test_packed_tensors_come_out_as_they_went_in():
 def test_gathered_tensors_are_themselves_on_the_host():
     tensors = [None, torch.ones(2)]
     assert gather(tensors) == tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("value", "expected"), [(1.0, True), (4.0, True), (4.5, False), (0.5, False), (math.nan, False)]
+)
+def test_diagonals_within_bounds(dtype, value, expected):
+    grams = torch.zeros(6, 5, 5, dtype=dtype)
+    grams.diagonal(dim1=1, dim2=2).fill_(2.0)
+    grams[4, 3, 3], grams[5] = value, math.inf
+    assert within(grams[:5, :4, :4], 1.0, 4.0) is expected
+    assert within(grams[:4], 1.0, 4.0)
+    assert not within(grams, 1.0, 4.0)
+
+
+def test_what_is_over_its_diagonal():
+    roots = torch.randn(3, 4, 7, dtype=torch.float64)
+    roots[1, 2] = 0.0
+    products = roots @ roots.mT
+    found, own = (
+        over_diagonals(products.transpose(0, 1).contiguous().transpose(0, 1)),
+        roots.norm(dim=2),
+    )
+    expected = products / (own[:, :, None] * own[:, None, :])
+    assert torch.allclose(found, expected.nan_to_num(nan=0.0), rtol=1e-14, atol=0)
+    assert not found[1, 2].any()
+    assert not found[1, :, 2].any()
 
 
 def test_what_is_on_the_device_stays():

@@ -114,12 +114,12 @@ std::vector<T*> pointers(const Addresses& addresses) {
     return list;
 }
 
-// What lies in these bytes, one after the other.
+// One of what lies in these bytes, one after the other.
 template <class T>
-std::vector<T> list_of(std::string_view bytes) {
-    std::vector<T> list(bytes.size() / sizeof(T));
-    std::memcpy(list.data(), bytes.data(), list.size() * sizeof(T));
-    return list;
+T nth(std::string_view bytes, size_t k) {
+    T found;
+    std::memcpy(&found, bytes.data() + k * sizeof(T), sizeof(T));
+    return found;
 }
 
 // Memory and descriptors of the square roots that apply_decouple needs.
@@ -217,14 +217,19 @@ double largest_of_block(const Kernels& kernels, const Problem& problem, const Bl
 }  // namespace
 
 Problems::Problems(std::string_view addresses, std::string_view heads, std::string_view rows) {
-    const std::vector<uint64_t> data = list_of<uint64_t>(addresses);
-    const std::vector<Row> given = list_of<Row>(rows);
-    if (data.size() != given.size()) throw std::invalid_argument("one address a row is wanted");
-    for (size_t b = 0; b < data.size(); ++b)
-        blocks_.push_back(Block{at<const void>(data[b]), given[b].rank, given[b].pitch,
-                                given[b].scale, static_cast<DType>(given[b].dtype)});
+    const size_t count = addresses.size() / sizeof(uint64_t);
+    if (count != rows.size() / sizeof(Row))
+        throw std::invalid_argument("one address a row is wanted");
+    blocks_.reserve(count);
+    for (size_t b = 0; b < count; ++b) {
+        const auto row = nth<Row>(rows, b);
+        blocks_.push_back(Block{at<const void>(nth<uint64_t>(addresses, b)), row.rank, row.pitch,
+                                row.scale, static_cast<DType>(row.dtype)});
+    }
+    problems_.reserve(heads.size() / sizeof(Head));
     size_t first = 0;
-    for (const Head& head : list_of<Head>(heads)) {
+    for (size_t p = 0; p < heads.size() / sizeof(Head); ++p) {
+        const auto head = nth<Head>(heads, p);
         if (first + head.count > blocks_.size()) throw std::invalid_argument("too few rows");
         problems_.push_back(
             Problem{&blocks_[first], head.count, head.rank, head.d, head.columns != 0});

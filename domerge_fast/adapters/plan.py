@@ -219,21 +219,21 @@ class Plan:
         """`Kind.device_bytes` of a module."""
         return self.kinds[name].device_bytes(dtype)
 
+    def column(self, of_kinds: Sequence[float], within: range | None = None) -> Tensor:
+        """What is said of every kind, of every module, or of those at some places, in float64."""
+        which = self.which if within is None else self.which[within.start : within.stop]
+        return torch.tensor(of_kinds, dtype=torch.float64)[which]
+
     def groups(self, shares: Tensor, within: range | None = None) -> list[range]:
         """Places in order, until their shares of a group add up to 1; at least one in a group.
         shares: a column in float64. within: of some places that follow each other, None for all."""
         within = range(len(self.names)) if within is None else within
-        return self._cut(shares, within, 0)
+        return _cut(shares[within.start : within.stop], within.start, 0)
 
-    def portions(self, shares: Tensor, within: range, least: int) -> list[range]:
-        """As `groups`, but each with so many modules that their shares add up to 1 at least, and
-        with the least number of them, but for the last."""
-        return self._cut(shares, within, least)
-
-    def _cut(self, shares: Tensor, within: range, least: int) -> list[range]:
-        begin = within.start
-        ends = _C.cut(bytes_of(shares[begin : within.stop]), least)
-        return [range(begin + k, begin + end) for k, end in zip([0, *ends], ends)]
+    def portions(self, of_kinds: Sequence[float], within: range, least: int) -> list[range]:
+        """Places with so many modules each that their kinds' shares add up to 1 at least, and with
+        the least number of them, but for the last."""
+        return _cut(self.column(of_kinds, within), within.start, least)
 
     def stack(self, name: str) -> Stack:
         """A module's factors from every adapter that has it, where they are."""
@@ -293,6 +293,11 @@ class Plan:
                 (a, b) if places is None else ([a[k] for k in places], [b[k] for k in places])
             )
         return found
+
+
+def _cut(shares: Tensor, begin: int, least: int) -> list[range]:
+    ends = _C.cut(bytes_of(shares), least)
+    return [range(begin + k, begin + end) for k, end in zip([0, *ends], ends)]
 
 
 class Kinds(Mapping[str, Kind]):

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["Rows", "gather", "lengths"]
+from .. import _C
+
+__all__ = ["Rows", "gather", "lengths", "over_diagonals", "within"]
 
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 
@@ -50,6 +52,23 @@ def gather(tensors: Sequence[Maybe]) -> list[Maybe]:
     flat = torch.cat([x.flatten() for x in present]).cpu()
     pieces = iter(flat.split([x.numel() for x in present]))
     return [x if x is None else next(pieces).view(x.shape) for x in tensors]
+
+
+def within(grams: Tensor, low: float, high: float) -> bool:
+    """Whether the diagonals of matrices [P, R, R], of rows without gaps, have no number outside of
+    low and high; NaN is."""
+    step, pitch, _ = grams.stride()
+    count, rank, _ = grams.shape
+    wide = grams.dtype == torch.float64
+    return _C.diagonals_within(grams.data_ptr(), count, step, rank, pitch, wide, low, high)
+
+
+def over_diagonals(x: Tensor) -> Tensor:
+    """x_ij / sqrt(x_ii x_jj) of matrices [P, T, T] in float64, 0 where the root is not above 0."""
+    x, own = x.contiguous(), x.diagonal(dim1=1, dim2=2).sqrt().contiguous()
+    found = torch.empty_like(x)
+    _C.over_products(x.data_ptr(), own.data_ptr(), len(x), x.shape[-1], found.data_ptr())
+    return found
 
 
 def lengths(squares: Tensor) -> Tensor:

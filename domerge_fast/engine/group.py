@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import ops
 from ..adapters.plan import Plan, Stack
-from ..algebra.host import gather
+from ..algebra.host import gather, within
+from ..algebra.powers import USUAL
 from ..algebra.side import each_row
-from ..backends.layout import side_by_side
+from ..backends.layout import row_major, side_by_side
 from ..errors import AdapterError
 from ..methods.base import Grams, grams, wide_grams
 from ..recipe import NONE
@@ -169,9 +170,8 @@ def _unusual(parts: Sequence[_Part]) -> list[list[int]]:
     """The modules of every part with a row that is zero, not finite, or of no usual size."""
     found: list[list[int]] = [[] for _ in parts]
     for chosen, a, b in _batches(parts, lambda x: None):
-        diagonals = [x.diagonal(dim1=1, dim2=2) for x in (a, b)]
-        if not all(bool(precision.usual(x.flatten())) for x in diagonals):
-            usual = [precision.usual(x) for x in diagonals]
+        if not all(within(row_major(x), *USUAL) for x in (a, b)):
+            usual = [precision.usual(x.diagonal(dim1=1, dim2=2)) for x in (a, b)]
             fits = usual[0] & usual[1]
             rest = iter(fits.tolist())
             for k in chosen:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 from ..adapters.plan import Stack
-from ..algebra.host import Rows, gather, lengths
+from ..algebra.host import Rows, gather, lengths, over_diagonals
 from ..recipe import DETAILS, FULL, NONE, NORMS
 from ..results.report import Interference
 from .details import DetailSums
@@ -151,11 +151,7 @@ def _spread(norms: Tensor) -> tuple[float, float, float]:
 
 def _alignments(grams: Tensor, ranks: Sequence[int]) -> Tensor:
     """||G_ij||^2 / (||G_ii|| ||G_jj||) of every Gram, 0 where an adapter's factor is zero."""
-    energy = _block_products(grams, grams, ranks)
-    own = energy.diagonal(dim1=1, dim2=2).sqrt()
-    product = own[:, :, None] * own[:, None, :]
-    present = product > 0
-    return torch.where(present, energy / product.where(present, 1.0), 0.0)
+    return over_diagonals(_block_products(grams, grams, ranks))
 
 
 def _block_products(x: Tensor, y: Tensor, ranks: Sequence[int]) -> Tensor:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import accumulate, islice
 
 import torch
-from torch import Tensor
 
 from ..adapters.plan import GPU_GROUP_BYTES, GROUP_BYTES, Kind, Plan, Stack
 from ..errors import OptionError
@@ -152,12 +151,7 @@ def _portions(plan: Plan, group: range, dense: bool) -> list[range]:
         for kind in plan.every_kind
     ]
     # A module is one thread's work.
-    return plan.portions(_column(plan, shares), group, 1 if dense else threads)
-
-
-def _column(plan: Plan, shares: Sequence[float]) -> Tensor:
-    """What is said of every kind, of every module."""
-    return torch.tensor(shares, dtype=torch.float64)[plan.which]
+    return plan.portions(shares, group, 1 if dense else threads)
 
 
 def _groups(
@@ -185,7 +179,7 @@ def _groups(
         problem = f"module {name!r} alone takes {size} MiB, {most >> 20} are allowed"
         raise OptionError("max_device_memory", problem, "allow more, or merge on the CPU")
 
-    shares = _column(plan, [share(kind) for kind in plan.every_kind])
+    shares = plan.column([share(kind) for kind in plan.every_kind])
     if plan.rooms:
         shares = shares.maximum(torch.tensor(plan.rooms, dtype=torch.float64) / usual)
     ends = [*accumulate(map(len, units))]

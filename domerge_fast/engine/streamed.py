@@ -161,8 +161,7 @@ def gone_through(
     is left to the optimum is above `tol`. share: of `tol`, at which they stop."""
     with Reader.opened(plan, budget) as reader:
         of_kinds = [kept_bytes(kind.m, kind.n) / STATE_BYTES for kind in plan.every_kind]
-        shares = torch.tensor(of_kinds, dtype=torch.float64)[plan.which]
-        for at in plan.groups(shares):
+        for at in plan.groups(plan.column(of_kinds)):
             names = plan.names[at.start : at.stop]
             yield from _of_group(reader, plan.only(names), work, order, known, before, share)
 
