@@ -144,11 +144,12 @@ def stacks_of(
     [m, r_i] of every adapter, of one module after the other."""
     width, ranks, count = len(kind.owners), kind.ranks, len(names)
     at_a, at_b = places(a, width), places(b, width)
+    first_a, first_b = a[:width], b[:width]
     if (
         at_a is None
         or at_b is None
-        or [x.shape[0] for x in a[:width]] != [*ranks]
-        or a[0].device != b[0].device
+        or [x.shape[0] for x in first_a] != [*ranks]
+        or first_a[0].device != first_b[0].device
     ):
         own = [slice(at, at + width) for at in range(0, len(a), width)]
         return [stack_of_one(kind, name, a[at], b[at]) for name, at in zip(names, own)]

@@ -90,9 +90,10 @@ class Side:
         places: where all begin, if that is known."""
         side = cls.__new__(cls)
         in_columns = transposed and d > 1
-        device = matrices[0].device
+        first = matrices[: len(ranks)]
+        device = first[0].device
         side._set(scales, ranks, d, device, in_columns, matrices, turned=transposed, count=count)
-        dtypes = tuple([x.dtype for x in matrices[: len(ranks)]])
+        dtypes = tuple([x.dtype for x in first])
         if CODES.keys() >= set(dtypes):
             pitches = ranks if in_columns else (d,) * len(ranks)
             places = places or packed([x.data_ptr() for x in matrices])

@@ -261,7 +261,7 @@ def _counted(
     by_grams = [k for k, x in enumerate(parts) if x.counted]
     given = [parts[k] for k in by_grams]
     for chosen, a, b in _batches(given, lambda x: (x.stack.adapters, x.stack.a.ranks, x.moved)):
-        names = [name for k in chosen for name in given[k].stack.names]
+        names = [given[k].stack.names for k in chosen]
         rows, end = sums.add(names, given[chosen[0]].stack, a, b), 0
         for k in chosen:
             begin, end = end, end + len(given[k].stack.names)

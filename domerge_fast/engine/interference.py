@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -43,23 +44,31 @@ class InterferenceSums:
         )
         self.norms: list[list[Tensor]] = [[] for _ in names]
 
-    def add(self, names: Sequence[str], stack: Stack, a: Tensor, b: Tensor) -> Rows:
-        """Count modules in, by their Grams [P, R, R] in the host's memory, in float64 where they
-        have powers or sizes far apart; returns the adapters' ||ΔW_i||_F of each. stack: of one of
-        them, with the adapters and powers of all."""
+    def add(self, names: Sequence[Sequence[str]], stack: Stack, a: Tensor, b: Tensor) -> Rows:
+        """Count modules in, whose names these are, one after the other, by their Grams [P, R, R] in
+        the host's memory, in float64 where they have powers or sizes far apart; returns the
+        adapters' ||ΔW_i||_F of each. stack: of one of them, with the adapters and powers of all."""
         adapters, ranks = stack.adapters, stack.a.ranks
         inner = _block_products(a, b, ranks) * _size(stack)
         if self.report == FULL:
-            at = torch.tensor(adapters)
-            grid = (at[:, None], at[None, :])
+            grid = self._grid(adapters)
             self.inner[grid] += inner.sum(0)
             self.shared[grid] += len(inner)
             rows, columns = _alignments(a, ranks), _alignments(b, ranks)
             self.rows[grid] += rows.sum(0)
             self.columns[grid] += columns.sum(0)
             if self.details:
-                self.details.add(names, stack, (a, b), (rows, columns, inner))
+                self.details.add(
+                    [*chain.from_iterable(names)], stack, (a, b), (rows, columns, inner)
+                )
         return self.count(adapters, lengths(inner.diagonal(dim1=1, dim2=2)))
+
+    def _grid(self, adapters: Sequence[int]) -> Any:
+        """Where the tables have these adapters: an index takes as long as what is counted."""
+        if len(adapters) == len(self.names):
+            return ...
+        at = torch.tensor(adapters)
+        return at[:, None], at[None, :]
 
     def add_norms(self, stacks: Sequence[Stack], backend: str) -> list[Rows]:
         """Count the norms of modules in, without Grams; returns them, stack by stack."""

@@ -138,6 +138,7 @@ class InTurn(Sequence[Any]):
 
     def __init__(self, columns: Sequence[list[Any]], at: bytes) -> None:
         self.columns, self.at = columns, at
+        self._at = memoryview(at).cast("q")
 
     @overload
     def __getitem__(self, k: int) -> Any: ...
@@ -145,7 +146,10 @@ class InTurn(Sequence[Any]):
     def __getitem__(self, k: slice) -> list[Any]: ...
     def __getitem__(self, k: int | slice) -> Any:
         if isinstance(k, slice):
-            return [self[n] for n in range(len(self))[k]]
+            return [self._one(n) for n in range(len(self))[k]]
+        return self._one(range(len(self))[k])
+
+    def _one(self, k: int) -> Any:
         position, column = divmod(k, len(self.columns))
         return self.columns[column][self._at[position]]
 
@@ -155,10 +159,6 @@ class InTurn(Sequence[Any]):
 
     def __len__(self) -> int:
         return len(self.columns) * len(self._at)
-
-    @property
-    def _at(self) -> memoryview:
-        return memoryview(self.at).cast("q")
 
 
 def places(matrices: Sequence[Matrix], width: int) -> bytes | None:
