@@ -88,9 +88,10 @@ def rows_of(
 
 def starts(x: Tensor, dims: int = 2) -> Run:
     """Where a matrix begins, or every matrix of x [P, ...]. dims: of what is no matrix."""
-    if x.dim() <= dims:
+    shape = x.shape
+    if len(shape) <= dims:
         return x.data_ptr(), 0, 1
-    return x.data_ptr(), x.stride(0) * x.itemsize, x.shape[0]
+    return x.data_ptr(), x.stride(0) * x.itemsize, shape[0]
 
 
 def bits(scales: Sequence[float]) -> bytes:

@@ -86,8 +86,8 @@ def block_products(
 ) -> Tensor:
     """Sums of x_ij y_ij over the block of every two adapters: [P, T, T] in float64."""
     left, right = (matrices([z] if isinstance(z, Tensor) else z) for z in (x, y))
-    out = torch.empty(len(x), len(ranks), len(ranks), dtype=torch.float64)
     places = addresses(left), addresses(right)
+    out = torch.empty(len(places[0]), len(ranks), len(ranks), dtype=torch.float64)
     _C.block_products(*places, list(ranks), out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -102,6 +102,8 @@ def orthogonalize(
 ) -> tuple[list[Tensor], Tensor]:
     """C [R, R] of every problem and the descent's statistics [P, 5] (see descent.STATS)."""
     small = [sum(r) <= MAX_DESCENT_RANK for r in ranks]
+    if all(small):
+        return _orthogonalize(grams, ranks, penalty, gamma, steps, tol)
     results: list[Tensor] = list(grams)
     stats: list[Tensor] = list(grams)
     for run, is_small in ((_orthogonalize, True), (library.orthogonalize, False)):
@@ -112,7 +114,7 @@ def orthogonalize(
             counts = [len(x) if x.dim() == 3 else 1 for x in found]
             for i, c, own in zip(chosen, found, rows.split(counts)):
                 results[i], stats[i] = c, own
-    return results, torch.cat(stats) if stats else torch.zeros(0, 5, dtype=torch.float64)
+    return results, torch.cat(stats)
 
 
 def _orthogonalize(
@@ -265,9 +267,13 @@ def _note(
     finite: list[Tensor] | None, results: list[Tensor], seen: Tensor, problems: Sequence[Side]
 ) -> None:
     """Adds the results that are finite; seen: whether that of every module is."""
-    if finite is not None:
-        of_results = seen.split([p.modules for p in problems])
-        finite += [x for x, own in zip(results, of_results) if bool(own.all())]
+    if finite is None:
+        return
+    if bool(seen.all()):
+        finite += results
+        return
+    of_results = seen.split([p.modules for p in problems])
+    finite += [x for x, own in zip(results, of_results) if bool(own.all())]
 
 
 def truncate(

@@ -6,7 +6,6 @@ import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from itertools import accumulate
 from typing import TypeVar
 
 import torch
@@ -79,17 +78,15 @@ def side_by_side(batches: Sequence[Tensor]) -> Tensor:
     first = batches[0]
     if len(batches) == 1:
         return first
-    memory, step = first.untyped_storage().data_ptr(), first.stride(0) * first.itemsize
-    places = accumulate((step * len(x) for x in batches), initial=first.data_ptr())
-    follow = all(
-        x.data_ptr() == at
-        and x.stride() == first.stride()
-        and x.untyped_storage().data_ptr() == memory
-        for x, at in zip(batches, places)
-    )
-    if not follow:
+    strides, at, memory = first.stride(), first.data_ptr(), first.untyped_storage()
+    step, count = strides[0] * first.itemsize, 0
+    for x in batches:
+        if x.data_ptr() != at + step * count or x.stride() != strides:
+            return torch.cat(list(batches))
+        count += x.shape[0]
+    if at + step * count > memory.data_ptr() + memory.nbytes():
         return torch.cat(list(batches))
-    return first.as_strided((sum(map(len, batches)), *first.shape[1:]), first.stride())
+    return first.as_strided((count, *first.shape[1:]), strides)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -101,7 +98,10 @@ def dense(x: Tensor) -> Tensor:
 
 def matrices(coefficients: Sequence[Maybe]) -> list[Maybe]:
     """Float32, every matrix row-major."""
-    return [None if c is None else row_major(c.float()) for c in coefficients]
+    return [
+        c if c is None or (c.dtype == torch.float32 and c.is_contiguous()) else row_major(c.float())
+        for c in coefficients
+    ]
 
 
 def row_major(x: Tensor) -> Tensor:

@@ -221,6 +221,9 @@ def choose(
 
     Raises OptionError for an unknown name, or for one that cannot run here.
     """
+    row = TABLE.own.get(name)
+    if row and _can_run(row, device_type):  # at once, as every op asks
+        return name
     check_environment()
     name = name if name != AUTO else os.environ.get(ENVIRONMENT) or AUTO
     if name == AUTO:
@@ -241,7 +244,8 @@ def _can_run(row: Backend, device_type: str) -> bool:
 
 
 def _runs_on(row: Backend, device_type: str) -> bool:
-    return not row.devices() or device_type in row.devices()
+    devices = row.devices()
+    return not devices or device_type in devices
 
 
 def load(name: str) -> ModuleType:

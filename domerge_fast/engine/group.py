@@ -81,9 +81,11 @@ def measured(
     parts = _with_grams(stacks, wanted, backend, wide, bare)
     parts = [x for part, odd in zip(parts, _unusual(parts)) for x in part.split(odd)]
     without = [x for x in parts if x.here is None]
-    parts = [*(x for x in parts if x.here), *_looked_at(without, backend)]
+    if without:
+        parts = [*(x for x in parts if x.here), *_looked_at(without, backend)]
     parts = [_moved(plan, x) for x in parts]
-    parts = _again(parts, wide, bare, backend)
+    if any(x.moved for x in parts):
+        parts = _again(parts, wide, bare, backend)
     _check_finite(plan, parts)
     return Group(
         [x.stack for x in parts],
@@ -266,8 +268,8 @@ def _counted(
         for k in chosen:
             begin, end = end, end + len(given[k].stack.names)
             norms[by_grams[k]] = rows[begin:end]
-    rest = [k for k, x in enumerate(parts) if not x.counted]
-    norms |= zip(rest, sums.add_norms([parts[k].stack for k in rest], backend))
+    if rest := [k for k, x in enumerate(parts) if not x.counted]:
+        norms |= zip(rest, sums.add_norms([parts[k].stack for k in rest], backend))
     return [norms[k] for k in range(len(parts))]
 
 

@@ -39,9 +39,9 @@ class InterferenceSums:
     ) -> None:
         self.names, self.report, self.details = tuple(names), report, details
         size = (len(names),) * 2 if report == FULL else (0, 0)
-        self.rows, self.columns, self.inner, self.shared = (
-            torch.zeros(size, dtype=torch.float64) for _ in range(4)
-        )
+        self.sums = torch.zeros(3, *size, dtype=torch.float64)
+        """Of the overlaps of rows, of those of columns, and of <ΔW_i, ΔW_j>."""
+        self.shared = torch.zeros(size, dtype=torch.float64)
         self.norms: list[list[Tensor]] = [[] for _ in names]
 
     def add(self, names: Sequence[Sequence[str]], stack: Stack, a: Tensor, b: Tensor) -> Rows:
@@ -49,26 +49,25 @@ class InterferenceSums:
         the host's memory, in float64 where they have powers or sizes far apart; returns the
         adapters' ||ΔW_i||_F of each. stack: of one of them, with the adapters and powers of all."""
         adapters, ranks = stack.adapters, stack.a.ranks
-        inner = _block_products(a, b, ranks) * _size(stack)
+        inner = _block_products(a, b, ranks)
+        if stack.powers != (0, 0):
+            inner *= _size(stack)
         if self.report == FULL:
-            grid = self._grid(adapters)
-            self.inner[grid] += inner.sum(0)
-            self.shared[grid] += len(inner)
-            rows, columns = _alignments(a, ranks), _alignments(b, ranks)
-            self.rows[grid] += rows.sum(0)
-            self.columns[grid] += columns.sum(0)
+            overlaps = torch.stack([_alignments(x, ranks) for x in (a, b)])
+            self._add(adapters, torch.cat([overlaps, inner[None]]).sum(1), len(inner))
             if self.details:
-                self.details.add(
-                    [*chain.from_iterable(names)], stack, (a, b), (rows, columns, inner)
-                )
+                self.details.add([*chain.from_iterable(names)], stack, (a, b), (*overlaps, inner))
         return self.count(adapters, lengths(inner.diagonal(dim1=1, dim2=2)))
 
-    def _grid(self, adapters: Sequence[int]) -> Any:
-        """Where the tables have these adapters: an index takes as long as what is counted."""
+    def _add(self, adapters: Sequence[int], sums: Tensor, modules: int) -> None:
+        """What so many modules of these adapters add."""
         if len(adapters) == len(self.names):
-            return ...
-        at = torch.tensor(adapters)
-        return at[:, None], at[None, :]
+            self.sums += sums
+            self.shared += modules
+        else:
+            at = torch.tensor(adapters)
+            self.sums[:, at[:, None], at] += sums
+            self.shared[at[:, None], at] += modules
 
     def add_norms(self, stacks: Sequence[Stack], backend: str) -> list[Rows]:
         """Count the norms of modules in, without Grams; returns them, stack by stack."""
@@ -85,19 +84,18 @@ class InterferenceSums:
         """Sums of the same, with nothing counted."""
         return InterferenceSums(self.names, self.report, self.details and self.details.fresh())
 
-    def plain(self) -> tuple[list[Tensor], list[Tensor], Any]:
+    def plain(self) -> tuple[Tensor, Tensor, list[Tensor], Any]:
         """What was counted, for `take`."""
-        tables = [self.rows, self.columns, self.inner, self.shared]
         details = self.details.plain() if self.details else None
-        return tables if self.report == FULL else [], [*map(_joined, self.norms)], details
+        return self.sums, self.shared, [*map(_joined, self.norms)], details
 
-    def take(self, plain: tuple[list[Tensor], list[Tensor], Any]) -> None:
+    def take(self, plain: tuple[Tensor, Tensor, list[Tensor], Any]) -> None:
         """Count in what others have counted."""
-        tables, norms, details = plain
+        sums, shared, norms, details = plain
         if self.details:
             self.details.take(details)
-        for own, more in zip((self.rows, self.columns, self.inner, self.shared), tables):
-            own += more
+        self.sums += sums
+        self.shared += shared
         for mine, theirs in zip(self.norms, norms):
             mine.append(theirs)
 
@@ -113,14 +111,15 @@ class InterferenceSums:
         return self._tables(spread)
 
     def _tables(self, spread: tuple[tuple[float, float, float], ...]) -> Interference:
+        rows, columns, inner = self.sums
         count = self.shared.clamp_min(1)
-        norms = self.inner.diagonal().clamp_min(0).sqrt()
+        norms = inner.diagonal().clamp_min(0).sqrt()
         product = norms[:, None] * norms[None, :]
-        cosine = torch.where(product > 0, self.inner / product.where(product > 0, 1.0), 0.0)
+        cosine = torch.where(product > 0, inner / product.where(product > 0, 1.0), 0.0)
         return Interference(
             self.names,
-            _table(self.rows / count),
-            _table(self.columns / count),
+            _table(rows / count),
+            _table(columns / count),
             _table(cosine),
             tuple(norms.tolist()),
             spread,

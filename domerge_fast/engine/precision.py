@@ -191,14 +191,13 @@ def fits(
     """Whether every merged module is finite and, in float16, rounded by little for sure. merged:
     what one module became, or, with P before all shapes, several. finite: those that are known to
     be."""
-    found = []
     known = {id(x) for x in finite}
-    flat = [x for tensors in merged for x in tensors]
-    looked_at = iter(_finite([x for x in flat if id(x) not in known], backend))
-    of_all = iter([True if id(x) in known else next(looked_at) for x in flat])
+    rest = [x for tensors in merged for x in tensors if id(x) not in known]
+    looked_at = dict(zip(map(id, rest), _finite(rest, backend)))
+    found = []
     for tensors in merged:
-        count = 1 if tensors[0].dim() == 2 else len(tensors[0])
-        flags = [next(of_all) for _ in tensors]
+        count = 1 if tensors[0].dim() == 2 else tensors[0].shape[0]
+        flags = [looked_at.get(id(x), True) for x in tensors]
         whole = [True] * count
         if not all(x is True for x in flags):
             rows = [x if isinstance(x, list) else [x] * count for x in flags]
@@ -214,6 +213,8 @@ def fits(
 
 def _finite(tensors: Sequence[Tensor], backend: str) -> list[bool | list[bool]]:
     """Whether all of each is; of those that are not, whether every matrix is."""
+    if not tensors:
+        return []
     found: list[bool | list[bool]] = ops.largest(tensors, backend=backend).isfinite().tolist()
     for k, x in enumerate(tensors):
         if not found[k] and x.dim() == 3:

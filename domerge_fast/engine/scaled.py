@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from ..adapters.plan import Plan, Stack
 from ..algebra import powers
@@ -32,7 +33,7 @@ class Scaled:
         work = replace(self.work, settings=replace(self.work.settings, scale=scale))
         return Scaled(work, self.of_weights, self.of_scale + power)
 
-    @property
+    @cached_property
     def wide(self) -> Scaled:
         """With λ near 1, and results in float32."""
         near_one = self._without(math.frexp(self.work.settings.scale)[1])

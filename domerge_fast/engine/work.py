@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -80,7 +81,7 @@ class Work:
         """The same with results in float32."""
         return replace(self, settings=replace(self.settings, dtype=torch.float32))
 
-    @property
+    @cached_property
     def inner(self) -> Settings:
         """Settings of what comes before the last step, which is in float32."""
         cut_later = self.cut or self.narrowing or self.calibrates_factors

@@ -31,7 +31,7 @@ from . import decoupled
 from .base import Chosen, Factors, Halves, Merge, Method, Settings, grams
 from .contract import Needs
 from .groups import Groups, Through
-from .moved import Descended, Kept, Moved, sized
+from .moved import Descended, Moved, sized
 from .nested import directions
 from .side_report import SideReports
 from .streamed import choice
@@ -64,8 +64,7 @@ def find(
     settings: Settings,
 ) -> list[Descended]:
     """The descents."""
-    a = orthogonalize([s.a for s in stacks], grams_a, "A", options, settings.backend)
-    b = orthogonalize([s.b for s in stacks], grams_b, "B", options, settings.backend)
+    a, b = orthogonalize(stacks, grams_a, grams_b, options, settings.backend)
     kept = [(x.kept, y.kept) for x, y in zip(a, b)]
     sizes: Sequence[Sequence[float] | None] = [None] * len(stacks)
     if settings.order:
@@ -132,52 +131,58 @@ def both_sides(
 ) -> tuple[list[Moved], list[Moved]]:
     """Ahat and Bhat. Where adapters are far apart in size, that of their Ahat_i is in their Bhat_i:
     columns are measured in float32, and an update is the same with 2^-k Ahat_i and 2^k Bhat_i."""
-    a = orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
-    b = orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
-    return sized(stacks, a, b)
+    return sized(stacks, *orthogonalize(stacks, grams_a, grams_b, options, backend))
 
 
 def _again(
     stacks: Sequence[Stack], found: Sequence[Descended], options: DoOptions, backend: str
 ) -> Iterator[tuple[Moved, Moved]]:
     """The sides of which C or Xhat is known, or there is none, or they descend once more."""
-    a = _of_side([s.a for s in stacks], [x.a for x in found], "A", options, backend)
-    b = _of_side([s.b for s in stacks], [x.b for x in found], "B", options, backend)
-    return zip(*sized(stacks, a, b))
-
-
-def _of_side(
-    problems: Sequence[Side],
-    found: Sequence[Kept | None],
-    side: str,
-    options: DoOptions,
-    backend: str,
-) -> list[Moved]:
-    rest = [p for p, x in zip(problems, found) if x is None]
-    missing = iter(orthogonalize(rest, [None] * len(rest), side, options, backend))
-    return [next(missing) if x is None else Moved.of(p, x) for p, x in zip(problems, found)]
+    rows = [
+        *(("A", s.a, x.a) for s, x in zip(stacks, found)),
+        *(("B", s.b, x.b) for s, x in zip(stacks, found)),
+    ]
+    rest = [(side, p, None) for side, p, kept in rows if kept is None]
+    missing = iter(_moved(rest, options, backend))
+    sides = [next(missing) if kept is None else Moved.of(p, kept) for _, p, kept in rows]
+    return zip(*sized(stacks, sides[: len(stacks)], sides[len(stacks) :]))
 
 
 def orthogonalize(
-    problems: Sequence[Side],
-    grams: Sequence[Tensor | None],
-    side: str,
+    stacks: Sequence[Stack],
+    grams_a: Sequence[Tensor | None],
+    grams_b: Sequence[Tensor | None],
     options: DoOptions,
     backend: str,
-) -> list[Moved]:
-    """Xhat of A or B sides, where the options do not leave that side as it is.
+) -> tuple[list[Moved], list[Moved]]:
+    """Xhat of all A and of all B sides, where the options do not leave them as they are.
 
     grams: float32 ones, None where `METHOD.needs_grams` is false.
     """
-    sides = [Moved(p, None, None) for p in problems]
-    if not options.orthogonalize or options.sides not in ("both", side):
+    given = [
+        *(("A", s.a, g) for s, g in zip(stacks, grams_a)),
+        *(("B", s.b, g) for s, g in zip(stacks, grams_b)),
+    ]
+    found = _moved(given, options, backend)
+    return found[: len(stacks)], found[len(stacks) :]
+
+
+def _moved(
+    given: Sequence[tuple[str, Side, Tensor | None]], options: DoOptions, backend: str
+) -> list[Moved]:
+    """given: whether A or B, the side, and its Gram."""
+    sides = [Moved(p, None, None) for _, p, _ in given]
+    taken = (options.sides,) if options.sides != "both" else ("A", "B")
+    if not options.orthogonalize:
         return sides
+    chosen = [i for i, (side, _, _) in enumerate(given) if side in taken]
     rule: dict[str, Any] = {"gamma": options.gamma, "steps": options.steps, "tol": options.tol}
-    wide = [i for i, p in enumerate(problems) if moves_factors(p.rank, p.d, options, backend)]
-    square = sorted({*range(len(problems))} - {*wide})
+    problems = {i: given[i][1] for i in chosen}
+    wide = [i for i, p in problems.items() if moves_factors(p.rank, p.d, options, backend)]
+    square = sorted({*chosen} - {*wide})
     if square:
         c, stats = ops.orthogonalize(
-            [g for i in square if (g := grams[i]) is not None],
+            [g for i in square if (g := given[i][2]) is not None],
             [problems[i].ranks for i in square],
             penalty=options.penalty,
             backend=backend,

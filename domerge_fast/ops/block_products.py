@@ -30,10 +30,8 @@ def block_products(
     """
     size = (sum(ranks), sum(ranks))
     for side in (x, y):
-        for shape in {side.shape[1:]} if isinstance(side, Tensor) else {m.shape for m in side}:
-            if shape != size:
-                raise ValueError(
-                    f"a matrix of {tuple(shape)} does not fit the ranks {tuple(ranks)}"
-                )
+        found = {side.shape[1:]} if isinstance(side, Tensor) else {m.shape for m in side}
+        for shape in found - {size}:
+            raise ValueError(f"a matrix of {tuple(shape)} does not fit the ranks {tuple(ranks)}")
     things = [m for side in (x, y) for m in ([side] if isinstance(side, Tensor) else side)]
     return implementation("block_products", backend, things).block_products(x, y, ranks)

@@ -282,8 +282,7 @@ def _decoupled(stacks: Sequence[Stack], chosen: Chosen, work: Work) -> list[Part
     given, backend = chosen.options, work.settings.backend
     wanted = [chosen.method.needs_grams(s, given, backend) for s in stacks]
     of_a, of_b = grams(stacks, wanted, backend)
-    a = orthogonalize([s.a for s in stacks], of_a, "A", given, backend)
-    b = orthogonalize([s.b for s in stacks], of_b, "B", given, backend)
+    a, b = orthogonalize(stacks, of_a, of_b, given, backend)
     sides = [*a, *b]
     hats = ops.apply(
         [x.c for x in sides], [x.problem for x in sides], torch.float32, backend=backend

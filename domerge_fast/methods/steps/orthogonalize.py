@@ -26,8 +26,7 @@ def run(stacks: Sequence[Stack], settings: Settings) -> list[Stack]:
     options, backend = do.DoOptions(), settings.backend
     wanted = [do.METHOD.needs_grams(s, options, backend) for s in stacks]
     grams_a, grams_b = grams(stacks, wanted, backend)
-    a = do.orthogonalize([s.a for s in stacks], grams_a, "A", options, backend)
-    b = do.orthogonalize([s.b for s in stacks], grams_b, "B", options, backend)
+    a, b = do.orthogonalize(stacks, grams_a, grams_b, options, backend)
     sides = [*a, *b]
     moved = ops.apply(
         [x.c for x in sides], [x.problem for x in sides], torch.float32, backend=backend
