@@ -21,7 +21,7 @@ from ..methods.groups import Groups, Here
 from ..methods.running import Run, prepared
 from ..recipe import FULL, NONE
 from ..results.report import StackReport
-from . import interference, precision, transfer
+from . import interference, precision, stops, transfer
 from .first_pass import FirstPass
 from .group import Group, measured
 from .interference import InterferenceSums
@@ -131,7 +131,8 @@ def run(
         of_unit, counted = plain
         reports += map(StackReport.of_plain, of_unit)
         sums.take(counted)
-    return Outcome(reports, first.scales if first else {})
+    said = stops.notes(work.method, reports)
+    return Outcome(reports, first.scales if first else {}, said)
 
 
 def _tell(progress: Progress, begin: int, end: int, total: int) -> None:

@@ -50,7 +50,7 @@ class DoOptions:
     gamma: float = option(1.0, "weight of staying close to the given factors", low=0.0)
     sides: str = option("both", "which factors to orthogonalize", ("both", "A", "B"))
     steps: int = option(50, "most steps of the descent", low=0)
-    tol: float = option(1e-3, "stop when less than this share of the objective is left", low=0.0)
+    tol: float = option(1e-3, "share of the objective that may be left, as estimated", low=0.0)
     renormalize: bool = option(False, "bring the merged directions to unit length")
     directions: str = option(LINEAR, "the method that merges the directions")
     descent: str = option(choice.AUTO, "on all adapters, or batch after batch", choice.DESCENTS)
