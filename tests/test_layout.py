@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from domerge_fast.backends import layout
-from domerge_fast.backends.layout import LARGE, recycled, side_by_side, together
+from domerge_fast.backends.layout import (
+    LARGE,
+    LEAST,
+    PIECE,
+    recycled,
+    side_by_side,
+    together,
+)
 from domerge_fast.storage.buffers import Pieces
 
 
@@ -50,8 +57,9 @@ def test_large_results_are_pieces_that_are_freed_with_the_last_tensor(monkeypatc
             made.append(weakref.ref(self))
 
     monkeypatch.setattr(layout, "Pieces", Watched)
+    size = LEAST if again else LARGE
     with recycled() if again else contextlib.nullcontext():
-        first, second = together([(LARGE, 1), (3, 1)], torch.uint8)
+        first, second = together([(size, 1), (3, 1)], torch.uint8)
         address = first.data_ptr()
         assert address % mmap.PAGESIZE == 0
         (pieces,) = made
@@ -60,6 +68,25 @@ def test_large_results_are_pieces_that_are_freed_with_the_last_tensor(monkeypatc
         second.fill_(1)
         del second
         assert (pieces() is not None) == again
-        (other,) = together([(LARGE, 1)], torch.uint8)
+        (other,) = together([(size, 1)], torch.uint8)
         assert len(made) == (1 if again else 2)
         assert not again or other.data_ptr() == address
+
+
+def memories(**given) -> list[int]:
+    """How many results share an allocation, of some around PIECE bytes."""
+    shapes = [(PIECE // 4 - 64,), (PIECE // 2,), (PIECE // 4 + 64,), (64,), (2 * PIECE,), (1,)]
+    results = together(shapes, torch.bfloat16, **given)
+    assert [x.shape for x in results] == shapes
+    for k, x in enumerate(results):
+        x.fill_(k)
+    assert [x.unique().tolist() for x in results] == [[float(k)] for k in range(len(shapes))]
+    found = [x.untyped_storage().data_ptr() for x in results]
+    return [found.count(at) for at in dict.fromkeys(found)]
+
+
+def test_results_that_are_kept_share_no_more_than_a_piece():
+    assert memories(kept=True) == [1, 1, 2, 1, 1]
+    assert memories() == [6]
+    with recycled():
+        assert memories(kept=True) == [6]

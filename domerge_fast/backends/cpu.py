@@ -193,7 +193,7 @@ def _on_factors(
         return []
     sides = [problems[i] for i in chosen]
     given, _alive = _described(sides, rows_only=True)
-    found, at = _results([(p.rank, p.d) for p in sides], torch.float32, sides)
+    found, at = _results([(p.rank, p.d) for p in sides], torch.float32, sides, kept=True)
     table = torch.zeros(len(sides), len(FACTOR_STATS) + 1, dtype=torch.float64)
     _C.orthogonalize_factors(given, at, table.data_ptr(), half, *rule, torch.get_num_threads())
     least = HALF_SHARE if half else LEAST_SHARE
@@ -218,7 +218,7 @@ def apply(
     rows = [p.rank if c is None else c.shape[-2] for c, p in zip(cs, problems)]
     turned = [p.in_columns for p in problems]
     shapes = [(p.d, k) if t else (k, p.d) for k, p, t in zip(rows, problems, turned)]
-    out, at = _results(shapes, out_dtype, problems, turned)
+    out, at = _results(shapes, out_dtype, problems, turned, kept=True)
     counts = repeated((packed([k]), p.modules) for k, p in zip(rows, problems))
     code, threads = CODES[out_dtype], torch.get_num_threads()
     seen = torch.empty(sum([p.modules for p in problems]), dtype=torch.bool)
@@ -242,7 +242,7 @@ def apply_decouple(
     cs = matrices(coefficients)
     rows = [k if k.stride(-1) == 1 else k.contiguous() for k in blocks]
     whole = [row_major(h) for h in full or ()]
-    out, at = _results([(p.rank, p.d) for p in problems], out_dtype, problems)
+    out, at = _results([(p.rank, p.d) for p in problems], out_dtype, problems, kept=True)
     shapes = [(len(p.ranks),) for p in problems]
     norms, at_norms = _results(shapes, torch.float64, problems, dims=1)
     seen = torch.empty(sum([p.modules for p in problems]), dtype=torch.bool)
@@ -384,7 +384,9 @@ def _results(
     problems: Sequence[Side],
     turned: Sequence[bool] | None = None,
     dims: int = 2,
+    kept: bool = False,
 ) -> tuple[list[Tensor], memoryview]:
     """Memory for results of every problem, and its addresses; see `together`. dims: of one."""
-    results = together(shapes, dtype, counts=[p.count for p in problems], turned=turned)
+    counts = [p.count for p in problems]
+    results = together(shapes, dtype, counts=counts, turned=turned, kept=kept)
     return results, addresses(results, dims=dims)

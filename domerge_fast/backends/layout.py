@@ -31,9 +31,15 @@ Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 GAP = 64
 """Results that share an allocation begin at multiples of this many elements."""
 
-LARGE = 1 << 20
-"""Bytes from which on an allocation is had from the system every time, page by page: in small
-pages that takes as long as an op takes to fill them."""
+LARGE = 32 << 20
+"""Bytes from which on an allocation is had from the system every time, page by page: the most up to
+which that of glibc may keep what was freed. In small pages it takes as long as an op takes to fill
+them."""
+LEAST = 1 << 20
+"""Bytes from which on memory of an allocation is used again where results are let go."""
+PIECE = 4 << 20
+"""Bytes of results that are kept and share an allocation. What was freed serves the next merge
+then, of which the sizes may differ, and a tensor that somebody holds keeps no more than that."""
 
 _pieces: ContextVar[Pieces | None] = ContextVar("domerge_results", default=None)
 
@@ -116,31 +122,55 @@ def together(
     device: torch.device | None = None,
     counts: Sequence[int | None] | None = None,
     turned: Sequence[bool] | None = None,
+    kept: bool = False,
 ) -> list[Tensor]:
     """Row-major results of an op in one allocation: small ones cost more to allocate than to
     compute. One of them keeps the memory of all. counts: where there is one, so many of that shape,
-    as a tensor [count, ...]. turned: of which the transposes are wanted."""
+    as a tensor [count, ...]. turned: of which the transposes are wanted. kept: whether they may
+    outlive the work on a group; then they are in several, of PIECE bytes but where a result is
+    larger, unless they are let go (`recycled`)."""
     leads = [None] * len(shapes) if counts is None else counts
     steps = [-(-math.prod(shape) // GAP) * GAP for shape in shapes]
     sizes = [step * (1 if lead is None else lead) for step, lead in zip(steps, leads)]
-    memory = _memory(sum(sizes), dtype, device)
+    several = kept and _pieces.get() is None
+    most = PIECE // dtype.itemsize if several else sum(sizes)
     results: list[Tensor] = []
-    first = 0
-    for k, (shape, step, size, lead) in enumerate(zip(shapes, steps, sizes, leads)):
-        strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
-        if lead is None:
-            x = memory.as_strided(shape, strides, first)
-        else:
-            x = memory.as_strided((lead, *shape), (step, *strides), first)
-        results.append(x.mT if turned and turned[k] else x)
-        first += size
+    for chosen in _runs(sizes, most):
+        memory = _memory(sum([sizes[k] for k in chosen]), dtype, device)
+        first = 0
+        for k in chosen:
+            x = _view(memory, shapes[k], leads[k], steps[k], first)
+            results.append(x.mT if turned and turned[k] else x)
+            first += sizes[k]
     return results
+
+
+def _runs(sizes: Sequence[int], most: int) -> Iterator[range]:
+    """Positions of neighbours of which the sizes add up to `most`, or of one that is larger."""
+    begin, total = 0, 0
+    for k, size in enumerate(sizes):
+        if k > begin and total + size > most:
+            yield range(begin, k)
+            begin, total = k, 0
+        total += size
+    if sizes:
+        yield range(begin, len(sizes))
+
+
+def _view(
+    memory: Tensor, shape: tuple[int, ...], lead: int | None, step: int, first: int
+) -> Tensor:
+    """A row-major tensor of that shape from there on, or [lead, *shape] with so large steps."""
+    strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
+    if lead is None:
+        return memory.as_strided(shape, strides, first)
+    return memory.as_strided((lead, *shape), (step, *strides), first)
 
 
 def _memory(count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
     """Room for so many numbers."""
     nbytes = count * dtype.itemsize
-    if nbytes < LARGE or (device and device.type != "cpu"):
+    pieces = _pieces.get()
+    if nbytes < (LARGE if pieces is None else LEAST) or (device and device.type != "cpu"):
         return torch.empty(count, dtype=dtype, device=device)
-    pieces = _pieces.get() or Pieces()
-    return pieces.take(nbytes)[0][:nbytes].view(dtype)
+    return (pieces or Pieces()).take(nbytes)[0][:nbytes].view(dtype)
