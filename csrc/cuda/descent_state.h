@@ -142,14 +142,6 @@ struct DescentState {
         block.each([&](int thread) { phase(opaque(thread)); });
     }
 
-    // Calls visit(row, column) for this thread's share of all rows of four.
-    template <class Visit>
-    static DOMERGE_DEVICE void for_quads(int thread, Visit visit) {
-        DOMERGE_ROLLED
-        for (int i = thread; i < kSize * kSize / 4; i += kThreads)
-            visit(i / (kSize / 4), i % (kSize / 4) * 4);
-    }
-
     // Calls visit(row, column) for this thread's share of the 4 x 4 blocks on and below the
     // diagonal. Two rows of blocks, one from each end, have as many as any other two.
     template <class Visit>
@@ -183,7 +175,7 @@ struct DescentState {
             float *const gram = this->gram(), *const h = this->h(), *const ct = this->ct();
             float *const pt = this->pt(), *const next = this->next(), *const dt = this->dt(),
                          *const qt = this->qt();
-            for_quads(thread, [&](int row, int column) {
+            for_quads<kSize, kThreads>(thread, [&](int row, int column) {
                 const int at = row * kLd + column;
                 Vec<4> scaled, identity;
                 DOMERGE_UNROLL

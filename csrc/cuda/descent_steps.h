@@ -88,7 +88,7 @@ struct Descent {
         s.each([&](int thread) {
             const float* const m = s.weighted();
             float* const pt = s.pt();
-            s.for_quads(thread, [&](int row, int column) {
+            for_quads<kSize, kThreads>(thread, [&](int row, int column) {
                 Vec<4> p = load(m + row * kLd + column);
                 const Vec<4> steps = load(shared.step + column);
                 DOMERGE_UNROLL
@@ -212,7 +212,7 @@ struct Descent {
         s.each([&](int thread) {
             const float *const pt = s.pt(), *const next = s.next();
             float *const dt = s.dt(), *const qt = s.qt();
-            s.for_quads(thread, [&](int row, int column) {
+            for_quads<kSize, kThreads>(thread, [&](int row, int column) {
                 const int at = row * kLd + column;
                 const Vec<4> p = load(pt + at), qp = load(next + at);
                 Vec<4> d = load(dt + at), q = load(qt + at);
@@ -233,7 +233,7 @@ struct Descent {
         s.each([&](int thread) {
             const float *const dt = s.dt(), *const next = s.next();
             float *const ct = s.ct(), *const h = s.h();
-            s.for_quads(thread, [&](int row, int column) {
+            for_quads<kSize, kThreads>(thread, [&](int row, int column) {
                 const int at = row * kLd + column;
                 const Vec<4> d = load(dt + at);
                 Vec<4> c = load(ct + at);

@@ -26,6 +26,14 @@ DOMERGE_DEVICE void store(float* to, const Vec<kWidth>& values) {
     *reinterpret_cast<Vec<kWidth>*>(to) = values;
 }
 
+// Calls visit(row, column) for a thread's share of all fours of a square.
+template <int kSide, int kThreads, class Visit>
+DOMERGE_DEVICE void for_quads(int thread, Visit visit) {
+    DOMERGE_ROLLED
+    for (int i = thread; i < kSide * kSide / 4; i += kThreads)
+        visit(i / (kSide / 4), i % (kSide / 4) * 4);
+}
+
 // The nearest number of TF32. Parts that are cut leave out products of one sign, which shows where
 // the penalty is all but zero.
 DOMERGE_DEVICE float nearest_tf32(float x) {

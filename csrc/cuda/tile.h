@@ -45,16 +45,6 @@ struct Tile {
         for (int j = 0; j < kN; ++j) sums.at[i][j] = T{0};
     }
 
-    // to += from, from = 0.
-    static DOMERGE_DEVICE void move(Sums& from, Sums& to) {
-        DOMERGE_UNROLL
-        for (int i = 0; i < kM; ++i) DOMERGE_UNROLL
-        for (int j = 0; j < kN; ++j) {
-            to.at[i][j] += from.at[i][j];
-            from.at[i][j] = T{0};
-        }
-    }
-
     // sums += left^T right over a depth that all groups share: left [depth, kLeft] and right
     // [depth, kRight] in shared memory.
     template <int kDepth, int kLeft, int kRight>

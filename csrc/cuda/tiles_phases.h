@@ -35,7 +35,7 @@ struct Fill : OnTiles<2, 0> {
         const double scale = s.whole().scale;
         s.each([&](int thread) {
             const float* const g = global(s.given());
-            s.for_quads(thread, [&](int i, int j) {
+            for_quads<kTile, kThreads>(thread, [&](int i, int j) {
                 const int64_t place = s.place(i, j);
                 const int row = s.row + i, column = s.column + j;
                 Vec<4> scaled, identity;
@@ -67,10 +67,8 @@ struct Weigh : OnTiles<2, kForSums> {
         const TileOf s(params, block);
         if (!s.exists()) return;
         const DescentPairs<const TileOf> pairs(s);
-        PerThread<Part, kThreads> parts;
-        s.each([&](int thread) {
+        s.keep<kSums>(0, [&](int thread, Part& sums) {
             const float* const weights = pairs.weights();
-            Part sums{};
             const int half = thread / kTile, j = thread % kTile, column = s.column + j;
             float pull = 0;
             DOMERGE_ROLLED
@@ -88,9 +86,7 @@ struct Weigh : OnTiles<2, kForSums> {
                 pull += m * s.gram()[place];
             }
             s.pulls(2 * s.down + half)[column] = pull;
-            parts[thread] = sums;
         });
-        s.keep<kSums>(0, parts);
     }
 };
 
@@ -125,9 +121,7 @@ struct Metric : OnTiles<1, TileProduct::kSharedBytes> {
         product.clear();
         product.add<true>(s.p() + s.place(0, -s.column), s.gram() + int64_t{s.column} * s.ld, s.ld,
                           s.depth(), kTile);
-        PerThread<Part, kThreads> parts;
-        s.each([&](int thread) {
-            Part sums{};
+        s.keep<kSums>(0, [&](int thread, Part& sums) {
             product.for_pairs(thread, kTile, [&](int i, int j, Vec<2> q) {
                 const int64_t place = s.place(i, j);
                 const Vec<2> p = load<2>(s.p() + place),
@@ -144,9 +138,7 @@ struct Metric : OnTiles<1, TileProduct::kSharedBytes> {
                                  change.at[c]);
                 store(s.pg() + place, q);
             });
-            parts[thread] = sums;
         });
-        s.keep<kSums>(0, parts);
     }
 };
 
@@ -158,7 +150,7 @@ struct Turn : OnTiles<4, kForSums> {
         products.find(s.of_tiles<kSums>(0, false));
         const float beta = static_cast<float>(products.beta(s.whole().products.kpp));
         s.each([&](int thread) {
-            s.for_quads(thread, [&](int i, int j) {
+            for_quads<kTile, kThreads>(thread, [&](int i, int j) {
                 const int64_t place = s.place(i, j);
                 const Vec<4> p = load(s.p() + place), pg = load(s.pg() + place);
                 Vec<4> d{}, q{};
@@ -212,9 +204,7 @@ struct Changes : OnTiles<1, TileProduct::kSharedBytes> {
             });
             product.clear();
         }
-        PerThread<Part, kThreads> parts;
-        s.each([&](int thread) {
-            Part sums{};
+        s.keep<kCoefficients>(kSums, [&](int thread, Part& sums) {
             product.for_pairs(thread, diagonal ? 0 : kTile, [&](int i, int j, Vec<2> f) {
                 const int64_t place = s.place(i, j);
                 const Vec<2> x = load<2>(s.h() + place);
@@ -232,9 +222,7 @@ struct Changes : OnTiles<1, TileProduct::kSharedBytes> {
                 }
                 store(s.f() + place, f);
             });
-            parts[thread] = sums;
         });
-        s.keep<kCoefficients>(kSums, parts);
     }
 };
 
@@ -256,7 +244,7 @@ struct Advance : OnTiles<2, 0> {
         const bool diagonal = s.row == s.column;
         const DescentPairs<const TileOf> pairs(s);
         s.each([&](int thread) {
-            s.for_quads(thread, [&](int i, int j) {
+            for_quads<kTile, kThreads>(thread, [&](int i, int j) {
                 const int64_t place = s.place(i, j);
                 const Vec<4> d = load(s.d() + place);
                 Vec<4> c = load(s.c() + place);
@@ -299,10 +287,8 @@ struct Leave : OnTiles<2, kForSums> {
         const TileOf s(params, block);
         if (!s.exists()) return;
         const DescentPairs<const TileOf> pairs(s);
-        PerThread<Part, kThreads> parts;
-        s.each([&](int thread) {
+        s.keep<2>(0, [&](int thread, Part& sums) {
             float* const out = global(params.out + s.work[4]);
-            Part sums{};
             DOMERGE_ROLLED
             for (int k = thread; k < kTile * kTile; k += kThreads) {
                 const int i = k / kTile, j = k % kTile, row = s.row + i, column = s.column + j;
@@ -312,9 +298,7 @@ struct Leave : OnTiles<2, kForSums> {
                 if (row > column && pairs.crosses(row, column))
                     add_energy(s, sums, row, column, s.h()[place]);
             }
-            parts[thread] = sums;
         });
-        s.keep<2>(0, parts);
     }
 };
 

@@ -211,14 +211,6 @@ struct TileOf : TiledState {
     }
     DOMERGE_DEVICE bool lower() const { return column <= row; }
 
-    // Calls visit(i, j) for this thread's share of the tile's rows of four.
-    template <class Visit>
-    static DOMERGE_DEVICE void for_quads(int thread, Visit visit) {
-        DOMERGE_ROLLED
-        for (int k = thread; k < kTile * kTile / 4; k += kThreads)
-            visit(k / (kTile / 4), k % (kTile / 4) * 4);
-    }
-
     // Calls visit(i, j) for this thread's share of the tile's 4 x 4 blocks at and below the
     // diagonal of the matrix: a warp has 16 rows and 32 columns at a time.
     template <class Visit>
@@ -240,12 +232,14 @@ struct TileOf : TiledState {
         return c;
     }
 
-    // Keeps the tile's sums, from `first` on, that add_up finds of the threads' own.
-    template <int kCount>
-    DOMERGE_DEVICE void keep(int first, PerThread<Part, kThreads>& parts) const {
+    // Keeps the tile's sums, from `first` on, of what add(thread, sums) adds up.
+    template <int kCount, class Add>
+    DOMERGE_DEVICE void keep(int first, Add add) const {
         total<kCount>([&](int thread, double (&found)[kCount]) {
+            Part sums{};
+            add(thread, sums);
             DOMERGE_UNROLL
-            for (int k = 0; k < kCount; ++k) found[k] = parts[thread].at[k];
+            for (int k = 0; k < kCount; ++k) found[k] = sums.at[k];
         });
         each([&](int thread) {
             if (thread < kCount) sums(first + thread)[tile] = shared.total[thread];
