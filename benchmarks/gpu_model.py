@@ -5,10 +5,11 @@
 writes the table in docs/kernels.md: for every op, the least time by its bytes and flops, the least
 that its kernel can take, and their ratio. A kernel takes as long as the slowest of three: its
 bytes; its products, with what tiles pad and with C in two parts; the instructions of its straight
-stretches with products, from tests/data/machine_code.json, of copies to shared memory and of sums
-added to others. Left out is what comes before and after a tile, the splitting of C, ||a|| and all
-waiting, so a kernel is slower than that.
-Of `orthogonalize` that is all but the products of three steps and, beyond R = 256, their matrices'
+stretches with products, from tests/data/machine_code.json, of copies to shared memory, of the
+splitting of C, and of sums added to others. Left out is what comes before and after a tile, ||a||
+and all waiting, so a kernel is slower than that. Bytes are those of memory; what comes from the L2
+cache, as the parts of C for every block, is not among them.
+Of `orthogonalize` that is all but the products of three steps and, beyond R = 128, their matrices'
 way through memory, as if no cache held any. `roots` waits for one number after another, of which
 such counts tell nothing.
 """
@@ -55,6 +56,13 @@ WARPS = 8
 """Of a block."""
 COPY_BYTES, COPY_INSTRUCTIONS = 512, 15
 """What an asynchronous copy of a warp moves, and takes with its addresses: counted in Gram<128>."""
+PARTS_INSTRUCTIONS = 10
+"""The same of a copy of parts of C: counted in ApplyDecouple<128>."""
+SPLIT_NUMBERS, SPLIT_INSTRUCTIONS = 256, 244
+"""Numbers of C that a warp splits at once, and its instructions for them: Split<BFloat16>."""
+SCRATCH = {192: (31, 5), 256: (43, 0)}
+"""Matrices that pass through scratch memory in a step of a descent, and besides, by its size
+(DescentState in csrc/cuda/descent_state.h). Those of smaller ones an L2 cache holds."""
 
 Kernels = Mapping[str, Mapping[str, Any]]
 
@@ -93,8 +101,8 @@ def stretch(kernel: Mapping[str, Any], dtype: str, place: int = 0) -> Cost:
     return Cost(row["HMMA"] * HMMA_FLOPS[dtype] / RATES.gemm[dtype], row["all"])
 
 
-def copies(elements: int, size: int = 2) -> Cost:
-    return Cost(0, size * elements / COPY_BYTES * COPY_INSTRUCTIONS)
+def copies(elements: int, size: int = 2, each: int = COPY_INSTRUCTIONS) -> Cost:
+    return Cost(0, size * elements / COPY_BYTES * each)
 
 
 def added(sums: int) -> Cost:
@@ -132,22 +140,31 @@ def gram(kernels: Kernels, ranks: Sequence[int], d: int, dtype: str = "bfloat16"
     )
 
 
-def product(kernel: Mapping[str, Any], rank: int, rows: int, d: int) -> Cost:
+def product(kernel: Mapping[str, Any], rank: int, rows: int, d: int, span: int = 0) -> Cost:
     """C X in tiles of `rows` (TensorProduct in csrc/cuda/tensor_product.h): every warp has a
-    stretch for 32 rows of X, and adds its sums to others after some of them."""
+    stretch for 32 rows of X, and adds its sums to others after some of them. C comes for every
+    tile, or for `span` columns where it is in shared memory as a whole."""
     columns, step = {16: (512, 16), 32: (256, 32)}.get(rows, (16384 // rows, 32))
     tiles = up(rank, rows) * up(d, columns)
     once = stretch(kernel, "bfloat16") * (WARPS * up(rank, step)) + copies(rank * columns)
     depths = up(rank, 128 if rows <= 128 else 64)
     if depths > 1:
         once += added(rows * columns // (WARPS * 32)) * depths
-    return once * tiles
+    parts = copies(rows * step * up(rank, step), 4, PARTS_INSTRUCTIONS)
+    times = up(d, span) if span and depths == 1 else tiles
+    return once * tiles + parts * times + split(rank)
+
+
+def split(rank: int) -> Cost:
+    """C [rank, rank] in two parts (csrc/cuda/split.cu), which are written and read besides."""
+    numbers = rank * 16 * up(rank, 16)
+    return Cost(0, numbers / SPLIT_NUMBERS * SPLIT_INSTRUCTIONS, 2 * 4 * numbers)
 
 
 def apply(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
     rank = sum(ranks)
     rows = fitting(rank, (16, 32, 64, 128))
-    return product(kernels[f"TensorApply<BFloat16, {rows}>"], rank, rows, d)
+    return product(kernels[f"TensorApply<BFloat16, {rows}>"], rank, rows, d, 512)
 
 
 def apply_decouple(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
@@ -210,7 +227,9 @@ def orthogonalize(kernels: Kernels, ranks: Sequence[int], d: int) -> Cost:
         rows * columns * size // region * up(rank, 8)
     )
     half = Cost(one.units * sum(tiles) / len(tiles), one.instructions)
-    return one * (3 * STEPS - 2) + half * STEPS
+    a_step, besides = SCRATCH.get(size, (0, 0))
+    passing = Cost(0, 0, (a_step * STEPS + besides) * 4 * size**2)
+    return one * (3 * STEPS - 2) + half * STEPS + passing
 
 
 def descent_by_tiles(kernels: Kernels, rank: int) -> Cost:

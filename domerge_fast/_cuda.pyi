@@ -48,6 +48,17 @@ def orthogonalize_scratch(size: int, problems: int, frobenius: bool, /) -> int:
 def apply_decouple_scratch(size: int, tiles: int, rank: int, /) -> int:
     """The same of apply_decouple; rank: the largest R."""
 
+def takes_parts(dtype: int, out_dtype: int, /) -> bool:
+    """Whether apply and apply_decouple read the parts that split makes in place of C."""
+
+def split_rows() -> int:
+    """Of C, that a tile of split has."""
+
+def split_numbers(rows: int, columns: int, /) -> int:
+    """How many numbers of 32 bits the parts of C [rows, columns] take the place of."""
+
+def split(table: _Table, tiles: int, tile_count: int, work: int, stream: int, /) -> None: ...
+
 class Decoupling:
     """Addresses of what apply_decouple reads besides tables, and of the energies [N, slots]."""
 

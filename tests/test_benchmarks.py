@@ -227,11 +227,34 @@ def test_products_count_with_two_parts_and_what_tiles_pad():
     kernels = {f"TensorApply<BFloat16, {size}>": {"matrix": [row]} for size in (64, 128)}
     whole = gpu_model.apply(kernels, (64, 64), 256)
     assert whole.units * 989e12 == pytest.approx(2 * 2 * 128 * 128 * 256)
-    assert whole.instructions == 2 * 8 * 4 * 100 + 15 * 2 * 128 * 256 / 512
+    parts, split = 10 * 4 * 128 * 128 / 512, gpu_model.split(128)
+    copies = 15 * 2 * 128 * 256 / 512 + parts
+    assert whole.instructions == 2 * 8 * 4 * 100 + copies + split.instructions
+    assert whole.bytes == split.bytes == 2 * 4 * 128 * 128
     assert gpu_model.apply(kernels, (60, 60), 250).units == whole.units
     assert gpu_model.apply(kernels, (100, 100), 256).units * 989e12 == pytest.approx(
         2 * 2 * 256 * 224 * 256
     )
+
+
+def test_parts_of_c_come_for_every_tile_where_they_do_not_all_stay():
+    """Of 512 columns four tiles of 128, and of R = 129 two of rows."""
+    kernels = {"TensorApply<BFloat16, 128>": {"matrix": [{"all": 0, "HMMA": 0, "LDSM": 0}]}}
+
+    def of_parts(rank: int) -> float:
+        rest = gpu_model.split(rank).instructions + 15 * 2 * rank * 512 / 512 * -(-rank // 128)
+        rest += (8 * 1.5 * 64 * 2 * 8) if rank > 128 else 0
+        return gpu_model.apply(kernels, (rank,), 512).instructions - rest
+
+    assert of_parts(128) == pytest.approx(10 * 4 * 128 * 128 / 512)
+    assert of_parts(129) == pytest.approx(8 * 10 * 4 * 128 * 160 / 512)
+
+
+def test_descents_beyond_shared_memory_count_what_passes_through_scratch():
+    """Three steps, and what comes before, between and after them."""
+    kernels = {f"Descent<{size}>": {"matrix": [{"all": 1, "HMMA": 1}]} for size in (128, 192, 256)}
+    moved = {r: gpu_model.orthogonalize(kernels, (r,), 4096).bytes for r in (128, 150, 256)}
+    assert moved == {128: 0, 150: (3 * 31 + 5) * 4 * 192**2, 256: 3 * 43 * 4 * 256**2}
 
 
 def test_grams_of_parts_count_three_products_of_every_square_up_to_the_diagonal():

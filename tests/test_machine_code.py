@@ -122,6 +122,16 @@ def test_products_of_16_bit_factors_are_made_on_tensor_cores_and_stored_in_whole
         assert row["stores"]["STG128"] >= 4, name
 
 
+def test_c_is_split_once_and_its_parts_come_in_whole_vectors():
+    """Two copies of eight numbers, in what blocks of products repeat."""
+    for (_, name), row in rows("split").items():
+        assert row["stores"]["STG128"] == 2, name
+    for source in ("apply", "apply_decouple"):
+        for (_, name), row in rows(source).items():
+            if name.startswith("TensorApply") or name.endswith(" 512, true>"):
+                assert row["loop"]["LDGSTS128"] > 2, name
+
+
 def test_decoupled_products_are_made_on_tensor_cores_and_so_are_magnitudes_of_all_formats():
     for (_, name), row in rows("apply_decouple").items():
         products = [x for x in row["matrix"] if "LDSM" in x]

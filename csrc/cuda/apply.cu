@@ -17,7 +17,7 @@ struct ApplyTile {
 };
 
 struct ApplyWork {
-    Address coefficients;
+    Address coefficients;  // or their parts
     int64_t rows;
     int64_t offset;
 };
@@ -203,8 +203,7 @@ struct TensorApply {
                                         const ApplyTile& tile, const Reader<Format>& x) {
         const ApplyWork& work = params.work[tile.problem];
         const Product product(block.shared);
-        const Matrix c{reinterpret_cast<const float*>(work.coefficients),
-                       static_cast<int>(work.rows), x.rows};
+        const SplitMatrix c(work.coefficients, static_cast<int>(work.rows), x.rows);
         const int row = static_cast<int>(tile.row), column = static_cast<int>(tile.column);
         const int columns = least(x.end - column, kSpan);
         typename Product::WarpSums sums;
@@ -291,8 +290,7 @@ struct Apply {
         const Reader<Format> x(params.table, problem, problem.rank, problem.d);
         if (work.coefficients == 0) return Copy<Format, kSize>::run(params, block, tile, x);
         const int row = static_cast<int>(tile.row), begin = static_cast<int>(tile.column);
-        const Matrix c{reinterpret_cast<const float*>(work.coefficients),
-                       static_cast<int>(work.rows), x.rows};
+        const Matrix c(work.coefficients, static_cast<int>(work.rows), x.rows);
         float* const shared = reinterpret_cast<float*>(block.shared);
         for (int column = begin; column < least(begin + kSpan, x.end); column += kColumns) {
             typename Product::Sums sums;

@@ -27,7 +27,7 @@ struct DecoupleTile {
 };
 
 struct DecoupleWork {
-    Address coefficients;
+    Address coefficients;  // or their parts
     int64_t offset;
 };
 
@@ -107,7 +107,7 @@ struct ApplyDecouple {
         if (coefficients == 0) {
             block.each([&](int thread) { copy(thread, a, column, at.values); });
         } else {
-            const Matrix c{reinterpret_cast<const float*>(coefficients), a.rows, a.rows};
+            const typename Product::Coefficients c(coefficients, a.rows, a.rows);
             for (int row = 0; row < a.rows; row += kRows)
                 Product::template run<kStride>(block, c, a, row, column, at.values + row * kStride);
         }

@@ -64,6 +64,10 @@ PYBIND11_MODULE(_cuda, m) {
         .def("begin", &domerge::TiledDescent::begin, Unlocked())
         .def("step", &domerge::TiledDescent::step, Unlocked())
         .def("finish", &domerge::TiledDescent::finish, Unlocked());
+    m.def("takes_parts", domerge::takes_parts);
+    m.def("split_rows", domerge::split_rows);
+    m.def("split_numbers", domerge::split_numbers);
+    m.def("split", domerge::split, Unlocked());
     m.def("apply", domerge::apply, Unlocked());
     m.def("roots", domerge::roots, Unlocked());
     m.def("apply_decouple", domerge::apply_decouple, Unlocked());

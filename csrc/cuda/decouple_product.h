@@ -9,6 +9,7 @@ namespace domerge {
 template <class Format, int kRows>
 struct OnUnits {
     using Product = domerge::Product<Format, kRows>;
+    using Coefficients = Matrix;
     static constexpr int64_t kSharedBytes = sizeof(float) * Product::kShared;
 
     // values = C[row, …] A[…, column], kRows lines of kStride numbers, which may be where the
@@ -38,16 +39,17 @@ struct OnUnits {
 template <class Format, int kRows>
 struct OnTensorCores {
     using Product = TensorProduct<Format, kRows>;
+    using Coefficients = SplitMatrix;
     static constexpr int64_t kSharedBytes = Product::kSharedBytes;
 
     template <int kStride>
-    static DOMERGE_DEVICE void run(Block<kBlockThreads>& block, const Matrix& c,
+    static DOMERGE_DEVICE void run(Block<kBlockThreads>& block, const SplitMatrix& c,
                                    const Reader<Format>& a, int row, int column, float* values) {
         using Shape = typename Product::template Shape<false>;
         struct alignas(8) Pair {
             float at[2];
         };
-        static_assert(kRows * kStride * sizeof(float) <= kSharedBytes - Product::kTopBytes);
+        static_assert(kRows * kStride * sizeof(float) <= kSharedBytes - Product::kInverseBytes);
         const Product product(block.shared);
         typename Product::WarpSums sums;
         product.template run<false>(block, c, a, row, column, 1, sums,

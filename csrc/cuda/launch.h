@@ -20,6 +20,14 @@ void gram(const TableNumbers& table, int64_t size, Address tiles, int64_t tile_c
 
 void block_gram(const TableNumbers& table, Address work, int64_t count, Address out, Stream stream);
 
+// Whether apply and apply_decouple read parts in place of C: of products on tensor cores.
+bool takes_parts(int dtype, int out_dtype);
+// Rows of C that a block splits, and the numbers of 32 bits that parts take.
+int64_t split_rows();
+int64_t split_numbers(int64_t rows, int64_t columns);
+void split(const TableNumbers& table, Address tiles, int64_t tile_count, Address work,
+           Stream stream);
+
 std::vector<int64_t> apply_sizes();
 int64_t apply_columns(int64_t size);
 void apply(const TableNumbers& table, int64_t size, Address tiles, int64_t tile_count, Address work,

@@ -17,6 +17,9 @@ struct Matrix {
     int rows;
     int columns;
 
+    DOMERGE_DEVICE Matrix(Address data, int rows, int columns)
+        : data(reinterpret_cast<const float*>(data)), rows(rows), columns(columns) {}
+
     DOMERGE_DEVICE Words read(int row, int column) const {
         Words words{};
         if (row >= rows || column >= columns) return words;

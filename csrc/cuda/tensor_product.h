@@ -1,14 +1,15 @@
 // C X of 16-bit X on tensor cores, for apply and apply_decouple.
 //
-// C, float32, is split into two 16-bit parts that together have its 16 leading bits in bfloat16,
-// and 22 in float16, where every row is first brought to a size that float16 holds. The parts stay
-// in shared memory while tiles of X pass. Results lie in registers as they lie in memory: of X in
-// columns it is X^T C^T that is computed. Sums over more than kDepth rows of X are added, rounded
-// to nearest, to others: a tensor core cuts off.
+// C is in two 16-bit parts (split_matrix.h). Of kDepth columns these are in shared memory: where C
+// has no more they stay while tiles of X pass, and otherwise they come step by step, as X does.
+// Results lie in registers as they lie in memory: of X in columns it is X^T C^T that is computed.
+// Sums over more than kDepth rows of X are added, rounded to nearest, to others: a tensor core cuts
+// off.
 #pragma once
 
 #include "lines.h"
 #include "product.h"
+#include "split_matrix.h"
 
 namespace domerge {
 
@@ -44,8 +45,8 @@ struct TensorProduct {
     // What a warp computes: kDown blocks of 16 rows, kAcross of 8 columns, of X^T C^T in columns.
     template <bool kInColumns>
     struct Shape {
-        static constexpr int kHeight = kInColumns ? (kRows == 32 ? 32 : 64) : least_of(kRows, 64);
-        static constexpr int kWidth = kInColumns ? least_of(kRows, 32) : (kRows == 16 ? 64 : 32);
+        static constexpr int kHeight = kInColumns ? (kRows == 32 ? 32 : 64) : least_of(kRows, 32);
+        static constexpr int kWidth = kInColumns ? least_of(kRows, 32) : (kRows == 32 ? 32 : 64);
         static constexpr int kDown = kHeight / 16, kAcross = kWidth / 8;
         static constexpr int kWarpsAcross = (kInColumns ? kRows : kColumns) / kWidth;
         static_assert(kWarps % kWarpsAcross == 0 &&
@@ -66,96 +67,51 @@ struct TensorProduct {
     using LinesOf = Lines<Format, kInColumns, kStep, kColumns, kThreads>;
 
     static constexpr int kSteps = kDepth / kStep;
+    static_assert((kSteps & (kSteps - 1)) == 0);
+    static constexpr int kPartLines = least_of(kThreads / (kStep / 8), kRows);  // that come at once
+    static constexpr int kPartsAhead = least_of(kSteps, kStages) - 1;  // steps that C comes before
     static constexpr int kSourceBytes = kAhead * kSteps * kStep * 12;
-    static constexpr int kTopBytes = kRows * sizeof(uint32_t);
+    static constexpr int kInverseBytes = kRows * sizeof(float);
     static constexpr int64_t kSharedBytes =
-        sizeof(Words) * (2 * kPart + kStages * kStage) + kSourceBytes + kTopBytes;
+        sizeof(Words) * (2 * kPart + kStages * kStage) + kSourceBytes + kInverseBytes;
     static_assert(kSharedBytes <= kSmallestShared);
 
     Words* parts;
     Words* stages;
     char* sources;
-    uint32_t* tops;  // the bits of the largest magnitude of every row of C
+    float* inverses;
 
     DOMERGE_DEVICE explicit TensorProduct(char* shared)
         : parts(reinterpret_cast<Words*>(shared)),
           stages(parts + 2 * kPart),
           sources(reinterpret_cast<char*>(stages + kStages * kStage)),
-          tops(reinterpret_cast<uint32_t*>(sources + kSourceBytes)) {}
+          inverses(reinterpret_cast<float*>(sources + kSourceBytes)) {}
 
-    // A power of two, and its inverse, that brings the largest of a row to 2^14.
-    DOMERGE_DEVICE float factor(int row) const {
-        if constexpr (!kScaled) return 1.0f;
-        const uint32_t exponent = tops[row] >> 23;
-        return from_bits((exponent < 15 ? 253 : 268 - exponent) << 23);
-    }
-    DOMERGE_DEVICE float inverse(int row) const {
-        if constexpr (!kScaled) return 1.0f;
-        const uint32_t exponent = tops[row] >> 23;
-        return from_bits((exponent < 15 ? 1 : exponent - 14) << 23);
+    // What a row of results is to be multiplied by.
+    DOMERGE_DEVICE float inverse(int row) const { return kScaled ? inverses[row] : 1.0f; }
+
+    DOMERGE_DEVICE void fetch_inverses(int thread, const SplitMatrix& c, int row) const {
+        if constexpr (kScaled)
+            for (int i = thread; i < kRows; i += kThreads)
+                inverses[i] = row + i < c.rows ? c.inverse(row + i) : 0.0f;
     }
 
-    // Eight numbers of a row of C, each times the scale of its row of X.
-    static DOMERGE_DEVICE void read(const Matrix& c, const Reader<Format>& x, int row, int k,
-                                    float (&to)[8]) {
+    // Starts the way of a step's columns of C to their place in shared memory.
+    static DOMERGE_DEVICE void start_parts(Copies<kThreads>& copies, int thread, Words* parts,
+                                           const SplitMatrix& c, int row, int step, int place) {
+        constexpr int kUnits = kStep / 8, kLines = kPartLines;
+        const int line = thread / kUnits, unit = thread % kUnits, from_unit = step * kUnits + unit;
+        if (line >= kLines) return;
+        const int lines = from_unit < c.units ? c.rows - row : 0;
+        const Words* from = c.at(row + line, from_unit);
+        Words* to = Left::at(parts, line, place * kUnits + unit);
         DOMERGE_UNROLL
-        for (int i = 0; i < 8; i += 4) {
-            const Words words = c.read(row, k + i);
-            DOMERGE_UNROLL
-            for (int l = 0; l < 4; ++l) to[i + l] = from_bits(words.at[l]);
-        }
-        if (k >= x.rows) return;
-        float scale = static_cast<float>(x.block(k).scale);
-        const bool alike = x.owner[k] == x.owner[least(k + 8, x.rows) - 1];
-        DOMERGE_UNROLL
-        for (int i = 0; i < 8; ++i) {
-            if (!alike && k + i < x.rows) scale = static_cast<float>(x.block(k + i).scale);
-            to[i] *= scale;
-        }
-    }
-
-    DOMERGE_DEVICE void find_tops(Block<kThreads>& block, const Matrix& c, const Reader<Format>& x,
-                                  int row) const {
-        if constexpr (!kScaled) return;
-        block.each([&](int thread) {
-            for (int i = thread; i < kRows; i += kThreads) tops[i] = 0;
-        });
-        block.each([&](int thread) {
-            const int units = (c.columns + 7) / 8;
-            DOMERGE_ROLLED
-            for (int v = thread; v < kRows * units; v += kThreads) {
-                float values[8];
-                read(c, x, row + v / units, v % units * 8, values);
-                uint32_t top = 0;
-                DOMERGE_UNROLL
-                for (int i = 0; i < 8; ++i) {
-                    const uint32_t size = to_bits(values[i]) & 0x7fffffffu;
-                    top = size > top ? size : top;
-                }
-                raise_atomically(tops + v / units, top);
-            }
-        });
-    }
-
-    // The parts of kDepth columns of C, from column k on.
-    DOMERGE_DEVICE void split(int thread, const Matrix& c, const Reader<Format>& x, int row,
-                              int k) const {
-        DOMERGE_ROLLED
-        for (int v = thread; v < kPart; v += kThreads) {
-            const int line = v / (kDepth / 8), unit = v % (kDepth / 8);
-            float values[8];
-            read(c, x, row + line, k + 8 * unit, values);
-            const float size = factor(line);
-            Words high, low;
-            DOMERGE_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const float a = values[2 * i] * size, b = values[2 * i + 1] * size;
-                high.at[i] = pack<Format>(a, b);
-                low.at[i] = pack<Format>(a - Format::load(static_cast<uint16_t>(high.at[i])),
-                                         b - Format::load(static_cast<uint16_t>(high.at[i] >> 16)));
-            }
-            *Left::at(parts, line, unit) = high;
-            *Left::at(parts + kPart, line, unit) = low;
+        for (int l = 0; l < kRows; l += kLines) {
+            const int bytes = line + l < lines ? 16 : 0;
+            copies.template start<16>(thread, to, from, bytes);
+            copies.template start<16>(thread, to + kPart, from + c.units, bytes);
+            from += int64_t{kLines} * 2 * c.units;
+            to += kLines * (kDepth / 8);
         }
     }
 
@@ -198,7 +154,7 @@ struct TensorProduct {
     // C[row, …] X[…, column] of `tiles` tiles side by side: finish(warp, tile, sums) takes what a
     // warp has of each, times `factor`, within a phase.
     template <bool kInColumns, class Finish>
-    DOMERGE_DEVICE void run(Block<kThreads>& block, const Matrix& c, const Reader<Format>& x,
+    DOMERGE_DEVICE void run(Block<kThreads>& block, const SplitMatrix& c, const Reader<Format>& x,
                             int row, int column, int tiles, WarpSums& sums, Finish finish) const {
         using Lines = LinesOf<kInColumns>;
         using Sources = typename Lines::Sources;
@@ -217,48 +173,57 @@ struct TensorProduct {
         const auto depth_of = [&](int i) {
             return depths == 1 ? 0 : i / steps * depths + i % steps / kSteps;
         };
+        const int count = tiles * steps;
+        const bool stays = depths == 1;  // C, once it is there
         WarpSums totals;
         Copies<kThreads> copies;
-        find_tops(block, c, x, row);
         block.each([&](int thread) {
             locate(thread, 0);
             if (depths > 1) locate(thread, 1);
+            fetch_inverses(thread, c, row);
         });
         block.warps([&](int warp) { clear(sums[warp], totals[warp]); });
-        for (int i = 1 - kStages; i < tiles * steps; ++i) {
+        for (int i = 1 - kStages; i < count; ++i) {
             const int coming = i + kStages - 1, step = (i + steps * kStages) % steps;
-            if (i == 0 || (i > 0 && depths > 1 && step % kSteps == 0))
-                block.each([&](int thread) {
-                    split(thread, c, x, row, step * kStep);
-                    if (depths > 1) locate(thread, depth_of(i) + 2);
-                });
+            const bool first = step % kSteps == 0, last = step == steps - 1;
+            // Of C the place of what is multiplied, and what comes; in turns where it does not
+            // stay.
+            const int place = stays ? step : i & (kSteps - 1), next = i + kPartsAhead;
+            const int of_next = stays ? next : wrapped(step + kPartsAhead, steps);
             block.warps([&](int warp) {
                 lanes([&](int lane) {
                     const int thread = warp * kLanesOfWarp + lane;
-                    if (coming < tiles * steps)
+                    if (next >= 0 && next < (stays ? steps : count))
+                        start_parts(copies, thread, parts, c, row, of_next, next & (kSteps - 1));
+                    copies.commit(thread);
+                    if (coming < count)
                         Lines::start(copies, thread, stages + coming % kStages * kStage, x,
                                      *sources_of(depth_of(coming), coming % steps % kSteps),
                                      coming % steps * kStep, column + coming / steps * kColumns);
                     copies.commit(thread);
+                    if (i >= 0 && !stays && first) locate(thread, depth_of(i) + 2);
                 });
                 if (i >= 0) {
-                    multiply<kInColumns>(opaque(warp), stages + i % kStages * kStage,
-                                         step % kSteps * kStep, sums[warp]);
-                    const bool last = step == steps - 1;
-                    if (depths > 1 && (last || step % kSteps == kSteps - 1))
+                    multiply<kInColumns>(opaque(warp), stages + i % kStages * kStage, place * kStep,
+                                         sums[warp]);
+                    if (!stays && (last || step % kSteps == kSteps - 1))
                         move(sums[warp], totals[warp]);
                     if (last) {
-                        if (depths > 1) move(totals[warp], sums[warp]);
+                        if (!stays) move(totals[warp], sums[warp]);
                         finish(warp, i / steps, sums[warp]);
-                        if (i + 1 < tiles * steps) clear(sums[warp], totals[warp]);
+                        if (i + 1 < count) clear(sums[warp], totals[warp]);
                     }
                 }
                 lanes([&](int lane) {
-                    copies.template wait<kStages - 2>(warp * kLanesOfWarp + lane);
+                    copies.template wait<kPartsAhead>(warp * kLanesOfWarp + lane);
                 });
             });
         }
         block.each([&](int thread) { copies.template wait<0>(thread); });
+    }
+
+    static DOMERGE_DEVICE int wrapped(int step, int steps) {
+        return step < steps ? step : step - steps;
     }
 
     static DOMERGE_DEVICE void clear(Sums& sums, Sums& totals) {

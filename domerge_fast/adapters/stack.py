@@ -16,7 +16,8 @@ from .adapter import Alike
 __all__ = ["Kind", "Stack", "near_one", "stack_of_one", "stacks_of"]
 
 SQUARES = 2 * 4 * 12
-"""Bytes for every entry of an R x R matrix: both sides have their Gram, C and the descent's own."""
+"""Bytes for every entry of an R x R matrix: both sides have their Gram, C and the descent's own,
+and later the parts of C in place of those."""
 
 
 @dataclass(frozen=True, eq=False)

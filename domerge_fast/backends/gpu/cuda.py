@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,6 +41,16 @@ TILED_SIZES = tuple(n << k for k in range(7, 20) for n in (3, 4))
 """R, padded, of descents by tiles."""
 
 
+class _Splitting:
+    """gpu.splitting.Splitting."""
+
+    rows = _cuda.split_rows()
+    numbers = staticmethod(_cuda.split_numbers)
+
+    def launch(self, table: Table, tiles: Tensor, work: Tensor) -> None:
+        _cuda.split(_numbers(table), *_rows(tiles), _at(work), _stream(tiles))
+
+
 class _Kernels:
     """gpu.kernels.Kernels and gpu.entries.EntryKernels by the launches of the extension."""
 
@@ -74,9 +85,24 @@ class _Kernels:
         tol: float,
     ) -> None:
         if size not in _cuda.orthogonalize_sizes():
-            _descend_by_tiles(
-                size, adapters, work, starts, out, stats, frobenius, gamma, steps, tol
+            each = _cuda.tiled_descent_bytes(size, adapters, frobenius)
+            by_tiles = partial(
+                _cuda.TiledDescent,
+                size=size,
+                starts=_at(starts),
+                each=each,
+                out=_at(out),
+                stats=_at(stats),
+                frobenius=frobenius,
+                gamma=gamma,
+                tol=tol,
             )
+
+            def start(batch: Tensor, memory: Tensor) -> _TiledDescent:
+                launches = by_tiles(work=_at(batch), problems=len(batch), memory=_at(memory))
+                return _TiledDescent(launches, _stream(out))
+
+            descend(work, each // 8, 0, steps, start)
             return
         needed = _cuda.orthogonalize_scratch(size, len(work), frobenius)
         scratch = torch.empty(needed, dtype=torch.uint8, device=out.device)
@@ -93,6 +119,10 @@ class _Kernels:
             tol,
             _stream(out),
         )
+
+    def splitting(self, dtype: torch.dtype, out_dtype: torch.dtype) -> _Splitting | None:
+        on_tensor_cores = _cuda.takes_parts(CODES[dtype], CODES[out_dtype])
+        return _Splitting() if on_tensor_cores else None
 
     def apply(self, table: Table, size: int, tiles: Tensor, work: Tensor, out: Tensor) -> None:
         code = CODES[out.dtype]
@@ -201,39 +231,6 @@ class _TiledDescent:
 
     def finish(self) -> None:
         self.launches.finish(self.stream)
-
-
-def _descend_by_tiles(
-    size: int,
-    adapters: int,
-    work: Tensor,
-    starts: Tensor,
-    out: Tensor,
-    stats: Tensor,
-    frobenius: bool,
-    gamma: float,
-    steps: int,
-    tol: float,
-) -> None:
-    each = _cuda.tiled_descent_bytes(size, adapters, frobenius) // 8
-
-    def start(batch: Tensor, memory: Tensor) -> _TiledDescent:
-        launches = _cuda.TiledDescent(
-            size=size,
-            work=_at(batch),
-            problems=len(batch),
-            starts=_at(starts),
-            memory=_at(memory),
-            each=8 * each,
-            out=_at(out),
-            stats=_at(stats),
-            frobenius=frobenius,
-            gamma=gamma,
-            tol=tol,
-        )
-        return _TiledDescent(launches, _stream(out))
-
-    descend(work, each, 0, steps, start)
 
 
 def _at(x: Tensor) -> int:

@@ -25,7 +25,7 @@ from .. import torch as by_torch
 from ..descent import STATS
 from ..layout import addresses, dense, matrices, offsets, row_major, together
 from ..singly import Singly
-from . import tables
+from . import splitting, tables
 from .kernels import Kernels
 from .tables import Table
 
@@ -146,7 +146,7 @@ class Gpu:
         if not problems:
             return []
         kernels = self.load()
-        with region("apply", problems[0].device):
+        with region("apply", problems[0].device) as device:
             host = tables.describe(problems)
             cs = matrices(coefficients)
             heights = [p.rank if c is None else c.shape[-2] for c, p in zip(cs, problems)]
@@ -154,7 +154,14 @@ class Gpu:
             results = _results(shapes, out_dtype, problems)
             every = _every(problems)
             counts = [k for k, p in zip(heights, problems) for _ in range(p.modules)]
-            work = tables.rows(zip(addresses(cs, problems), counts, offsets(results)), 3)
+            split = splitting.given(
+                kernels.splitting(host.dtype, out_dtype),
+                addresses(cs, problems),
+                counts,
+                [p.rank for p in every],
+                device,
+            )
+            work = tables.rows(zip(split.addresses, counts, offsets(results)), 3)
             groups = tables.buckets(dict(enumerate(counts)), kernels.sizes("apply"))
             tiles = [
                 tables.grid(
@@ -166,7 +173,8 @@ class Gpu:
                 )[:, :3]
                 for size, members in groups.items()
             ]
-            table, rest = upload_table(host, [work, *tiles])
+            table, rest = upload_table(host, [*split.tables, work, *tiles])
+            split.make(table, rest)
             work_of = next(rest)
             for size in groups:
                 kernels.apply(table, size, next(rest), work_of, results[0])
@@ -197,8 +205,11 @@ class Gpu:
             packed = [k if k.stride(-1) == 1 else k.contiguous() for k in blocks]
             shapes = [(p.rank, p.d) for p in problems]
             results = _results(shapes, out_dtype, problems)
-            work = tables.rows(zip(addresses(cs, problems), offsets(results)), 2)
             every = _every(problems)
+            ranks = [p.rank for p in every]
+            own = kernels.splitting(host.dtype, out_dtype)
+            split = splitting.given(own, addresses(cs, problems), ranks, ranks, device)
+            work = tables.rows(zip(split.addresses, offsets(results)), 2)
             given: list[tuple[int, int]] = []
             for p, address in zip(every, addresses(packed, dims=1)):
                 for r in p.ranks:
@@ -223,7 +234,8 @@ class Gpu:
             ]
             slots = 1 + max(int(t[:, 2].max()) for t in tiles)
             numbers = [work, roots_of, tables.numbers(places), weights]
-            table, rest = upload_table(host, [*numbers, *tiles])
+            table, rest = upload_table(host, [*split.tables, *numbers, *tiles])
+            split.make(table, rest)
             work_of, roots_work, root_at, bits = (next(rest) for _ in numbers)
             roots = torch.empty(root_total, device=device)
             norms = torch.empty(len(given), device=device)
@@ -234,7 +246,7 @@ class Gpu:
                 kernels.apply_decouple(
                     table,
                     size,
-                    max(every[k].rank for k in members),
+                    max(ranks[k] for k in members),
                     next(rest),
                     work_of,
                     root_at,

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .splitting import Splitting
 from .tables import Table
 
 __all__ = ["Kernels"]
@@ -62,11 +63,16 @@ class Kernels(Protocol):
         (the first row of each adapter, then R), offset of C, row of stats [., 5] in float64.
         """
 
+    def splitting(self, dtype: torch.dtype, out_dtype: torch.dtype) -> Splitting | None:
+        """What makes the parts that "apply" and "apply_decouple" read in place of C, with X of
+        `dtype` and results of `out_dtype`; None where they read C."""
+
     def apply(self, table: Table, size: int, tiles: Tensor, work: Tensor, out: Tensor) -> None:
         """C X, or X where there is no C, scaled and cast to out's dtype.
 
-        work [P, 3]: address of C (float32 [K, R]) or 0, K, offset. tiles [N, 3]: problem, first
-        row, first column of a tile of `size` rows. Results are [K, d]; [d, K] in columns.
+        work [P, 3]: address of C (float32 [K, R]), or of its parts, or 0; K, offset. tiles [N, 3]:
+        problem, first row, first column of a tile of `size` rows. Results are [K, d]; [d, K] in
+        columns.
         """
 
     def root_numbers(self, rank: int) -> int:
@@ -101,10 +107,10 @@ class Kernels(Protocol):
     ) -> None:
         """A' [R, d] of ops.apply_decouple without `full`, for problems in rows, R <= rank.
 
-        work [P, 2]: address of C (float32 [R, R]) or 0, offset. tiles [N, 3]: problem, first
-        column, slot. offsets [N]: of every block's S in roots; norms and omegas (float64) [N]: one
-        a block. energies [N, slots] in float64, zero before: the sum of mag_i^2 over a slot's
-        columns. Where ||S_i a_i|| <= ZERO_COLUMN ||a_i||, mag_i is zero.
+        work [P, 2]: as in apply, without K. tiles [N, 3]: problem, first column, slot. offsets [N]:
+        of every block's S in roots; norms and omegas (float64) [N]: one a block. energies
+        [N, slots] in float64, zero before: the sum of mag_i^2 over a slot's columns. Where
+        ||S_i a_i|| <= ZERO_COLUMN ||a_i||, mag_i is zero.
         """
 
     def largest(self, dtype: torch.dtype, tiles: Tensor, tops: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from . import (
@@ -31,6 +32,9 @@ class TritonKernels:
     entry_counts = staticmethod(entries.entry_counts)
     entry_sums = staticmethod(entries.entry_sums)
     entry_merge = staticmethod(entries.entry_merge)
+
+    def splitting(self, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+        """None: a program splits what it reads of C."""
 
     def root_numbers(self, rank: int) -> int:
         return rank * rank
