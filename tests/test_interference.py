@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 import domerge_fast as dm
 from domerge_fast.adapters import Adapter
 from domerge_fast.backends import registry
+from domerge_fast.engine.interference import InterferenceSums
 from domerge_fast.formats import from_tensors
 
 AVAILABLE = [name for name, status in registry.backends().items() if status.available]
@@ -134,3 +136,23 @@ def test_extremes(backend):
     assert_table(found.cosine, [[1, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]])
     assert found.norms[3] == 0
     assert found.to_dict()["adapters"] == ("a", "b", "c", "d")
+
+
+def test_norms_of_many_adapters_are_kept_as_one_tensor_a_group():
+    """A tensor for each of them takes fifteen times the memory of its number."""
+
+    def tensors() -> int:
+        return sum(type(x) is Tensor for x in gc.get_objects())
+
+    sums = InterferenceSums([str(i) for i in range(500)], "norms")
+    before = tensors()
+    for size in (3.0, 1.0):
+        sums.count(range(500), torch.full((2, 500), size, dtype=torch.float64))
+    sums.count((7, 9), torch.tensor([[8.0, 5.0]], dtype=torch.float64))
+    assert tensors() - before < 10
+    whole = InterferenceSums(sums.names, "norms")
+    whole.take(sums.plain())
+    found = whole.result()
+    assert found == sums.result()
+    assert found.spread[:8] == ((1.0, 2.0, 3.0),) * 7 + ((1.0, 3.0, 8.0),)
+    assert found.norms[9] == pytest.approx(45**0.5)

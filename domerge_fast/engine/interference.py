@@ -42,7 +42,8 @@ class InterferenceSums:
         self.sums = torch.zeros(3, *size, dtype=torch.float64)
         """Of the overlaps of rows, of those of columns, and of <ΔW_i, ΔW_j>."""
         self.shared = torch.zeros(size, dtype=torch.float64)
-        self.norms: list[list[Tensor]] = [[] for _ in names]
+        self.norms: dict[tuple[int, ...], list[Tensor]] = {}
+        """By adapters, the norms [P, T] of modules that these have."""
 
     def add(self, names: Sequence[Sequence[str]], stack: Stack, a: Tensor, b: Tensor) -> Rows:
         """Count modules in, whose names these are, one after the other, by their Grams [P, R, R] in
@@ -76,39 +77,47 @@ class InterferenceSums:
 
     def count(self, adapters: Sequence[int], norms: Tensor) -> Rows:
         """Count the norms of P modules in, [P, T] of these adapters; returns them."""
-        for i, column in zip(adapters, norms.T):
-            self.norms[i].append(column)
+        self.norms.setdefault(tuple(adapters), []).append(norms)
         return Rows(norms)
 
     def fresh(self) -> InterferenceSums:
         """Sums of the same, with nothing counted."""
         return InterferenceSums(self.names, self.report, self.details and self.details.fresh())
 
-    def plain(self) -> tuple[Tensor, Tensor, list[Tensor], Any]:
+    def plain(self) -> tuple[Tensor, Tensor, list[tuple[tuple[int, ...], Tensor]], Any]:
         """What was counted, for `take`."""
         details = self.details.plain() if self.details else None
-        return self.sums, self.shared, [*map(_joined, self.norms)], details
+        norms = [(adapters, torch.cat(own)) for adapters, own in self.norms.items()]
+        return self.sums, self.shared, norms, details
 
-    def take(self, plain: tuple[Tensor, Tensor, list[Tensor], Any]) -> None:
+    def take(self, plain: tuple[Tensor, Tensor, list[tuple[tuple[int, ...], Tensor]], Any]) -> None:
         """Count in what others have counted."""
         sums, shared, norms, details = plain
         if self.details:
             self.details.take(details)
         self.sums += sums
         self.shared += shared
-        for mine, theirs in zip(self.norms, norms):
-            mine.append(theirs)
+        for adapters, own in norms:
+            self.norms.setdefault(adapters, []).append(own)
 
     def result(self) -> Interference | None:
         """What was counted."""
         if self.report == NONE:
             return None
-        of_all = [*map(_joined, self.norms)]
+        of_all = self._norms_of_adapters()
         spread = tuple(map(_spread, of_all))
         if self.report == NORMS:
             norms = tuple(math.sqrt(math.fsum(x * x for x in n.tolist())) for n in of_all)
             return Interference(self.names, None, None, None, norms, spread)
         return self._tables(spread)
+
+    def _norms_of_adapters(self) -> list[Tensor]:
+        """The norms of every adapter's updates, in no order."""
+        found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float64)] for _ in self.names]
+        for adapters, norms in self.norms.items():
+            for i, column in zip(adapters, torch.cat(norms).T):
+                found[i].append(column)
+        return [torch.cat(own) for own in found]
 
     def _tables(self, spread: tuple[tuple[float, float, float], ...]) -> Interference:
         rows, columns, inner = self.sums
@@ -142,10 +151,6 @@ def own_norms(stacks: Sequence[Stack], backend: str) -> list[Tensor]:
 def _size(stack: Stack) -> float:
     """What the powers of two that were taken out make of <ΔW_i, ΔW_j>."""
     return float(4.0 ** sum(stack.powers))
-
-
-def _joined(norms: Sequence[Tensor]) -> Tensor:
-    return torch.cat([*norms]) if norms else torch.empty(0, dtype=torch.float64)
 
 
 def _spread(norms: Tensor) -> tuple[float, float, float]:
