@@ -31,7 +31,8 @@ from domerge_fast.cli.shared import Command
 from domerge_fast.formats.model import write as model_output
 from domerge_fast.storage import flush, stream, workplace
 from domerge_fast.storage import folder as output_folder
-from domerge_fast.storage.folder import Replacing, whole_output
+from domerge_fast.storage.folder import whole_output
+from domerge_fast.storage.replacing import Replacing
 
 NAMES = ("one", "two")
 STEPS = ("mkdir", "open", "fsync", "replace", "unlink", "rmdir", "listdir")

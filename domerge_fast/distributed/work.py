@@ -26,8 +26,8 @@ from ..planning import plan_job
 from ..reading import Source, opened
 from ..recipe import Recipe
 from ..storage.digests import sha256
-from ..storage.folder import cannot_write
 from ..storage.input_file import InputFile
+from ..storage.replacing import cannot_write
 from ..storage.resumable import Resumable, put
 from .group import Group, Stop
 from .identity import identity

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from ..errors import OutputError
 from ..results.card import CARD, Heading, model_card
 from ..results.report import Report
-from ..storage.folder import Replacing, check_apart, check_path, is_same, whole_output
+from ..storage.folder import whole_output
 from ..storage.marker import all_marked, is_marked
+from ..storage.replacing import Replacing, check_apart, check_path, is_same
 from .target import Target
 
 __all__ = ["MergeFolder"]

@@ -23,8 +23,8 @@ from ..formats.target import Layout
 from ..reading import Source
 from ..storage import features_file
 from ..storage.features_file import FeaturesFile
-from ..storage.folder import check_apart
 from ..storage.lazy import MemoryTensor
+from ..storage.replacing import check_apart
 from .features import MOMENTS, checked, energy_of, inputs_of, passes
 from .inputs import Batch
 from .layers import chosen

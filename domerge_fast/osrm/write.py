@@ -14,9 +14,10 @@ from ..formats.peft.read import CONFIG, WEIGHTS
 from ..formats.peft.write import WHERE, exactly, keys, rank_fields
 from ..formats.target import Layout
 from ..results.card import CARD
-from ..storage.folder import Replacing, whole_output
+from ..storage.folder import whole_output
 from ..storage.lazy import LazyTensor
 from ..storage.marker import all_marked
+from ..storage.replacing import Replacing
 from ..storage.stream import SafetensorsWriter
 
 __all__ = ["Factors", "write", "written"]

@@ -16,9 +16,10 @@ from torch import Tensor
 from .. import options
 from ..errors import OptionError, is_text
 from ..storage import json_file
-from ..storage.folder import Replacing, recover, whole_output
+from ..storage.folder import recover, whole_output
 from ..storage.input_file import InputFile
 from ..storage.marker import all_marked
+from ..storage.replacing import Replacing
 from ..storage.safetensors_file import SafetensorsFile
 from ..storage.stream import SafetensorsWriter
 

@@ -18,9 +18,10 @@ from typing import Any
 from ..errors import DomergeError, OptionError
 from ..storage import json_file
 from ..storage.digests import sha256
-from ..storage.folder import Replacing, recover
+from ..storage.folder import recover
 from ..storage.input_file import InputFile
 from ..storage.marker import all_marked
+from ..storage.replacing import Replacing
 from ..storage.safetensors_file import SafetensorsFile
 
 __all__ = ["FILES", "STATE", "TENSORS", "Kind", "read", "refusing", "replacing", "seal", "tensors"]

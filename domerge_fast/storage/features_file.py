@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..errors import DomergeError, OptionError, some
-from .folder import Replacing, whole_output
+from .folder import whole_output
 from .input_file import InputFile
 from .marker import is_marked
+from .replacing import Replacing
 from .safetensors_file import FileTensor, SafetensorsFile
 from .stream import SafetensorsWriter
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from ..errors import OutputError, OutputWarning
 from . import json_file
-from .folder import Replacing, Writing, cannot_write, check_path
+from .folder import Writing
+from .replacing import Replacing, cannot_write, check_path
 
 __all__ = ["Resumable", "put"]
 

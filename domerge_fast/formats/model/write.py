@@ -18,9 +18,9 @@ from ...errors import DomergeError, OutputError
 from ...results.card import CARD, Heading
 from ...results.report import Report
 from ...storage import json_file, marker
-from ...storage.folder import check_apart, check_path, is_same
 from ...storage.input_file import InputFile
 from ...storage.lazy import LazyTensor, dtype_name, in_step
+from ...storage.replacing import check_apart, check_path, is_same
 from ...storage.safetensors_file import DTYPE_NAMES, METADATA, SafetensorsFile, matrix
 from ...storage.stream import copy_file, write, write_tensor
 from .. import tokenizer
