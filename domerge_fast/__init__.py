@@ -25,10 +25,6 @@ if TYPE_CHECKING:
         convert,
         estimate,
         inspect,
-        list_backends,
-        list_formats,
-        list_methods,
-        list_runtimes,
         merge,
         run,
     )
@@ -47,6 +43,7 @@ if TYPE_CHECKING:
     from .learning.cocktail import cocktail
     from .learning.learned import Learned
     from .learning.tune import tune
+    from .lists import list_backends, list_formats, list_methods, list_runtimes
     from .merged import Merged
     from .osrm.init import osrm_init, osrm_init_all
     from .osrm.project import osrm_features, osrm_project, osrm_save_features
@@ -102,10 +99,10 @@ _HOME = {
     "from_tensors": "formats",
     "inspect": "api",
     "leave_one_out": "sessions.search.leave_one_out",
-    "list_backends": "api",
-    "list_formats": "api",
-    "list_methods": "api",
-    "list_runtimes": "api",
+    "list_backends": "lists",
+    "list_formats": "lists",
+    "list_methods": "lists",
+    "list_runtimes": "lists",
     "load": "formats",
     "merge": "api",
     "osrm_features": "osrm.project",

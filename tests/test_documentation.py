@@ -23,13 +23,13 @@ from test_composition import INNER, smallest_kept, total
 
 import domerge_fast as dm
 from domerge_fast import AdapterError, OptionError, OutputError
-from domerge_fast.api import FormatInfo
 from domerge_fast.backends import registry
 from domerge_fast.cli import main as cli
 from domerge_fast.cli.commands import COMMANDS
 from domerge_fast.engine.scaling import DAMPING
 from domerge_fast.formats import FORMATS
 from domerge_fast.formats.format import FORMS
+from domerge_fast.lists import FormatInfo
 from domerge_fast.methods import TABLE, auto
 from domerge_fast.methods.base import Method, ScaleRule
 from domerge_fast.methods.decoupled import ABOVE

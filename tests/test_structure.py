@@ -23,6 +23,7 @@ ROOMS = (
         "distributed",
         "dry_run",
         "conversion",
+        "lists",
         "api",
         "unlearning",
         "sessions",

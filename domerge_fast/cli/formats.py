@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from . import shared, streams
 
 if typing.TYPE_CHECKING:
-    from ..api import FormatInfo
+    from ..lists import FormatInfo
 
 __all__ = ["COMMAND"]
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import api
+    from .. import lists
 
-    found = api.list_formats()
+    found = lists.list_formats()
     plain = {name: dataclasses.asdict(row) for name, row in found.items()}
     shared.show(args, plain, lambda: _lines(found))
     return 0

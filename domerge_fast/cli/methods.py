@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from . import shared, streams
 
 if typing.TYPE_CHECKING:
-    from ..api import MethodInfo
+    from ..lists import MethodInfo
 
 __all__ = ["COMMAND"]
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import api
+    from .. import lists
 
-    found = api.list_methods()
+    found = lists.list_methods()
     plain = {name: dataclasses.asdict(row) for name, row in found.items()}
     shared.show(args, plain, lambda: _lines(found))
     return 0

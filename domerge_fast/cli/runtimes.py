@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping
 from . import shared, streams
 
 if typing.TYPE_CHECKING:
-    from ..api import RuntimeInfo
+    from ..lists import RuntimeInfo
 
 __all__ = ["COMMAND"]
 
 
 def run(args: argparse.Namespace) -> int:
-    from .. import api
+    from .. import lists
 
-    found = api.list_runtimes()
+    found = lists.list_runtimes()
     plain = {name: dataclasses.asdict(row) for name, row in found.items()}
     shared.show(args, plain, lambda: _lines(found))
     return 0
