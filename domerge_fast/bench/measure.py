@@ -16,7 +16,7 @@ import torch
 from ..adapters import Adapter
 from ..adapters.plan import Plan, Stack
 from ..backends import registry
-from ..backends.gpu.host import MAX_RANK
+from ..backends.gpu.roots import MAX_RANK
 from ..errors import DomergeError
 from ..methods.do import DoOptions
 from ..storage.lazy import dtype_name

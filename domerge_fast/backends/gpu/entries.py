@@ -18,7 +18,7 @@ from ...algebra.entry_rules import HIGH_BITS, LOW_BITS, Draw, Election, Trim
 from ...algebra.side import Side
 from .. import torch_entries as library
 from . import tables
-from .host import region, upload_table
+from .host import region
 from .tables import Table
 
 __all__ = ["MEANS", "SIGNS", "GpuEntries", "Updates"]
@@ -135,7 +135,7 @@ def _upload(a: Side, b: Side, others: list[Tensor]) -> tuple[Updates, Iterator[T
     host = tables.describe([a, b])
     starts = host.blocks[: len(a.blocks), 2]
     rows = torch.stack([starts, tables.numbers(a.ranks), tables.float_bits(b.scales)], 1)
-    table, rest = upload_table(host, [rows, *others])
+    table, rest = host.uploaded([rows, *others])
     return Updates(table, next(rest), b.d, a.d), rest
 
 

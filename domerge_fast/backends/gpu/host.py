@@ -19,7 +19,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ...algebra.roots import root
 from ...algebra.side import CODES, Side, squares
 from .. import torch as by_torch
 from ..descent import STATS
@@ -27,9 +26,9 @@ from ..layout import addresses, dense, matrices, offsets, row_major, together
 from ..singly import Singly
 from . import splitting, tables
 from .kernels import Kernels
-from .tables import Table
+from .roots import MAX_RANK, find_large
 
-__all__ = ["MAX_RANK", "Gpu", "region", "upload_table"]
+__all__ = ["Gpu", "region"]
 
 GRAM_CHUNK = 4096
 """Columns of X that are summed at a stretch."""
@@ -38,9 +37,6 @@ library = Singly(by_torch)
 
 LARGEST_CHUNK = 1 << 16
 """Elements that one block looks through for the largest."""
-
-MAX_RANK = 256
-"""r up to which a block finds the root of an adapter's Gram; beyond, batched library calls do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +60,7 @@ class Gpu:
                 (size, *tables.gram_tiles(every, members, at, size, GRAM_CHUNK))
                 for size, members in _by_rank(every, kernels.sizes("gram")).items()
             ]
-            table, rest = upload_table(host, [x for _, *pair, _ in plans for x in pair])
+            table, rest = host.uploaded([x for _, *pair, _ in plans for x in pair])
             for size, _, _, count in plans:
                 parts = torch.empty(count, size, size, device=device)
                 kernels.gram(table, size, next(rest), next(rest), parts, grams[0])
@@ -88,7 +84,7 @@ class Gpu:
                     block += 1
             jobs = tables.numbers(work, 4)
             cost = host.problems[jobs[:, 0], 2] * jobs[:, 2] ** 2
-            table, rest = upload_table(host, [tables.largest_first(jobs, cost)])
+            table, rest = host.uploaded([tables.largest_first(jobs, cost)])
             kernels.block_gram(table, next(rest), packed[0])
         return packed
 
@@ -173,7 +169,7 @@ class Gpu:
                 )[:, :3]
                 for size, members in groups.items()
             ]
-            table, rest = upload_table(host, [*split.tables, work, *tiles])
+            table, rest = host.uploaded([*split.tables, work, *tiles])
             split.make(table, rest)
             work_of = next(rest)
             for size in groups:
@@ -234,14 +230,14 @@ class Gpu:
             ]
             slots = 1 + max(int(t[:, 2].max()) for t in tiles)
             numbers = [work, roots_of, tables.numbers(places), weights]
-            table, rest = upload_table(host, [*split.tables, *numbers, *tiles])
+            table, rest = host.uploaded([*split.tables, *numbers, *tiles])
             split.make(table, rest)
             work_of, roots_work, root_at, bits = (next(rest) for _ in numbers)
             roots = torch.empty(root_total, device=device)
             norms = torch.empty(len(given), device=device)
             energies = torch.zeros(len(given), slots, dtype=torch.float64, device=device)
             kernels.roots(roots_work, roots, norms)
-            _find_large_roots(kernels, packed, problems, places, roots, norms)
+            find_large(kernels, packed, problems, places, roots, norms)
             for size, members in groups.items():
                 kernels.apply_decouple(
                     table,
@@ -313,37 +309,6 @@ def _results(
     return [torch.empty((*lead, *shape), dtype=dtype, device=device) for lead, shape in pairs]
 
 
-def _find_large_roots(
-    kernels: Kernels,
-    packed: Sequence[Tensor],
-    problems: Sequence[Side],
-    places: Sequence[int],
-    roots: Tensor,
-    norms: Tensor,
-) -> None:
-    """What Kernels.roots makes, of adapters of r above MAX_RANK: those of a rank in one batch."""
-    alike: dict[int, list[tuple[Tensor, list[int]]]] = {}
-    first = 0
-    for p, k in zip(problems, packed):
-        last = first + p.modules * len(p.ranks)
-        if max(p.ranks) <= MAX_RANK:
-            first = last
-            continue
-        pieces = k.view(p.modules, -1).split([r * r for r in p.ranks], 1)
-        for i, (r, piece) in enumerate(zip(p.ranks, pieces)):
-            if r > MAX_RANK:
-                blocks = list(range(first + i, last, len(p.ranks)))
-                alike.setdefault(r, []).append((piece.reshape(-1, r, r), blocks))
-        first = last
-    for found in alike.values():
-        grams = torch.cat([k for k, _ in found])
-        sizes = grams.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).sqrt()[:, None, None]
-        units = kernels.as_roots(torch.where(sizes > 0, root(grams) / sizes, 0.0))
-        for own, size, i in zip(units, sizes, (i for _, blocks in found for i in blocks)):
-            roots[places[i] : places[i] + len(own)] = own
-            norms[i] = size.squeeze()
-
-
 def _every(problems: Sequence[Side]) -> list[Side]:
     """A side for every module, which tells its ranks and d."""
     return [p for p in problems for _ in range(p.modules)]
@@ -351,14 +316,6 @@ def _every(problems: Sequence[Side]) -> list[Side]:
 
 def _by_rank(problems: Sequence[Side], sizes: Sequence[int]) -> dict[int, list[int]]:
     return tables.buckets({k: p.rank for k, p in enumerate(problems)}, sizes)
-
-
-def upload_table(host: Table, others: list[Tensor]) -> tuple[Table, Iterator[Tensor]]:
-    """The table and others on the device of the table's blocks."""
-    device = host.alive[0].device
-    first, *rest = tables.upload(device, [host.blocks, host.owner, host.problems, *others])
-    owner, problems, *others = rest
-    return host.to(first, owner, problems), iter(others)
 
 
 @contextlib.contextmanager

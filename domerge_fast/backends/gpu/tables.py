@@ -58,9 +58,11 @@ class Table:
     even: int
     alive: list[Side]
 
-    def to(self, blocks: Tensor, owner: Tensor, problems: Tensor) -> Table:
-        """The same table with its numbers elsewhere."""
-        return replace(self, blocks=blocks, owner=owner, problems=problems)
+    def uploaded(self, others: Sequence[Tensor]) -> tuple[Table, Iterator[Tensor]]:
+        """The same table, and others, on the device of its blocks: in one copy (`upload`)."""
+        own = self.blocks, self.owner, self.problems
+        blocks, owner, problems, *rest = upload(self.alive[0].device, [*own, *others])
+        return replace(self, blocks=blocks, owner=owner, problems=problems), iter(rest)
 
 
 def describe(problems: Sequence[Side], rows_only: bool = False) -> Table:
