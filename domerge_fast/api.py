@@ -106,7 +106,8 @@ def merge(
     post: steps on the merge after it, of `steps.POST`; e.g. ["norm_match"]. "svc" comes first,
         and before a truncation of factors; it brings the merge to the adapters, and "auto" to that.
     backend, device: where the ops run; "auto" takes the fastest backend for the device, and the
-        device the factors are on (files: the CPU). Factors of a merge in memory stay there.
+        device the factors are on (files: the CPU). Factors of a merge in memory stay there. The
+        report's recipe says which backend it was, of each op where they differ.
     max_device_memory: bytes (or "4GiB") of that device that groups of modules may take at once,
         besides the kernels' scratch memory (256 MiB at most); None: 80 % of what is free on a GPU.
     progress: True for a bar on stderr, or a function of (modules done, modules in all), called

@@ -68,7 +68,7 @@ def plan_job(
     dtype = plan.dtype() if asked.dtype is None else getattr(torch, asked.dtype)
     most = options.size("max_device_memory", max_device_memory)
     budget = Budget(choose_device(asked.device, loaded), most)
-    backend = _backend(asked, budget)
+    backend = _backend(asked, budget, plan.dtype())
     features = _features(asked)
     parts = _parts(asked, plan, of_modules, dtype, backend, features)
     checkpoint = base.of(written)
@@ -111,8 +111,11 @@ def _plan(asked: Recipe, loaded: Sequence[Adapter], of_modules: OfModules) -> Pl
     return plan
 
 
-def _backend(asked: Recipe, budget: Budget) -> str:
+def _backend(asked: Recipe, budget: Budget, dtype: torch.dtype) -> str:
+    """For factors of this dtype."""
     backend = registry.choose(asked.backend, budget.device.type)
+    if backend == registry.AUTO:
+        backend = registry.choose_all(budget.device.type, dtype)
     why = "asked for"
     if asked.backend == AUTO:
         forced = os.environ.get(registry.ENVIRONMENT)

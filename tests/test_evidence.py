@@ -189,10 +189,49 @@ def test_a_merge_takes_a_backend_for_each_op(monkeypatch, rows):
 
             monkeypatch.setattr(module, op, noted)
     merged = dm.merge(adapters, "do")
-    assert merged.report.recipe.backend == "auto"
+    told = merged.report.recipe.backend
+    of_op = dict.fromkeys(OPS, "cpu") | {"apply": "torch"}
+    assert told == " ".join(f"{op}={of_op[op]}" for op in OPS)
     assert {("cpu", "gram"), ("torch", "apply")} <= set(taken)
+    assert ("cpu", "apply") not in taken
+    del taken[:]
+    rows()  # what the report says holds, whatever the table has by then
+    again = dm.run(merged.report.recipe, adapters)
+    assert {("cpu", "gram"), ("torch", "apply")} <= set(taken)
+    assert ("cpu", "apply") not in taken
+    assert again.report.recipe.backend == told
+    assert all(map(torch.equal, again.factors("x"), merged.factors("x")))
+    rows(Row("cpu", "torch", ("apply",), (torch.bfloat16,), "measured"))
     side = CASE.rows(torch.bfloat16)
     del taken[:]
     ops.apply([None], [side], torch.bfloat16)
     ops.apply([None], [CASE.rows()], torch.float32)
     assert taken == [("torch", "apply"), ("cpu", "apply")]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("apply=torch", "does not say one for every op"),
+        (" ".join(f"{op}=torch" for op in (*OPS, "gram")), "does not say one for every op"),
+        (" ".join(f"{op}=torch" for op in (*OPS, "sort")), "does not say one for every op"),
+        (" ".join(f"{op}=tensor" for op in OPS), "'tensor'"),
+        (" ".join(f"{op}=cuda" for op in OPS), "'cuda' runs on"),
+    ],
+)
+def test_words_that_name_no_backend_for_every_op_are_refused(words, line):
+    adapter = dm.from_tensors({"x": (CASE.a[0], CASE.b[0])})
+    with pytest.raises(dm.OptionError, match=line):
+        dm.merge([adapter, adapter], "do", backend=words)
+
+
+def test_ops_are_by_what_they_read(rows):
+    """A merge's by the dtype of its adapters; of what ops make by float32."""
+    rows(
+        Row("cpu", "torch", ("gram", "orthogonalize"), (torch.float16,), "measured"),
+        Row("cpu", "torch", ("truncate",), (torch.float32,), "measured"),
+    )
+    found = registry.by_op(registry.choose_all("cpu", torch.float16))
+    assert [op for op, name in found.items() if name == "torch"] == ["gram", "truncate"]
+    assert {*found} == {*OPS}
+    assert {*found.values()} == {"cpu", "torch"}

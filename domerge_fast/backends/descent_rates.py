@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .registry import AUTO, load
+from .registry import AUTO, by_op, load
 
 __all__ = [
     "CPU",
@@ -75,8 +75,8 @@ TORCH = Rates(52, 120, 58)
 def on_factors(rank: int, d: int, backend: str | None = None, tol: float = math.inf) -> bool:
     """Whether a side [R, d] descends on its factors, for the squared penalty: always where R > d,
     as R x R matrices would be larger than the factors; else where that takes less time. A backend
-    that has no `descent_rates(rank, d, tol)`, or "auto", descends on R x R matrices there. None for
-    a backend: what a plan counts with, for any tol."""
+    that has no `descent_rates(rank, d, tol)`, "auto", or one for each op, descends on R x R
+    matrices there. None for a backend: what a plan counts with, for any tol."""
     if rank > d:
         return True
     if rank < LEAST:
@@ -84,7 +84,8 @@ def on_factors(rank: int, d: int, backend: str | None = None, tol: float = math.
     if backend is None:
         rates = PLANNED.of(rank, half=False)
     else:
-        known = None if backend == AUTO else getattr(load(backend), "descent_rates", None)
+        several = backend == AUTO or by_op(backend)
+        known = None if several else getattr(load(backend), "descent_rates", None)
         if known is None:
             return False
         rates = known(rank, d, tol)

@@ -7,12 +7,13 @@ strongest evidence (evidence.py).
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from types import ModuleType
@@ -33,8 +34,10 @@ __all__ = [
     "Backend",
     "BackendStatus",
     "backends",
+    "by_op",
     "check_environment",
     "choose",
+    "choose_all",
     "cuda_extension",
     "load",
     "torch_cuda_missing",
@@ -55,6 +58,8 @@ OPS = (
     "entry_sums",
     "entry_merge",
 )
+OF_MADE = ("block_products", "orthogonalize", "truncate", "largest")
+"""Ops on what others have made, in float32. All else reads factors."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Of what ops read."""
 AUTO = "auto"
@@ -217,7 +222,8 @@ def choose(
 ) -> str:
     """The name of the backend to use on a device: of what can run there, "auto" takes the one with
     the strongest evidence for an op on a dtype. For no op in particular, it is the one that all ops
-    take, or "auto" where they differ.
+    take, or "auto" where they differ. A name may also be what `choose_all` gives, with one for
+    every op.
 
     Raises OptionError for an unknown name, or for one that cannot run here.
     """
@@ -231,12 +237,38 @@ def choose(
         orders = {ranked(device_type, *pair) for pair in pairs}
         found = {next(x for x in order if _can_run(TABLE[x], device_type)) for order in orders}
         return found.pop() if len(found) == 1 else AUTO
+    if isinstance(name, str) and (each := by_op(name)):
+        taken = {x: choose(y, device_type, x, dtype) for x, y in each.items() if op in (None, x)}
+        return taken[op] if op else name
     if name in TABLE and not _runs_on(TABLE[name], device_type):
         where = " or ".join(TABLE[name].devices())
         raise OptionError(
             "backend", f"{name!r} runs on {where}, not on {device_type}", "use 'torch' there"
         )
     return TABLE.choose("backend", name, besides=[AUTO]).name
+
+
+def choose_all(device_type: str, dtype: torch.dtype) -> str:
+    """What "auto" takes for a merge of adapters of a dtype: the backend that all ops take, or where
+    they differ that of every op, in words: "gram=cpu block_gram=cpu apply=torch .."."""
+    dtypes = {op: torch.float32 if op in OF_MADE else dtype for op in OPS}
+    found = {op: choose(AUTO, device_type, op, of) for op, of in dtypes.items()}
+    names = {*found.values()}
+    return names.pop() if len(names) == 1 else " ".join(f"{op}={x}" for op, x in found.items())
+
+
+@functools.cache
+def by_op(name: str) -> Mapping[str, str]:
+    """The backend of every op in words of `choose_all`; empty for another name. OptionError for
+    words that are not one for every op."""
+    if "=" not in name:
+        return {}
+    pairs = [word.partition("=") for word in name.split()]
+    found = {op: backend for op, _, backend in pairs}
+    if len(pairs) > len(found) or found.keys() != {*OPS}:
+        remedy = f"say one word OP=BACKEND for each of {', '.join(OPS)}; or one name for all"
+        raise OptionError("backend", f"{name!r} does not say one for every op", remedy)
+    return found
 
 
 def _can_run(row: Backend, device_type: str) -> bool:

@@ -34,10 +34,9 @@ def implementation(
         raise ValueError(f"tensors on {first} and on {second} in one call; bring all to one device")
     if not things:
         backend = "torch"
-    elif backend == registry.AUTO:
-        backend = registry.choose(backend, things[0].device.type, name, _dtype(things))
     else:
-        backend = registry.choose(backend, things[0].device.type)
+        dtype = _dtype(things) if backend == registry.AUTO else None
+        backend = registry.choose(backend, things[0].device.type, name, dtype)
     module = registry.load(backend)
     return module if getattr(module, "BATCHES", False) else Singly(module)
 
