@@ -51,7 +51,8 @@ PARTS = {
     "begin_descent": "beginning and end",
     "orthogonalize_item": "beginning and end",
 }
-"""A function of orthogonalize.h or tile.h -> what its instructions are counted as."""
+"""A function of orthogonalize.h or a header that it includes -> what its instructions are
+counted as."""
 FLAGS = [
     "-std=c++17",
     "-O3",

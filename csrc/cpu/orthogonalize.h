@@ -7,32 +7,15 @@
 // vectors and tiles is zero: sums run over it.
 #pragma once
 
-#include "kernels.h"
-#include "line_search.h"
+#include "descent_pairs.h"
+#include "descent_state.h"
 #include "tile.h"
 
 namespace domerge {
 namespace DOMERGE_ISA {
 
-struct Segments {
-    int64_t count;
-    int64_t* start;       // [count + 1]
-    int64_t* of_row;      // [R]
-    double* factor_norm;  // [count]: n_i, 0 if negligible
-};
-
 // Above it the left operand of a product is read along its rows, which the prefetcher follows.
 constexpr int64_t kDownColumns = 256;
-
-struct Matrices {
-    int64_t rank, rows, columns, ld;
-    float *gram, *h, *ct, *pt, *pt_old, *dt, *qt, *qpt, *e, *f;
-    float* m;                 // shares memory with e: M is used up before E is made
-    float* diagonal;          // of Ct - I, exactly; ct itself holds Ct or Ct - I: see set_diagonal
-    float *curvature, *step;  // [ld]: K of every row and its inverse, 0 of one that stays
-    double* sums;             // [5, ld]
-    float* weight;  // [count, ld]: row j is V_ij over the columns of every earlier segment i
-};
 
 // <A, B>_G = tr(A G B^T), kept up to date instead of being computed anew.
 struct Products {
@@ -40,142 +23,6 @@ struct Products {
     double pp, p_d, p_change;    // of P with P, D, and C - I
     double dd, d_change;         // of D with D and with C - I
 };
-
-inline Segments make_segments(const int64_t* ranks, int64_t count, int64_t rank, Arena& arena) {
-    Segments s{count, static_cast<int64_t*>(arena.take((count + 1) * sizeof(int64_t))),
-               static_cast<int64_t*>(arena.take(rank * sizeof(int64_t))),
-               static_cast<double*>(arena.take(count * sizeof(double)))};
-    s.start[0] = 0;
-    for (int64_t j = 0; j < count; ++j) {
-        s.start[j + 1] = s.start[j] + ranks[j];
-        for (int64_t i = s.start[j]; i < s.start[j + 1]; ++i) s.of_row[i] = j;
-    }
-    return s;
-}
-
-inline Matrices make_matrices(int64_t rank, int64_t count, Arena& arena) {
-    Matrices m{};
-    m.rank = rank;
-    m.rows = pad_rows(rank);
-    m.columns = round_up(rank, kWidth);
-    m.ld = row_stride<float>(rank);
-    const int64_t rows = round_up(rank, 16);
-    float** all[] = {&m.gram, &m.h, &m.ct, &m.pt, &m.pt_old, &m.dt, &m.qt, &m.qpt, &m.e, &m.f};
-    for (float** matrix : all) {
-        *matrix = static_cast<float*>(arena.take(rows * m.ld * sizeof(float)));
-        for (int64_t i = 0; i < rows; ++i) {
-            float* row = *matrix + i * m.ld;
-            for (int64_t j = i < rank ? rank : 0; j < m.columns; ++j) row[j] = 0.0f;
-        }
-    }
-    m.m = m.e;
-    m.diagonal = static_cast<float*>(arena.take(rank * sizeof(float)));
-    for (float** row : {&m.curvature, &m.step}) {
-        *row = static_cast<float*>(arena.take(m.ld * sizeof(float)));
-        for (int64_t j = 0; j < m.ld; ++j) (*row)[j] = 0.0f;
-    }
-    m.sums = static_cast<double*>(arena.take(5 * m.ld * sizeof(double)));
-    m.weight = static_cast<float*>(arena.take(count * m.ld * sizeof(float)));
-    for (int64_t i = 0; i < count * m.ld; ++i) m.weight[i] = 0.0f;
-    return m;
-}
-
-// Columns of row i that lie in an earlier segment than row i's.
-DOMERGE_INLINE int64_t earlier(const Segments& s, int64_t rank, int64_t i) {
-    return s.start[s.of_row[i < rank ? i : rank - 1]];
-}
-
-// Calls body(p, i, j) for the pairs i < j of non-zero factors, p counting them.
-template <class Body>
-DOMERGE_INLINE int64_t for_pairs(const Segments& s, Body body) {
-    int64_t p = 0;
-    for (int64_t j = 1; j < s.count; ++j)
-        for (int64_t i = 0; i < j; ++i)
-            if (s.factor_norm[i] > 0 && s.factor_norm[j] > 0) body(p++, i, j);
-    return p;
-}
-
-inline Pairs make_pairs(const Segments& s, Arena& arena) {
-    Pairs pairs{};
-    pairs.count = for_pairs(s, [](int64_t, int64_t, int64_t) {});
-    const auto take = [&] {
-        return static_cast<double*>(arena.take((pairs.count + 1) * sizeof(double)));
-    };
-    for (double*& coefficient : pairs.quartic) coefficient = take();
-    pairs.weight = take();
-    pairs.energy = take();
-    for_pairs(s, [&](int64_t p, int64_t i, int64_t j) {
-        pairs.weight[p] = 1.0 / (s.factor_norm[i] * s.factor_norm[j]);
-    });
-    return pairs;
-}
-
-// Adds to m.sums (or sets it, when `first`) the columns' sums of the coefficients' terms over rows
-// [begin, end); of one coefficient, only that of the energies: E and F count as zero.
-template <int kCoefficients>
-inline void add_quartics(const Matrices& m, int64_t begin, int64_t end, int64_t columns,
-                         bool first) {
-    for (int64_t c = 0; c < columns; c += kWidth) {
-        FloatVec part[kCoefficients] = {};
-        for (int64_t r = begin; r < end; ++r) {
-            const int64_t at = r * m.ld + c;
-            const FloatVec h = load<FloatVec>(m.h + at);
-            part[0] += h * h;
-            if constexpr (kCoefficients == 5) {
-                const FloatVec e = load<FloatVec>(m.e + at), f = load<FloatVec>(m.f + at);
-                part[1] += h * e;
-                part[2] += e * e;
-                part[2] += (h + h) * f;
-                part[3] += e * f;
-                part[4] += f * f;
-            }
-        }
-        for (int k = 0; k < kCoefficients; ++k) {
-            double* sum = m.sums + k * m.ld + c;
-            Widened wide = widen(part[k]);
-            if (!first) {
-                wide.low += load<DoubleVec>(sum);
-                wide.high += load<DoubleVec>(sum + kLanes<double>);
-            }
-            store(sum, wide.low);
-            store(sum + kLanes<double>, wide.high);
-        }
-    }
-}
-
-// Coefficients of ||H_ij + eta E_ij + eta^2 F_ij||^2 for all i of one j after the other.
-template <int kCoefficients>
-inline void find_quartics(const Matrices& m, const Segments& s, const Pairs& pairs) {
-    constexpr int64_t kRows = 32;  // summed in float, then in double
-    int64_t p = 0;
-    for (int64_t j = 1; j < s.count; ++j) {
-        if (!(s.factor_norm[j] > 0)) continue;
-        const int64_t columns = s.start[j];
-        for (int64_t begin = s.start[j]; begin < s.start[j + 1]; begin += kRows)
-            add_quartics<kCoefficients>(m, begin, least(begin + kRows, s.start[j + 1]), columns,
-                                        begin == s.start[j]);
-        for (int64_t i = 0; i < j; ++i) {
-            if (!(s.factor_norm[i] > 0)) continue;
-            for (int k = 0; k < kCoefficients; ++k) {
-                double sum = 0.0;
-                for (int64_t c = s.start[i]; c < s.start[i + 1]; ++c) sum += m.sums[k * m.ld + c];
-                pairs.quartic[k][p] = k == 1 || k == 3 ? 2 * sum : sum;
-            }
-            ++p;
-        }
-    }
-}
-
-// V of the squared penalty is constant; that of the Frobenius penalty follows the energies.
-inline void set_weights(const Matrices& m, const Segments& s, const Pairs& pairs, bool frobenius) {
-    for_pairs(s, [&](int64_t p, int64_t i, int64_t j) {
-        const double floor = kFrobeniusFloor / pairs.weight[p];
-        const double v = frobenius ? 2.0 / __builtin_sqrt(pairs.energy[p] + floor * floor)
-                                   : 4.0 * pairs.weight[p];
-        for (int64_t c = s.start[i]; c < s.start[i + 1]; ++c)
-            m.weight[j * m.ld + c] = static_cast<float>(v);
-    });
-}
 
 // out = M = V o H, both triangles.
 inline void weigh(const Matrices& m, const Segments& s, float* out) {
@@ -230,11 +77,6 @@ inline void precondition(const Matrices& m) {
             float* at = m.pt + i * m.ld + j;
             store(at, load<FloatVec>(at) * load<FloatVec>(m.step + j));
         }
-}
-
-// Makes ct hold Ct (identity 1) or Ct - I (identity 0), by which the change is measured.
-inline void set_diagonal(const Matrices& m, float identity) {
-    for (int64_t i = 0; i < m.rank; ++i) m.ct[i * m.ld + i] = identity + m.diagonal[i];
 }
 
 // Pt K = Ct M + 2 gamma (Ct - I) = M + (Ct - I) M + 2 gamma (Ct - I), of ct = Ct - I.
@@ -387,44 +229,6 @@ inline void move_h(const Matrices& m, const Segments& s, double step) {
                                 load<FloatVec>(m.f + at) * square);
         }
     }
-}
-
-inline double total_energy(const Pairs& pairs) {
-    double sum = 0;
-    for (int64_t p = 0; p < pairs.count; ++p) sum += pairs.energy[p];
-    return sum;
-}
-
-inline void move_energies(const Pairs& pairs, double eta) {
-    for (int64_t p = 0; p < pairs.count; ++p) {
-        const double c[5] = {pairs.quartic[0][p], pairs.quartic[1][p], pairs.quartic[2][p],
-                             pairs.quartic[3][p], pairs.quartic[4][p]};
-        const double energy = evaluate(c, eta).value;
-        pairs.energy[p] = energy > 0 ? energy : 0.0;
-    }
-}
-
-// C = I, H = G / scale, the factors' norms.
-inline void begin_descent(const float* gram, double scale, const Matrices& m, const Segments& s) {
-    const double unit = 1.0 / scale;
-    for (int64_t i = 0; i < m.rank; ++i) {
-        m.diagonal[i] = 0.0f;
-        for (int64_t j = 0; j < m.rank; ++j) {
-            m.ct[i * m.ld + j] = 0.0f;
-            m.gram[i * m.ld + j] = m.h[i * m.ld + j] =
-                static_cast<float>(gram[i * m.rank + j] * unit);
-        }
-    }
-    for (int64_t j = 0; j < s.count; ++j) {
-        double trace = 0;
-        for (int64_t i = s.start[j]; i < s.start[j + 1]; ++i) trace += m.gram[i * m.ld + i];
-        s.factor_norm[j] = trace > 0 ? __builtin_sqrt(trace) : 0.0;
-    }
-    double largest = 0;
-    for (int64_t j = 0; j < s.count; ++j)
-        if (s.factor_norm[j] > largest) largest = s.factor_norm[j];
-    for (int64_t j = 0; j < s.count; ++j)
-        if (s.factor_norm[j] <= kNegligible * largest) s.factor_norm[j] = 0.0;
 }
 
 // The descent from C = I; leaves C^T in m.ct. Objectives are those of G / scale.
