@@ -8,25 +8,23 @@ lies in a list of layers is looked at as a whole (layers.py).
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from ..errors import AdapterError, some
-from .adapter import Adapter, called, without_paths
+from .adapter import Adapter, called
 from .base_model import check_base, states_base
 from .compatible import check_names
 from .layers import Rests, Trees, check_layers, check_parts, children_of, trees_of
-from .names import EMBEDDINGS, HEADS, PREFIX
+from .names import EMBEDDINGS, HEADS
+from .renaming import ONE_CLASS, with_names
 from .stems import Core, core_of, is_below, joined, outer_of, split, within
 from .style import MODEL
 from .whole import NEW_HEADS, parameter
 
 __all__ = ["one_spelling"]
-
-_ONE_CLASS = "load both with one class of the model and save them again"
 
 
 def one_spelling(
@@ -187,7 +185,7 @@ class _Bridge:
         problem = f"its {stem!r} {relation} {other} of adapter {self._adapters[k].name!r}"
         if relation == "may be":
             problem += ", or another part of the model with the same layers"
-        raise AdapterError(self._adapters[i].name, None, problem, _ONE_CLASS)
+        raise AdapterError(self._adapters[i].name, None, problem, ONE_CLASS)
 
     def renamed(self, calls: Sequence[str]) -> tuple[list[Adapter], list[str]]:
         if not self._differ:
@@ -205,7 +203,7 @@ class _Bridge:
             stem, target = next(iter(way.changes[i].items()))
             problem = f"its {stem!r} is {target!r} in adapter {self._adapters[way.first].name!r}, "
             problem += f"which has nothing to tell what {name!r} is there"
-            raise AdapterError(self._adapters[i].name, None, problem, _ONE_CLASS)
+            raise AdapterError(self._adapters[i].name, None, problem, ONE_CLASS)
         return way.adapters(), way.notes(calls)
 
     def _style(self, i: int) -> Iterator[tuple[Core, str]]:
@@ -279,7 +277,7 @@ class _Way:
 
     def adapters(self) -> list[Adapter]:
         return [
-            _with_names(adapter, self.names[i]) if i in self.names else adapter
+            with_names(adapter, self.names[i]) if i in self.names else adapter
             for i, adapter in enumerate(self._adapters)
         ]
 
@@ -289,42 +287,6 @@ class _Way:
             renamed = some([f"{old!r} is {new!r}" for old, new in sorted(changes.items())])
             found.append(f"{calls[i]}: {renamed}, as in {calls[self.first]}")
         return found
-
-
-def _with_names(adapter: Adapter, stems: Mapping[str, str]) -> Adapter:
-    def name_of(name: str) -> str:
-        stem, rest = split(name)
-        return joined(stems[stem], rest)
-
-    new = {name: name_of(name) for name in adapter.modules}
-    if len(set(new.values())) < len(new):
-        name = next(name for name, count in Counter(new.values()).items() if count > 1)
-        one, other = (old for old, renamed in new.items() if renamed == name)
-        problem = f"has both {one!r} and {other!r}, which are {name!r} in the other adapters"
-        raise AdapterError(adapter.name, None, problem, _ONE_CLASS)
-    modules = {new[n]: dataclasses.replace(m, name=new[n]) for n, m in adapter.modules.items()}
-    whole = {key: PREFIX + name_of(key.removeprefix(PREFIX)) for key in adapter.carried}
-    paths = {parameter(key): parameter(renamed) for key, renamed in whole.items()}
-    paths |= {name: name_of(name) for name in adapter.token_rows}
-    saved = [_saved_as(name, paths) for name in adapter.config.modules_to_save or ()]
-    config = dataclasses.replace(without_paths(adapter.config), modules_to_save=saved or None)
-    return dataclasses.replace(
-        adapter,
-        config=config,
-        modules=dict(sorted(modules.items(), key=lambda item: item[1].place)),
-        stored={new[name]: pair for name, pair in adapter.stored.items()},
-        carried={whole[key]: tensor for key, tensor in adapter.carried.items()},
-        originals={paths[path]: tensor for path, tensor in adapter.originals.items()},
-        magnitudes={new[name]: x for name, x in adapter.magnitudes.items()},
-        differences={name_of(name): x for name, x in adapter.differences.items()},
-        token_rows={name_of(name): x for name, x in adapter.token_rows.items()},
-    )
-
-
-def _saved_as(module: str, paths: Mapping[str, str]) -> str:
-    """What a module that the config names as saved whole is called now."""
-    owners = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in paths.items()}
-    return owners.get(module, module)
 
 
 def _has_names_of(one: Adapter, other: Adapter) -> bool:
