@@ -39,6 +39,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 import domerge_fast as dm
 from domerge_fast.integrations import peft as live
+from domerge_fast.integrations import peft_adding
 from domerge_fast.methods import TABLE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -397,13 +398,13 @@ def test_what_cannot_be_merged_exactly_is_refused():
 def test_a_failure_halfway_leaves_no_adapter(stop, monkeypatch):
     model = live_model(classifier(), [PAIR[0], {**PAIR[1], "modules_to_save": ["score"]}])
     before, expected = parts(model), logits(model)
-    fill = live._fill
+    fill = peft_adding._fill
 
     def fail(*args: object) -> None:
         fill(*args)
         raise stop
 
-    monkeypatch.setattr(live, "_fill", fail)
+    monkeypatch.setattr(peft_adding, "_fill", fail)
     with pytest.raises(type(stop)):
         live.add_weighted_adapter(model, ["a0", "a1"], [1.0, 1.0], "new")
     assert list(model.peft_config) == ["a0", "a1"]
