@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import options
-from ..errors import OptionError, some
+from ..errors import OptionError
 from ..merged import Merged
 from ..methods.thresholds import Counted
 from ..planning import choose_device
@@ -38,10 +38,10 @@ from .kinds.alike import Found, Inner, Weights, selection
 from .kinds.calibrating import calibrated
 from .kinds.rotated import Cores
 from .live import Attached, attached
-from .making import asked_of, made, made_all, with_coefficients
+from .making import asked_of, made, made_all
 from .prepared_merge import Made, PreparedMerge
 from .replays import Replays
-from .saving import Writing, planned, written
+from .saving import Writing, writing, written
 from .stored import Kept, opened
 
 __all__ = ["TILES", "Prepared", "check_stays"]
@@ -255,43 +255,8 @@ class Prepared(Kept):
             dataclasses.replace(x, rank=None) if isinstance(x, Cores) else x for x in self.alike
         ]
         whole = dataclasses.replace(self, alike=tuple(uncut))
-        found, count = [], len(self.adapters)
-        for kappa, merge in zip(kappas, whole._many(kappas, torch.float32)):
-            job = planned(recipe, self.sources(), kappa, self.modules, count)
-            notes = [*self._notes(kappa)]
-            told = job.recipe
-            if kappa.shape[-1] == count:
-                told = with_coefficients(
-                    dataclasses.replace(told, weights=None, rules=recipe.rules), kappa, self.modules
-                )
-            assert isinstance(merge, PreparedMerge)
-            found.append(
-                Writing(
-                    job,
-                    dataclasses.replace(told, scale=self.scale),
-                    merge,
-                    self.owners,
-                    self.norms,
-                    self.interference,
-                    self.scale,
-                    self.scales,
-                    tuple(notes),
-                )
-            )
-        return found
-
-    def _notes(self, kappa: Tensor) -> Iterator[str]:
-        """What a recipe does not say of a merge."""
-        yield from self.remarks
-        if kappa.shape[-1] != len(self.adapters):
-            yield "single directions have coefficients of their own, which no recipe repeats"
-        elif absent := [n for n, c in zip(self.adapters, kappa.T) if bool((c == 0).any())]:
-            yield (
-                f"coefficients of {some(absent)} are 0: what was prepared still counts these "
-                "adapters, a merge by this recipe leaves them out there"
-            )
-        if len(set(self.scales.values())) > 1:
-            yield "modules that fewer adapters have took another scale, which no recipe repeats"
+        merges = whole._many(kappas, torch.float32)
+        return [writing(self, recipe, *pair) for pair in zip(kappas, merges)]
 
     def _many(
         self, kappas: Tensor, dtype: torch.dtype, replays: Replays | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,50 +16,29 @@ from .. import ops, runtimes
 from ..adapters.whole_sum import Sum
 from ..algebra import powers
 from ..engine.work import Cut, Work
-from ..errors import FlatCut, OptionError
+from ..errors import FlatCut, OptionError, some
 from ..job import Job, versions
 from ..merged import Merged
 from ..planning import plan_job
 from ..reading import Source
 from ..recipe import AUTO, Recipe
-from ..results.report import Interference, ModuleReport, Report
+from ..results.report import ModuleReport, Report
 from ..storage.digests import Digests
 from .making import with_coefficients
-from .prepared_merge import PreparedMerge
+from .prepared_merge import Made, PreparedMerge
+from .stored import Kept
 
-__all__ = ["Writing", "planned", "written"]
-
-
-def planned(
-    recipe: Recipe, sources: Sequence[Source], kappa: Tensor, names: Sequence[str], adapters: int
-) -> Job:
-    """What writing a merge at coefficients [modules, T or R] takes: an adapter with a coefficient 0
-    has its rank, so the job is one of none. OptionError where tensors that adapters save whole are
-    added up, and coefficients do not say with which weights."""
-    whole = kappa.shape[-1] == adapters
-    present = torch.where(kappa == 0, 1.0, kappa) if whole else torch.ones(len(names), adapters)
-    job = plan_job(with_coefficients(recipe, present, names), sources)
-    added = [key for key, tensor in job.target.carried.items() if isinstance(tensor, Sum)]
-    if added and not (whole and bool(kappa.all()) and bool((kappa == kappa[0]).all())):
-        problem = f"{added[0]!r}, saved whole by adapters, is added up with one weight for each"
-        remedy = "give one coefficient for each adapter, none of them 0, or prepare whole='drop'"
-        raise OptionError("kappa", problem, remedy)
-    return job
+__all__ = ["Writing", "writing", "written"]
 
 
 @dataclass(frozen=True, eq=False)
 class Writing:
-    """A merge on its way to a folder. recipe: what repeats it. norms: ||τ_i||_F of the adapters of
-    every module. scales: as of `Prepared`."""
+    """A merge on its way to a folder. recipe: what repeats it. kept: what it is a merge of."""
 
     job: Job
     recipe: Recipe
     merge: PreparedMerge
-    owners: Mapping[str, tuple[int, ...]]
-    norms: Mapping[str, Sequence[float]]
-    interference: Interference | None
-    scale: float
-    scales: Mapping[int, float]
+    kept: Kept
     notes: tuple[str, ...]
 
     def give(self, name: str, sink: Callable[..., None]) -> ModuleReport:
@@ -73,8 +52,8 @@ class Writing:
         else:
             pair = powers.fitted(name, a, b, (0, 0), self.job.target.dtype)
             sink(name, *(x.cpu() for x in pair))
-        names = [self.job.plan.adapters[i].name for i in self.owners[name]]
-        norms: Sequence[float | None] = self.norms[name] or [None] * len(names)
+        names = [self.job.plan.adapters[i].name for i in self.kept.owners[name]]
+        norms: Sequence[float | None] = self.kept.norms[name] or [None] * len(names)
         return ModuleReport(name, len(a), None, None, dict(zip(names, norms)), kept, energy)
 
     @property
@@ -90,7 +69,7 @@ class Writing:
             raise powers.refusal(name, torch.float32, "large")
         energy = float(((a @ a.T).double() * (b.T @ b).double()).sum()) if cut else 0.0
         a, b, kept = _truncated(name, self.recipe.method, a, b, cut, self._work.settings.backend)
-        if cut and self.recipe.scale == AUTO and 0 < kept < 1 and len(self.owners[name]) > 1:
+        if cut and self.recipe.scale == AUTO and 0 < kept < 1 and len(self.kept.owners[name]) > 1:
             b = b * kept**-0.5
         return a, b, kept, energy
 
@@ -101,14 +80,60 @@ class Writing:
         of_runtimes = runtimes.notes(job.recipe.runtime, job.format, job.target, ranks)
         return Report(
             recipe=self.recipe,
-            scale=self.scale,
-            scales=self.scales,
+            scale=self.kept.scale,
+            scales=self.kept.scales,
             versions=versions(),
             modules=modules,
-            interference=self.interference,
+            interference=self.kept.interference,
             seconds=seconds,
             notes=(*job.notes, *self.notes, *said, *of_runtimes),
         )
+
+
+def writing(kept: Kept, recipe: Recipe, kappa: Tensor, merge: PreparedMerge | Made) -> Writing:
+    """What writes the merge at coefficients [modules, T or R], as a recipe asks. OptionError as of
+    `merge`, and where tensors that adapters save whole are added up, and coefficients do not say
+    with which weights."""
+    assert isinstance(merge, PreparedMerge)
+    names, count = tuple(kept.shapes), len(kept.adapters)
+    job = _planned(recipe, kept.sources(), kappa, names, count)
+    told = job.recipe
+    if kappa.shape[-1] == count:
+        plain = dataclasses.replace(told, weights=None, rules=recipe.rules)
+        told = with_coefficients(plain, kappa, names)
+    told = dataclasses.replace(told, scale=kept.scale)
+    return Writing(job, told, merge, kept, tuple(_notes(kept, kappa)))
+
+
+def _notes(kept: Kept, kappa: Tensor) -> Iterator[str]:
+    """What a recipe does not say of a merge."""
+    yield from kept.remarks
+    if kappa.shape[-1] != len(kept.adapters):
+        yield "single directions have coefficients of their own, which no recipe repeats"
+    elif absent := [n for n, c in zip(kept.adapters, kappa.T) if bool((c == 0).any())]:
+        yield (
+            f"coefficients of {some(absent)} are 0: what was prepared still counts these "
+            "adapters, a merge by this recipe leaves them out there"
+        )
+    if len(set(kept.scales.values())) > 1:
+        yield "modules that fewer adapters have took another scale, which no recipe repeats"
+
+
+def _planned(
+    recipe: Recipe, sources: Sequence[Source], kappa: Tensor, names: Sequence[str], adapters: int
+) -> Job:
+    """What writing a merge at coefficients [modules, T or R] takes: an adapter with a coefficient 0
+    has its rank, so the job is one of none. OptionError where tensors that adapters save whole are
+    added up, and coefficients do not say with which weights."""
+    whole = kappa.shape[-1] == adapters
+    present = torch.where(kappa == 0, 1.0, kappa) if whole else torch.ones(len(names), adapters)
+    job = plan_job(with_coefficients(recipe, present, names), sources)
+    added = [key for key, tensor in job.target.carried.items() if isinstance(tensor, Sum)]
+    if added and not (whole and bool(kappa.all()) and bool((kappa == kappa[0]).all())):
+        problem = f"{added[0]!r}, saved whole by adapters, is added up with one weight for each"
+        remedy = "give one coefficient for each adapter, none of them 0, or prepare whole='drop'"
+        raise OptionError("kappa", problem, remedy)
+    return job
 
 
 def written(
