@@ -259,7 +259,7 @@ class Adapter:
             return []
         return [group_bytes(self.stored[name]) for name in self.modules]
 
-    @property
+    @cached_property
     def in_place(self) -> bool:
         """Whether all factors are row-major matrices in memory, which are merged where they lie."""
         return all(isinstance(x, torch.Tensor) for x in self.sides[0][:1])

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -21,29 +19,24 @@ from ..methods.groups import Groups, Here
 from ..methods.running import Run, prepared
 from ..recipe import FULL, NONE
 from ..results.report import StackReport
-from . import interference, precision, stops, transfer
+from . import interference, precision, stops
 from .first_pass import FirstPass
 from .group import Group, measured
 from .interference import InterferenceSums
 from .merging import Merged, merged
-from .passes import ALONE, Pass, Passes
+from .passes import ALONE, Passes
 from .progress_bar import untold
 from .reader import Budget, Reader
 from .scaled import Scaled
 from .verifying import Verified, Verifying
 from .work import Work
+from .writer import Batch, Sink, Writer
 
 __all__ = ["Batch", "Outcome", "Progress", "Sink", "one_by_one", "run", "survey"]
 
 LOG = logging.getLogger(__name__)
 
-Batch = tuple[Sequence[str], tuple[Tensor, ...]]
-"""Names, and A [R, n] and B [m, R], or ΔW [m, n] in float32, of one module, or with P before their
-shapes of P."""
-
 Sum = TypeVar("Sum")
-Sink = Callable[[Sequence[Batch]], None]
-"""Takes what becomes of every portion of the plan."""
 Progress = Callable[[int, int], None]
 
 
@@ -74,9 +67,10 @@ def run(
     passes: Passes = ALONE,
     verify: bool = False,
 ) -> Outcome:
-    """Merge every module of the plan and give it to the sink, which works in another thread.
+    """Merge every module of the plan and give it to the sink.
 
-    to_host: whether the sink wants the results in the host's memory, and lets go of them. passes:
+    to_host: whether the sink wants the results in the host's memory, and lets go of them: it works
+    in another thread then, and at once otherwise. passes:
     who else merges the plan; the sink and progress are told of what is merged here. verify: whether
     a sample of the modules is held against the reference. Raises AdapterError for a factor with NaN
     or Inf, before its module reaches the sink; OptionError for a module that is too large for the
@@ -87,12 +81,11 @@ def run(
     units = passes.units(plan)
     total = len(plan.names) * (2 if work.twice else 1)
     done = total - len(plan.names)
-    written: Future[None] | None = None
     recycling = recycled() if to_host else contextlib.nullcontext()
     with (
         recycling,
-        ThreadPoolExecutor(1, "domerge-write") as writer,
         Reader.opened(plan, budget) as reader,
+        Writer.opened(sink, budget.device, reader.streams, to_host) as writer,
     ):
         method = prepared(work.method, _EveryGroup(reader, scaled, passes, units), work.inner)
         verifying = Verifying(plan, scaled, method) if verify else None
@@ -112,20 +105,16 @@ def run(
                 verified = verifying.check(stacks, results, first) if verifying else {}
                 shares = _shares(noted.sums, group, results)
                 noted.reports += _reports(plan, results, shares, verified)
-                if written:
-                    written.result()
-                ready = transfer.ready_event(budget.device) if to_host else None
-                parts = [(s.names, r.tensors) for s, _, r in results]
-                written = writer.submit(_write, sink, parts, ready, reader.streams)
-                done += _modules(stacks)
+                writer.write([(s.names, r.tensors) for s, _, r in results])
+                count = _modules(stacks)
+                done += count
                 _log(plan, stacks, "merged", done - total + len(plan.names))
-                _tell(progress, done - _modules(stacks), done, total)
+                _tell(progress, done - count, done, total)
                 if last is not None:
-                    written = writer.submit(_done, written, merging, last, noted.plain())
+                    writer.after(merging.done, last, noted.plain())
                     noted = _Noted.fresh(sums)
-                del stacks, group, results, parts  # before another group is read
-            if written:
-                written.result()
+                del stacks, group, results  # before another group is read
+            writer.wait()
     reports: list[StackReport] = []
     for plain in merging.results():
         of_unit, counted = plain
@@ -189,9 +178,10 @@ def _gone_through(
         for stacks, last in reader.portions(work, units, chosen):
             group = _looked_at(plan, stacks, scaled, method, noted.sums)
             first.add(replace(group, stacks=scaled.weighted(group.stacks)))
-            done += _modules(stacks)
+            count = _modules(stacks)
+            done += count
             _log(plan, stacks, "looked at", done)
-            _tell(progress, done - _modules(stacks), done, 2 * len(plan.names))
+            _tell(progress, done - count, done, 2 * len(plan.names))
             if last is not None:
                 looking.done(last, (first.noted(), noted.sums.plain()))
                 seen.append(last)
@@ -301,8 +291,9 @@ def survey(
     with Reader.opened(plan, budget) as reader:
         for stacks in reader.groups(None):
             measured(plan, stacks, [True] * len(stacks), sums, backend)
-            done += _modules(stacks)
-            _tell(progress, done - _modules(stacks), done, len(plan.names))
+            count = _modules(stacks)
+            done += count
+            _tell(progress, done - count, done, len(plan.names))
 
 
 def _shares(
@@ -333,7 +324,7 @@ def _reports(
         norms = made.norms or given
         if made.norms and given[0]:
             # Where sizes are far apart, the smallest may vanish in the method's float32 sums alone.
-            found, known = (Rows.of(x).tensor for x in (made.norms, given))
+            found, known = Rows.of(made.norms).tensor, Rows.of(given).tensor
             norms = Rows(torch.where(found != 0, found, known))
         yield StackReport(
             stack.names,
@@ -347,21 +338,3 @@ def _reports(
             kept,
             [verified.get(name) for name in stack.names] if verified else (),
         )
-
-
-def _done(written: Future[None], merging: Pass, unit: int, found: Any) -> None:
-    """When the unit's modules are written."""
-    written.result()
-    merging.done(unit, found)
-
-
-def _write(
-    sink: Sink,
-    results: Sequence[Batch],
-    ready: torch.cuda.Event | None,
-    streams: Sequence[torch.cuda.Stream],
-) -> None:
-    tensors = [t for _, own in results for t in own]
-    with transfer.on(streams):
-        arrived = iter(transfer.download(tensors, ready) if ready else tensors)
-        sink([(names, tuple(islice(arrived, len(own)))) for names, own in results])

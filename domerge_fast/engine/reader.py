@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, islice
 
 import torch
@@ -54,20 +55,25 @@ def _streams(plan: Plan, budget: Budget) -> list[torch.cuda.Stream]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads the plan's groups in a thread that ends with the block it was opened for. An iterator
-    that owned it, left where an error came, would end it when garbage is collected; that may be in
-    a thread that is just starting and holds what this waits for."""
+    """Reads the plan's groups in a thread that ends with the block it was opened for; without one,
+    as each is asked for, where all factors lie where they are merged. An iterator that owned the
+    thread, left where an error came, would end it when garbage is collected; that may be in a
+    thread that is just starting and holds what this waits for."""
 
     plan: Plan
     budget: Budget
     streams: Sequence[torch.cuda.Stream]
-    thread: ThreadPoolExecutor
+    thread: ThreadPoolExecutor | None
 
     @classmethod
     @contextlib.contextmanager
     def opened(cls, plan: Plan, budget: Budget) -> Iterator[Reader]:
+        streams = _streams(plan, budget)
+        if all(x.in_place and x.devices == {budget.device} for x in plan.adapters):
+            yield cls(plan, budget, streams, None)
+            return
         with ThreadPoolExecutor(1, "domerge-read") as thread:
-            yield cls(plan, budget, _streams(plan, budget), thread)
+            yield cls(plan, budget, streams, thread)
 
     def groups(self, work: Work | None) -> Iterator[list[Stack]]:
         """The stacks of every group, each read and copied while the one before it is worked on."""
@@ -93,17 +99,22 @@ class Reader:
         """The stacks of one plan after another, each read and copied while the one before it is
         worked on. room: what a buffer for the factors of any of them has to hold."""
         buffers = Buffers(room)
-        ahead: Future[_Read] | None = None
+        ahead: Callable[[], _Read] | None = None
         for plan in plans:
-            place = self.budget.device, self.streams
-            whole = [range(len(plan.names))]
-            following = self.thread.submit(_read, plan, whole, buffers, *place)
+            following = self._begun(plan, [range(len(plan.names))], buffers)
             if ahead:
-                yield ahead.result().wait()[0]
+                yield ahead().wait()[0]
             ahead = following
             del following
         if ahead:
-            yield ahead.result().wait()[0]
+            yield ahead().wait()[0]
+
+    def _begun(
+        self, plan: Plan, portions: Sequence[range], buffers: Buffers
+    ) -> Callable[[], _Read]:
+        """What gives the portions of a group, which the thread reads meanwhile."""
+        read = partial(_read, plan, portions, buffers, self.budget.device, self.streams)
+        return self.thread.submit(read).result if self.thread else read
 
     def _read(
         self,
@@ -116,19 +127,18 @@ class Reader:
         plan, dense = self.plan, work is not None and work.dense
         of_units = _groups(plan, self.budget, work, units)
         buffers = Buffers(max(plan.read_bytes(group) for groups in of_units for group in groups))
-        ahead: tuple[Future[_Read], int | None] | None = None
+        ahead: tuple[Callable[[], _Read], int | None] | None = None
         for unit in chosen:
             last = len(of_units[unit]) - 1
             for k, group in enumerate(of_units[unit]):
                 portions = _portions(plan, group, dense) if apart else [group]
-                place = self.budget.device, self.streams
-                following = self.thread.submit(_read, plan, portions, buffers, *place)
+                following = self._begun(plan, portions, buffers)
                 if ahead:
-                    yield ahead[0].result().wait(), ahead[1]
+                    yield ahead[0]().wait(), ahead[1]
                 ahead = following, unit if k == last else None
                 del following
         if ahead:
-            yield ahead[0].result().wait(), ahead[1]
+            yield ahead[0]().wait(), ahead[1]
 
 
 @dataclass(frozen=True, eq=False)
