@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def plan_job(
         device=str(budget.device),
         dtype=dtype_name(dtype),
     )
-    target = replace(target, recipe_bytes=_recipe_bytes(recipe, target))
+    target = replace(target, recipe_bytes=partial(_recipe_bytes, recipe, target))
     return Job(recipe, plan, parts, budget, target, written, refit, said, started, features)
 
 

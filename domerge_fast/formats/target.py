@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterator, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -109,7 +109,8 @@ class Target:
     its own rank. empty: modules of `layouts` that no adapter has and that are written as zeros.
     scales: what is in front of B A, by module, 1 where nothing is said; only of what is converted.
     base: the base model, where it was given. styles: how the adapters were stored that are of the
-    format which is written. recipe_bytes: of the recipe in a file, at most."""
+    format which is written. recipe_bytes: what the recipe in a file takes at most, which only a
+    writer asks for; None where there is none."""
 
     config: Mapping[str, object]
     layouts: Mapping[str, Layout]
@@ -124,7 +125,7 @@ class Target:
     base: Checkpoint | None = None
     styles: tuple[Style, ...] = ()
     changes: Changes = NO_CHANGES
-    recipe_bytes: int = 0
+    recipe_bytes: Callable[[], int] | None = None
 
     def check_inputs(self) -> None:
         """Raise AdapterError if a file of an adapter is not any more what it was when loaded."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +78,7 @@ def all_options(chosen: Chosen) -> dict[str, Any]:
     found: dict[str, Any] = {}
     one: Chosen | None = chosen
     while one:
-        found = dataclasses.asdict(one.options) | found
+        found = vars(one.options) | found
         one = one.inner
     return found
 

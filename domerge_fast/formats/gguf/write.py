@@ -105,7 +105,7 @@ class GgufLora(MergeFolder):
         for key, text in {**MARK, **self._spelling}.items():
             writer.add_string(key, text)
         if self._target.recipe_bytes:
-            writer.add_string(RECIPE, recipe.ljust(self._target.recipe_bytes))
+            writer.add_string(RECIPE, recipe.ljust(self._target.recipe_bytes()))
         return _bytes(writer, self._shapes, self._target.dtype)
 
     def add(self, name: str, a: Tensor, b: Tensor) -> None:

@@ -88,7 +88,8 @@ class SingleFile(MergeFolder):
         changes = dict(beside.written(self._target))
         largest |= {key: (x.dtype, x.shape) for key, x in changes.items()}
         texts = sum(len(json.dumps(dict(style.metadata))) for style in self._target.styles)
-        spare = texts + 2 * self._target.recipe_bytes + _SPARE  # names are in it twice
+        recipe = self._target.recipe_bytes() if self._target.recipe_bytes else 0
+        spare = texts + 2 * recipe + _SPARE  # names are in it twice
         self._writer = files.enter_context(SafetensorsWriter(place, largest, spare))
 
     def _keys(self, module: str) -> tuple[str, str]:
