@@ -6,6 +6,7 @@ Results do not depend on the number of threads, which is torch's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +21,7 @@ from . import long_products
 from . import torch as by_torch
 from .descent_rates import CPU, MAX_DESCENT_RANK, Rates
 from .factor_descent import FACTOR_STATS, LEAST_SHARE, in_factor_form
-from .layout import addresses, dense, matrices, repeated, row_major, together
+from .layout import addresses, dense, matrices, placed, repeated, row_major
 from .singly import Singly, each, joined
 
 __all__ = [
@@ -76,7 +77,7 @@ def gram(problems: Sequence[Side], dtype: torch.dtype = torch.float32) -> list[T
 def block_gram(problems: Sequence[Side]) -> list[Tensor]:
     """Each adapter's own X_i X_i^T in float64, packed: [sum r_i^2] a problem."""
     given, _alive = _described(problems)
-    out, at = _results([(squares(p.ranks),) for p in problems], torch.float64, problems, dims=1)
+    out, at = _results([(squares(p.ranks),) for p in problems], torch.float64, problems)
     _C.block_gram(given, at, torch.get_num_threads())
     return out
 
@@ -126,15 +127,16 @@ def _orthogonalize(
     tol: float,
 ) -> tuple[list[Tensor], Tensor]:
     inputs = matrices(grams)
-    counts = [len(g) if g.dim() == 3 else None for g in grams]
-    results = together([g.shape[-2:] for g in grams], torch.float32, counts=counts)
+    shapes = [g.shape for g in grams]
+    counts = [shape[0] if len(shape) == 3 else None for shape in shapes]
+    results, at = placed([shape[-2:] for shape in shapes], torch.float32, counts=counts)
     modules = [1 if count is None else count for count in counts]
-    stats = torch.zeros(sum(modules), 5, dtype=torch.float64)
+    stats = torch.zeros(len(at), 5, dtype=torch.float64)
     _C.orthogonalize(
         addresses(inputs),
-        repeated(zip(map(packed, ranks), modules)),
-        repeated(zip([packed([len(r)]) for r in ranks], modules)),
-        addresses(results),
+        repeated(zip(map(_numbers, ranks), modules)),
+        repeated(zip([_numbers((len(r),)) for r in ranks], modules)),
+        at,
         stats.data_ptr(),
         penalty == "frobenius",
         gamma,
@@ -219,9 +221,9 @@ def apply(
     turned = [p.in_columns for p in problems]
     shapes = [(p.d, k) if t else (k, p.d) for k, p, t in zip(rows, problems, turned)]
     out, at = _results(shapes, out_dtype, problems, turned, kept=True)
-    counts = repeated((packed([k]), p.modules) for k, p in zip(rows, problems))
+    counts = repeated([(_numbers((k,)), p.modules) for k, p in zip(rows, problems)])
     code, threads = CODES[out_dtype], torch.get_num_threads()
-    seen = torch.empty(sum([p.modules for p in problems]), dtype=torch.bool)
+    seen = torch.empty(len(at), dtype=torch.bool)
     _C.apply(given, addresses(cs, problems), counts, at, code, seen.data_ptr(), threads)
     _note(finite, out, seen, problems)
     return out
@@ -244,13 +246,13 @@ def apply_decouple(
     whole = [row_major(h) for h in full or ()]
     out, at = _results([(p.rank, p.d) for p in problems], out_dtype, problems, kept=True)
     shapes = [(len(p.ranks),) for p in problems]
-    norms, at_norms = _results(shapes, torch.float64, problems, dims=1)
-    seen = torch.empty(sum([p.modules for p in problems]), dtype=torch.bool)
+    norms, at_norms = _results(shapes, torch.float64, problems)
+    seen = torch.empty(len(at), dtype=torch.bool)
     _C.apply_decouple(
         given,
         addresses(cs, problems),
         addresses(rows, dims=1),
-        repeated((bits(omega), p.modules) for omega, p in zip(omegas, problems)),
+        repeated([(bits(omega), p.modules) for omega, p in zip(omegas, problems)]),
         scale,
         addresses(whole),
         at,
@@ -372,6 +374,12 @@ def _rules(
     return numbers, [t.rescale for t in trims], draw.seed, draw.module, list(draw.adapters)
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def _numbers(values: tuple[int, ...]) -> bytes:
+    """`packed`, of a few that are asked for again and again."""
+    return packed(values)
+
+
 def _described(problems: Sequence[Side], rows_only: bool = False) -> tuple[_C.Problems, list[Side]]:
     """The kernels' table of problems, and the sides to keep alive while it is used."""
     given = table(problems, rows_only)
@@ -383,10 +391,8 @@ def _results(
     dtype: torch.dtype,
     problems: Sequence[Side],
     turned: Sequence[bool] | None = None,
-    dims: int = 2,
     kept: bool = False,
 ) -> tuple[list[Tensor], memoryview]:
-    """Memory for results of every problem, and its addresses; see `together`. dims: of one."""
+    """Memory for results of every problem, and its addresses; see `placed`."""
     counts = [p.count for p in problems]
-    results = together(shapes, dtype, counts=counts, turned=turned, kept=kept)
-    return results, addresses(results, dims=dims)
+    return placed(shapes, dtype, counts=counts, turned=turned, kept=kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from ..algebra.side import Side, starts
-from ..storage.buffers import Pieces, spread
+from ..storage.buffers import Pieces, Run, spread
 
 __all__ = [
     "addresses",
     "dense",
     "matrices",
     "offsets",
+    "placed",
     "recycled",
     "repeated",
     "row_major",
@@ -124,25 +126,44 @@ def together(
     turned: Sequence[bool] | None = None,
     kept: bool = False,
 ) -> list[Tensor]:
-    """Row-major results of an op in one allocation: small ones cost more to allocate than to
-    compute. One of them keeps the memory of all. counts: where there is one, so many of that shape,
-    as a tensor [count, ...]. turned: of which the transposes are wanted. kept: whether they may
-    outlive the work on a group; then they are in several, of PIECE bytes but where a result is
-    larger, unless they are let go (`recycled`)."""
+    """`placed`, without the addresses."""
+    return placed(shapes, dtype, device, counts, turned, kept)[0]
+
+
+def placed(
+    shapes: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    counts: Sequence[int | None] | None = None,
+    turned: Sequence[bool] | None = None,
+    kept: bool = False,
+) -> tuple[list[Tensor], memoryview]:
+    """Row-major results of an op in one allocation, and their `addresses`: small ones cost more to
+    allocate than to compute. One of them keeps the memory of all. counts: where there is one, so
+    many of that shape, as a tensor [count, ...]. turned: of which the transposes are wanted. kept:
+    whether they may outlive the work on a group; then they are in several, of PIECE bytes but where
+    a result is larger, unless they are let go (`recycled`)."""
     leads = [None] * len(shapes) if counts is None else counts
-    steps = [-(-math.prod(shape) // GAP) * GAP for shape in shapes]
-    sizes = [step * (1 if lead is None else lead) for step, lead in zip(steps, leads)]
+    alike = [_dense(shape) for shape in shapes]
+    sizes = [step * (1 if lead is None else lead) for (_, step), lead in zip(alike, leads)]
     several = kept and _pieces.get() is None
     most = PIECE // dtype.itemsize if several else sum(sizes)
     results: list[Tensor] = []
+    runs: list[Run] = []
     for chosen in _runs(sizes, most):
         memory = _memory(sum([sizes[k] for k in chosen]), dtype, device)
-        first = 0
+        at, first = memory.data_ptr(), 0
         for k in chosen:
-            x = _view(memory, shapes[k], leads[k], steps[k], first)
+            shape, lead, (strides, step) = shapes[k], leads[k], alike[k]
+            if lead is not None:
+                shape, strides = (lead, *shape), (step, *strides)
+            x = memory.as_strided(shape, strides, first)
             results.append(x.mT if turned and turned[k] else x)
+            runs.append(
+                (at + first * dtype.itemsize, step * dtype.itemsize, 1 if lead is None else lead)
+            )
             first += sizes[k]
-    return results
+    return results, memoryview(spread(runs)).cast("Q")
 
 
 def _runs(sizes: Sequence[int], most: int) -> Iterator[range]:
@@ -157,14 +178,11 @@ def _runs(sizes: Sequence[int], most: int) -> Iterator[range]:
         yield range(begin, len(sizes))
 
 
-def _view(
-    memory: Tensor, shape: tuple[int, ...], lead: int | None, step: int, first: int
-) -> Tensor:
-    """A row-major tensor of that shape from there on, or [lead, *shape] with so large steps."""
-    strides = [math.prod(shape[n + 1 :]) for n in range(len(shape))]
-    if lead is None:
-        return memory.as_strided(shape, strides, first)
-    return memory.as_strided((lead, *shape), (step, *strides), first)
+@functools.lru_cache(maxsize=1 << 14)
+def _dense(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """The strides of a row-major result of that shape, and what it takes up, in elements."""
+    strides = tuple([math.prod(shape[n + 1 :]) for n in range(len(shape))])
+    return strides, -(-math.prod(shape) // GAP) * GAP
 
 
 def _memory(count: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:

@@ -145,13 +145,14 @@ class InTurn(Sequence[Any]):
     @overload
     def __getitem__(self, k: slice) -> list[Any]: ...
     def __getitem__(self, k: int | slice) -> Any:
-        if isinstance(k, slice):
-            return [self._one(n) for n in range(len(self))[k]]
-        return self._one(range(len(self))[k])
-
-    def _one(self, k: int) -> Any:
-        position, column = divmod(k, len(self.columns))
-        return self.columns[column][self._at[position]]
+        width, places = len(self.columns), range(len(self))[k]
+        if isinstance(places, int):
+            position, column = divmod(places, width)
+            return self.columns[column][self._at[position]]
+        assert places.step == 1
+        begin, end = places.start // width, -(-places.stop // width)
+        rows = [column[at] for at in self._at[begin:end] for column in self.columns]
+        return rows[places.start % width :][: len(places)]
 
     def __iter__(self) -> Iterator[Any]:
         rows = (map(column.__getitem__, self._at) for column in self.columns)
