@@ -60,10 +60,8 @@ def test_what_is_over_its_diagonal():
     roots = torch.randn(3, 4, 7, dtype=torch.float64)
     roots[1, 2] = 0.0
     products = roots @ roots.mT
-    found, own = (
-        over_diagonals(products.transpose(0, 1).contiguous().transpose(0, 1)),
-        roots.norm(dim=2),
-    )
+    found, own = products.clone(), roots.norm(dim=2)
+    over_diagonals(found)
     expected = products / (own[:, :, None] * own[:, None, :])
     assert torch.allclose(found, expected.nan_to_num(nan=0.0), rtol=1e-14, atol=0)
     assert not found[1, 2].any()

@@ -63,12 +63,12 @@ def within(grams: Tensor, low: float, high: float) -> bool:
     return _C.diagonals_within(grams.data_ptr(), count, step, rank, pitch, wide, low, high)
 
 
-def over_diagonals(x: Tensor) -> Tensor:
-    """x_ij / sqrt(x_ii x_jj) of matrices [P, T, T] in float64, 0 where the root is not above 0."""
-    x, own = x.contiguous(), x.diagonal(dim1=1, dim2=2).sqrt().contiguous()
-    found = torch.empty_like(x)
-    _C.over_products(x.data_ptr(), own.data_ptr(), len(x), x.shape[-1], found.data_ptr())
-    return found
+def over_diagonals(x: Tensor) -> None:
+    """Divide every x_ij by sqrt(x_ii) sqrt(x_jj), in matrices [.., T, T] without gaps in float64;
+    0 where that is not above 0."""
+    roots = x.diagonal(dim1=-2, dim2=-1).sqrt().contiguous()
+    at, count, size = x.data_ptr(), x.shape[:-2].numel(), x.shape[-1]
+    _C.over_products(at, roots.data_ptr(), count, size, at)
 
 
 def lengths(squares: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def block_products(
         rows = product.split(list(ranks))
         return torch.stack([torch.stack([b.sum() for b in r.split(list(ranks), 1)]) for r in rows])
 
-    return torch.stack([sums(a.double() * b.double()) for a, b in zip(x, y)])
+    left, right = ([m for z in side for m in (z if z.dim() == 3 else [z])] for side in (x, y))
+    return torch.stack([sums(a.double() * b.double()) for a, b in zip(left, right)])
 
 
 def _blocks(problem: Side) -> list[Tensor]:

@@ -69,8 +69,9 @@ def block_products(
     """Sums of x_ij y_ij over the block of every two adapters: [P, T, T] in float64."""
     owner = owners(ranks, x[0].device)
     member = torch.nn.functional.one_hot(owner, len(ranks)).double()
-    left, right = (m if isinstance(m, Tensor) else torch.stack(list(m)) for m in (x, y))
-    return member.T @ (left.double() * right.double()) @ member
+    if isinstance(x, Tensor) or x[0].dim() == 2:
+        x, y = ([m if isinstance(m, Tensor) else torch.stack(list(m))] for m in (x, y))
+    return torch.cat([member.T @ (a.double() * b.double()) @ member for a, b in zip(x, y)])
 
 
 def orthogonalize(

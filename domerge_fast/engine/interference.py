@@ -50,14 +50,22 @@ class InterferenceSums:
         the host's memory, in float64 where they have powers or sizes far apart; returns the
         adapters' ||ΔW_i||_F of each. stack: of one of them, with the adapters and powers of all."""
         adapters, ranks = stack.adapters, stack.a.ranks
-        inner = _block_products(a, b, ranks)
+        pairs = ([a, b, a], [a, b, b]) if self.report == FULL else ([a], [b])
+        # Those in float64 stay that: the fast backends take float32.
+        backend = "torch" if a.dtype == torch.float64 else "auto"
+        products = ops.block_products(*pairs, ranks, backend=backend)
+        tables = products.view(-1, a.shape[0], *products.shape[1:])
+        inner = tables[-1]
         if stack.powers != (0, 0):
             inner *= _size(stack)
         if self.report == FULL:
-            overlaps = torch.stack([_alignments(x, ranks) for x in (a, b)])
-            self._add(adapters, torch.cat([overlaps, inner[None]]).sum(1), len(inner))
+            over_diagonals(tables[:2])
+            self._add(adapters, tables.sum(1), a.shape[0])
             if self.details:
-                self.details.add([*chain.from_iterable(names)], stack, (a, b), (*overlaps, inner))
+                rows, columns, _ = tables
+                self.details.add(
+                    [*chain.from_iterable(names)], stack, (a, b), (rows, columns, inner)
+                )
         return self.count(adapters, lengths(inner.diagonal(dim1=1, dim2=2)))
 
     def _add(self, adapters: Sequence[int], sums: Tensor, modules: int) -> None:
@@ -158,19 +166,9 @@ def _spread(norms: Tensor) -> tuple[float, float, float]:
     count = len(norms)
     if not count:
         return 0.0, 0.0, 0.0
-    low, high = (float(norms.kthvalue(k).values) for k in (count // 2 + count % 2, count // 2 + 1))
-    return float(norms.min()), (low + high) / 2, float(norms.max())
-
-
-def _alignments(grams: Tensor, ranks: Sequence[int]) -> Tensor:
-    """||G_ij||^2 / (||G_ii|| ||G_jj||) of every Gram, 0 where an adapter's factor is zero."""
-    return over_diagonals(_block_products(grams, grams, ranks))
-
-
-def _block_products(x: Tensor, y: Tensor, ranks: Sequence[int]) -> Tensor:
-    """Those in float64 stay that: the fast backends take float32."""
-    backend = "torch" if x.dtype == torch.float64 else "auto"
-    return ops.block_products(x, y, ranks, backend=backend)
+    places = torch.tensor([0, (count - 1) // 2, count // 2, count - 1])
+    least, low, high, most = norms.sort().values[places].tolist()
+    return least, (low + high) / 2, most
 
 
 def _table(x: Tensor) -> tuple[tuple[float, ...], ...]:

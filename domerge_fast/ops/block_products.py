@@ -25,13 +25,11 @@ def block_products(
     """[P, T, T] in float64: entry (i, j) of problem p sums x_p y_p, entry by entry, over the block
     of rows of adapter i and columns of adapter j.
 
-    x, y: P matrices [R, R] each, in a list or as one tensor. ranks: r_i of the adapters of all of
-    them, summing to R.
+    x, y: P matrices [R, R] each, as one tensor, or in a list, of which each may be several
+    [.., R, R]. ranks: r_i of the adapters of all of them, summing to R.
     """
     size = (sum(ranks), sum(ranks))
-    for side in (x, y):
-        found = {side.shape[1:]} if isinstance(side, Tensor) else {m.shape for m in side}
-        for shape in found - {size}:
-            raise ValueError(f"a matrix of {tuple(shape)} does not fit the ranks {tuple(ranks)}")
     things = [m for side in (x, y) for m in ([side] if isinstance(side, Tensor) else side)]
+    for shape in {m.shape[-2:] for m in things} - {size}:
+        raise ValueError(f"a matrix of {tuple(shape)} does not fit the ranks {tuple(ranks)}")
     return implementation("block_products", backend, things).block_products(x, y, ranks)
