@@ -3,7 +3,7 @@ of its adapters is counted from these."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -79,18 +79,21 @@ def measured(
     a stack by itself. AdapterError for a factor that is not finite.
     """
     parts = _with_grams(stacks, wanted, backend, wide, bare)
-    parts = [x for part, odd in zip(parts, _unusual(parts)) for x in part.split(odd)]
+    batches = _batches(parts, [k for k, x in enumerate(parts) if x.here])
+    odd = _unusual(parts, batches)
     without = [x for x in parts if x.here is None]
-    if without:
-        parts = [*(x for x in parts if x.here), *_looked_at(without, backend)]
-    parts = [_moved(plan, x) for x in parts]
-    if any(x.moved for x in parts):
-        parts = _again(parts, wide, bare, backend)
-    _check_finite(plan, parts)
+    if without or any(odd):
+        parts = [x for part, own in zip(parts, odd) if part.here for x in part.split(own)]
+        parts += _looked_at(without, backend) if without else ()
+        parts = [_moved(plan, x) for x in parts]
+        if any(x.moved for x in parts):
+            parts = _again(parts, wide, bare, backend)
+        _check_finite(plan, parts)
+        batches = _batches(parts, [k for k, x in enumerate(parts) if x.counted])
     return Group(
         [x.stack for x in parts],
         ([x.taken and x.taken[0] for x in parts], [x.taken and x.taken[1] for x in parts]),
-        _counted(parts, sums, backend),
+        _counted(parts, batches, sums, backend),
         [x.moved for x in parts],
     )
 
@@ -154,24 +157,25 @@ class _Part:
         return None
 
 
-def _batches(parts: Sequence[_Part], key: Callable[[_Part], Hashable]) -> Iterator[_Batch]:
-    """Positions of parts with Grams, those of one key and size together, and the Grams of all of
-    their modules."""
+def _batches(parts: Sequence[_Part], chosen: Sequence[int]) -> list[_Batch]:
+    """Positions of some parts with Grams, those of which is counted together, and the Grams of all
+    of their modules."""
     members: dict[Hashable, list[int]] = {}
-    for k, x in enumerate(parts):
-        if x.here:
-            kind = key(x), x.here[0].shape[-1], x.here[0].dtype
-            members.setdefault(kind, []).append(k)
-    for chosen in members.values():
-        pairs = [[g if g.dim() == 3 else g[None] for g in parts[k].here or ()] for k in chosen]
+    for k in chosen:
+        stack = parts[k].stack
+        members.setdefault((stack.adapters, stack.a.ranks, parts[k].moved), []).append(k)
+    found = []
+    for alike in members.values():
+        pairs = [[g if g.dim() == 3 else g[None] for g in parts[k].here or ()] for k in alike]
         a, b = (side_by_side(side) for side in zip(*pairs))
-        yield chosen, a, b
+        found.append((alike, a, b))
+    return found
 
 
-def _unusual(parts: Sequence[_Part]) -> list[list[int]]:
+def _unusual(parts: Sequence[_Part], batches: Sequence[_Batch]) -> list[list[int]]:
     """The modules of every part with a row that is zero, not finite, or of no usual size."""
     found: list[list[int]] = [[] for _ in parts]
-    for chosen, a, b in _batches(parts, lambda x: None):
+    for chosen, a, b in batches:
         if not all(within(row_major(x), *USUAL) for x in (a, b)):
             usual = [precision.usual(x.diagonal(dim1=1, dim2=2)) for x in (a, b)]
             fits = usual[0] & usual[1]
@@ -226,7 +230,8 @@ def _with_own(part: _Part, backend: str) -> _Part:
     assert a is not None
     assert b is not None
     looked = replace(part, here=(a.cpu(), b.cpu()))
-    return next(looked.split([0])) if any(_unusual([looked])) else part
+    odd = any(_unusual([looked], _batches([looked], [0])))
+    return next(looked.split([0])) if odd else part
 
 
 def _moved(plan: Plan, part: _Part) -> _Part:
@@ -254,20 +259,18 @@ def _again(parts: Sequence[_Part], wide: bool, bare: bool, backend: str) -> list
 
 
 def _counted(
-    parts: Sequence[_Part], sums: InterferenceSums, backend: str
+    parts: Sequence[_Part], batches: Sequence[_Batch], sums: InterferenceSums, backend: str
 ) -> Sequence[Sequence[Sequence[float]]]:
-    """||ΔW_i||_F of all, counted into the sums."""
+    """||ΔW_i||_F of all, counted into the sums. batches: of those that are counted by Grams."""
     if sums.report == NONE:
         return [((),) * len(x.stack.names) for x in parts]
     norms: dict[int, Sequence[Sequence[float]]] = {}
-    by_grams = [k for k, x in enumerate(parts) if x.counted]
-    given = [parts[k] for k in by_grams]
-    for chosen, a, b in _batches(given, lambda x: (x.stack.adapters, x.stack.a.ranks, x.moved)):
-        names = [given[k].stack.names for k in chosen]
-        rows, end = sums.add(names, given[chosen[0]].stack, a, b), 0
-        for k in chosen:
-            begin, end = end, end + len(given[k].stack.names)
-            norms[by_grams[k]] = rows[begin:end]
+    for chosen, a, b in batches:
+        names = [parts[k].stack.names for k in chosen]
+        rows, end = sums.add(names, parts[chosen[0]].stack, a, b), 0
+        for k, own in zip(chosen, names):
+            begin, end = end, end + len(own)
+            norms[k] = rows[begin:end]
     if rest := [k for k, x in enumerate(parts) if not x.counted]:
         norms |= zip(rest, sums.add_norms([parts[k].stack for k in rest], backend))
     return [norms[k] for k in range(len(parts))]

@@ -8,6 +8,7 @@ descent ended above a `tol` of 1e-3; below, and with norms further apart, some d
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from ..algebra.host import Rows
 from ..backends.descent import NEGLIGIBLE
 from ..methods.base import Chosen
+from ..methods.side_report import SideReports
 from ..results.report import StackReport
 
 __all__ = ["notes"]
@@ -26,18 +28,22 @@ FAR = 100.0
 
 def notes(method: Chosen, reports: Sequence[StackReport]) -> tuple[str, ...]:
     """A sentence, where any module has descended."""
-    moved = [x for x in reports if any(rows[:, 0].any() for rows in _sides(x))]
-    reasons = ", ".join(_reasons(method.options, moved)) if moved else ""
+    sides = [(x, _steps(side)) for x in reports for side in (x.a, x.b) if side]
+    steps = torch.cat([own for _, own in sides]).tolist() if sides else []
+    if not any(steps):
+        return ()
+    ends = accumulate(len(own) for _, own in sides)
+    moved = {id(x): x for (x, own), end in zip(sides, ends) if any(steps[end - len(own) : end])}
+    reasons = ", ".join(_reasons(method.options, max(steps), [*moved.values()]))
     if not reasons:
         return ()
     what = f"{method.method.name}'s descents may have ended above tol, which is estimated"
     return (f"{what}: {reasons}",)
 
 
-def _reasons(options: Any, moved: Sequence[StackReport]) -> Iterator[str]:
-    """options: those of `do`."""
-    taken = max(float(rows[:, 0].max()) for x in moved for rows in _sides(x))
-    apart = max(_apart(x) for x in moved)
+def _reasons(options: Any, taken: float, moved: Sequence[StackReport]) -> Iterator[str]:
+    """options: those of `do`. taken: the most steps."""
+    apart = max(map(_apart, moved))
     if taken >= options.steps:
         yield f"some took all {options.steps} steps"
     if options.penalty != "squared":
@@ -48,9 +54,9 @@ def _reasons(options: Any, moved: Sequence[StackReport]) -> Iterator[str]:
         yield f"norms of updates are up to {apart:.0f} times apart"
 
 
-def _sides(report: StackReport) -> list[torch.Tensor]:
-    """The numbers of each side that descended: a row for every module."""
-    return [Rows.of(x.rows).tensor for x in (report.a, report.b) if x]
+def _steps(side: SideReports) -> torch.Tensor:
+    """Of every module."""
+    return Rows.of(side.rows).tensor.select(1, 0)
 
 
 def _apart(report: StackReport) -> float:

@@ -77,15 +77,16 @@ class StackReport:
 
     def plain(self) -> tuple[Any, ...]:
         """Tensors, numbers, texts, lists and tuples, which `of_plain` makes the same of."""
-        a, b = (None if x is None else _plain(x.rows) for x in (self.a, self.b))
-        first = self.names, self.adapters, self.rank, a, b, _plain(self.norms)
+        sides = self.a and _plain(self.a.rows), self.b and _plain(self.b.rows)
+        first = self.names, self.adapters, self.rank, *sides, _plain(self.norms)
         return *first, self.energy_kept, self.energy, self.shares, self.verified
 
     @classmethod
     def of_plain(cls, plain: Sequence[Any]) -> StackReport:
         names, adapters, rank, a, b, norms, *rest = plain
-        a, b = (None if rows is None else SideReports(_rows(rows)) for rows in (a, b))
-        return cls(names, adapters, rank, a, b, _rows(norms), *rest)
+        of_a = None if a is None else SideReports(_rows(a))
+        of_b = None if b is None else SideReports(_rows(b))
+        return cls(names, adapters, rank, of_a, of_b, _rows(norms), *rest)
 
     def of_module(self, k: int) -> ModuleReport:
         norms = self.norms[k]
