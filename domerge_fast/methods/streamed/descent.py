@@ -6,9 +6,8 @@ backends/factor_descent.py. Where it is least in one block, the others being as 
 
     Xhat_i = γ n_i X_i (γ n_i + 2 (S - Y_i^T Y_i))^-1
 
-which takes the eigenvectors of S, one for all adapters, and for the own block Woodbury's identity
-in r x r, a few times over, because Y_i is on both sides. All blocks at once, from the S of the pass
-before, give Φ = sum Y_i^T Y_i; then S moves by a share θ of Φ - S. A pass:
+which takes the eigenvectors of S, one for all adapters (own.py). All blocks at once, from the S of
+the pass before, give Φ = sum Y_i^T Y_i; then S moves by a share θ of Φ - S. A pass:
 
     f    at these Xhat, exactly: ||Φ||^2 - sum ||Y_i Y_i^T||^2 + γ ||Xhat - X||^2. Where it has
          risen, S goes back to what it was, and on by half the θ
@@ -44,17 +43,13 @@ from ...algebra.powers import times
 from ...algebra.side import Side
 from ...backends.descent import NEGLIGIBLE
 from ...backends.factor_descent import mean_field
+from .own import inner, minimised
 from .sums import Kept, Sums
 
 __all__ = ["Descent", "Rule", "blocks", "kept_bytes", "state_bytes"]
 
-INNER = 8
-"""Times that an own block is put in its own equation. More of them let S swing where one adapter
-has a large share of it; what these leave of f is below 1e-4 where none has a tenth."""
 FIRST, LEAST, MOST = 0.5, 0.1, 0.7
 """θ of the first pass, and its limits."""
-SMALL = 1e-12
-"""Of the largest eigenvalue of S: less is rounding."""
 FEW = 24
 """Equal adapters. With fewer, what is left was up to 15 times gap where 90 % of them is shared: 12
 of norms 6 times apart. With 50, norms up to 36 times apart, it was below gap on all sets."""
@@ -227,11 +222,11 @@ class Descent:
         """One pass's part of some adapters. at: their positions among those that were measured."""
         x, x_hat, y, left = self._minimised(blocks(side, self.power), at)
         change = x_hat - x
-        squares, along = _inner(x, x), _inner(change, x)
+        squares, along = inner(x, x), inner(change, x)
         assert self._sums
         self._sums.add(y)
         self._sums.left += left
-        self._sums.moved += float(_inner(change, change).sum())
+        self._sums.moved += float(inner(change, change).sum())
         self._sums.along += float(torch.where(squares > 0, along.square() / squares, 0.0).sum())
 
     def moved(self, side: Side, at: Sequence[int]) -> Tensor:
@@ -240,21 +235,11 @@ class Descent:
         return x if self._best is None else self._minimised(x, at)[1] @ self._vectors.T
 
     def _minimised(self, x: Tensor, at: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, float]:
-        """X, Xhat and Y in the eigenvectors of S; adapters that count as zero stay, and their Y is
-        0. And o of these adapters."""
+        """X in the eigenvectors of S, and what `minimised` makes of it."""
         assert self.rule
         n = self._live[list(at)].to(x.device, torch.float32)[:, None, None]
-        size = n.where(n > 0, 1.0)
         x = x @ self._vectors
-        values, gamma = self._values.float(), self.rule.gamma
-        low = values.clamp_min(SMALL * float(values.amax()))
-        gain, given = gamma * size.sqrt(), gamma * size + 2 * values
-        last = y = self._alpha * x / size.sqrt()
-        for _ in range(INNER):
-            last, y = y, _own(x, y, gain, given, low)
-        last = torch.where(n > 0, last.sub_(y), 0.0)
-        left = float(_inner(last, last * given).sum())
-        return x, torch.where(n > 0, y * size.sqrt(), x), torch.where(n > 0, y, 0.0), left
+        return x, *minimised(x, n, self._values.float(), self.rule.gamma, self._alpha)
 
     def settle(self) -> None:
         """After the last adapter of a pass."""
@@ -330,24 +315,3 @@ def _secant(theta: float, before: Tensor, after: Tensor) -> float:
     if total > 0:
         theta *= float((before * change).sum()) / total
     return min(MOST, max(LEAST, theta))
-
-
-def _own(x: Tensor, y: Tensor, gain: Tensor, given: Tensor, values: Tensor) -> Tensor:
-    """gain X (given - 2 Y^T Y)^-1, all in the eigenvectors of S: the Y_i that follow from others.
-    given: γ n_i + 2 S [t, 1, d]; of S itself the values, above 0."""
-    y = y * _within(y, values)
-    over, alone = y / given, x / given
-    inner = torch.eye(x.shape[1], device=x.device) - 2 * over @ y.mT
-    turn = torch.linalg.solve(inner, alone @ y.mT, left=False)
-    return torch.baddbmm(alone, turn, over, alpha=2).mul_(gain)
-
-
-def _within(y: Tensor, values: Tensor) -> Tensor:
-    """What Y has to be multiplied by for S - Y^T Y to have no negative eigenvalue, at most 1."""
-    largest = torch.linalg.eigvalsh((y / values) @ y.mT)[:, -1]
-    return largest.clamp_min(1.0).rsqrt()[:, None, None]
-
-
-def _inner(x: Tensor, y: Tensor) -> Tensor:
-    """<x, y> of every matrix [t, r, d], in float64: [t]."""
-    return (x * y).sum(2).sum(1, dtype=torch.float64)
