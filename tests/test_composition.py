@@ -30,7 +30,8 @@ from domerge_fast.cli import main as cli
 from domerge_fast.engine import reader
 from domerge_fast.formats import from_tensors
 from domerge_fast.methods import TABLE
-from domerge_fast.methods.base import Chosen, Factors, Settings, grams
+from domerge_fast.methods.base import Chosen, Settings, grams
+from domerge_fast.methods.made import Factors
 from domerge_fast.methods.running import prepared
 from domerge_fast.methods.spectral.space import SUPPORT
 from domerge_fast.methods.steps import POST, PRE

@@ -15,7 +15,8 @@ from torch import Tensor
 from domerge_fast.adapters.plan import Stack
 from domerge_fast.backends import paper, registry
 from domerge_fast.methods import choose
-from domerge_fast.methods.base import Factors, Settings
+from domerge_fast.methods.base import Settings
+from domerge_fast.methods.made import Factors
 from domerge_fast.methods.running import prepared
 from domerge_fast.methods.side_report import SideReport
 from domerge_fast.methods.spectral.space import NOISE

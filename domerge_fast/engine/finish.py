@@ -17,7 +17,8 @@ from ..algebra.full_precision import full_precision
 from ..algebra.lowrank import compress
 from ..algebra.side import Side
 from ..errors import FlatCut
-from ..methods.base import Cut, Dense, Factors, Made
+from ..methods.base import Cut
+from ..methods.made import Dense, Factors, Made
 from . import precision
 from .work import Work
 

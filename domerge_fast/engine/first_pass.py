@@ -15,8 +15,9 @@ from .. import ops
 from ..adapters.plan import Stack
 from ..algebra import powers
 from ..algebra.full_precision import full_precision
-from ..methods.base import UNCUT, Dense, Factors, Grams, Made, bare_sides
+from ..methods.base import UNCUT, Grams, bare_sides
 from ..methods.contract import Found
+from ..methods.made import Dense, Factors, Made
 from ..methods.running import Run
 from ..methods.spectral import calibrated, schatten, space, svc
 from ..storage.shelf import Shelf

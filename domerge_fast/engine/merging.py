@@ -9,8 +9,9 @@ from itertools import islice
 
 from ..adapters.plan import Stack
 from ..methods.applying import stacked
-from ..methods.base import Grams, Made
+from ..methods.base import Grams
 from ..methods.contract import Found
+from ..methods.made import Made
 from ..methods.running import Run
 from ..methods.spectral import calibrated
 from ..methods.steps.base import alike

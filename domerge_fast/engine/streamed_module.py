@@ -15,7 +15,7 @@ from torch import Tensor
 from ..adapters.plan import Plan, Stack
 from ..adapters.stack import near_one
 from ..algebra import powers
-from ..methods.base import Dense
+from ..methods.made import Dense
 from ..methods.side_report import SideReports
 from ..methods.spectral import schatten
 from ..methods.streamed.descent import Descent, Rule, blocks

@@ -19,8 +19,9 @@ from ..algebra.side import Side, each_row
 from ..algebra.threads import of_parts
 from ..algebra.truncation import truncated
 from ..errors import FlatCut
-from .base import UNCUT, Cut, Factors, Settings, bare_sides
+from .base import UNCUT, Cut, Settings, bare_sides
 from .contract import Coefficients, batches
+from .made import Factors
 from .spectral import svc
 
 __all__ = ["factors", "of_rows", "stacked"]

@@ -28,9 +28,10 @@ from ..errors import OptionError
 from ..ops.orthogonalize import PENALTIES
 from ..options import option
 from . import decoupled
-from .base import Chosen, Factors, Halves, Merge, Method, Settings, grams
+from .base import Chosen, Halves, Merge, Method, Settings, grams
 from .contract import Needs
 from .groups import Groups, Through
+from .made import Factors
 from .moved import Descended, Moved, sized
 from .nested import directions
 from .side_report import SideReports

@@ -42,8 +42,9 @@ from .. import ops
 from ..adapters.plan import Stack
 from ..options import option
 from . import applying
-from .base import Factors, Method, Settings, bare_sides
+from .base import Method, Settings, bare_sides
 from .contract import BATCH_BYTES
+from .made import Factors
 from .spectral import space
 
 __all__ = ["METHOD"]

@@ -25,8 +25,9 @@ from torch import Tensor
 from ..adapters.plan import Stack
 from ..errors import DomergeError
 from . import applying
-from .base import Factors, Method, Settings
+from .base import Method, Settings
 from .entrywise import elementwise
+from .made import Factors
 
 __all__ = ["METHOD"]
 

@@ -15,21 +15,10 @@ from ..algebra.host import gather
 from ..algebra.threads import HERE, of_parts
 from ..errors import FlatCut
 from .applying import factors, of_rows
-from .base import (
-    UNCUT,
-    Chosen,
-    Cut,
-    Found,
-    Grams,
-    Halves,
-    Made,
-    Merge,
-    Settings,
-    grams,
-    wide_grams,
-)
-from .contract import Batch, Coefficients, Needs, Reducible, State, batched, checked, joined
+from .base import UNCUT, Chosen, Cut, Grams, Halves, Merge, Settings, grams, wide_grams
+from .contract import Batch, Coefficients, Found, Needs, Reducible, State, batched, checked, joined
 from .groups import Groups, Here, Through
+from .made import Made
 from .spectral import schatten
 
 __all__ = ["Run", "prepared"]

@@ -20,8 +20,9 @@ from ... import ops
 from ...adapters.plan import Stack
 from ...algebra.entry_rules import Draw, Election, Trim
 from ...options import option
-from ..base import Dense, Merge, Method, ScaleRule, Settings
+from ..base import Merge, Method, ScaleRule, Settings
 from ..groups import Groups, Here
+from ..made import Dense
 from ..thresholds import Bands, Positions, bands
 
 __all__ = [

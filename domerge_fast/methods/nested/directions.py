@@ -24,8 +24,9 @@ from ...adapters.plan import Stack
 from ...algebra.full_precision import full_precision
 from ...algebra.roots import column_norms, root
 from ...algebra.side import Side
-from ..base import Dense, Factors, Made, Merge, Settings
+from ..base import Merge, Settings
 from ..groups import Groups
+from ..made import Dense, Factors, Made
 from ..running import prepared
 from ..side_report import SideReports
 from ..weighted.combination import of_stacks

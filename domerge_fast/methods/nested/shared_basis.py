@@ -19,18 +19,9 @@ from ... import ops
 from ...adapters.plan import Stack
 from ...algebra.side import Side
 from ...errors import FlatCut
-from ..base import (
-    Based,
-    Chosen,
-    Dense,
-    Factors,
-    Merge,
-    Method,
-    ScaleRule,
-    Settings,
-    bare_sides,
-)
+from ..base import Based, Chosen, Merge, Method, ScaleRule, Settings, bare_sides
 from ..groups import Groups, Here, Through
+from ..made import Dense, Factors
 from ..running import Run, prepared
 from ..spectral import space
 

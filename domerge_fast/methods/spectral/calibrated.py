@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from ...adapters.plan import Stack
 from ...algebra.side import Side
 from ..applying import factors
-from ..base import Factors, Found, Settings
-from ..contract import Coefficients
+from ..base import Settings
+from ..contract import Coefficients, Found
+from ..made import Factors
 from . import space, svc
 
 __all__ = ["find", "make"]

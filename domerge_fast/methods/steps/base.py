@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ...adapters.plan import Stack
 from ...registry import usable
 from ...storage.features_file import FeaturesFile
-from ..base import Factors, Settings
+from ..base import Settings
+from ..made import Factors
 
 __all__ = ["Beside", "PostStep", "PreStep", "Run", "alike"]
 

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from ... import ops
 from ...adapters.plan import Stack
 from ...algebra.side import Side
-from ..base import Factors, Settings
+from ..base import Settings
+from ..made import Factors
 from .base import PostStep
 from .norms import norms
 

@@ -14,7 +14,8 @@ from typing import cast
 
 from ...adapters.plan import Stack
 from ...algebra.side import Side
-from ..base import Chosen, Factors, Settings
+from ..base import Chosen, Settings
+from ..made import Factors
 from ..running import prepared
 from ..spectral import subspace_boost
 from .base import PostStep

@@ -14,8 +14,9 @@ from ...algebra.cuts import check_cuts
 from ...algebra.side import Side
 from ...algebra.threads import of_parts
 from ...errors import FlatCut, OptionError
-from ...methods.base import Chosen, Factors, Settings
+from ...methods.base import Chosen, Settings
 from ...methods.contract import Batch, State, batches, checked
+from ...methods.made import Factors
 from ...methods.running import prepared
 from ...methods.spectral import space, svc
 from .alike import Alike, Inner, Weights
