@@ -18,7 +18,7 @@ from support.make import random_factors, write_adapter
 from test_documentation import ROOMS, block, shown
 
 import domerge_fast as dm
-from domerge_fast import OptionError, registry
+from domerge_fast import OptionError, ops, registry
 from domerge_fast.formats import FORMATS
 from domerge_fast.methods import TABLE
 from domerge_fast.methods.base import Method
@@ -207,3 +207,10 @@ def test_nothing_is_looked_for_where_a_name_is_ours(monkeypatch):
 def test_a_name_that_is_no_text_is_unknown():
     with pytest.raises(OptionError, match=r"option 'method': \['do'\] is not known"):
         TABLE.choose("method", ["do"])
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+def test_an_op_is_refused_where_the_environment_asks_for_what_there_is_not(backend, monkeypatch):
+    monkeypatch.setenv("DOMERGE_CPU_ISA", "mmx")
+    with pytest.raises(OptionError, match="'DOMERGE_CPU_ISA': 'mmx' cannot run here; use one of"):
+        ops.largest([torch.ones(2, 3)], backend=backend)

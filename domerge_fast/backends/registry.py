@@ -229,6 +229,8 @@ def choose(
     """
     row = TABLE.own.get(name)
     if row and _can_run(row, device_type):  # at once, as every op asks
+        if name == "cpu":  # whose kernels are chosen by the environment
+            check_environment()
         return name
     check_environment()
     name = name if name != AUTO else os.environ.get(ENVIRONMENT) or AUTO
