@@ -72,6 +72,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cut", domerge::cut);
     m.def("by_number", domerge::by_number);
     m.def("diagonals_within", domerge::diagonals_within);
+    m.def("norms_apart", domerge::norms_apart);
     m.def("over_products", domerge::over_products);
     m.def("places", domerge::places);
     m.def("places_in_turn", domerge::places_in_turn);

@@ -4,7 +4,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <vector>
 
 namespace domerge {
 
@@ -31,6 +34,41 @@ inline bool diagonals_within(uint64_t first, int64_t count, int64_t step, int64_
         if (!fits) return false;
     }
     return true;
+}
+
+// The sum of `rank` numbers at equal distances.
+template <class T>
+double spaced_sum(const T* x, int64_t rank, int64_t distance) {
+    double sum = 0;
+    for (int64_t k = 0; k < rank; ++k) sum += x[k * distance];
+    return sum;
+}
+
+// How many times the norms of two adapters' factors are apart, at most, but for those of `least` of
+// the largest one or less. The squared norms are sums of ranks[i] numbers, from starts[i] on, at
+// distances[i], in each of `count` pieces of memory, `step` from one to the next, in elements;
+// wide: of float64.
+inline double norms_apart(uint64_t first, int64_t count, int64_t step,
+                          const std::vector<int64_t>& ranks, const std::vector<int64_t>& starts,
+                          const std::vector<int64_t>& distances, bool wide, double least) {
+    const pybind11::gil_scoped_release release;
+    std::vector<double> squares(ranks.size());
+    double most = 1;
+    for (int64_t p = 0; p < count; ++p) {
+        for (size_t i = 0; i < ranks.size(); ++i) {
+            const int64_t at = p * step + starts[i];
+            squares[i] = wide ? spaced_sum(reinterpret_cast<const double*>(first) + at, ranks[i],
+                                           distances[i])
+                              : spaced_sum(reinterpret_cast<const float*>(first) + at, ranks[i],
+                                           distances[i]);
+        }
+        const double high = *std::max_element(squares.begin(), squares.end());
+        double low = high;
+        for (const double x : squares)
+            if (x > least * least * high) low = std::min(low, x);
+        if (low > 0) most = std::max(most, high / low);
+    }
+    return std::sqrt(most);
 }
 
 // x_ij / (y_i y_j) of `count` dense matrices [size, size] and vectors [size], 0 where the divisor

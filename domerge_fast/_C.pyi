@@ -47,6 +47,22 @@ def diagonals_within(
     no number outside of low and high; NaN is. step: from one to the next, pitch: from row to row,
     in elements."""
 
+def norms_apart(
+    first: int,
+    count: int,
+    step: int,
+    ranks: Numbers,
+    starts: Numbers,
+    distances: Numbers,
+    wide: bool,
+    least: float,
+    /,
+) -> float:
+    """How many times the norms of two adapters' factors are apart, at most, but for those of
+    `least` of the largest one or less. The squared norms are sums of ranks[i] numbers, from
+    starts[i] on, at distances[i], in each of so many pieces of memory, float32 or, when wide,
+    float64; step: from one to the next, in elements."""
+
 def over_products(x: int, y: int, count: int, size: int, out: int, /) -> None:
     """out: x_ij / (y_i y_j) of so many matrices [size, size] and vectors [size], float64, 0 where
     the divisor is not above 0."""

@@ -15,15 +15,18 @@ from domerge_fast.formats import from_tensors
 SAID = "do's descents may have ended above tol, which is estimated: "
 
 
-def merged(x: Sequence[Tensor], **options: object) -> tuple[list[str], float]:
+def merged(x: Sequence[Tensor], alike: bool = False, **options: object) -> tuple[list[str], float]:
     """What the report says of the descent on B of adapters whose B^T are x, and how far above the
-    optimum it ended, as a share."""
+    optimum it ended, as a share. alike: with A that make the norms of their updates alike."""
     generator = torch.Generator().manual_seed(0)
     found = [
         from_tensors(
-            {"x": (torch.randn(len(own), 24, generator=generator), own.float().T)}, 1.0, name=str(i)
+            {"x": (torch.randn(len(own), 24, generator=generator) / size, own.float().T)},
+            1.0,
+            name=str(i),
         )
         for i, own in enumerate(x)
+        for size in [float(own.norm()) if alike else 1.0]
     ]
     report = dm.merge(found, "do", scale=1.0, **options).report
     b = report.modules["x"].b
@@ -32,12 +35,30 @@ def merged(x: Sequence[Tensor], **options: object) -> tuple[list[str], float]:
     return [note for note in report.notes if "tol" in note], b.objective_after / best - 1
 
 
-def test_it_says_where_norms_are_far_apart():
-    """Three adapters whose gains fall ten times a step, and then no more."""
-    notes, left = merged(adapters(3, 4, 64, 0.6, 300, 0))
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("report", ["full", "norms"])
+def test_it_says_where_norms_are_far_apart(report, alike):
+    """Three adapters whose gains fall ten times a step, and then no more, whatever their A are."""
+    notes, left = merged(adapters(3, 4, 64, 0.6, 300, 0), alike, report=report)
     assert left > 2 * TOL
-    assert len(notes) == 1
-    assert notes[0].startswith(f"{SAID}norms of updates are up to ")
+    assert notes == [f"{SAID}norms of adapters' A or B are up to 322 times apart"]
+
+
+def test_it_says_nothing_of_norms_that_a_descent_makes():
+    """Of a single output one of two adapters keeps nearly nothing."""
+    generator = torch.Generator().manual_seed(4)
+    found = [
+        from_tensors(
+            {"x": (torch.randn(r, 5, generator=generator), torch.randn(1, r, generator=generator))},
+            1.0,
+            name=str(r),
+        )
+        for r in (4, 2)
+    ]
+    report = dm.merge(found, "do", scale=1.0, gamma=1e-3).report
+    left = report.modules["x"].magnitudes.values()
+    assert max(left) > 1e5 * min(left)
+    assert not [note for note in report.notes if "tol" in note]
 
 
 def test_it_says_where_tol_is_less_than_was_tried():

@@ -13,7 +13,7 @@ from support.shapes import CASES
 import domerge_fast as dm
 from domerge_fast import OptionError
 from domerge_fast.adapters.plan import Plan
-from domerge_fast.algebra.host import gather, over_diagonals, within
+from domerge_fast.algebra.host import gather, norms_apart, over_diagonals, within
 from domerge_fast.backends.gpu import tables
 from domerge_fast.engine import reader, transfer
 from domerge_fast.options import size
@@ -54,6 +54,25 @@ def test_diagonals_within_bounds(dtype, value, expected):
     assert within(grams[:5, :4, :4], 1.0, 4.0) is expected
     assert within(grams[:4], 1.0, 4.0)
     assert not within(grams, 1.0, 4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("whole", [True, False])
+def test_how_far_norms_are_apart(dtype, whole):
+    """Of the second module, which has an adapter of zeros, and one that counts as zero."""
+    ranks, sizes = (2, 1, 3, 1), torch.tensor([[1.0, 2, 2, 2], [4.0, 0, 12.0, 1e-7]])
+    x = torch.nn.functional.normalize(torch.randn(2, 4, 12, dtype=dtype), dim=2) * sizes[..., None]
+    blocks = [x[:, i].view(2, r, 12 // r) for i, r in enumerate(ranks)]
+    if whole:
+        rows = torch.cat([torch.nn.functional.pad(y, (0, 12 - y.shape[2])) for y in blocks], 1)
+        grams = rows @ rows.mT
+    else:
+        grams = torch.cat([(y @ y.mT).flatten(1) for y in blocks], 1)
+    given = torch.stack([grams, grams], 1)[:, 0]
+    assert norms_apart(given, ranks, 1e-6) == pytest.approx(3.0, rel=1e-5)
+    assert norms_apart(given[:1], ranks, 1e-6) == pytest.approx(2.0, rel=1e-5)
+    assert norms_apart(given[1:], ranks, 1e-9) == pytest.approx(1.2e8, rel=1e-5)
+    assert norms_apart(torch.zeros_like(grams), ranks, 1e-6) == 1.0
 
 
 def test_what_is_over_its_diagonal():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import TypeVar, overload
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.functional import pad
 
 from .. import _C
 
-__all__ = ["Rows", "gather", "lengths", "over_diagonals", "within"]
+__all__ = ["Rows", "gather", "lengths", "norms_apart", "over_diagonals", "within"]
 
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
 
@@ -61,6 +62,22 @@ def within(grams: Tensor, low: float, high: float) -> bool:
     count, rank, _ = grams.shape
     wide = grams.dtype == torch.float64
     return _C.diagonals_within(grams.data_ptr(), count, step, rank, pitch, wide, low, high)
+
+
+def norms_apart(grams: Tensor, ranks: Sequence[int], least: float) -> float:
+    """How many times the norms of two adapters' factors are apart, at most, but for those of
+    `least` of the largest one or less. grams: of modules' sides [P, R, R], of rows without gaps, or
+    what is on the diagonals of these, block after block, [P, sum r_i^2]."""
+    if grams.dim() == 3:
+        step, pitch, _ = grams.stride()
+        starts = [(pitch + 1) * k for k in accumulate(ranks[:-1], initial=0)]
+        distances = [pitch + 1] * len(ranks)
+    else:
+        step, _ = grams.stride()
+        starts = [*accumulate([r * r for r in ranks[:-1]], initial=0)]
+        distances = [r + 1 for r in ranks]
+    wide, count = grams.dtype == torch.float64, grams.shape[0]
+    return _C.norms_apart(grams.data_ptr(), count, step, ranks, starts, distances, wide, least)
 
 
 def over_diagonals(x: Tensor) -> None:

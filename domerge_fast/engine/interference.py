@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .. import ops
 from ..adapters.plan import Stack
-from ..algebra.host import Rows, gather, lengths, over_diagonals
+from ..algebra.host import Rows, gather, lengths, norms_apart, over_diagonals
+from ..backends.descent import NEGLIGIBLE
+from ..backends.layout import row_major
 from ..recipe import DETAILS, FULL, NONE, NORMS
 from ..results.report import Interference
 from .details import DetailSums
@@ -30,6 +32,9 @@ def told(report: str, adapters: int) -> str:
     return NORMS if report == FULL and adapters > MOST_COMPARED else report
 
 
+Plain = tuple[Tensor, Tensor, list[tuple[tuple[int, ...], Tensor]], float, Any]
+
+
 class InterferenceSums:
     """Running sums over modules for `adapters` named adapters. report: what is counted, FULL,
     NORMS or NONE. details: what is counted module by module, of a FULL report."""
@@ -44,12 +49,16 @@ class InterferenceSums:
         self.shared = torch.zeros(size, dtype=torch.float64)
         self.norms: dict[tuple[int, ...], list[Tensor]] = {}
         """By adapters, the norms [P, T] of modules that these have."""
+        self.apart = 1.0
+        """How many times the norms of two adapters' A, or of their B, are apart in a module, at
+        most, but for those that count as zero."""
 
     def add(self, names: Sequence[Sequence[str]], stack: Stack, a: Tensor, b: Tensor) -> Rows:
         """Count modules in, whose names these are, one after the other, by their Grams [P, R, R] in
         the host's memory, in float64 where they have powers or sizes far apart; returns the
         adapters' ||ΔW_i||_F of each. stack: of one of them, with the adapters and powers of all."""
         adapters, ranks = stack.adapters, stack.a.ranks
+        self._note_apart(row_major(a), row_major(b), ranks)
         pairs = ([a, b, a], [a, b, b]) if self.report == FULL else ([a], [b])
         # Those in float64 stay that: the fast backends take float32.
         backend = "torch" if a.dtype == torch.float64 else "auto"
@@ -80,8 +89,14 @@ class InterferenceSums:
 
     def add_norms(self, stacks: Sequence[Stack], backend: str) -> list[Rows]:
         """Count the norms of modules in, without Grams; returns them, stack by stack."""
-        norms = own_norms(stacks, backend)
+        blocks = _blocks(stacks, backend)
+        for s, a, b in zip(stacks, *blocks):
+            self._note_apart(a, b, s.a.ranks)
+        norms = map(_own_norms, stacks, *blocks)
         return [self.count(s.adapters, own) for s, own in zip(stacks, norms)]
+
+    def _note_apart(self, a: Tensor, b: Tensor, ranks: Sequence[int]) -> None:
+        self.apart = max(self.apart, *(norms_apart(x, ranks, NEGLIGIBLE) for x in (a, b)))
 
     def count(self, adapters: Sequence[int], norms: Tensor) -> Rows:
         """Count the norms of P modules in, [P, T] of these adapters; returns them."""
@@ -92,19 +107,20 @@ class InterferenceSums:
         """Sums of the same, with nothing counted."""
         return InterferenceSums(self.names, self.report, self.details and self.details.fresh())
 
-    def plain(self) -> tuple[Tensor, Tensor, list[tuple[tuple[int, ...], Tensor]], Any]:
+    def plain(self) -> Plain:
         """What was counted, for `take`."""
         details = self.details.plain() if self.details else None
         norms = [(adapters, torch.cat(own)) for adapters, own in self.norms.items()]
-        return self.sums, self.shared, norms, details
+        return self.sums, self.shared, norms, self.apart, details
 
-    def take(self, plain: tuple[Tensor, Tensor, list[tuple[tuple[int, ...], Tensor]], Any]) -> None:
+    def take(self, plain: Plain) -> None:
         """Count in what others have counted."""
-        sums, shared, norms, details = plain
+        sums, shared, norms, apart, details = plain
         if self.details:
             self.details.take(details)
         self.sums += sums
         self.shared += shared
+        self.apart = max(self.apart, apart)
         for adapters, own in norms:
             self.norms.setdefault(adapters, []).append(own)
 
@@ -146,14 +162,19 @@ class InterferenceSums:
 
 def own_norms(stacks: Sequence[Stack], backend: str) -> list[Tensor]:
     """||ΔW_i||_F of the adapters of every stack's modules, [P, T] each."""
+    return [*map(_own_norms, stacks, *_blocks(stacks, backend))]
+
+
+def _blocks(stacks: Sequence[Stack], backend: str) -> list[list[Tensor]]:
+    """`ops.block_gram` of A, and of B, [P, sum r_i^2] of every stack."""
     sides = [s.a for s in stacks], [s.b for s in stacks]
-    grams = [gather(ops.block_gram(side, backend=backend)) for side in sides]
-    found = []
-    for s, a, b in zip(stacks, *grams):
-        products = (_size(s) * a * b).view(-1, a.shape[-1])
-        parts = products.split([r * r for r in s.a.ranks], 1)
-        found.append(lengths(torch.stack([part.sum(1) for part in parts], 1)))
-    return found
+    found = [gather(ops.block_gram(side, backend=backend)) for side in sides]
+    return [[x.view(-1, x.shape[-1]) for x in own] for own in found]
+
+
+def _own_norms(stack: Stack, a: Tensor, b: Tensor) -> Tensor:
+    parts = (_size(stack) * a * b).split([r * r for r in stack.a.ranks], 1)
+    return lengths(torch.stack([part.sum(1) for part in parts], 1))
 
 
 def _size(stack: Stack) -> float:

@@ -78,6 +78,7 @@ def run(
     """
     scaled = Scaled.of(plan, work)
     work = scaled.work
+    of_all, sums = sums, sums.fresh()
     units = passes.units(plan)
     total = len(plan.names) * (2 if work.twice else 1)
     done = total - len(plan.names)
@@ -120,7 +121,8 @@ def run(
         of_unit, counted = plain
         reports += map(StackReport.of_plain, of_unit)
         sums.take(counted)
-    said = stops.notes(work.method, reports)
+    of_all.take(sums.plain())
+    said = stops.notes(work.method, reports, sums.apart)
     return Outcome(reports, first.scales if first else {}, said)
 
 
