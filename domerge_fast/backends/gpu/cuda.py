@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -86,20 +85,21 @@ class _Kernels:
     ) -> None:
         if size not in _cuda.orthogonalize_sizes():
             each = _cuda.tiled_descent_bytes(size, adapters, frobenius)
-            by_tiles = partial(
-                _cuda.TiledDescent,
-                size=size,
-                starts=_at(starts),
-                each=each,
-                out=_at(out),
-                stats=_at(stats),
-                frobenius=frobenius,
-                gamma=gamma,
-                tol=tol,
-            )
 
             def start(batch: Tensor, memory: Tensor) -> _TiledDescent:
-                launches = by_tiles(work=_at(batch), problems=len(batch), memory=_at(memory))
+                launches = _cuda.TiledDescent(
+                    size=size,
+                    work=_at(batch),
+                    problems=len(batch),
+                    starts=_at(starts),
+                    memory=_at(memory),
+                    each=each,
+                    out=_at(out),
+                    stats=_at(stats),
+                    frobenius=frobenius,
+                    gamma=gamma,
+                    tol=tol,
+                )
                 return _TiledDescent(launches, _stream(out))
 
             descend(work, each // 8, 0, steps, start)
