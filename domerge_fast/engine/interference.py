@@ -129,7 +129,7 @@ class InterferenceSums:
         if self.report == NONE:
             return None
         of_all = self._norms_of_adapters()
-        spread = tuple(map(_spread, of_all))
+        spread = _spread(of_all)
         if self.report == NORMS:
             norms = tuple(math.sqrt(math.fsum(x * x for x in n.tolist())) for n in of_all)
             return Interference(self.names, None, None, None, norms, spread)
@@ -182,14 +182,20 @@ def _size(stack: Stack) -> float:
     return float(4.0 ** sum(stack.powers))
 
 
-def _spread(norms: Tensor) -> tuple[float, float, float]:
-    """The least, the median and the largest; 0 where there is none."""
-    count = len(norms)
+def _spread(norms: Sequence[Tensor]) -> tuple[tuple[float, float, float], ...]:
+    """The least, the median and the largest of each; 0 where there is none."""
+    alike = len({x.shape for x in norms}) == 1
+    tables = [torch.stack([*norms])] if alike else [x[None] for x in norms]
+    return tuple([own for table in tables for own in _spread_of_rows(table)])
+
+
+def _spread_of_rows(norms: Tensor) -> list[tuple[float, float, float]]:
+    rows, count = norms.shape
     if not count:
-        return 0.0, 0.0, 0.0
+        return [(0.0, 0.0, 0.0)] * rows
     places = torch.tensor([0, (count - 1) // 2, count // 2, count - 1])
-    least, low, high, most = norms.sort().values[places].tolist()
-    return least, (low + high) / 2, most
+    found = norms.sort(1).values[:, places].tolist()
+    return [(least, (low + high) / 2, most) for least, low, high, most in found]
 
 
 def _table(x: Tensor) -> tuple[tuple[float, ...], ...]:
