@@ -45,13 +45,16 @@ def one_spelling(
     check_names(adapters)
     check_base(adapters, base_model)
     check_parts(adapters)
+    alike = all(_has_names_of(adapters[0], adapter) for adapter in adapters[1:])
+    if alike and not any(adapter.removed for adapter in adapters):
+        return list(adapters), []
     calls = calls or [called(k, adapter) for k, adapter in enumerate(adapters)]
     notes = [
         f"{call}: names without {' and '.join(map(repr, a.removed))}"
         for call, a in zip(calls, adapters)
         if a.removed
     ]
-    if not adapters or all(_has_names_of(adapters[0], adapter) for adapter in adapters[1:]):
+    if alike:
         return list(adapters), notes
     if any(adapter.style and adapter.style.names != MODEL for adapter in adapters):
         return list(adapters), [*notes, *_apart(adapters, calls)]

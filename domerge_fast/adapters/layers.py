@@ -72,7 +72,9 @@ def check_parts(adapters: Sequence[Adapter]) -> None:
 def _part(adapter: Adapter) -> str:
     """The part of a model that an adapter's class is of alone, by its name; "" if that says none or
     several."""
-    name = (adapter.config.auto_mapping or {}).get("base_model_class") or ""
+    name = (adapter.config.auto_mapping or {}).get("base_model_class")
+    if not name:
+        return ""
     found = set(_PARTS).intersection(re.findall("[A-Z][a-z0-9_]*", name))
     return found.pop() if len(found) == 1 else ""
 

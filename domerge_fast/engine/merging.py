@@ -51,18 +51,18 @@ def merged(
         for s, (_, power) in zip(stacks, known.scales)
     ]
     again = [k for k, fit in enumerate(fits) if changed[k] or not all(fit)]
-    wide = scaled.wide
-    wider = dict(zip(again, known.merged(wide.work, again) if again else []))
+    wider = dict(zip(again, known.merged(scaled.wide.work, again) if again else []))
     rows: list[Merged] = []
     for k, (s, norms, own) in enumerate(zip(stacks, group.norms, results)):
         if k not in wider and len(own) == 1:
             rows.append((s, norms, own[0]))
             continue
-        given, of_scale = group.stacks[k].powers, wide.of_scale + known.scales[k][1]
+        given, power = group.stacks[k].powers, known.scales[k][1]
         usual = [one for result in own for one in result.each()]
         exact = [one for result in wider.get(k, own) for one in result.each()]
         for one, norm, fit, *pair in zip(s.each(), norms, fits[k], usual, exact):
             if changed[k] or not fit:
+                of_scale = scaled.wide.of_scale + power
                 rows.append((one, [norm], in_range(pair[1], one, given, of_scale, work)))
             else:
                 rows.append((one, [norm], pair[0]))

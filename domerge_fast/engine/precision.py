@@ -191,7 +191,7 @@ def fits(
     """Whether every merged module is finite and, in float16, rounded by little for sure. merged:
     what one module became, or, with P before all shapes, several. finite: those that are known to
     be."""
-    known = {id(x) for x in finite}
+    known = {*map(id, finite)}
     rest = [x for tensors in merged for x in tensors if id(x) not in known]
     looked_at = dict(zip(map(id, rest), _finite(rest, backend)))
     found = []
@@ -199,7 +199,7 @@ def fits(
         count = 1 if tensors[0].dim() == 2 else tensors[0].shape[0]
         flags = [looked_at.get(id(x), True) for x in tensors]
         whole = [True] * count
-        if not all(x is True for x in flags):
+        if flags.count(True) < len(flags):
             rows = [x if isinstance(x, list) else [x] * count for x in flags]
             whole = [all(row) for row in zip(*rows)]
         if len(tensors) == 2 and tensors[0].dtype == torch.float16:

@@ -43,7 +43,7 @@ class Factors:
     @property
     def count(self) -> int | None:
         """Of modules, None for one without a dimension for them."""
-        return None if self.a.dim() == 2 else len(self.a)
+        return None if self.a.dim() == 2 else self.a.shape[0]
 
     def times(self, power_a: int, power_b: int) -> Factors:
         return replace(self, **_sized(self, power_a, power_b))

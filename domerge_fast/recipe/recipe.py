@@ -76,7 +76,7 @@ class Recipe:
         theirs = {name: value for name, value in given.items() if name not in own}
         chosen = choose(asked.setdefault("method", AUTO), theirs)
         made = cls(**asked | _checked(asked), options=all_options(chosen))
-        return dataclasses.replace(made, rules=(*made.rules, *by_pattern))
+        return dataclasses.replace(made, rules=(*made.rules, *by_pattern)) if by_pattern else made
 
     @property
     def chosen(self) -> Chosen:

@@ -145,7 +145,8 @@ class InTurn(Sequence[Any]):
     @overload
     def __getitem__(self, k: slice) -> list[Any]: ...
     def __getitem__(self, k: int | slice) -> Any:
-        width, places = len(self.columns), range(len(self))[k]
+        width = len(self.columns)
+        places = range(width * len(self._at))[k]
         if isinstance(places, int):
             position, column = divmod(places, width)
             return self.columns[column][self._at[position]]
