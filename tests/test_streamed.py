@@ -339,3 +339,10 @@ def test_an_estimate_tells_what_it_holds():
     given = adapters({"all": cases()["all"]})
     recipe = dm.Recipe.make(method="do", descent="streamed")
     assert dm.estimate(recipe, given).memory > streamed.STATE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("gap", "said"), [(0.0, "0"), (4.321e-7, "4.3e-05"), (0.00043, "0.043"), (1.83, "180")]
+)
+def test_what_is_left_is_said_in_two_digits(gap, said):
+    assert streamed.estimated(gap, False) == f"at most {said} % of f"

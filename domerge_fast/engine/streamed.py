@@ -143,7 +143,8 @@ def estimated(gap: float, few: bool) -> str:
     """What is left, in words. few: whether the adapters of a module are so few that it may be more
     than its estimate."""
     more = ", or some times that, as single adapters hold a large share of it" if few else ""
-    return f"at most {100 * gap:.2g} % of f{more}"
+    percent = float(f"{100 * gap:.2g}")  # two digits, of 183 % also
+    return f"at most {percent:g} % of f{more}"
 
 
 def gone_through(
