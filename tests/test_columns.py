@@ -50,6 +50,15 @@ def test_kinds_where_adapters_differ():
     assert [x.data_ptr() for x in stacks[1].a.matrices] == [x.data_ptr() for x in stored]
 
 
+@pytest.mark.parametrize("ranks", [{}, {"x": {"a": 1}, "y": {"a": 2}}])
+def test_a_plan_of_no_adapter_that_counts_has_no_modules(ranks):
+    found = plan((0.0,) * len(ranks), **ranks)
+    assert found.names == ()
+    assert found.every_kind == []
+    assert found.groups(found.column([])) == []
+    assert dict(found.ranks) == {}
+
+
 def test_one_value_for_all_names():
     found = Same({"a": 1, "b": 2}, (0, 1))
     assert dict(found) == {"a": (0, 1), "b": (0, 1)}

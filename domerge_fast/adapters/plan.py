@@ -54,11 +54,9 @@ class Plan:
             check_no_dora(adapter)
         own = own or {}
         live = [i for i, weight in enumerate(weights) if weight != 0]
-        first = adapters[live[0]].names if live else []
-        if not own and all(adapters[i].names == first for i in live):
-            return cls(
-                adapters, weights, tuple(first), Same(adapters[live[0]].modules, tuple(live))
-            )
+        first = adapters[live[0]] if live else None
+        if first and not own and all(adapters[i].names == first.names for i in live):
+            return cls(adapters, weights, tuple(first.names), Same(first.modules, tuple(live)))
         owners: dict[str, list[int]] = {}
         for i, adapter in enumerate(adapters):
             for name in adapter.modules:
