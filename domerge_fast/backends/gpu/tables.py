@@ -145,10 +145,10 @@ def places(sizes: Iterable[int]) -> tuple[list[int], int]:
 
 def buckets(ranks: Mapping[int, int], sizes: Sequence[int]) -> dict[int, list[int]]:
     """Problems (position -> R) by the padded size that serves them; the last serves all larger."""
+    size_of = {rank: next((s for s in sizes if s >= rank), sizes[-1]) for rank in {*ranks.values()}}
     found: dict[int, list[int]] = {}
     for i, rank in ranks.items():
-        size = next((s for s in sizes if s >= rank), sizes[-1])
-        found.setdefault(size, []).append(i)
+        found.setdefault(size_of[rank], []).append(i)
     return found
 
 
