@@ -17,10 +17,13 @@ using factor_descent::Line;
 using factor_descent::make_line;
 using factor_descent::Pairs;
 
-constexpr int kHalvings = 60;    // of the error of the start
-constexpr double kAlike = 0.01;  // of numbers of which the mean serves all
-constexpr int64_t kLarge = 64;   // units of rows and of columns: below it blocks are half as long
-                                 // on both sides, so that there are some for every thread
+constexpr int kHalvings = 60;           // of the error of the start
+constexpr double kAlike = 0.01;         // of numbers of which the mean serves all
+constexpr double kEstimatedTol = 1e-4;  // below it gains come near the rounding of Grams
+constexpr double kDeviations = 3;       // of an estimate, which what it is taken for exceeds
+constexpr double kDisagreement = 0.2;   // of a step's estimated gain and what it gained
+constexpr int64_t kLarge = 64;  // units of rows and of columns: below it blocks are half as long
+                                // on both sides, so that there are some for every thread
 
 int64_t size_of(DType dtype) {
     return dtype == DType::float32 ? 4 : 2;
@@ -38,6 +41,20 @@ struct Matrix {
 // Sums of a line's terms over all squares less those over the adapters' own blocks.
 struct Terms {
     double at[6] = {};
+};
+
+// A step, what it gains, and the standard error of that.
+struct Guess {
+    double eta, gain, error;
+
+    bool is_sure(double of) const { return kDeviations * error <= of; }
+};
+
+// What a line has besides the Gram's terms: ||Xhat - X||^2 = moved + eta (along + eta square).
+struct Change {
+    double moved, along, square;
+
+    double by(double eta) const { return eta * (along + eta * square); }
 };
 
 class Descent {
@@ -69,7 +86,8 @@ class Descent {
 
  private:
     void take(const Problem& problem, Arena& memory) {
-        const int64_t squares = state_.columns * (state_.columns + 1) / 2 * kUnitNumbers;
+        const int64_t squares =
+            std::max(state_.columns * (state_.columns + 1) / 2 * kUnitNumbers, probed());
         const int64_t panels = std::max(std::min(most_packed(), state_.units), state_.columns) *
                                state_.columns * kUnitNumbers * kernels_.number_bytes;
         const int64_t moved = state_.rows * state_.ld() * kernels_.number_bytes;
@@ -197,27 +215,32 @@ class Descent {
         });
     }
 
-    // Makes e_ of what it is for Y + Z; `alone`: only of S.
-    Terms terms(bool alone) {
+    // Makes e_ of what it is for Y + trial Z; `alone`: only of S.
+    Terms terms(bool alone, float trial = 1) {
         std::vector<Terms> parts(state_.columns);
         run_(state_.columns, [&](int64_t item, Arena&) {
             const int64_t i = state_.columns - 1 - item;
-            kernels_.line(s_.whole, alone ? nullptr : e_.whole, f_.whole, i, parts[i].at);
+            kernels_.line(s_.whole, alone ? nullptr : e_.whole, f_.whole, trial, i, parts[i].at);
         });
         Terms sum;
         for (const Terms& part : parts)
             for (int k = 0; k < 6; ++k) sum.at[k] += part.at[k];
-        whole_ = sum.at[0];
+        subtract_own(alone, sum);
+        return sum;
+    }
+
+    void subtract_own(bool alone, Terms& sum) const {
         for (int64_t i = 0; i < own_size_; ++i) {
             const double s = s_.own[i], e = alone ? 0 : e_.own[i], f = alone ? 0 : f_.own[i];
             const double products[6] = {s * s, s * e, e * e, s * f, e * f, f * f};
             for (int k = 0; k < 6; ++k) sum.at[k] -= products[k];
         }
-        return sum;
     }
 
-    void note_share(double pairs, FactorStats& stats) {
-        if (whole_ > 0) stats.least_share = std::min(stats.least_share, pairs / whole_);
+    void note_share(double pairs, FactorStats& stats) const {
+        double own = 0;
+        for (int64_t i = 0; i < own_size_; ++i) own += double(s_.own[i]) * s_.own[i];
+        if (pairs + own > 0) stats.least_share = std::min(stats.least_share, pairs / (pairs + own));
     }
 
     // Of the factors alpha_i X_i those that are best if all X_i were directions at random, with as
@@ -349,21 +372,45 @@ class Descent {
     }
 
     void iterate(FactorStats& stats, double& overlap) {
+        const bool estimates = options_.tol >= kEstimatedTol && state_.d >= kernels_.estimated;
         double old = 0;
         Gains gains{};
-        for (int64_t step = 0; step < options_.steps; ++step) {
-            const double beta = find_gradient(old);
+        while (stats.steps < options_.steps) {
+            double slope = 0;
+            const double beta = find_gradient(old, slope);
             // Of a gradient that is rounding alone, the line is, too.
             if (!(old > kernels_.noise * stats.objective_after)) break;
-            const double gain = find_step(beta, overlap, stats);
-            if (!(gain >= 0)) break;
+            const Change change = turn(beta);
+            own(false);
+            note_share(overlap, stats);
+            Guess guess{};
+            if (estimates) guess = find_guess(overlap, slope, change);
+            if (!(guess.gain > 0 && guess.is_sure(guess.gain))) guess.eta = 0;
+            double gain = guess.gain;
+            const bool is_last = guess.eta > 0 && ends(gains, guess, stats);
+            if (is_last) {
+                move(guess.eta, change);
+                overlap -= gain + options_.gamma * change.by(guess.eta);
+            } else {
+                gain = take_step(guess, change, overlap);
+                if (!(gain >= 0)) break;
+            }
             stats.steps += 1;
-            if (enough(gains, gain, options_.tol * stats.objective_after)) break;
+            stats.objective_after = overlap + options_.gamma * moved_;
+            if (is_last || enough(gains, gain, options_.tol * stats.objective_after)) break;
         }
     }
 
-    // Sets `norm` to <g, M g>, and returns beta, by Polak and Ribiere.
-    double find_gradient(double& norm) {
+    // Whether a step is the last by its estimate alone, which is sure enough for that.
+    bool ends(Gains gains, const Guess& guess, const FactorStats& stats) const {
+        const double allowed = options_.tol * (stats.objective_after - guess.gain);
+        const bool reached = enough(gains, guess.gain, allowed);
+        return (reached || stats.steps + 1 == options_.steps) && guess.is_sure(kLittle * allowed);
+    }
+
+    // Sets `norm` to <g, M g>, and returns beta, by Polak and Ribiere; `slope` is that along
+    // -M g + beta D.
+    double find_gradient(double& norm, double& slope) {
         run_(state_.columns,
              [&](int64_t j, Arena&) { kernels_.pack_squares(state_, s_.whole, j); });
         const int64_t strips = (state_.units + state_.block_rows - 1) / state_.block_rows;
@@ -376,42 +423,156 @@ class Descent {
         double beta = norm > 0 ? (sums[0] - sums[1]) / norm : 0.0;
         if (!(beta > 0) || beta * sums[2] >= sums[0]) beta = 0;
         norm = sums[0];
+        slope = beta * sums[2] - norm;
         return beta;
     }
 
-    // Moves along the direction; returns what that gains, or -1 where no step lowers the objective.
-    double find_step(double beta, double& overlap, FactorStats& stats) {
+    Change turn(double beta) {
         std::vector<double> parts(2 * state_.units);
         units([&](int64_t unit, Arena&) {
             kernels_.turn(state_, unit, static_cast<float>(beta), &parts[2 * unit]);
         });
         double sums[2] = {};
         for (int64_t i = 0; i < 2 * state_.units; ++i) sums[i % 2] += parts[i];
-        gram(0, 1, f_.whole);
-        gram(1, 1, e_.whole);
-        own(false);
-        const Terms t = terms(false);
-        note_share(t.at[0], stats);
+        return {moved_, 2 * sums[0], sums[1]};
+    }
+
+    // Numbers in one part of the sums of probes. Parts lie in f_.
+    int64_t probed() const { return state_.columns * kUnit * 3 * kProbes; }
+
+    // [32 columns and 64 more, kProbes]: the lower bits of columns' numbers, mixed as MurmurHash3
+    // ends.
+    std::vector<float> signs() const {
+        std::vector<float> signs((state_.ld() + 2 * kUnit) * kProbes);
+        for (int64_t c = 0; c < state_.d; ++c) {
+            uint32_t bits = static_cast<uint32_t>(c + 1);
+            bits = (bits ^ bits >> 16) * 0x85ebca6bu;
+            bits = (bits ^ bits >> 13) * 0xc2b2ae35u;
+            bits ^= bits >> 16;
+            for (int64_t p = 0; p < kProbes; ++p)
+                signs[c * kProbes + p] = bits >> p & 1 ? -1.0f : 1.0f;
+        }
+        return signs;
+    }
+
+    // What the probes say of the direction: terms [4, kProbes].
+    std::vector<double> probe() {
+        const std::vector<float> v = signs();
+        const int64_t squares = state_.columns * (state_.columns + 1) / 2 * kUnitNumbers;
+        const int64_t parts = std::min(std::max<int64_t>(squares / probed(), 1), state_.units);
+        run_(parts, [&](int64_t part, Arena& arena) {
+            float* sums = f_.whole + part * probed();
+            std::memset(sums, 0, probed() * sizeof(float));
+            for (int64_t unit = part; unit < state_.units; unit += parts) {
+                arena.reset();
+                poll();
+                kernels_.probe(state_, unit, v.data(), sums, arena);
+            }
+        });
+        std::vector<double> found(state_.columns * 4 * kProbes), terms(4 * kProbes);
+        run_(state_.columns, [&](int64_t column, Arena&) {
+            kernels_.probe_terms(f_.whole + column * kUnit * 3 * kProbes, probed(), parts,
+                                 &found[column * 4 * kProbes]);
+        });
+        for (size_t i = 0; i < found.size(); ++i) terms[i % terms.size()] += found[i];
+        return terms;
+    }
+
+    // The best step by probes; of no gain where no step lowers the estimate.
+    Guess find_guess(double overlap, double slope, const Change& change) {
+        const std::vector<double> found = probe();
+        const double *ee = &found[0], *sf = ee + kProbes, *ef = sf + kProbes, *ff = ef + kProbes;
+        Terms t;
+        for (int64_t p = 0; p < kProbes; ++p) {
+            t.at[2] += ee[p] / kProbes;
+            t.at[3] += sf[p] / kProbes;
+            t.at[4] += ef[p] / kProbes;
+            t.at[5] += ff[p] / kProbes;
+        }
+        subtract_own(false, t);
+        t.at[0] = overlap;
+        t.at[1] = (slope - options_.gamma * change.along) / 2;
+        Guess guess{};
+        double after = 0;
+        guess.eta = best(t, change, guess.gain, after);
+        const double eta = guess.eta;
+        double sum = 0, squares = 0;
+        const auto value = [&](int64_t p) {
+            return ((ff[p] * eta + 2 * ef[p]) * eta + ee[p] + 2 * sf[p]) * eta * eta;
+        };
+        for (int64_t p = 0; p < kProbes; ++p) sum += value(p);
+        for (int64_t p = 0; p < kProbes; ++p)
+            squares += (value(p) - sum / kProbes) * (value(p) - sum / kProbes);
+        guess.error = std::sqrt(squares / (kProbes * (kProbes - 1)));
+        return guess;
+    }
+
+    // The step along a line of which these are the terms, what it gains and f after it.
+    double best(const Terms& t, const Change& change, double& gain, double& after) const {
         double quartic[5] = {t.at[0] / 2, t.at[1], t.at[2] / 2 + t.at[3], t.at[4], t.at[5] / 2};
         double weight = 1, energy = 0;
         const Pairs pairs{
             1, {quartic, quartic + 1, quartic + 2, quartic + 3, quartic + 4}, &weight, &energy};
-        const Line line = make_line(pairs, false, options_.gamma, moved_, 2 * sums[0], sums[1]);
+        const Line line =
+            make_line(pairs, false, options_.gamma, change.moved, change.along, change.square);
         const double before = line.at(0.0).value;
-        double after = before;
+        after = before;
         const double eta = best_step(line, &after);
-        if (!(eta > 0)) return -1;
-        advance(static_cast<float>(eta));
-        moved_ += eta * (2 * sums[0] + eta * sums[1]);
-        overlap = after - options_.gamma * moved_;
-        stats.objective_after = after;
-        return before - after;
+        gain = before - after;
+        return eta;
     }
 
-    void advance(float eta) {
-        units([&](int64_t unit, Arena&) { kernels_.move(state_, unit, eta); });
-        run_(state_.columns,
-             [&](int64_t i, Arena&) { kernels_.advance(s_.whole, e_.whole, f_.whole, i, eta); });
+    // Takes the step of a guess, if there is one and it gains what it says, or else the best.
+    // Returns what that gains, or -1 where no step lowers the objective.
+    double take_step(const Guess& guess, const Change& change, double& overlap) {
+        const double trial = guess.eta > 0 ? guess.eta : 1;
+        gram(1, static_cast<float>(trial), e_.whole);
+        if (guess.eta > 0) {
+            const double rise = find_rise(static_cast<float>(trial));
+            const double gain = -rise - options_.gamma * change.by(trial);
+            if (std::fabs(gain - guess.gain) <= kDisagreement * guess.gain) {
+                std::swap(s_.whole, e_.whole);
+                advance_own(static_cast<float>(trial));
+                move(trial, change);
+                overlap += rise;
+                return gain;
+            }
+        }
+        gram(0, 1, f_.whole);
+        double gain = 0, after = 0;
+        const double eta = best(terms(false, static_cast<float>(trial)), change, gain, after);
+        if (!(eta > 0)) return -1;
+        run_(state_.columns, [&](int64_t i, Arena&) {
+            kernels_.advance(s_.whole, e_.whole, f_.whole, i, static_cast<float>(eta));
+        });
+        advance_own(static_cast<float>(eta));
+        move(eta, change);
+        overlap = after - options_.gamma * moved_;
+        return gain;
+    }
+
+    // By how much ||S||^2 - sum_i ||K_i||^2 is more at Y + eta Z, of which e_ is S.
+    double find_rise(float eta) {
+        std::vector<double> parts(state_.columns);
+        run_(state_.columns, [&](int64_t item, Arena&) {
+            const int64_t i = state_.columns - 1 - item;
+            parts[i] = kernels_.rise(s_.whole, e_.whole, i);
+        });
+        double rise = 0;
+        for (double part : parts) rise += part;
+        for (int64_t i = 0; i < own_size_; ++i) {
+            const double moved = eta * e_.own[i] + eta * eta * f_.own[i];
+            rise -= moved * (2.0 * s_.own[i] + moved);
+        }
+        return rise;
+    }
+
+    void move(double eta, const Change& change) {
+        units([&](int64_t unit, Arena&) { kernels_.move(state_, unit, static_cast<float>(eta)); });
+        moved_ += change.by(eta);
+    }
+
+    void advance_own(float eta) {
         for (int64_t i = 0; i < own_size_; ++i)
             s_.own[i] += eta * e_.own[i] + eta * eta * f_.own[i];
     }
@@ -444,7 +605,7 @@ class Descent {
     std::vector<double> norm_, alpha_;     // n_i, 0 if negligible; what the start scales X_i by
     int64_t own_size_ = 0;
     Matrix s_{}, e_{}, f_{};
-    double size_ = 1, whole_ = 0, moved_ = 0;
+    double size_ = 1, moved_ = 0;
 };
 
 }  // namespace

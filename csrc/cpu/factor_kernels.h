@@ -12,6 +12,7 @@ namespace domerge {
 
 constexpr int64_t kUnit = 32;
 constexpr int64_t kUnitNumbers = kUnit * kUnit;
+constexpr int64_t kProbes = 16;  // vectors of signs that a line's terms are estimated with
 
 struct FactorRow {
     const void* x;  // [d]
@@ -45,6 +46,7 @@ struct FactorKernels {
     double noise;                       // of sums of products, relatively
     int64_t panels;                     // kinds of them: 1 where a left operand's are a right one's
     int64_t block_rows, block_columns;  // of units, of what is multiplied at once in large problems
+    int64_t estimated;                  // the least d of which lines are estimated
 
     double (*squared_norm)(const FactorRow&, int64_t d);
     // Xhat = factors[r] X, of one unit of rows.
@@ -65,9 +67,17 @@ struct FactorKernels {
     // Of an adapter [r_i, r_i]: e = Y Z^T + Z Y^T and f = Z Z^T, with Z = root D; or k = Y Y^T
     // alone.
     void (*own)(const FactorState&, int64_t first, float* k, float* e, float* f, Arena&);
-    // Of row i of squares, where e is that of Y + Z: makes it E = Y^T Z + Z^T Y. sums: <S, S>,
-    // <S, E>, <E, E>, <S, F>, <E, F>, <F, F>; <S, S> alone where e is null.
-    void (*line)(const float* s, float* e, const float* f, int64_t i, double* sums);
+    // Adds to sums [32 columns, 3, kProbes], of one unit of rows, Y^T P, Y^T Q + Z^T P and Z^T Q,
+    // where P = Y V, Q = Z V. signs: V [32 columns and up to 64 more, kProbes].
+    void (*probe)(const FactorState&, int64_t unit, const float* signs, float* sums, Arena&);
+    // Of 32 columns of such sums, in `count` parts `stride` apart: terms [4, kProbes], of every
+    // probe <E v, E v>, <S v, F v>, <E v, F v> and <F v, F v>.
+    void (*probe_terms)(const float* sums, int64_t stride, int64_t count, double* terms);
+    // <S' - S, S' + S> of row i of squares.
+    double (*rise)(const float* s, const float* next, int64_t i);
+    // Of row i of squares, where e is that of Y + trial Z: makes it E = Y^T Z + Z^T Y. sums:
+    // <S, S>, <S, E>, <E, E>, <S, F>, <E, F>, <F, F>; <S, S> alone where e is null.
+    void (*line)(const float* s, float* e, const float* f, float trial, int64_t i, double* sums);
     // S += eta E + eta^2 F, row i of squares.
     void (*advance)(float* s, const float* e, const float* f, int64_t i, float eta);
     // Xhat *= size, of one unit of rows; sums [R, 2], of each row: <Xhat, X> and <X, X> before.

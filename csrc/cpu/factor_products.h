@@ -12,6 +12,7 @@ struct SingleProducts {
     using Format = Float32;
     using Number = float;
     static constexpr double kNoise = 0x1p-23;
+    static constexpr int64_t kEstimated = 512;
     static constexpr int64_t kPanels = 1;
     static constexpr int64_t kBlockRows = 8;
     static constexpr int64_t kBlockColumns = 8;

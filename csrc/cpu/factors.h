@@ -2,6 +2,7 @@
 #pragma once
 
 #include "factor_blocks.h"
+#include "factor_probes.h"
 
 namespace domerge {
 namespace DOMERGE_ISA {
@@ -323,7 +324,24 @@ struct Factors {
         }
     }
 
-    static void line(const float* s, float* e, const float* f, int64_t i, double* sums) {
+    static double rise(const float* s, const float* next, int64_t i) {
+        double sum = 0;
+        for (int64_t j = 0; j <= i; ++j) {
+            const int64_t at = square_at(i, j);
+            Sums<1> found;
+            for (int64_t c = at; c < at + kUnitNumbers; c += kWidth) {
+                const FloatVec x = load<FloatVec>(s + c), y = load<FloatVec>(next + c);
+                found.part[0] += (y - x) * (y + x);
+            }
+            found.settle();
+            sum += (i == j ? 1 : 2) * found.total[0];
+        }
+        return sum;
+    }
+
+    static void line(const float* s, float* e, const float* f, float trial, int64_t i,
+                     double* sums) {
+        const float square = trial * trial, inverse = 1 / trial;
         for (int k = 0; k < 6; ++k) sums[k] = 0;
         for (int64_t j = 0; j <= i; ++j) {
             const int64_t at = square_at(i, j);
@@ -332,7 +350,8 @@ struct Factors {
                 const FloatVec x = load<FloatVec>(s + c);
                 found.part[0] += x * x;
                 if (!e) continue;
-                const FloatVec z = load<FloatVec>(f + c), y = load<FloatVec>(e + c) - x - z;
+                const FloatVec z = load<FloatVec>(f + c);
+                const FloatVec y = (load<FloatVec>(e + c) - x - z * square) * inverse;
                 store(e + c, y);
                 found.part[1] += x * y;
                 found.part[2] += y * y;
@@ -375,10 +394,27 @@ struct Factors {
     }
 
     static constexpr FactorKernels kernels() {
-        return {sizeof(Number), P::kNoise, P::kPanels, P::kBlockRows, P::kBlockColumns,
-                squared_norm,   place,     pack,       gram,          pack_squares,
-                gradient,       turn,      move,       own,           line,
-                advance,        finish};
+        return {sizeof(Number),
+                P::kNoise,
+                P::kPanels,
+                P::kBlockRows,
+                P::kBlockColumns,
+                P::kEstimated,
+                squared_norm,
+                place,
+                pack,
+                gram,
+                pack_squares,
+                gradient,
+                turn,
+                move,
+                own,
+                Probes<Format>::probe,
+                Probes<Format>::probe_terms,
+                rise,
+                line,
+                advance,
+                finish};
     }
 };
 

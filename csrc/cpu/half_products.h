@@ -23,6 +23,7 @@ struct HalfPanels {
     using Format = BFloat16;
     using Number = uint16_t;
     static constexpr double kNoise = 0x1p-20;
+    static constexpr int64_t kEstimated = 1024;
     static constexpr int64_t kPanels = 2;
     static constexpr int64_t kBlockRows = 8;
     static constexpr int64_t kBlockColumns = 16;
