@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from .adapters.plan import Plan
-from .backends.descent_rates import on_factors
+from .backends.descent_rates import ESTIMATED_COLUMNS, factor_flops, on_factors
 from .engine.streamed import memory_of
 from .methods.streamed.choice import is_large
 
@@ -93,7 +93,7 @@ class Shape:
 def _side(rank: int, d: int, steps: int) -> float:
     """A descent on the factors, or on R x R matrices with the Gram and C X."""
     if on_factors(rank, d):
-        return (2.0 + 4 * steps) * rank * d**2
+        return float(factor_flops(rank, d, steps, estimated=d >= ESTIMATED_COLUMNS))
     return 3.0 * rank**2 * d + rank**3 * max(7.0 * steps - 4, 0)
 
 

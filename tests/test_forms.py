@@ -46,7 +46,7 @@ def test_plans_count_with_the_same_rates_on_every_machine(monkeypatch):
         assert on_factors(1000, 1024)
         assert not on_factors(700, 1024)
     factors, squares = Shape(1024, 1024, (8,) * 125), Shape(1024, 1024, (8,) * 87)
-    descent = 14.0 * 1000 * 1024**2
+    descent = 10.0 * 1000 * 1024**2 + 3 * 192 * 1000 * 1024
     assert factors.flops() == 2 * descent + 125 * 72 * 1024
     assert squares.flops() == 2 * (3.0 * 696**2 * 1024 + 17 * 696**3) + 87 * 72 * 1024
 
@@ -117,3 +117,9 @@ def test_a_shelf_has_room_in_memory_and_in_its_file(monkeypatch):
 def test_seconds_count_what_the_forms_multiply():
     rates = descent_rates.Rates(1.0, 2.0, 4.0)
     assert descent_rates.seconds(10, 20, rates) == pytest.approx((17e-6 + 2e-6, 14e-6))
+
+
+def test_an_estimated_line_saves_a_gram_a_step_and_the_last_both():
+    exact = descent_rates.factor_flops(10, 600, 3, estimated=False)
+    estimated = descent_rates.factor_flops(10, 600, 3, estimated=True)
+    assert exact - estimated == 4 * 10 * 600**2 - 3 * 192 * 10 * 600

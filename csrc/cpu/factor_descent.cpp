@@ -86,8 +86,7 @@ class Descent {
 
  private:
     void take(const Problem& problem, Arena& memory) {
-        const int64_t squares =
-            std::max(state_.columns * (state_.columns + 1) / 2 * kUnitNumbers, probed());
+        const int64_t squares = state_.columns * (state_.columns + 1) / 2 * kUnitNumbers;
         const int64_t panels = std::max(std::min(most_packed(), state_.units), state_.columns) *
                                state_.columns * kUnitNumbers * kernels_.number_bytes;
         const int64_t moved = state_.rows * state_.ld() * kernels_.number_bytes;
@@ -437,7 +436,8 @@ class Descent {
         return {moved_, 2 * sums[0], sums[1]};
     }
 
-    // Numbers in one part of the sums of probes. Parts lie in f_.
+    // Numbers in one part of the sums of probes. Parts lie in f_, which has room for one where d is
+    // above 32.
     int64_t probed() const { return state_.columns * kUnit * 3 * kProbes; }
 
     // [32 columns and 64 more, kProbes]: the lower bits of columns' numbers, mixed as MurmurHash3
@@ -459,7 +459,7 @@ class Descent {
     std::vector<double> probe() {
         const std::vector<float> v = signs();
         const int64_t squares = state_.columns * (state_.columns + 1) / 2 * kUnitNumbers;
-        const int64_t parts = std::min(std::max<int64_t>(squares / probed(), 1), state_.units);
+        const int64_t parts = std::min(squares / probed(), state_.units);
         run_(parts, [&](int64_t part, Arena& arena) {
             float* sums = f_.whole + part * probed();
             std::memset(sums, 0, probed() * sizeof(float));

@@ -13,12 +13,15 @@ from .registry import AUTO, by_op, load
 
 __all__ = [
     "CPU",
+    "ESTIMATED_COLUMNS",
     "LEAST",
     "MAX_DESCENT_RANK",
+    "PROBES",
     "STEPS",
     "TORCH",
     "CpuRates",
     "Rates",
+    "factor_flops",
     "on_factors",
     "seconds",
 ]
@@ -31,6 +34,11 @@ LEAST = 256
 """Of R and d: of smaller ones products are not most of the time, and there is little to gain."""
 STEPS = 3
 """Of a descent: 2 to 5 where norms are not far apart, as many in either form."""
+ESTIMATED_COLUMNS = 512
+"""The least d of which a descent on the factors estimates lines (factor_descent.py): of fewer
+columns products with probes would cost most of what they save."""
+PROBES = 16
+"""Vectors of signs that a line is estimated with."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +102,16 @@ def on_factors(rank: int, d: int, backend: str | None = None, tol: float = math.
 
 
 def seconds(rank: int, d: int, rates: Rates) -> tuple[float, float]:
-    """Of one thread, by a descent on R x R matrices with C X, and by one on the factors with the
-    Grams [d, d] of X and of what it starts from. The Gram [R, R] is left out: what counts
+    """Of one thread, by a descent on R x R matrices with C X, and by one on the factors with exact
+    lines: estimated ones take a quarter less of it. The Gram [R, R] is left out: what counts
     interference and finds λ wants it, too."""
     squares = (7 * STEPS - 4) * rank**3 / rates.squares + 2 * rank**2 * d / rates.apply
-    factors = (2 + 4 * STEPS) * rank * d**2 / rates.factors
-    return squares / 1e9, factors / 1e9
+    return squares / 1e9, factor_flops(rank, d, STEPS, estimated=False) / rates.factors / 1e9
+
+
+def factor_flops(rank: int, d: int, steps: float, estimated: bool) -> float:
+    """Of a descent on the factors, with the Grams [d, d] of X and of what it starts from. Where
+    lines are estimated a step has one Gram, and the last none, but products with probes."""
+    if estimated:
+        return (1 + 3 * steps) * rank * d**2 + 12 * PROBES * steps * rank * d
+    return (2 + 4 * steps) * rank * d**2

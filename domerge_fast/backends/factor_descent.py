@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from .descent import LITTLE, NEGLIGIBLE, STATS, Line, enough
+from .descent_rates import ESTIMATED_COLUMNS, PROBES
 
 __all__ = ["FACTOR_STATS", "LEAST_SHARE", "in_factor_form", "mean_field"]
 
@@ -46,11 +47,8 @@ HALVINGS = 60
 """Of the error of the start's factors."""
 ALIKE = 0.01
 """Where they differ by less, their mean is every adapter's: S is then that of X times a number."""
-PROBES = 16
 ESTIMATED_TOL = 1e-4
 """Below it gains come near the rounding of Grams, and lines are exact."""
-ESTIMATED_COLUMNS = 512
-"""Of fewer, products with probes, 12 PROBES R d flops, would cost most of what they save."""
 DEVIATIONS = 3
 """Standard errors of an estimate, which what it is taken for exceeds."""
 DISAGREEMENT = 0.2
@@ -64,9 +62,10 @@ def in_factor_form(
     """Descend on Xhat itself. x [R, d] -> Xhat [R, d], and `FACTOR_STATS` [6] in float64.
 
     Products are in the dtype of x, what is summed from them for the line search in float64. For
-    float32 that leaves 1e-7 of the sum over all pairs to chance, and f cannot rise by more. It
-    is little beside `tol`, unless the pairs of two adapters are a small rest of that sum (one
-    adapter dominates, or next to nothing is left): then all is done again in float64.
+    float32 that leaves 1e-7 of the sum over all pairs to chance, and f cannot rise by more, unless
+    the estimate that a last step is taken by is wrong by DEVIATIONS standard errors. It is little
+    beside `tol`, unless the pairs of two adapters are a small rest of that sum (one adapter
+    dominates, or next to nothing is left): then all is done again in float64.
     """
     size = torch.linalg.vector_norm(x, dtype=torch.float64) / len(x) ** 0.5
     size = size.where(size > 0, 1.0)
