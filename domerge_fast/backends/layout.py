@@ -41,7 +41,8 @@ LEAST = 1 << 20
 """Bytes from which on memory of an allocation is used again where results are let go."""
 PIECE = 4 << 20
 """Bytes of results that are kept and share an allocation. What was freed serves the next merge
-then, of which the sizes may differ, and a tensor that somebody holds keeps no more than that."""
+then, of which the sizes may differ, and a tensor that somebody holds keeps no more than that, or
+than the modules that it was made with as one tensor."""
 
 _pieces: ContextVar[Pieces | None] = ContextVar("domerge_results", default=None)
 
