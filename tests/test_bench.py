@@ -373,6 +373,15 @@ def test_bench_measures_the_users_adapters(tmp_path, capsys):
     assert found["factor_bytes"] == SMALL.factor_bytes
 
 
+def test_bench_measures_the_first_modules_alone(tmp_path):
+    """Of adapters that all have the same modules."""
+    shapes = (Shape("q", 12, 40), Shape("k", 6, 7))
+    paths = Workload("alike", "", (Member(3, shapes), Member(5, shapes))).write(tmp_path)
+    found = bench([str(path) for path in paths], modules=1, backends=["cpu"])
+    assert (found.adapters, found.modules) == (2, 1)
+    assert found.rows
+
+
 def test_a_wrong_backend_gets_no_figures_and_exit_code_1(tmp_path, monkeypatch, capsys):
     right = cpu.block_gram
     monkeypatch.setattr(cpu, "block_gram", lambda p: [1.01 * k for k in right(p)])

@@ -28,6 +28,7 @@ from support.timing import least
 
 import domerge_fast as dm
 from domerge_fast.backends import registry
+from domerge_fast.bench import bounds
 from domerge_fast.cli import flags as known_flags
 from domerge_fast.cli import main as cli
 from domerge_fast.cli import streams
@@ -486,7 +487,8 @@ def test_what_is_stored_of_methods_is_what_the_tables_say():
         "completion bash",
     ],
 )
-def test_every_command_prints_one_json_object(line, capsys):
+def test_every_command_prints_one_json_object(line, capsys, monkeypatch):
+    monkeypatch.setattr(bounds, "GEMM_SIZE", {"cpu": 64})
     for setting_up in ("start t", "add t a"):
         assert cli.main(["sequential", *setting_up.split()]) == 0
     capsys.readouterr()
@@ -754,6 +756,9 @@ import sys
 sys.modules["numpy"] = None  # importing it fails
 from domerge_fast.cli import main as cli
 for line in sys.argv[1:]:
+    if line.startswith("bench"):
+        from domerge_fast.bench import bounds
+        bounds.GEMM_SIZE = {"cpu": 64}  # in bfloat16 a large one takes minutes on some machines
     assert cli.main(line.split()) == 0, line
 """
 

@@ -143,7 +143,7 @@ def run(
     dtype = plan.dtype()
     with torch.no_grad(), _current(device):
         say("the oracle")
-        checks = Checks(_part(plan, names), dtype)
+        checks = Checks(plan.only(names), dtype)
         verdicts = {}
         for backend in backends:
             say(f"{backend} against the oracle")
@@ -200,10 +200,6 @@ def trace(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     profiler.export_chrome_trace(str(path))
-
-
-def _part(plan: Plan, names: Sequence[str]) -> Plan:
-    return dataclasses.replace(plan, names=tuple(names))
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
