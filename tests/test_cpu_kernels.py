@@ -243,7 +243,7 @@ def test_the_descent_on_factors(isa, columns, dtype):
     assert stats[0].tolist() == pytest.approx(found.tolist(), rel=1e-4)
 
 
-@pytest.mark.parametrize("tol", [1e-3, cpu.HALF_TOL])
+@pytest.mark.parametrize("tol", [1e-3, factor_descent.HALF_TOL])
 def test_products_of_bfloat16_numbers_end_within_tol_of_the_optimum(isa, tol):
     problem = wide_problem(False, torch.bfloat16)
     (result,), stats = cpu.orthogonalize_factors([problem], 1.0, 50, tol)
@@ -275,7 +275,7 @@ def test_products_of_bfloat16_numbers_are_made_where_the_tolerance_allows(monkey
         Side(tuple(one_dominates), (1.0,) * 140),
     ]
     cpu.orthogonalize_factors(problems, 1.0, 2, 1e-3)
-    cpu.orthogonalize_factors(problems, 1.0, 2, cpu.HALF_TOL / 2)
+    cpu.orthogonalize_factors(problems, 1.0, 2, factor_descent.HALF_TOL / 2)
     assert asked == [(True, 2), (False, 2), (False, 3)]
 
 

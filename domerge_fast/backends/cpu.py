@@ -20,7 +20,7 @@ from ..storage.buffers import packed
 from . import long_products
 from . import torch as by_torch
 from .descent_rates import CPU, MAX_DESCENT_RANK, Rates
-from .factor_descent import FACTOR_STATS, LEAST_SHARE, in_factor_form
+from .factor_descent import FACTOR_STATS, HALF_SHARE, LEAST_SHARE, in_factor_form, takes_half
 from .layout import addresses, dense, matrices, placed, repeated, row_major
 from .singly import Singly, each, joined
 
@@ -57,13 +57,6 @@ SIZED = {**CODES, torch.float64: len(CODES)}
 """The dtypes whose size can be told, by the numbers of csrc/common/problem.h."""
 
 library = Singly(by_torch)
-
-HALF_TOL = 3e-4
-"""Of the objective, what the roundings of factors to bfloat16 are well below in its products."""
-HALF_SHARE = 0.1
-"""As LEAST_SHARE, for them."""
-HALF_COLUMNS = 512
-"""Sums shorter than that do not average the roundings out, and take no time."""
 
 
 def gram(problems: Sequence[Side], dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -173,7 +166,7 @@ def orthogonalize_factors(
 
 def _takes_half(rank: int, d: int, tol: float) -> bool:
     """Whether products on the factors are tried in bfloat16."""
-    return tol >= HALF_TOL and min(rank, d) >= HALF_COLUMNS and _C.half_products()
+    return _C.half_products() and takes_half(rank, d, tol)
 
 
 def descent_rates(rank: int, d: int, tol: float) -> Rates:

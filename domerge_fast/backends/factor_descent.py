@@ -23,6 +23,9 @@ left out where the estimate is sure: 2 R d^2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,7 +34,15 @@ from torch import Tensor
 from .descent import LITTLE, NEGLIGIBLE, STATS, Line, enough
 from .descent_rates import ESTIMATED_COLUMNS, PROBES
 
-__all__ = ["FACTOR_STATS", "LEAST_SHARE", "in_factor_form", "mean_field"]
+__all__ = [
+    "FACTOR_STATS",
+    "HALF_SHARE",
+    "HALF_TOL",
+    "LEAST_SHARE",
+    "in_factor_form",
+    "mean_field",
+    "takes_half",
+]
 
 FACTOR_STATS = (*STATS, "scaled")
 """cross_left is here of sum_{i != j} ||Xhat_i Xhat_j^T||^2 / (n_i n_j); scaled is the share of
@@ -39,6 +50,12 @@ FACTOR_STATS = (*STATS, "scaled")
 
 LEAST_SHARE = 1e-3
 """Of the sum over all pairs: where those of two adapters hold less, float32 lost their digits."""
+HALF_TOL = 3e-4
+"""Of the objective, what the roundings of factors to bfloat16 are well below in its products."""
+HALF_SHARE = 0.1
+"""As LEAST_SHARE, for them."""
+HALF_COLUMNS = 512
+"""Sums shorter than that do not average the roundings out, and take no time."""
 SQUARE_COLUMNS = 512
 """Of a symmetric product, multiplied at a time."""
 PIECE = 1 << 20
@@ -56,38 +73,95 @@ DISAGREEMENT = 0.2
 20 % wrong gains 4 % less than the best."""
 
 
+@dataclass(frozen=True)
+class Products:
+    """How a descent makes its large products: Y S of [R, d] and [d, d], and Grams [d, d].
+
+    operand: what is multiplied of a matrix. noise: of f, what roundings leave to chance.
+    least_share: what the pairs of two adapters have to hold of the sum over all, for roundings to
+    be small beside them.
+    """
+
+    dtype: torch.dtype
+    operand: Callable[[Tensor], Tensor]
+    multiply: Callable[[Tensor, Tensor], Tensor]
+    noise: float
+    least_share: float
+
+
+DOUBLE = Products(torch.float64, Tensor.double, torch.mm, torch.finfo(torch.float64).eps, 0.0)
+SINGLE = Products(
+    torch.float32, Tensor.float, torch.mm, torch.finfo(torch.float32).eps, LEAST_SHARE
+)
+HALF = Products(
+    torch.float32,
+    Tensor.bfloat16,
+    partial(torch.mm, out_dtype=torch.float32),
+    2.0**-20,
+    HALF_SHARE,
+)
+"""Of numbers rounded to bfloat16, with float32 sums."""
+
+
+def takes_half(rank: int, d: int, tol: float) -> bool:
+    """Whether products may be of numbers rounded to bfloat16, with float32 sums."""
+    return tol >= HALF_TOL and min(rank, d) >= HALF_COLUMNS
+
+
+def multiplies_half(device: torch.device) -> bool:
+    """Whether torch has such products there, on tensor cores: NVIDIA's GPUs of compute capability
+    8.0 and later, from torch 2.8."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return False
+    able = torch.cuda.get_device_capability(device) >= (8, 0)
+    return able and "dtype" in torch.ops.aten.mm.overloads()
+
+
 def in_factor_form(
     x: Tensor, ranks: tuple[int, ...], gamma: float, steps: int, tol: float
 ) -> tuple[Tensor, Tensor]:
     """Descend on Xhat itself. x [R, d] -> Xhat [R, d], and `FACTOR_STATS` [6] in float64.
 
-    Products are in the dtype of x, what is summed from them for the line search in float64. For
-    float32 that leaves 1e-7 of the sum over all pairs to chance, and f cannot rise by more, unless
-    the estimate that a last step is taken by is wrong by DEVIATIONS standard errors. It is little
-    beside `tol`, unless the pairs of two adapters are a small rest of that sum (one adapter
-    dominates, or next to nothing is left): then all is done again in float64.
+    Products are in the dtype of x, of float32 where `takes_half` and `multiplies_half` in bfloat16;
+    what is summed from them for the line search is in float64. For float32 that leaves 1e-7 of the
+    sum over all pairs to chance, and f cannot rise by more, unless the estimate that a last step is
+    taken by is wrong by DEVIATIONS standard errors. It is little beside `tol`, unless the pairs of
+    two adapters are a small rest of that sum (one adapter dominates, or next to nothing is left):
+    then all is done again, from bfloat16 in float32, and from that in float64.
     """
+    ways = [DOUBLE] if x.dtype == torch.float64 else [SINGLE, DOUBLE]
+    half = takes_half(len(x), x.shape[1], tol) and multiplies_half(x.device)
+    if half and x.dtype == torch.float32:
+        ways = [HALF, *ways]
+    for way in ways:
+        x_hat, stats, share = _found(x.to(way.dtype), ranks, gamma, steps, tol, way)
+        if share >= way.least_share:
+            break
+    return x_hat, stats
+
+
+def _found(
+    x: Tensor, ranks: tuple[int, ...], gamma: float, steps: int, tol: float, way: Products
+) -> tuple[Tensor, Tensor, float]:
+    """Xhat, the statistics, and the least share of the sum over all pairs that was of two."""
     size = torch.linalg.vector_norm(x, dtype=torch.float64) / len(x) ** 0.5
     size = size.where(size > 0, 1.0)
-    form = _Factors(x / size.to(x.dtype), ranks, gamma)
+    form = _Factors(x / size.to(x.dtype), ranks, gamma, way)
     stats = x.new_zeros(len(FACTOR_STATS), dtype=torch.float64)
     if not form.interfere:
-        return x, stats
+        return x, stats, 1.0
     before = overlap = form.overlap()
     taken = 0
     if steps and overlap > 0:
         overlap = form.start(overlap)
         form.precondition()
         taken, overlap = _descend(form, overlap, steps, tol)
-    if x.dtype == torch.float32 and form.least_share < LEAST_SHARE:
-        return in_factor_form(x.double(), ranks, gamma, steps, tol)
     unit, total = float(size) ** 2, float(_inner(form.x, form.x).sum())
     after = overlap + gamma * form.moved
     found = [taken, before * unit, after * unit, overlap / before if before > 0 else 0.0]
     found += [(form.moved / total) ** 0.5 if total > 0 else 0.0, form.scaled()]
-    return form.x_hat[form.real] * size.to(x.dtype), stats.copy_(
-        torch.tensor(found, dtype=torch.float64)
-    )
+    stats.copy_(torch.tensor(found, dtype=torch.float64))
+    return form.x_hat[form.real] * size.to(x.dtype), stats, form.least_share
 
 
 def _descend(form: _Factors, overlap: float, steps: int, tol: float) -> tuple[int, float]:
@@ -100,7 +174,7 @@ def _descend(form: _Factors, overlap: float, steps: int, tol: float) -> tuple[in
         preconditioned = form.step * g
         norm = _dot(g, preconditioned)
         before = overlap + form.gamma * form.moved
-        if not norm > torch.finfo(g.dtype).eps * before:
+        if not norm > form.way.noise * before:
             break  # of a gradient that is rounding alone, the line is, too
         beta = max(0.0, (norm - _dot(preconditioned, g_old)) / old) if old > 0 else 0.0
         along = _dot(g, form.direction)
@@ -152,7 +226,7 @@ class _Factors:
     S and the K_i are moved along with Xhat, by the products that the line search needs anyway.
     """
 
-    def __init__(self, x: Tensor, ranks: tuple[int, ...], gamma: float) -> None:
+    def __init__(self, x: Tensor, ranks: tuple[int, ...], gamma: float, way: Products) -> None:
         sizes = torch.tensor(ranks, device=x.device)
         self.real = torch.arange(max(ranks), device=x.device) < sizes[:, None]  # [T, r]
         self.x = x.new_zeros(*self.real.shape, x.shape[1])
@@ -160,13 +234,13 @@ class _Factors:
         norms = _inner(self.x, self.x).sqrt()
         self.norms = torch.where(norms > NEGLIGIBLE * norms.amax(), norms, 0.0)  # n_i, or 0
         root = torch.where(self.norms > 0, self.norms.rsqrt(), 0.0).to(x.dtype)
-        self.root, self.gamma = root[:, None, None], gamma
+        self.root, self.gamma, self.way = root[:, None, None], gamma, way
         self.interfere = int((self.norms > 0).sum()) > 1
         self.least_share, self.moved = 1.0, 0.0
         self.alpha = torch.ones_like(self.norms)
         self.x_hat = self.x.clone()
         self.direction = torch.zeros_like(self.x)
-        self.h = _squares(self.root * self.x_hat)
+        self.h = _squares(self.root * self.x_hat, way)
 
     def overlap(self) -> float:
         """||S||^2 - sum_i ||K_i||^2."""
@@ -186,7 +260,7 @@ class _Factors:
         weights = self.norms.sum() ** 2 - self.norms.square().sum()
         alpha = mean_field(self.norms, self.gamma, overlap / float(weights))
         x_hat = alpha.to(self.x.dtype)[:, None, None] * self.x
-        h = _squares(self.root * x_hat)
+        h = _squares(self.root * x_hat, self.way)
         found = 2 * _cross(h, h)
         moved = float(((1 - alpha) * self.norms).square().sum())
         if found + self.gamma * moved < overlap:
@@ -202,7 +276,7 @@ class _Factors:
 
     def gradient(self) -> Tensor:
         y = self.root * self.x_hat
-        pull = (y.flatten(0, 1) @ self.h.whole).view_as(y)
+        pull = self.way.multiply(*map(self.way.operand, (y.flatten(0, 1), self.h.whole))).view_as(y)
         pull.baddbmm_(self.h.own, y, alpha=-1).mul_(4 * self.root)
         return pull.add_(self.x_hat - self.x, alpha=2 * self.gamma)
 
@@ -253,9 +327,8 @@ class _Factors:
         trial = guess.eta if guess else 1.0
         h = self.h
         y = self.root * self.x_hat
-        whole = _squares(y.add_(self.root * self.direction, alpha=trial)).whole
+        reached = _squares(y.add_(self.root * self.direction, alpha=trial), self.way)
         if guess:
-            reached = _Sums(whole, h.own + trial * self.e_own + trial * trial * self.f_own)
             rise = _difference(reached, h)
             change = trial * (self.change[1] + trial * self.change[2])
             gain = -rise - self.gamma * change
@@ -263,10 +336,10 @@ class _Factors:
                 self.h = reached
                 self.move(trial)
                 return gain, overlap + rise
-        z = self.root * self.direction
-        f = _Sums(_squares(z).whole, self.f_own)
-        whole.sub_(h.whole).sub_(f.whole, alpha=trial * trial).div_(trial)
-        e = _Sums(whole, self.e_own)
+        f = _squares(self.root * self.direction, self.way)
+        e = reached
+        for own, first, second in zip(e, h, f):
+            own.sub_(first).sub_(second, alpha=trial * trial).div_(trial)
         quartic = [_cross(h, h), 2 * _cross(h, e), _cross(e, e) + 2 * _cross(h, f)]
         line = self._line([*quartic, 2 * _cross(e, f), _cross(f, f)])
         best = line.minimum()
@@ -309,13 +382,15 @@ class _Sums(NamedTuple):
     own: Tensor
 
 
-def _squares(y: Tensor) -> _Sums:
-    """The sums for Z = Y [T, r, d]: of the whole, what lies below the diagonal is mirrored."""
-    rows = y.flatten(0, 1)
+def _squares(y: Tensor, way: Products) -> _Sums:
+    """The sums for Z = Y [T, r, d], both of what is multiplied of Y: of the whole, what lies below
+    the diagonal is mirrored."""
+    rows = way.operand(y.flatten(0, 1))
+    y = rows.to(y.dtype).view_as(y)
     whole = y.new_empty(y.shape[2], y.shape[2])
     for i in range(0, len(whole), SQUARE_COLUMNS):
         j = i + SQUARE_COLUMNS
-        whole[i:, i:j] = rows[:, i:].T @ rows[:, i:j]
+        whole[i:, i:j] = way.multiply(rows[:, i:].T, rows[:, i:j])
         whole[i:j, j:] = whole[j:, i:j].T
     return _Sums(whole, y @ y.mT)
 

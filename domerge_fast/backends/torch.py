@@ -115,7 +115,8 @@ def orthogonalize_factors(
 ) -> tuple[list[Tensor], Tensor]:
     """Xhat [R, d] in float32, and statistics [P, 6] (factor_descent.FACTOR_STATS).
 
-    In float32, or in float64 where that does not suffice (factor_descent.LEAST_SHARE).
+    In float32, or in float64 where that does not suffice (factor_descent.LEAST_SHARE); on a GPU
+    with products of bfloat16 numbers where `tol` allows.
     """
     results = [
         in_factor_form(p.stack(full_precision(p.device)), p.ranks, gamma, steps, tol)
