@@ -188,7 +188,9 @@ def test_a_table_finds_every_element():
 def test_gram_tiles_cover_every_lower_tile_once(size, chunk):
     problems = [CASES[name].rows() for name in ("R above 128", "odd d", "one row")]
     members = [0, 2]
-    tiles, sums, parts = tables.gram_tiles(problems, members, [0, 100, 200], size, chunk)
+    ranks, d = ([getattr(p, name) for p in problems] for name in ("rank", "d"))
+    given = map(torch.tensor, (members, ranks, d, [0, 100, 200]))
+    tiles, sums, parts = tables.gram_tiles(*given, size, chunk)
     covered = [
         (k, i, j, column)
         for k, i, j, begin, end, *_ in tiles.tolist()
@@ -219,7 +221,7 @@ def test_gram_tiles_cover_every_lower_tile_once(size, chunk):
 
 def test_a_grid_covers_every_result_once():
     heights, widths = [5, 130, 64], [300, 1, 128]
-    found = tables.grid([4, 0, 2], heights, widths, 64, 128).tolist()
+    found = tables.grid(*map(torch.tensor, ([4, 0, 2], heights, widths)), 64, 128).tolist()
     expected = {
         (k, row, column)
         for k, h, w in zip((4, 0, 2), heights, widths, strict=True)
@@ -233,7 +235,8 @@ def test_a_grid_covers_every_result_once():
 
 
 def test_problems_are_served_by_the_smallest_size_that_holds_them():
-    assert tables.buckets({0: 16, 1: 17, 2: 300, 3: 1}, (16, 32, 128)) == {
+    found = tables.buckets(torch.tensor([16, 17, 300, 1]), (16, 32, 128))
+    assert {size: members.tolist() for size, members in found.items()} == {
         16: [0, 3],
         32: [1],
         128: [2],
@@ -241,5 +244,6 @@ def test_problems_are_served_by_the_smallest_size_that_holds_them():
 
 
 def test_results_share_an_allocation_at_aligned_places():
-    assert tables.places([5, 16, 17]) == ([0, 16, 32], 64)
-    assert tables.places([]) == ([0], 0)
+    at, total = tables.places(torch.tensor([5, 16, 17]))
+    assert (at.tolist(), total) == ([0, 16, 32], 64)
+    assert tables.places(torch.empty(0, dtype=torch.int64))[1] == 0

@@ -19,7 +19,6 @@ __all__ = [
     "addresses",
     "dense",
     "matrices",
-    "offsets",
     "placed",
     "recycled",
     "repeated",
@@ -68,12 +67,6 @@ def addresses(
         for k, x in enumerate(tensors)
     ]
     return memoryview(spread(runs)).cast("Q")
-
-
-def offsets(results: Sequence[Tensor], dims: int = 2) -> list[int]:
-    """`addresses` of results that lie together, in elements from where the first begins."""
-    first, size = results[0].data_ptr(), results[0].itemsize
-    return [(at - first) // size for at in addresses(results, dims=dims)]
 
 
 def repeated(rows: Iterable[tuple[bytes, int]]) -> bytes:

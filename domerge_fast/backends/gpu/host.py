@@ -22,11 +22,12 @@ from torch import Tensor
 from ...algebra.side import CODES, Side, squares
 from .. import torch as by_torch
 from ..descent import STATS
-from ..layout import addresses, dense, matrices, offsets, row_major, together
+from ..layout import addresses, dense, matrices, row_major, together
 from ..singly import Singly
 from . import splitting, tables
 from .kernels import Kernels
 from .roots import MAX_RANK, find_large
+from .tables import Table
 
 __all__ = ["Gpu", "region"]
 
@@ -54,11 +55,11 @@ class Gpu:
             host = tables.describe(problems)
             shapes, counts = [(p.rank, p.rank) for p in problems], [p.count for p in problems]
             grams = together(shapes, torch.float32, device, counts)
-            at = offsets(grams)
-            every = _every(problems)
+            _, ranks, d, *_ = host.problems.unbind(1)
+            at = tables.offsets(grams)
             plans = [
-                (size, *tables.gram_tiles(every, members, at, size, GRAM_CHUNK))
-                for size, members in _by_rank(every, kernels.sizes("gram")).items()
+                (size, *tables.gram_tiles(members, ranks, d, at, size, GRAM_CHUNK))
+                for size, members in tables.buckets(ranks, kernels.sizes("gram")).items()
             ]
             table, rest = host.uploaded([x for _, *pair, _ in plans for x in pair])
             for size, _, _, count in plans:
@@ -75,15 +76,11 @@ class Gpu:
             host = tables.describe(problems)
             sizes, counts = [(squares(p.ranks),) for p in problems], [p.count for p in problems]
             packed = together(sizes, torch.float64, device, counts)
-            work: list[int] = []
-            block = 0
-            for k, (p, at) in enumerate(zip(_every(problems), offsets(packed, dims=1))):
-                for r in p.ranks:
-                    work += (k, block, r, at)
-                    at += r * r
-                    block += 1
-            jobs = tables.numbers(work, 4)
-            cost = host.problems[jobs[:, 0], 2] * jobs[:, 2] ** 2
+            first, owner = _owners(host)
+            numbers = host.ranks**2
+            at = tables.offsets(packed, dims=1)[owner] + tables.within(numbers, first, owner)
+            jobs = torch.stack([owner, torch.arange(len(owner)), host.ranks, at], 1)
+            cost = host.problems[owner, 2] * numbers
             table, rest = host.uploaded([tables.largest_first(jobs, cost)])
             kernels.block_gram(table, next(rest), packed[0])
         return packed
@@ -106,20 +103,19 @@ class Gpu:
             counts = [len(g) if g.dim() == 3 else None for g in given]
             shapes = [(g.shape[-1], g.shape[-1]) for g in given]
             cs = together(shapes, torch.float32, device, counts)
-            at = offsets(cs)
+            at = tables.offsets(cs)
             stats = torch.empty(len(at), len(STATS), dtype=torch.float64, device=device)
-            begins: list[int] = []
-            work: list[tuple[int, ...]] = []
-            for g, own in zip(given, ranks):
-                for address in addresses([g]):
-                    row = len(work)
-                    work.append((address, g.shape[-1], len(own), len(begins), at[row], row))
-                begins += accumulate(own, initial=0)
-            sizes = {k: rank for k, (_, rank, *_) in enumerate(work)}
-            groups = tables.buckets(sizes, kernels.sizes("orthogonalize"))
-            jobs = [tables.rows([work[k] for k in members], 6) for members in groups.values()]
+            begins = tables.numbers(x for own in ranks for x in accumulate(own, initial=0))
+            adapters_of = tables.numbers(map(len, ranks))
+            first = (adapters_of + 1).cumsum(0) - adapters_of - 1
+            of_side = [tables.numbers(n for n, _ in shapes), adapters_of, first]
+            side = _sides(counts)
+            columns = [tables.column(addresses(given)), *(x[side] for x in of_side)]
+            work = torch.stack([*columns, at, torch.arange(len(at))], 1)
+            groups = tables.buckets(work[:, 1], kernels.sizes("orthogonalize"))
+            jobs = [work[members] for members in groups.values()]
             jobs = [tables.largest_first(table, table[:, 1]) for table in jobs]
-            begin_of, *works = tables.upload(device, [tables.numbers(begins), *jobs])
+            begin_of, *works = tables.upload(device, [begins, *jobs])
             rule = (penalty == "frobenius", gamma, steps, tol)
             for size, work_of, table in zip(groups, works, jobs):
                 adapters = int(table[:, 2].max())
@@ -148,24 +144,16 @@ class Gpu:
             heights = [p.rank if c is None else c.shape[-2] for c, p in zip(cs, problems)]
             shapes = [(p.d, k) if p.in_columns else (k, p.d) for k, p in zip(heights, problems)]
             results = _results(shapes, out_dtype, problems)
-            every = _every(problems)
-            counts = [k for k, p in zip(heights, problems) for _ in range(p.modules)]
-            split = splitting.given(
-                kernels.splitting(host.dtype, out_dtype),
-                addresses(cs, problems),
-                counts,
-                [p.rank for p in every],
-                device,
-            )
-            work = tables.rows(zip(split.addresses, counts, offsets(results)), 3)
-            groups = tables.buckets(dict(enumerate(counts)), kernels.sizes("apply"))
+            _, ranks, d, *_ = host.problems.unbind(1)
+            counts = tables.numbers(heights)[_sides([p.count for p in problems])]
+            own = kernels.splitting(host.dtype, out_dtype)
+            at = tables.column(addresses(cs, problems))
+            split = splitting.given(own, at, counts, ranks, device)
+            work = torch.stack([split.addresses, counts, tables.offsets(results)], 1)
+            groups = tables.buckets(counts, kernels.sizes("apply"))
             tiles = [
                 tables.grid(
-                    members,
-                    [counts[k] for k in members],
-                    [every[k].d for k in members],
-                    size,
-                    kernels.columns("apply", size),
+                    members, counts[members], d[members], size, kernels.columns("apply", size)
                 )[:, :3]
                 for size, members in groups.items()
             ]
@@ -201,48 +189,49 @@ class Gpu:
             packed = [k if k.stride(-1) == 1 else k.contiguous() for k in blocks]
             shapes = [(p.rank, p.d) for p in problems]
             results = _results(shapes, out_dtype, problems)
-            every = _every(problems)
-            ranks = [p.rank for p in every]
+            _, ranks, d, *_ = host.problems.unbind(1)
             own = kernels.splitting(host.dtype, out_dtype)
-            split = splitting.given(own, addresses(cs, problems), ranks, ranks, device)
-            work = tables.rows(zip(split.addresses, offsets(results)), 2)
-            given: list[tuple[int, int]] = []
-            for p, address in zip(every, addresses(packed, dims=1)):
-                for r in p.ranks:
-                    given.append((address, r))
-                    address += 8 * r * r
-            places, root_total = tables.places(kernels.root_numbers(r) for _, r in given)
-            small = [(address, r if r <= MAX_RANK else 0) for address, r in given]
-            roots_of = tables.rows(((*square, at) for square, at in zip(small, places)), 3)
-            owners = zip(omegas, problems)
-            shares = [w for omega, p in owners for _ in range(p.modules) for w in omega]
-            weights = tables.float_bits(shares)
-            groups = _by_rank(every, kernels.sizes("apply_decouple"))
+            at = tables.column(addresses(cs, problems))
+            split = splitting.given(own, at, ranks, ranks, device)
+            work = torch.stack([split.addresses, tables.offsets(results)], 1)
+            first, owner = _owners(host)
+            begins = tables.column(addresses(packed, dims=1))[owner]
+            begins += 8 * tables.within(host.ranks**2, first, owner)
+            found, which = host.ranks.unique(return_inverse=True)
+            root_numbers = tables.numbers(map(kernels.root_numbers, found.tolist()))
+            places, root_total = tables.places(root_numbers[which])
+            small = torch.where(host.ranks <= MAX_RANK, host.ranks, 0)
+            roots_of = torch.stack([begins, small, places], 1)
+            weights = torch.cat(
+                [tables.float_bits(omega).repeat(p.modules) for omega, p in zip(omegas, problems)]
+            )
+            groups = tables.buckets(ranks, kernels.sizes("apply_decouple"))
+            ones = torch.ones_like(d)
             tiles = [
                 tables.grid(
                     members,
-                    [1] * len(members),
-                    [every[k].d for k in members],
+                    ones[members],
+                    d[members],
                     1,
                     kernels.columns("apply_decouple", size),
                 )[:, [0, 2, 3]]
                 for size, members in groups.items()
             ]
             slots = 1 + max(int(t[:, 2].max()) for t in tiles)
-            numbers = [work, roots_of, tables.numbers(places), weights]
+            numbers = [work, roots_of, places, weights]
             table, rest = host.uploaded([*split.tables, *numbers, *tiles])
             split.make(table, rest)
             work_of, roots_work, root_at, bits = (next(rest) for _ in numbers)
             roots = torch.empty(root_total, device=device)
-            norms = torch.empty(len(given), device=device)
-            energies = torch.zeros(len(given), slots, dtype=torch.float64, device=device)
+            norms = torch.empty(len(owner), device=device)
+            energies = torch.zeros(len(owner), slots, dtype=torch.float64, device=device)
             kernels.roots(roots_work, roots, norms)
             find_large(kernels, packed, problems, places, roots, norms)
             for size, members in groups.items():
                 kernels.apply_decouple(
                     table,
                     size,
-                    max(ranks[k] for k in members),
+                    int(ranks[members].max()),
                     next(rest),
                     work_of,
                     root_at,
@@ -283,13 +272,16 @@ class Gpu:
         with region("largest", tensors[0].device) as device:
             pieces = [dense(x) for x in tensors]
             tops = torch.zeros(len(pieces), dtype=torch.int32, device=device)
-            groups: dict[torch.dtype, list[tuple[int, int, int]]] = {}
-            for i, x in enumerate(pieces):
-                for begin in range(0, x.numel(), LARGEST_CHUNK):
-                    count = min(LARGEST_CHUNK, x.numel() - begin)
-                    address = x.data_ptr() + begin * x.element_size()
-                    groups.setdefault(x.dtype, []).append((i, address, count))
-            tiles_of = tables.upload(device, [tables.rows(g, 3) for g in groups.values()])
+            sizes = tables.numbers(x.numel() for x in pieces)
+            owner, stretch = tables.each(-(-sizes // LARGEST_CHUNK))
+            begin = stretch * LARGEST_CHUNK
+            bytes_of = tables.numbers(x.itemsize for x in pieces)[owner]
+            at = tables.numbers(x.data_ptr() for x in pieces)[owner] + begin * bytes_of
+            every = torch.stack([owner, at, (sizes[owner] - begin).clamp_max(LARGEST_CHUNK)], 1)
+            codes = tables.numbers(CODES[x.dtype] for x in pieces)[owner]
+            present = codes.unique().tolist()
+            groups = {x: every[codes == code] for x, code in CODES.items() if code in present}
+            tiles_of = tables.upload(device, list(groups.values()))
             for dtype, tiles in zip(groups, tiles_of):
                 kernels.largest(dtype, tiles, tops)
         return tops.view(torch.float32).double()
@@ -309,13 +301,14 @@ def _results(
     return [torch.empty((*lead, *shape), dtype=dtype, device=device) for lead, shape in pairs]
 
 
-def _every(problems: Sequence[Side]) -> list[Side]:
-    """A side for every module, which tells its ranks and d."""
-    return [p for p in problems for _ in range(p.modules)]
+def _sides(counts: Sequence[int | None]) -> Tensor:
+    """Which side every module is of, by how many modules sides have."""
+    return torch.repeat_interleave(tables.numbers(1 if n is None else n for n in counts))
 
 
-def _by_rank(problems: Sequence[Side], sizes: Sequence[int]) -> dict[int, list[int]]:
-    return tables.buckets({k: p.rank for k, p in enumerate(problems)}, sizes)
+def _owners(host: Table) -> tuple[Tensor, Tensor]:
+    """The first block of every problem, and the problem of every block."""
+    return host.problems[:, 3], torch.repeat_interleave(host.problems[:, 4])
 
 
 @contextlib.contextmanager

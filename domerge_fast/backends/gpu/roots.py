@@ -21,7 +21,7 @@ def find_large(
     kernels: Kernels,
     packed: Sequence[Tensor],
     problems: Sequence[Side],
-    places: Sequence[int],
+    places: Tensor,
     roots: Tensor,
     norms: Tensor,
 ) -> None:
@@ -44,5 +44,6 @@ def find_large(
         sizes = grams.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).sqrt()[:, None, None]
         units = kernels.as_roots(torch.where(sizes > 0, root(grams) / sizes, 0.0))
         for own, size, i in zip(units, sizes, (i for _, blocks in found for i in blocks)):
-            roots[places[i] : places[i] + len(own)] = own
+            at = int(places[i])
+            roots[at : at + len(own)] = own
             norms[i] = size.squeeze()

@@ -37,7 +37,7 @@ class Split:
     memory: what the parts lie in.
     """
 
-    addresses: Sequence[int]
+    addresses: Tensor
     splitting: Splitting | None = None
     tables: Sequence[Tensor] = ()
     memory: Tensor | None = None
@@ -50,21 +50,22 @@ class Split:
 
 def given(
     splitting: Splitting | None,
-    cs: Sequence[int],
-    rows: Sequence[int],
-    ranks: Sequence[int],
+    cs: Tensor,
+    rows: Tensor,
+    ranks: Tensor,
     device: torch.device,
 ) -> Split:
     """cs: addresses of C [rows, rank] of every problem, 0 where there is none."""
-    if splitting is None or not any(cs):
+    members = cs.nonzero()[:, 0]
+    if splitting is None or not len(members):
         return Split(cs)
-    shapes = list(zip(rows, ranks))
-    sizes = {shape: splitting.numbers(*shape) for shape in set(shapes)}
-    places, total = tables.places(sizes[shape] if c else 0 for c, shape in zip(cs, shapes))
+    above = int(ranks.max()) + 1
+    codes, which = (rows * above + ranks).unique(return_inverse=True)
+    sizes = tables.numbers(splitting.numbers(*divmod(x, above)) for x in codes.tolist())[which]
+    places, total = tables.places(torch.where(cs != 0, sizes, 0))
     memory = torch.empty(total, device=device)
-    parts = [memory.data_ptr() + 4 * at if c else 0 for c, at in zip(cs, places)]
-    members = [k for k, c in enumerate(cs) if c]
-    heights, widths = [rows[k] for k in members], [1] * len(members)
-    tiles = tables.grid(members, heights, widths, splitting.rows, 1)[:, :2]
-    work = tables.rows(zip(cs, rows, parts), 3)
+    parts = torch.where(cs != 0, memory.data_ptr() + memory.itemsize * places, 0)
+    heights = rows[members]
+    tiles = tables.grid(members, heights, torch.ones_like(heights), splitting.rows, 1)[:, :2]
+    work = torch.stack([cs, rows, parts], 1)
     return Split(parts, splitting, [tiles, work], memory)

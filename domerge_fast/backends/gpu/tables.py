@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
 
 from ...algebra.side import Side, table
+from ..layout import addresses
 
 __all__ = [
     "Table",
     "buckets",
+    "column",
     "describe",
+    "each",
     "float_bits",
     "gram_tiles",
     "grid",
     "keeping",
     "largest_first",
     "numbers",
+    "offsets",
     "places",
-    "rows",
     "upload",
+    "within",
 ]
 
 ALIGNMENT = 16
@@ -47,12 +50,13 @@ class Table:
     problems [P, 6]: first row in owner, R, d, first block, blocks, 1 for the layout in columns
     (see Side.ready). dtype: that of all blocks. largest: the largest r_i. even: how many neighbours
     of every block, in either layout, one read can take: 16 bytes or 1. alive: what the addresses
-    point into.
+    point into. ranks [N]: r_i, on the host.
     """
 
     blocks: Tensor
     owner: Tensor
     problems: Tensor
+    ranks: Tensor
     dtype: torch.dtype
     largest: int
     even: int
@@ -72,22 +76,38 @@ def describe(problems: Sequence[Side], rows_only: bool = False) -> Table:
     if len(dtypes) > 1:
         given = table(problems, rows_only, torch.float32)
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    addresses, heads, rows_of = map(_int64, given[:3])
+    begins, heads, rows_of = map(column, given[:3])
     counts, rank, d, columns = heads.view(-1, 4).unbind(1)
     ranks, pitches, _, scales = rows_of.view(-1, 4).unbind(1)
     first_row, first_block = rank.cumsum(0) - rank, counts.cumsum(0) - counts
     starts = ranks.cumsum(0) - ranks - first_row.repeat_interleave(counts)
-    blocks = torch.stack([addresses, pitches, starts, scales], 1)
+    blocks = torch.stack([begins, pitches, starts, scales], 1)
     heads = torch.stack([first_row, rank, d, first_block, counts, columns], 1)
     owner = torch.repeat_interleave(ranks)
     count = 16 // dtype.itemsize
-    odd = [addresses % 16, ranks % count, pitches % count, d % count]
+    odd = [begins % 16, ranks % count, pitches % count, d % count]
     even = 1 if any(bool(x.any()) for x in odd) else count
-    return Table(blocks, owner, heads, dtype, int(ranks.max()), even, given.sides)
+    return Table(blocks, owner, heads, ranks, dtype, int(ranks.max()), even, given.sides)
 
 
-def _int64(packed: bytes) -> Tensor:
+def column(packed: bytes | memoryview) -> Tensor:
+    """int64 numbers that lie as `storage.buffers.packed`."""
+    if not packed:
+        return torch.empty(0, dtype=torch.int64)
     return torch.frombuffer(bytearray(packed), dtype=torch.int64)
+
+
+def offsets(results: Sequence[Tensor], dims: int = 2) -> Tensor:
+    """`layout.addresses` of results that lie together, in elements from where the first begins."""
+    at = column(addresses(results, dims=dims))
+    return (at - at[0]) // results[0].itemsize
+
+
+def within(sizes: Tensor, first: Tensor, owner: Tensor) -> Tensor:
+    """Where pieces of these sizes begin, those of an owner one after the other. first: the first
+    piece of every owner; owner: of every piece."""
+    begins = sizes.cumsum(0) - sizes
+    return begins - begins[first][owner]
 
 
 def numbers(values: Iterable[int], width: int | None = None) -> Tensor:
@@ -95,11 +115,6 @@ def numbers(values: Iterable[int], width: int | None = None) -> Tensor:
     flat = array("q", values)
     found = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
     return found if width is None else found.view(-1, width)
-
-
-def rows(table: Iterable[Sequence[int]], width: int) -> Tensor:
-    """int64 rows."""
-    return numbers(chain.from_iterable(table), width)
 
 
 def float_bits(values: Sequence[float]) -> Tensor:
@@ -137,19 +152,16 @@ def upload(device: torch.device, tables: Sequence[Tensor]) -> list[Tensor]:
     return [piece[: t.numel()].view(t.shape) for piece, t in zip(pieces, tables)]
 
 
-def places(sizes: Iterable[int]) -> tuple[list[int], int]:
+def places(sizes: Tensor) -> tuple[Tensor, int]:
     """Where results of these sizes begin in one allocation, in elements, and its size."""
-    ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes))
-    return [0, *ends[:-1]], ends[-1] if ends else 0
+    taken = (sizes + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    return taken.cumsum(0) - taken, int(taken.sum())
 
 
-def buckets(ranks: Mapping[int, int], sizes: Sequence[int]) -> dict[int, list[int]]:
-    """Problems (position -> R) by the padded size that serves them; the last serves all larger."""
-    size_of = {rank: next((s for s in sizes if s >= rank), sizes[-1]) for rank in {*ranks.values()}}
-    found: dict[int, list[int]] = {}
-    for i, rank in ranks.items():
-        found.setdefault(size_of[rank], []).append(i)
-    return found
+def buckets(ranks: Tensor, sizes: Sequence[int]) -> dict[int, Tensor]:
+    """Problems, by their R, by the padded size that serves them; the last serves all larger."""
+    which = torch.bucketize(ranks.contiguous(), torch.tensor(sizes)).clamp_max(len(sizes) - 1)
+    return {sizes[k]: (which == k).nonzero()[:, 0] for k in which.unique().tolist()}
 
 
 def largest_first(table: Tensor, cost: Tensor) -> Tensor:
@@ -158,45 +170,44 @@ def largest_first(table: Tensor, cost: Tensor) -> Tensor:
 
 
 def gram_tiles(
-    problems: Sequence[Side],
-    members: Sequence[int],
-    offsets: Sequence[int],
-    size: int,
-    chunk: int,
+    members: Tensor, ranks: Tensor, d: Tensor, offsets: Tensor, size: int, chunk: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Tiles [N, 7], sums [M, 6] and the number of parts, as Kernels.gram wants them."""
-    tiles: list[int] = []
-    sums: list[int] = []
-    parts = 0
-    for k in members:
-        p, offset = problems[k], offsets[k]
-        count = -(-p.rank // size)
-        bounds = [*range(0, p.d, chunk), p.d]
-        for i in range(count):
-            for j in range(i + 1):
-                if len(bounds) == 2:
-                    tiles += (k, i, j, 0, p.d, -1, offset)
-                    continue
-                sums += (k, i, j, parts, len(bounds) - 1, offset)
-                for begin, end in pairwise(bounds):
-                    tiles += (k, i, j, begin, end, parts, offset)
-                    parts += 1
-    table = numbers(tiles, 7)
-    return largest_first(table, table[:, 4] - table[:, 3]), numbers(sums, 6), parts
+    """Tiles [N, 7], sums [M, 6] and the number of parts, as Kernels.gram wants them.
+
+    members: the problems; ranks, d, offsets: of all that there are.
+    """
+    heights = -(-ranks[members] // size)
+    counts = heights * (heights + 1) // 2
+    owner, number = each(counts)
+    k = members[owner]
+    most = int(heights.max())
+    lower = torch.stack([k, *torch.tril_indices(most, most)[:, number]], 1)
+    stretches = -(-d[k] // chunk)
+    pair, stretch = each(stretches)
+    is_cut = stretches != 1
+    taken = torch.where(is_cut, stretches, 0)
+    first = taken.cumsum(0) - taken
+    begins = stretch * chunk
+    ends = torch.minimum(begins + chunk, d[k][pair])
+    part = torch.where(is_cut[pair], first[pair] + stretch, -1)
+    tiles = torch.stack([*lower[pair].unbind(1), begins, ends, part, offsets[k][pair]], 1)
+    sums = torch.stack([*lower.unbind(1), first, stretches, offsets[k]], 1)[is_cut]
+    return largest_first(tiles, ends - begins), sums, int(taken.sum())
 
 
-def grid(
-    members: Sequence[int], heights: Sequence[int], widths: Sequence[int], height: int, width: int
-) -> Tensor:
+def grid(members: Tensor, heights: Tensor, widths: Tensor, height: int, width: int) -> Tensor:
     """(problem, first row, first column, number of the tile) [N, 4] of tiles of height x width.
 
     members: the problems; heights and widths: their results' sizes.
     """
-    down = torch.tensor([-(-h // height) for h in heights])
-    across = torch.tensor([-(-w // width) for w in widths])
-    counts = down * across
-    owner = torch.repeat_interleave(counts)
-    number = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+    across = -(-widths // width)
+    owner, number = each(-(-heights // height) * across)
     row = number // across[owner] * height
     column = number % across[owner] * width
-    return torch.stack([numbers(members)[owner], row, column, number], 1)
+    return torch.stack([members[owner], row, column, number], 1)
+
+
+def each(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Of so many things of every owner: the owner, and the number among its own."""
+    owner = torch.repeat_interleave(counts)
+    return owner, torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
