@@ -61,9 +61,9 @@ def grams(monkeypatch) -> list[int]:
     made = [0]
     squares = factor_descent._squares
 
-    def counted(y: Tensor) -> factor_descent._Sums:
+    def counted(y: Tensor, way: factor_descent.Products) -> factor_descent._Sums:
         made[0] += 1
-        return squares(y)
+        return squares(y, way)
 
     monkeypatch.setattr(factor_descent, "_squares", counted)
     return made
@@ -81,8 +81,8 @@ def test_the_optimum_is_as_near_as_the_tolerance_says(name, monkeypatch):
     _, best = exactly(x, monkeypatch, tol=1e-11, steps=400)
     x_hat, stats = descend(x)
     # Without a step f at a place is that of its start.
-    form = factor_descent._Factors(x, (RANK,) * COUNT, 1.0)
-    form.h = factor_descent._squares(form.root * x_hat.view_as(form.x))
+    form = factor_descent._Factors(x, (RANK,) * COUNT, 1.0, factor_descent.DOUBLE)
+    form.h = factor_descent._squares(form.root * x_hat.view_as(form.x), form.way)
     reached = form.overlap() + float((x_hat - x).square().sum())
     assert best[2] * (1 - 1e-9) <= reached <= (1 + TOL) * best[2]
     assert stats[2] == pytest.approx(reached, rel=0.1 * TOL)

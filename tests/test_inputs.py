@@ -44,6 +44,18 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "GROUP_BYTES", 1)
 
 
+def after_groups(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Calls it whenever a group's factors were read and looked at."""
+    counted = group._counted
+
+    def acting(*arguments: Any) -> Any:
+        found = counted(*arguments)
+        act()
+        return found
+
+    monkeypatch.setattr(group, "_counted", acting)
+
+
 def other(folder: Path) -> bytes:
     """Bytes of another adapter of the same size."""
     made = write_adapter(folder.parent / "other", random_factors(SHAPES, 4, seed=9))
@@ -89,15 +101,14 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("at", [1, len(NAMES)])
 def test_an_input_that_changes_while_it_is_merged(change, method, at, pair, tmp_path, monkeypatch):
     spoil, fragment = CHANGES[change]
-    check, calls = group._check_finite, []
+    calls = []
 
-    def spoiling(*arguments: object) -> None:
-        check(*arguments)
+    def spoiling() -> None:
         calls.append(0)
         if len(calls) == at:
             spoil(pair[1])
 
-    monkeypatch.setattr(group, "_check_finite", spoiling)
+    after_groups(monkeypatch, spoiling)
     with pytest.raises(AdapterError, match=fragment) as caught:
         at_one(pair, method, output=tmp_path / "out")
     assert len(str(caught.value).splitlines()) == 1
@@ -144,8 +155,7 @@ def test_a_file_that_shrinks_while_it_is_opened(kind, tmp_path, monkeypatch):
 
 
 def test_a_survey_of_an_input_that_changes(pair, monkeypatch):
-    check = group._check_finite
-    monkeypatch.setattr(group, "_check_finite", lambda *x: (check(*x), rewrite(pair[0])))
+    after_groups(monkeypatch, lambda: rewrite(pair[0]))
     with pytest.raises(AdapterError, match="changed since it was loaded"):
         dm.inspect(pair)
 
@@ -163,13 +173,8 @@ def test_factors_of_a_file_that_shrank(pair):
 def test_a_running_sum_that_changes_is_noticed(pair, tmp_path, monkeypatch):
     growing = Sequential.start(tmp_path / "state")
     growing.add(pair[0])
-    check, path = group._check_finite, tmp_path / "state" / "session.safetensors"
-
-    def spoiling(*arguments: object) -> None:
-        check(*arguments)
-        os.utime(path)
-
-    monkeypatch.setattr(group, "_check_finite", spoiling)
+    path = tmp_path / "state" / "session.safetensors"
+    after_groups(monkeypatch, lambda: os.utime(path))
     state = (tmp_path / "state" / "session.json").read_bytes()
     with pytest.raises(AdapterError, match="changed since it was loaded"):
         growing.add(pair[1])
@@ -415,8 +420,7 @@ def base_folder(folder: Path) -> Path:
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_a_base_that_changes_while_it_is_merged(name, pair, tmp_path, monkeypatch):
     base = base_folder(tmp_path / "base")
-    check = group._check_finite
-    monkeypatch.setattr(group, "_check_finite", lambda *x: (check(*x), os.utime(base / name)))
+    after_groups(monkeypatch, lambda: os.utime(base / name))
     with pytest.raises(OptionError, match=f"{name} changed since it was loaded"):
         at_one(pair, form="model", base=base, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -127,7 +127,7 @@ def _orthogonalize(
     stats = torch.zeros(len(at), 5, dtype=torch.float64)
     _C.orthogonalize(
         addresses(inputs),
-        repeated(zip(map(_numbers, ranks), modules)),
+        repeated(zip([_numbers(tuple(r)) for r in ranks], modules)),
         repeated(zip([_numbers((len(r),)) for r in ranks], modules)),
         at,
         stats.data_ptr(),
