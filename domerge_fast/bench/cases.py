@@ -81,11 +81,12 @@ def merge(
     def is_wide(p: Side) -> bool:
         return moves_factors(p.rank, p.d, options, backend)
 
-    sides = [[s.a for s in stacks], [s.b for s in stacks]]
-    narrow = [p for side in sides for p in side if not is_wide(p)]
+    every = [*(s.a for s in stacks), *(s.b for s in stacks)]
+    narrow = [p for p in every if not is_wide(p)]
     grams = iter(call("gram", narrow) if narrow else ())
-    found = [[None if is_wide(p) else next(grams) for p in side] for side in sides]
-    a, b = (_orthogonalize(call, p, g, options) for p, g in zip(sides, found))
+    found = [None if is_wide(p) else next(grams) for p in every]
+    moved = _orthogonalize(call, every, found, options)
+    a, b = moved[: len(stacks)], moved[len(stacks) :]
     b_hat = call("apply", [c for c, _ in b], [p for _, p in b], dtype)
     split = [
         Side(x.split(list(s.b.ranks)), (1.0,) * len(s.adapters)) for s, x in zip(stacks, b_hat)
