@@ -223,7 +223,7 @@ def mean_field(norms: Tensor, gamma: float, per_pair: float) -> Tensor:
 class _Factors:
     """One problem, its blocks padded with zero rows to [T, r, d].
 
-    S and the K_i are moved along with Xhat, by the products that the line search needs anyway.
+    S and the K_i are those of Xhat, but after a last step that was taken by its estimate.
     """
 
     def __init__(self, x: Tensor, ranks: tuple[int, ...], gamma: float, way: Products) -> None:
@@ -281,18 +281,17 @@ class _Factors:
         return pull.add_(self.x_hat - self.x, alpha=2 * self.gamma)
 
     def turn(self, overlap: float) -> None:
-        """What is exact of a new direction whoever finds the step: E_i, F_i and ||Xhat - X||^2."""
-        y, z = self.root * self.x_hat, self.root * self.direction
-        mixed = y @ z.mT
-        self.e_own, self.f_own = mixed + mixed.mT, z @ z.mT
+        """What is exact of a new direction whoever finds the step: ||Xhat - X||^2."""
         along = 2 * _dot(self.direction, self.x_hat - self.x)
         self.change = [self.moved, along, _dot(self.direction, self.direction)]
         self._note_share(overlap)
 
     def guess(self, overlap: float, slope: float) -> Guess | None:
         """The best step by probes; None where no step lowers the estimate."""
-        y = (self.root * self.x_hat).flatten(0, 1)
-        z = (self.root * self.direction).flatten(0, 1)
+        each_y, each_z = self.root * self.x_hat, self.root * self.direction
+        mixed = each_y @ each_z.mT
+        e, f = mixed + mixed.mT, each_z @ each_z.mT  # of every adapter
+        y, z = each_y.flatten(0, 1), each_z.flatten(0, 1)
         v = _signs(y.shape[1], y)
         p, q = y @ v, z @ v
         s_v, e_v, f_v = y.T @ p, y.T @ q + z.T @ p, z.T @ q
@@ -300,7 +299,6 @@ class _Factors:
             (a * b).sum(0, dtype=torch.float64)
             for a, b in ((e_v, e_v), (s_v, f_v), (e_v, f_v), (f_v, f_v))
         )
-        e, f = self.e_own, self.f_own
         quartic = [
             overlap / 2,
             (slope - self.gamma * self.change[1]) / 2,
