@@ -31,7 +31,7 @@ def merged(x: Sequence[Tensor], alike: bool = False, **options: object) -> tuple
     report = dm.merge(found, "do", scale=1.0, **options).report
     b = report.modules["x"].b
     assert b
-    _, best = descend(list(x), tol=1e-11)
+    _, best = descend(list(x), tol=1e-11, gamma=options.get("gamma", 1.0))
     return [note for note in report.notes if "tol" in note], b.objective_after / best - 1
 
 
@@ -58,7 +58,16 @@ def test_it_says_nothing_of_norms_that_a_descent_makes():
     report = dm.merge(found, "do", scale=1.0, gamma=1e-3).report
     left = report.modules["x"].magnitudes.values()
     assert max(left) > 1e5 * min(left)
-    assert not [note for note in report.notes if "tol" in note]
+    assert [note for note in report.notes if "tol" in note] == [f"{SAID}gamma is below 1"]
+
+
+@pytest.mark.parametrize("seed", [0, 4])
+def test_it_says_where_gamma_is_less_than_was_tried(seed):
+    """Two steps gain nearly all, the third little, and later ones more than that."""
+    x = adapters(*SHAPES["2 adapters"], 0.1, 36, seed)
+    notes, left = merged(x, gamma=0.1)
+    assert left > TOL
+    assert notes == [f"{SAID}gamma is below 1"]
 
 
 def test_it_says_where_tol_is_less_than_was_tried():
