@@ -130,6 +130,7 @@ def test_rates_are_positive_and_the_copy_counts_both_ways(monkeypatch):
         return {name: [0.5, 0.25] for name in calls}
 
     monkeypatch.setattr(timing, "take_turns", instant)
+    monkeypatch.setattr(bounds, "GEMM_SECONDS", 0.25 * 4**3)
     rates = bounds.measure(CPU)
     assert rates.copy == 2 * (1 << 20) / 0.25
     assert rates.gemm == {
@@ -457,6 +458,20 @@ def test_a_captured_call_is_repeated_by_its_replay():
     replay()
     assert bool((y == 7).all())
     assert timing.seconds(replay, x.device) > 0
+
+
+@pytest.mark.parametrize(("seconds", "sizes"), [(0.9, [16, 64]), (1.1, [16])])
+def test_a_gemm_that_would_take_long_is_a_small_one(seconds, sizes, monkeypatch):
+    """As one of bfloat16 where the processor has no instructions for it."""
+    asked = []
+
+    def rate(size: int, name: str, device: torch.device) -> float:
+        asked.append(size)
+        return 2 * 64**3 / (seconds * bounds.GEMM_SECONDS)
+
+    monkeypatch.setattr(bounds, "_gemm_of", rate)
+    assert bounds._gemm("bfloat16", CPU) == rate(0, "", CPU)
+    assert asked[:-1] == sizes
 
 
 @pytest.mark.gpu

@@ -43,6 +43,8 @@ are exact in all."""
 COPY_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 """Several times any last-level cache."""
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+GEMM_SECONDS = 2.0
+"""Of one: where the size would take longer, a quarter of it is measured."""
 SAMPLES = 7
 
 
@@ -209,9 +211,15 @@ def _copy(device: torch.device) -> float:
 
 
 def _gemm(name: str, device: torch.device) -> float:
-    dtype = getattr(torch, name)
-    size = GEMM_SIZE[device.type] // (2 if name == "float64" else 1)
-    x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    """A small one first: where a processor has no instructions for bfloat16, one of the whole size
+    takes a minute."""
+    whole = GEMM_SIZE[device.type] // (2 if name == "float64" else 1)
+    rate = _gemm_of(whole // 4, name, device)
+    return rate if 2 * whole**3 > rate * GEMM_SECONDS else _gemm_of(whole, name, device)
+
+
+def _gemm_of(size: int, name: str, device: torch.device) -> float:
+    x, y = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
     return 2 * size**3 / min(_times(lambda: x @ y, device))
 
 
