@@ -13,6 +13,7 @@ from domerge_fast.backends.layout import (
     LARGE,
     LEAST,
     PIECE,
+    placed,
     recycled,
     side_by_side,
     together,
@@ -76,7 +77,7 @@ def test_large_results_are_pieces_that_are_freed_with_the_last_tensor(monkeypatc
 def memories(**given) -> list[int]:
     """How many results share an allocation, of some around PIECE bytes."""
     shapes = [(PIECE // 4 - 64,), (PIECE // 2,), (PIECE // 4 + 64,), (64,), (2 * PIECE,), (1,)]
-    results = together(shapes, torch.bfloat16, **given)
+    results, _ = placed(shapes, torch.bfloat16, **given)
     assert [x.shape for x in results] == shapes
     for k, x in enumerate(results):
         x.fill_(k)

@@ -117,11 +117,9 @@ def together(
     dtype: torch.dtype,
     device: torch.device | None = None,
     counts: Sequence[int | None] | None = None,
-    turned: Sequence[bool] | None = None,
-    kept: bool = False,
 ) -> list[Tensor]:
     """`placed`, without the addresses."""
-    return placed(shapes, dtype, device, counts, turned, kept)[0]
+    return placed(shapes, dtype, device, counts)[0]
 
 
 def placed(
