@@ -21,7 +21,8 @@ __all__ = ["notes"]
 
 TESTED_TOL, TESTED_GAMMA = 1e-3, 1.0
 FAR = 100.0
-"""Times that norms on a side are apart: with less no descent ended above TESTED_TOL."""
+"""Times that norms on a side are apart: with less no descent by TESTED_GAMMA ended above
+TESTED_TOL."""
 
 
 def notes(method: Chosen, reports: Sequence[StackReport], apart: float) -> tuple[str, ...]:
