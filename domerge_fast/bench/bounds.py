@@ -44,7 +44,7 @@ COPY_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}
 """Several times any last-level cache."""
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 GEMM_SECONDS = 2.0
-"""Of one: where the size would take longer, a quarter of it is measured."""
+"""That one may take: where it would take longer, one of a quarter of the size is measured."""
 SAMPLES = 7
 
 
