@@ -195,7 +195,7 @@ def relative(pattern: str) -> list[str]:
 
 def cpp_sources(machine: str) -> dict[str, list[str]]:
     """C++ source -> its own compiler flags."""
-    names = ["csrc/bindings.cpp", *relative("csrc/cpu/*.cpp")]
+    names = [*relative("csrc/*.cpp"), *relative("csrc/cpu/*.cpp")]
     sources: dict[str, list[str]] = {n: [] for n in names if "/kernels_" not in n}
     for isa in isas(machine):
         sources[f"csrc/cpu/kernels_{isa}.cpp"] = ISA_FLAGS[isa]

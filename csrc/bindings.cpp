@@ -1,5 +1,6 @@
 // Names to functions. Addresses are integers; the caller has checked shapes, dtypes and devices and
 // keeps the memory alive. Lists of 8-byte numbers are handed over as such, or as a buffer of them.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,6 +8,7 @@
 #include "cpu/dispatch.h"
 #include "cpu/stop.h"
 #include "grams.h"
+#include "launches.h"
 #include "places.h"
 
 namespace py = pybind11;
@@ -64,11 +66,35 @@ auto on_cpu(Result (*f)(const domerge::Kernels&, Args...)) {
     };
 }
 
+void bind_launch_tables(py::module_& m) {
+    using domerge::LaunchTables;
+    py::class_<LaunchTables>(m, "LaunchTables", py::buffer_protocol())
+        .def(py::init<>())
+        .def_buffer(
+            [](LaunchTables& x) { return py::buffer_info(x.numbers().data(), x.numbers().size()); })
+        .def_property_readonly("places", &LaunchTables::places)
+        .def_property_readonly("blocks", &LaunchTables::blocks)
+        .def_property_readonly("largest_rank", &LaunchTables::largest_rank)
+        .def("add", &LaunchTables::add)
+        .def("describe", &LaunchTables::describe)
+        .def("gram", &LaunchTables::gram)
+        .def("block_gram", &LaunchTables::block_gram)
+        .def("orthogonalize", &LaunchTables::orthogonalize)
+        .def("coefficients", &LaunchTables::coefficients)
+        .def("part_numbers", &LaunchTables::part_numbers)
+        .def("split", &LaunchTables::split)
+        .def("apply", &LaunchTables::apply)
+        .def("roots", &LaunchTables::roots)
+        .def("apply_decouple", &LaunchTables::apply_decouple)
+        .def("largest", &LaunchTables::largest);
+}
+
 PYBIND11_MODULE(_C, m) {
     domerge::check_signals = raise_signals;
     py::class_<domerge::Problems>(m, "Problems")
         .def(py::init<std::string_view, std::string_view, std::string_view>(), py::arg("addresses"),
              py::arg("heads"), py::arg("rows"));
+    bind_launch_tables(m);
     m.def("cut", domerge::cut);
     m.def("by_number", domerge::by_number);
     m.def("diagonals_within", domerge::diagonals_within);

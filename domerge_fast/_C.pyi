@@ -6,7 +6,7 @@ where this machine cannot run it. The GIL is released while the kernels run. In 
 they answer signals: what a handler raises is raised once no thread works any more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 Numbers = Sequence[int] | Sequence[float] | bytes | memoryview
@@ -17,6 +17,83 @@ class Problems:
     blocks. ValueError where their numbers do not agree."""
 
     def __init__(self, addresses: bytes, heads: bytes, rows: bytes) -> None: ...
+
+class LaunchTables:
+    """Tables of int64 numbers that launches on a GPU read (backends/gpu/kernels.py), one after the
+    other in one buffer, which this is. What makes tables returns their numbers. Of every side there
+    is one entry in what is said of sides, and in `counts` how many modules it has. sizes: those
+    that kernels are padded to, rising: there is a list of tiles for each that serves some. out:
+    addresses of results. The GIL is held; ValueError where numbers do not agree."""
+
+    places: list[tuple[int, int, int]]
+    """Of every table: where it begins, its rows, and the numbers of a row; 0 for a vector."""
+    blocks: int
+    largest_rank: int
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def add(self, values: Numbers, width: int, /) -> int: ...
+    def describe(self, addresses: bytes, heads: bytes, rows: bytes, count: int, /) -> int:
+        """The first three: blocks, owner and problems (gpu.tables.Table). Returns how many
+        neighbours one read can take of every block: count, or 1."""
+
+    def gram(
+        self, sizes: Sequence[int], out: Numbers, chunk: int, /
+    ) -> list[tuple[int, int, int, int]]:
+        """(size, tiles, sums, number of parts)."""
+
+    def block_gram(self, out: Numbers, /) -> int: ...
+    def orthogonalize(
+        self,
+        sizes: Sequence[int],
+        grams: Numbers,
+        out: Numbers,
+        ranks: Sequence[Sequence[int]],
+        counts: Sequence[int],
+        /,
+    ) -> tuple[int, list[tuple[int, int, int]]]:
+        """starts, (size, work, largest T)."""
+
+    def coefficients(self, cs: Numbers, rows: Sequence[int], counts: Sequence[int], /) -> None:
+        """What apply and apply_decouple read: C [rows, R] of every problem, 0 for none."""
+
+    def part_numbers(self, numbers: Callable[[int, int], int], /) -> int:
+        """How many float32 the parts of all C take; numbers(rows, R): those of one."""
+
+    def split(self, memory: int, height: int, /) -> tuple[int, int]:
+        """tiles, work; the parts in this memory are read in place of C then."""
+
+    def apply(
+        self, sizes: Sequence[int], columns: Sequence[int], out: Numbers, itemsize: int, /
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """work, (size, tiles)."""
+
+    def roots(
+        self, packed: Numbers, numbers: Callable[[int], int], most: int, /
+    ) -> tuple[int, int, int]:
+        """work, offsets, how many numbers all roots take; r above `most` are 0 in work."""
+
+    def apply_decouple(
+        self,
+        sizes: Sequence[int],
+        columns: Sequence[int],
+        out: Numbers,
+        itemsize: int,
+        omegas: Sequence[Sequence[float]],
+        counts: Sequence[int],
+        /,
+    ) -> tuple[int, int, int, list[tuple[int, int, int]]]:
+        """work, omegas, slots, (size, tiles, largest R)."""
+
+    def largest(
+        self,
+        tensors: Numbers,
+        sizes: Sequence[int],
+        codes: Sequence[int],
+        itemsizes: Sequence[int],
+        chunk: int,
+        /,
+    ) -> list[tuple[int, int]]:
+        """(code, tiles)."""
 
 def places(api: object, types: tuple[type, ...], tensors: list[Any], width: int, /) -> bytes | None:
     """Where row-major matrices without gaps begin, as int64, asked through DLPack's exchange API.

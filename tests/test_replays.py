@@ -14,6 +14,7 @@ from support.recorded import NotRecorded, Recorder, memory, tensors
 from test_prepared import KIND, WEIGHTS, adapters, inputs
 
 import domerge_fast as dm
+from domerge_fast import _C
 from domerge_fast.backends.gpu import tables
 from domerge_fast.backends.gpu.graph import Graph
 from domerge_fast.sessions import replays
@@ -198,7 +199,10 @@ def test_tables_of_a_capture_are_freed_with_the_graph(monkeypatch):
             return lambda: None, found
 
     def make(given):
-        return tables.upload(torch.device("meta"), [torch.arange(3), torch.arange(4)])
+        host = _C.LaunchTables()
+        for values in (range(3), range(4)):
+            host.add(list(values), 0)
+        return tables.upload(torch.device("meta"), host)
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

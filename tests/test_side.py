@@ -11,8 +11,7 @@ from torch import Tensor
 from domerge_fast import ops
 from domerge_fast.algebra.described import FACTOR_DTYPES
 from domerge_fast.algebra.side import Side, table
-from domerge_fast.backends.gpu.tables import offsets
-from domerge_fast.backends.layout import GAP, together
+from domerge_fast.backends.layout import GAP, placed
 from domerge_fast.storage.shelf import Shelf
 
 RANKS = (2, 1, 3)
@@ -86,17 +85,16 @@ def test_copies_are_made_once():
 
 def test_results_share_an_allocation_without_touching():
     shapes = [(3, 5), (2, 2), (3, 5), (7,)]
-    results = together(shapes, torch.float64)
+    results, begins = placed(shapes, torch.float64)
     for k, (x, shape) in enumerate(zip(results, shapes, strict=True)):
         assert x.shape == shape
         assert x.is_contiguous()
         x.fill_(k)
     assert [x.unique().tolist() for x in results] == [[0.0], [1.0], [2.0], [3.0]]
-    first = results[0].data_ptr()
-    places = [(x.data_ptr() - first) // 8 for x in results]
-    assert offsets([x.flatten() for x in results], dims=1).tolist() == places
-    assert all(at % GAP == 0 for at in places)
-    assert together([], torch.float64) == []
+    assert begins.tolist() == [x.data_ptr() for x in results]
+    assert all((at - begins[0]) % (8 * GAP) == 0 for at in begins)
+    found, begins = placed([], torch.float64)
+    assert (found, begins.tolist()) == ([], [])
 
 
 def test_a_merge_keeps_no_more_of_a_result_than_it_holds(tmp_path, monkeypatch):

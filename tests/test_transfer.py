@@ -8,13 +8,11 @@ import pytest
 import torch
 from support.make import write_adapter
 from support.merges import at_one
-from support.shapes import CASES
 
 import domerge_fast as dm
 from domerge_fast import OptionError
 from domerge_fast.adapters.plan import Plan
 from domerge_fast.algebra.host import gather, norms_apart, over_diagonals, within
-from domerge_fast.backends.gpu import tables
 from domerge_fast.engine import reader, transfer
 from domerge_fast.options import size
 
@@ -154,96 +152,3 @@ def test_sizes(given, expected):
 def test_what_is_no_size_is_refused(given):
     with pytest.raises(OptionError, match=r"is no size; give bytes, or words like '4GiB'"):
         size("max_device_memory", given)
-
-
-# Tables of the GPU backends
-
-
-def test_a_table_finds_every_element():
-    """Address, pitch and layout of each row, as a kernel reads them."""
-    problems = [CASES["odd d"].rows(), CASES["rank 1 before 64"].columns()]
-    table = tables.describe(problems)
-    assert table.dtype == torch.float32
-    blocks = [block for p in problems for block in p.blocks]
-    for p, (first, rank, d, first_block, count, columns) in zip(
-        problems, table.problems.tolist(), strict=True
-    ):
-        assert (rank, d, count, bool(columns)) == (p.rank, p.d, len(p.blocks), p.in_columns)
-        stacked = torch.cat(p.blocks)
-        for row, owner in enumerate(table.owner[first : first + rank].tolist()):
-            assert first_block <= owner < first_block + count
-            address, pitch, first_row, bits = table.blocks[owner].tolist()
-            local = row - first_row
-            step, stride = (pitch, 1) if columns else (1, pitch)
-            elements = (address - blocks[owner].data_ptr()) // 4 + local * stride
-            memory = blocks[owner].T if columns else blocks[owner]
-            flat = memory.reshape(-1)
-            assert torch.equal(flat[elements + step * torch.arange(d)], stacked[row])
-            scale = p.scales[owner - first_block]
-            assert torch.tensor(bits).view(torch.float64).item() == scale
-
-
-@pytest.mark.parametrize("chunk", [64, 1000])
-@pytest.mark.parametrize("size", [16, 64])
-def test_gram_tiles_cover_every_lower_tile_once(size, chunk):
-    problems = [CASES[name].rows() for name in ("R above 128", "odd d", "one row")]
-    members = [0, 2]
-    ranks, d = ([getattr(p, name) for p in problems] for name in ("rank", "d"))
-    given = map(torch.tensor, (members, ranks, d, [0, 100, 200]))
-    tiles, sums, parts = tables.gram_tiles(*given, size, chunk)
-    covered = [
-        (k, i, j, column)
-        for k, i, j, begin, end, *_ in tiles.tolist()
-        for column in range(begin, end)
-    ]
-    count = {k: -(-problems[k].rank // size) for k in members}
-    expected = {
-        (k, i, j, column)
-        for k in members
-        for i in range(count[k])
-        for j in range(i + 1)
-        for column in range(problems[k].d)
-    }
-    assert set(covered) == expected
-    assert len(covered) == len(expected)
-    used = sorted(t[5] for t in tiles.tolist() if t[5] >= 0)
-    assert used == list(range(parts))
-    for k, i, j, first, number, offset in sums.tolist():
-        stretches = [
-            t[3:5] for part in range(first, first + number) for t in tiles.tolist() if t[5] == part
-        ]
-        assert [begin for begin, _ in stretches] == sorted(begin for begin, _ in stretches)
-        assert all(t[:3] == [k, i, j] for t in tiles.tolist() if first <= t[5] < first + number)
-        assert offset == [0, 100, 200][k]
-    widths = [end - begin for *_, begin, end, _, _ in tiles.tolist()]
-    assert widths == sorted(widths, reverse=True)
-
-
-def test_a_grid_covers_every_result_once():
-    heights, widths = [5, 130, 64], [300, 1, 128]
-    found = tables.grid(*map(torch.tensor, ([4, 0, 2], heights, widths)), 64, 128).tolist()
-    expected = {
-        (k, row, column)
-        for k, h, w in zip((4, 0, 2), heights, widths, strict=True)
-        for row in range(0, h, 64)
-        for column in range(0, w, 128)
-    }
-    assert {tuple(tile[:3]) for tile in found} == expected
-    assert len(found) == len(expected)
-    for k in (4, 0, 2):
-        assert [n for p, _, _, n in found if p == k] == list(range(sum(p == k for p, *_ in found)))
-
-
-def test_problems_are_served_by_the_smallest_size_that_holds_them():
-    found = tables.buckets(torch.tensor([16, 17, 300, 1]), (16, 32, 128))
-    assert {size: members.tolist() for size, members in found.items()} == {
-        16: [0, 3],
-        32: [1],
-        128: [2],
-    }
-
-
-def test_results_share_an_allocation_at_aligned_places():
-    at, total = tables.places(torch.tensor([5, 16, 17]))
-    assert (at.tolist(), total) == ([0, 16, 32], 64)
-    assert tables.places(torch.empty(0, dtype=torch.int64))[1] == 0

@@ -24,7 +24,6 @@ __all__ = [
     "repeated",
     "row_major",
     "side_by_side",
-    "together",
 ]
 
 Maybe = TypeVar("Maybe", Tensor, Tensor | None)
@@ -110,16 +109,6 @@ def row_major(x: Tensor) -> Tensor:
     """x with every matrix row-major, which may have any distance from each other."""
     count, step = x.stride()[-2:]
     return x if step == 1 and count == x.shape[-1] else x.contiguous()
-
-
-def together(
-    shapes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
-    device: torch.device | None = None,
-    counts: Sequence[int | None] | None = None,
-) -> list[Tensor]:
-    """`placed`, without the addresses."""
-    return placed(shapes, dtype, device, counts)[0]
 
 
 def placed(

@@ -14,20 +14,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from ... import _C
+from ...algebra.described import FACTOR_DTYPES
 from ...algebra.side import CODES, Side, squares
 from .. import torch as by_torch
 from ..descent import STATS
-from ..layout import addresses, dense, matrices, row_major, together
+from ..layout import addresses, dense, matrices, placed, row_major
 from ..singly import Singly
-from . import splitting, tables
+from . import tables
 from .kernels import Kernels
 from .roots import MAX_RANK, find_large
-from .tables import Table
+from .splitting import Split
+from .tables import Described
 
 __all__ = ["Gpu", "region"]
 
@@ -54,17 +56,12 @@ class Gpu:
         with region("gram", problems[0].device) as device:
             host = tables.describe(problems)
             shapes, counts = [(p.rank, p.rank) for p in problems], [p.count for p in problems]
-            grams = together(shapes, torch.float32, device, counts)
-            _, ranks, d, *_ = host.problems.unbind(1)
-            at = tables.offsets(grams)
-            plans = [
-                (size, *tables.gram_tiles(members, ranks, d, at, size, GRAM_CHUNK))
-                for size, members in tables.buckets(ranks, kernels.sizes("gram")).items()
-            ]
-            table, rest = host.uploaded([x for _, *pair, _ in plans for x in pair])
-            for size, _, _, count in plans:
+            grams, at = placed(shapes, torch.float32, device, counts)
+            plans = host.made.gram(kernels.sizes("gram"), at, GRAM_CHUNK)
+            table, made = host.uploaded()
+            for size, tiles, sums, count in plans:
                 parts = torch.empty(count, size, size, device=device)
-                kernels.gram(table, size, next(rest), next(rest), parts, grams[0])
+                kernels.gram(table, size, made[tiles], made[sums], parts, grams[0])
         return grams
 
     def block_gram(self, problems: Sequence[Side]) -> list[Tensor]:
@@ -75,14 +72,10 @@ class Gpu:
         with region("block_gram", problems[0].device) as device:
             host = tables.describe(problems)
             sizes, counts = [(squares(p.ranks),) for p in problems], [p.count for p in problems]
-            packed = together(sizes, torch.float64, device, counts)
-            first, owner = _owners(host)
-            numbers = host.ranks**2
-            at = tables.offsets(packed, dims=1)[owner] + tables.within(numbers, first, owner)
-            jobs = torch.stack([owner, torch.arange(len(owner)), host.ranks, at], 1)
-            cost = host.problems[owner, 2] * numbers
-            table, rest = host.uploaded([tables.largest_first(jobs, cost)])
-            kernels.block_gram(table, next(rest), packed[0])
+            packed, at = placed(sizes, torch.float64, device, counts)
+            work = host.made.block_gram(at)
+            table, made = host.uploaded()
+            kernels.block_gram(table, made[work], packed[0])
         return packed
 
     def orthogonalize(
@@ -102,24 +95,17 @@ class Gpu:
             given = [row_major(g.float()) for g in grams]
             counts = [len(g) if g.dim() == 3 else None for g in given]
             shapes = [(g.shape[-1], g.shape[-1]) for g in given]
-            cs = together(shapes, torch.float32, device, counts)
-            at = tables.offsets(cs)
+            cs, at = placed(shapes, torch.float32, device, counts)
             stats = torch.empty(len(at), len(STATS), dtype=torch.float64, device=device)
-            begins = tables.numbers(x for own in ranks for x in accumulate(own, initial=0))
-            adapters_of = tables.numbers(map(len, ranks))
-            first = (adapters_of + 1).cumsum(0) - adapters_of - 1
-            of_side = [tables.numbers(n for n, _ in shapes), adapters_of, first]
-            side = _sides(counts)
-            columns = [tables.column(addresses(given)), *(x[side] for x in of_side)]
-            work = torch.stack([*columns, at, torch.arange(len(at))], 1)
-            groups = tables.buckets(work[:, 1], kernels.sizes("orthogonalize"))
-            jobs = [work[members] for members in groups.values()]
-            jobs = [tables.largest_first(table, table[:, 1]) for table in jobs]
-            begin_of, *works = tables.upload(device, [begins, *jobs])
+            host, modules = _C.LaunchTables(), [1 if n is None else n for n in counts]
+            sizes = kernels.sizes("orthogonalize")
+            starts, plans = host.orthogonalize(sizes, addresses(given), at, ranks, modules)
+            made = tables.upload(device, host)
             rule = (penalty == "frobenius", gamma, steps, tol)
-            for size, work_of, table in zip(groups, works, jobs):
-                adapters = int(table[:, 2].max())
-                kernels.orthogonalize(size, adapters, work_of, begin_of, cs[0], stats, *rule)
+            for size, work, adapters in plans:
+                kernels.orthogonalize(
+                    size, adapters, made[work], made[starts], cs[0], stats, *rule
+                )
         return cs, stats
 
     def orthogonalize_factors(
@@ -144,24 +130,14 @@ class Gpu:
             heights = [p.rank if c is None else c.shape[-2] for c, p in zip(cs, problems)]
             shapes = [(p.d, k) if p.in_columns else (k, p.d) for k, p in zip(heights, problems)]
             results = _results(shapes, out_dtype, problems)
-            _, ranks, d, *_ = host.problems.unbind(1)
-            counts = tables.numbers(heights)[_sides([p.count for p in problems])]
-            own = kernels.splitting(host.dtype, out_dtype)
-            at = tables.column(addresses(cs, problems))
-            split = splitting.given(own, at, counts, ranks, device)
-            work = torch.stack([split.addresses, counts, tables.offsets(results)], 1)
-            groups = tables.buckets(counts, kernels.sizes("apply"))
-            tiles = [
-                tables.grid(
-                    members, counts[members], d[members], size, kernels.columns("apply", size)
-                )[:, :3]
-                for size, members in groups.items()
-            ]
-            table, rest = host.uploaded([*split.tables, work, *tiles])
-            split.make(table, rest)
-            work_of = next(rest)
-            for size in groups:
-                kernels.apply(table, size, next(rest), work_of, results[0])
+            split = _read(kernels, host, cs, heights, problems, out_dtype)
+            sizes, columns = _tiles(kernels, "apply")
+            given = addresses(results), out_dtype.itemsize
+            work, plans = host.made.apply(sizes, columns, *given)
+            table, made = host.uploaded()
+            split.make(table, made)
+            for size, tiles in plans:
+                kernels.apply(table, size, made[tiles], made[work], results[0])
         return [x.mT if p.in_columns else x for x, p in zip(results, problems)]
 
     def apply_decouple(
@@ -189,61 +165,39 @@ class Gpu:
             packed = [k if k.stride(-1) == 1 else k.contiguous() for k in blocks]
             shapes = [(p.rank, p.d) for p in problems]
             results = _results(shapes, out_dtype, problems)
-            _, ranks, d, *_ = host.problems.unbind(1)
-            own = kernels.splitting(host.dtype, out_dtype)
-            at = tables.column(addresses(cs, problems))
-            split = splitting.given(own, at, ranks, ranks, device)
-            work = torch.stack([split.addresses, tables.offsets(results)], 1)
-            first, owner = _owners(host)
-            begins = tables.column(addresses(packed, dims=1))[owner]
-            begins += 8 * tables.within(host.ranks**2, first, owner)
-            found, which = host.ranks.unique(return_inverse=True)
-            root_numbers = tables.numbers(map(kernels.root_numbers, found.tolist()))
-            places, root_total = tables.places(root_numbers[which])
-            small = torch.where(host.ranks <= MAX_RANK, host.ranks, 0)
-            roots_of = torch.stack([begins, small, places], 1)
-            weights = torch.cat(
-                [tables.float_bits(omega).repeat(p.modules) for omega, p in zip(omegas, problems)]
-            )
-            groups = tables.buckets(ranks, kernels.sizes("apply_decouple"))
-            ones = torch.ones_like(d)
-            tiles = [
-                tables.grid(
-                    members,
-                    ones[members],
-                    d[members],
-                    1,
-                    kernels.columns("apply_decouple", size),
-                )[:, [0, 2, 3]]
-                for size, members in groups.items()
-            ]
-            slots = 1 + max(int(t[:, 2].max()) for t in tiles)
-            numbers = [work, roots_of, places, weights]
-            table, rest = host.uploaded([*split.tables, *numbers, *tiles])
-            split.make(table, rest)
-            work_of, roots_work, root_at, bits = (next(rest) for _ in numbers)
-            roots = torch.empty(root_total, device=device)
-            norms = torch.empty(len(owner), device=device)
-            energies = torch.zeros(len(owner), slots, dtype=torch.float64, device=device)
-            kernels.roots(roots_work, roots, norms)
-            find_large(kernels, packed, problems, places, roots, norms)
-            for size, members in groups.items():
+            split = _read(kernels, host, cs, [p.rank for p in problems], problems, out_dtype)
+            at = addresses(packed, dims=1)
+            roots_work, places, numbers = host.made.roots(at, kernels.root_numbers, MAX_RANK)
+            sizes, columns = _tiles(kernels, "apply_decouple")
+            given = addresses(results), out_dtype.itemsize, omegas, [p.modules for p in problems]
+            work, weights, slots, plans = host.made.apply_decouple(sizes, columns, *given)
+            table, made = host.uploaded()
+            split.make(table, made)
+            roots = torch.empty(numbers, device=device)
+            count = host.made.blocks
+            norms = torch.empty(count, device=device)
+            energies = torch.zeros(count, slots, dtype=torch.float64, device=device)
+            kernels.roots(made[roots_work], roots, norms)
+            find_large(kernels, packed, problems, host.made, places, roots, norms)
+            bits = made[weights].view(torch.float64)
+            for size, tiles, rank in plans:
                 kernels.apply_decouple(
                     table,
                     size,
-                    int(ranks[members].max()),
-                    next(rest),
-                    work_of,
-                    root_at,
+                    rank,
+                    made[tiles],
+                    made[work],
+                    made[places],
                     roots,
                     norms,
-                    bits.view(torch.float64),
+                    bits,
                     scale,
                     results[0],
                     energies,
                 )
-            counts = [p.modules * len(p.ranks) for p in problems]
-            sizes = energies.sum(1).sqrt().split_with_sizes(counts)
+            sizes = energies.sum(1).sqrt().split_with_sizes(
+                [p.modules * len(p.ranks) for p in problems]
+            )
         pairs = zip(sizes, problems)
         return results, [x if p.count is None else x.view(p.count, -1) for x, p in pairs]
 
@@ -272,18 +226,13 @@ class Gpu:
         with region("largest", tensors[0].device) as device:
             pieces = [dense(x) for x in tensors]
             tops = torch.zeros(len(pieces), dtype=torch.int32, device=device)
-            sizes = tables.numbers(x.numel() for x in pieces)
-            owner, stretch = tables.each(-(-sizes // LARGEST_CHUNK))
-            begin = stretch * LARGEST_CHUNK
-            bytes_of = tables.numbers(x.itemsize for x in pieces)[owner]
-            at = tables.numbers(x.data_ptr() for x in pieces)[owner] + begin * bytes_of
-            every = torch.stack([owner, at, (sizes[owner] - begin).clamp_max(LARGEST_CHUNK)], 1)
-            codes = tables.numbers(CODES[x.dtype] for x in pieces)[owner]
-            present = codes.unique().tolist()
-            groups = {x: every[codes == code] for x, code in CODES.items() if code in present}
-            tiles_of = tables.upload(device, list(groups.values()))
-            for dtype, tiles in zip(groups, tiles_of):
-                kernels.largest(dtype, tiles, tops)
+            at, sizes = [x.data_ptr() for x in pieces], [x.numel() for x in pieces]
+            codes, host = [CODES[x.dtype] for x in pieces], _C.LaunchTables()
+            bytes_of = [dtype.itemsize for dtype in CODES]
+            plans = host.largest(at, sizes, codes, bytes_of, LARGEST_CHUNK)
+            made = tables.upload(device, host)
+            for code, tiles in plans:
+                kernels.largest(FACTOR_DTYPES[code], made[tiles], tops)
         return tops.view(torch.float32).double()
 
     def block_largest(self, problems: Sequence[Side]) -> Tensor:
@@ -301,14 +250,24 @@ def _results(
     return [torch.empty((*lead, *shape), dtype=dtype, device=device) for lead, shape in pairs]
 
 
-def _sides(counts: Sequence[int | None]) -> Tensor:
-    """Which side every module is of, by how many modules sides have."""
-    return torch.repeat_interleave(tables.numbers(1 if n is None else n for n in counts))
+def _read(
+    kernels: Kernels,
+    host: Described,
+    cs: Sequence[Tensor | None],
+    rows: Sequence[int],
+    problems: Sequence[Side],
+    out_dtype: torch.dtype,
+) -> Split:
+    """Tells the tables where C [rows, R] of every problem, or its parts, are read from."""
+    host.made.coefficients(addresses(cs, problems), rows, [p.modules for p in problems])
+    own = kernels.splitting(host.dtype, out_dtype)
+    return Split.of(own if any(c is not None for c in cs) else None, host.made, problems[0].device)
 
 
-def _owners(host: Table) -> tuple[Tensor, Tensor]:
-    """The first block of every problem, and the problem of every block."""
-    return host.problems[:, 3], torch.repeat_interleave(host.problems[:, 4])
+def _tiles(kernels: Kernels, op: str) -> tuple[Sequence[int], list[int]]:
+    """The sizes of an op's tiles, and the columns of each."""
+    sizes = kernels.sizes(op)
+    return sizes, [kernels.columns(op, size) for size in sizes]
 
 
 @contextlib.contextmanager

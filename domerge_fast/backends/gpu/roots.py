@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ... import _C
 from ...algebra.roots import root
 from ...algebra.side import Side
 from .kernels import Kernels
@@ -21,11 +22,13 @@ def find_large(
     kernels: Kernels,
     packed: Sequence[Tensor],
     problems: Sequence[Side],
-    places: Tensor,
+    made: _C.LaunchTables,
+    places: int,
     roots: Tensor,
     norms: Tensor,
 ) -> None:
-    """What Kernels.roots makes, of adapters of r above MAX_RANK: those of a rank in one batch."""
+    """What Kernels.roots makes, of adapters of r above MAX_RANK: those of a rank in one batch.
+    places: the number of the table that says where each begins."""
     alike: dict[int, list[tuple[Tensor, list[int]]]] = {}
     first = 0
     for p, k in zip(problems, packed):
@@ -39,11 +42,13 @@ def find_large(
                 blocks = list(range(first + i, last, len(p.ranks)))
                 alike.setdefault(r, []).append((piece.reshape(-1, r, r), blocks))
         first = last
+    begin, *_ = made.places[places]
+    offsets = memoryview(made)[begin:]
     for found in alike.values():
         grams = torch.cat([k for k, _ in found])
         sizes = grams.diagonal(dim1=1, dim2=2).sum(1).clamp_min(0).sqrt()[:, None, None]
         units = kernels.as_roots(torch.where(sizes > 0, root(grams) / sizes, 0.0))
         for own, size, i in zip(units, sizes, (i for _, blocks in found for i in blocks)):
-            at = int(places[i])
+            at = offsets[i]
             roots[at : at + len(own)] = own
             norms[i] = size.squeeze()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from . import tables
+from ... import _C
 from .tables import Table
 
-__all__ = ["Split", "Splitting", "given"]
+__all__ = ["Split", "Splitting"]
 
 
 class Splitting(Protocol):
@@ -31,41 +31,25 @@ class Splitting(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """What kernels read of C of every problem: its address, that of its parts, or 0.
+    """What makes the parts that kernels read in place of C. tables: the numbers of those that its
+    launch reads, tiles and work. memory: what the parts lie in."""
 
-    tables: what the launch that makes the parts reads, to be uploaded; none where C is not split.
-    memory: what the parts lie in.
-    """
-
-    addresses: Tensor
     splitting: Splitting | None = None
-    tables: Sequence[Tensor] = ()
+    tables: tuple[int, int] = (0, 0)
     memory: Tensor | None = None
 
-    def make(self, table: Table, rest: Iterator[Tensor]) -> None:
-        """The parts; takes this one's tables from those that were uploaded."""
+    @classmethod
+    def of(
+        cls, splitting: Splitting | None, made: _C.LaunchTables, device: torch.device
+    ) -> Split:
+        """Parts of the coefficients that the tables know; none without `splitting`."""
+        if splitting is None:
+            return cls()
+        memory = torch.empty(made.part_numbers(splitting.numbers), device=device)
+        return cls(splitting, made.split(memory.data_ptr(), splitting.rows), memory)
+
+    def make(self, table: Table, made: Sequence[Tensor]) -> None:
+        """Launches it. made: all tables, on the device."""
         if self.splitting is not None:
-            self.splitting.launch(table, next(rest), next(rest))
-
-
-def given(
-    splitting: Splitting | None,
-    cs: Tensor,
-    rows: Tensor,
-    ranks: Tensor,
-    device: torch.device,
-) -> Split:
-    """cs: addresses of C [rows, rank] of every problem, 0 where there is none."""
-    members = cs.nonzero()[:, 0]
-    if splitting is None or not len(members):
-        return Split(cs)
-    above = int(ranks.max()) + 1
-    codes, which = (rows * above + ranks).unique(return_inverse=True)
-    sizes = tables.numbers(splitting.numbers(*divmod(x, above)) for x in codes.tolist())[which]
-    places, total = tables.places(torch.where(cs != 0, sizes, 0))
-    memory = torch.empty(total, device=device)
-    parts = torch.where(cs != 0, memory.data_ptr() + memory.itemsize * places, 0)
-    heights = rows[members]
-    tiles = tables.grid(members, heights, torch.ones_like(heights), splitting.rows, 1)[:, :2]
-    work = torch.stack([cs, rows, parts], 1)
-    return Split(parts, splitting, [tiles, work], memory)
+            tiles, work = self.tables
+            self.splitting.launch(table, made[tiles], made[work])
