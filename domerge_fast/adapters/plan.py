@@ -21,7 +21,7 @@ from .dora import check_no_dora
 from .parts import Parts
 from .stack import Kind, Stack, stack_of_one, stacks_of
 
-__all__ = ["GPU_GROUP_BYTES", "GROUP_BYTES", "Kind", "Plan", "Stack"]
+__all__ = ["GPU_GROUP_BYTES", "GPU_GROUP_BYTES_IN_PLACE", "GROUP_BYTES", "Kind", "Plan", "Stack"]
 
 Value = TypeVar("Value")
 
@@ -30,6 +30,10 @@ GROUP_BYTES = 48 << 20
 
 GPU_GROUP_BYTES = 256 << 20
 """On a GPU: enough problems for all its multiprocessors, and several groups to overlap."""
+
+GPU_GROUP_BYTES_IN_PLACE = 1 << 30
+"""On a GPU that has the factors: there is nothing to overlap, and a group costs the host
+milliseconds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +72,10 @@ class Plan:
     def only(self, names: Sequence[str]) -> Plan:
         """The plan of these modules."""
         return replace(self, names=tuple(names), owners={n: self.owners[n] for n in names})
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether all factors lie in the memory of a device."""
+        return all(x.in_place and x.devices == {device} for x in self.adapters)
 
     @property
     def every_weight(self) -> list[float]:

@@ -11,7 +11,14 @@ from itertools import accumulate, islice
 
 import torch
 
-from ..adapters.plan import GPU_GROUP_BYTES, GROUP_BYTES, Kind, Plan, Stack
+from ..adapters.plan import (
+    GPU_GROUP_BYTES,
+    GPU_GROUP_BYTES_IN_PLACE,
+    GROUP_BYTES,
+    Kind,
+    Plan,
+    Stack,
+)
 from ..errors import OptionError
 from ..storage.buffers import Buffers
 from . import transfer
@@ -69,7 +76,7 @@ class Reader:
     @contextlib.contextmanager
     def opened(cls, plan: Plan, budget: Budget) -> Iterator[Reader]:
         streams = _streams(plan, budget)
-        if all(x.in_place and x.devices == {budget.device} for x in plan.adapters):
+        if plan.is_on(budget.device):
             yield cls(plan, budget, streams, None)
             return
         with ThreadPoolExecutor(1, "domerge-read") as thread:
@@ -168,7 +175,9 @@ def _groups(
     plan: Plan, budget: Budget, work: Work | None, units: Sequence[Sequence[str]]
 ) -> list[list[range]]:
     """Of every unit, places in the plan."""
-    usual = GPU_GROUP_BYTES if budget.device.type == "cuda" else GROUP_BYTES
+    usual = GROUP_BYTES
+    if budget.device.type == "cuda":
+        usual = GPU_GROUP_BYTES_IN_PLACE if plan.is_on(budget.device) else GPU_GROUP_BYTES
     dtype = work.settings.dtype if work else plan.dtype()
     dense = work is not None and work.dense
     most = budget.most_bytes
