@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 from support.make import write_adapter
-from support.merges import at_one
-from support.shapes import CASES
+from support.merges import adapters, at_one
+from support.shapes import CASES, random_case
+from torch import Tensor
 
 import domerge_fast as dm
 from domerge_fast import OptionError
 from domerge_fast.adapters.plan import Plan
 from domerge_fast.algebra.host import gather, norms_apart, over_diagonals, within
 from domerge_fast.backends.gpu import tables
-from domerge_fast.engine import reader, transfer
+from domerge_fast.engine import group, interference, reader, transfer
 from domerge_fast.options import size
 
 CPU = torch.device("cpu")
@@ -41,6 +42,32 @@ def test_packed_tensors_come_out_as_they_went_in():
 def test_gathered_tensors_are_themselves_on_the_host():
     tensors = [None, torch.ones(2)]
     assert gather(tensors) == tensors
+
+
+@pytest.mark.parametrize("report", ["full", "norms", "none"])
+@pytest.mark.parametrize("method", ["do", "linear", "tsvm"])
+def test_no_gram_is_brought_to_the_host(method, report, monkeypatch):
+    """Of usual modules, and of those that are brought near 1, with and without Grams at first."""
+    brought: list[tuple[int, ...]] = []
+
+    def gathered(tensors):
+        brought.extend(tuple(x.shape) for x in tensors if x is not None)
+        return gather(tensors)
+
+    def copied(x):
+        brought.append(tuple(x.shape))
+        return x.to(CPU)
+
+    for module in (group, interference):
+        monkeypatch.setattr(module, "gather", gathered)
+    monkeypatch.setattr(Tensor, "cpu", copied)
+    shapes = {"one": (61, 33), "alike": (61, 33), "far": (61, 33), "wide": (6, 7), "both": (6, 7)}
+    cases = {name: random_case((3, 5, 2), *shape) for name, shape in shapes.items()}
+    for x in cases["far"].a + cases["both"].a:
+        x *= 1e-12
+    at_one(adapters(cases), method, report=report)
+    assert any(shape[-1] == 10 for shape in brought)
+    assert not [shape for shape in brought if shape[-2:] == (10, 10)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
