@@ -97,7 +97,7 @@ PYBIND11_MODULE(_C, m) {
     bind_launch_tables(m);
     m.def("cut", domerge::cut);
     m.def("by_number", domerge::by_number);
-    m.def("diagonals_within", domerge::diagonals_within);
+    m.def("within", domerge::within);
     m.def("norms_apart", domerge::norms_apart);
     m.def("over_products", domerge::over_products);
     m.def("places", domerge::places);

@@ -12,25 +12,24 @@
 namespace domerge {
 
 template <class T>
-bool diagonal_within(const T* gram, int64_t rank, int64_t pitch, double low, double high) {
-    for (int64_t k = 0; k < rank; ++k) {
-        const double x = gram[k * (pitch + 1)];
-        if (!(x >= low && x <= high)) return false;
+bool row_within(const T* x, int64_t size, int64_t distance, double low, double high) {
+    for (int64_t k = 0; k < size; ++k) {
+        const double one = x[k * distance];
+        if (!(one >= low && one <= high)) return false;
     }
     return true;
 }
 
-// Whether the diagonals of `count` matrices [rank, rank] have no number outside of low and high,
-// NaN being outside. step: from one to the next, pitch: from row to row, in elements; wide: of
-// float64.
-inline bool diagonals_within(uint64_t first, int64_t count, int64_t step, int64_t rank,
-                             int64_t pitch, bool wide, double low, double high) {
+// Whether no number of `count` rows of `size` is outside of low and high; NaN is. step: from one
+// row to the next, distance: from one number of it to the next, in elements; wide: of float64.
+inline bool within(uint64_t first, int64_t count, int64_t size, int64_t step, int64_t distance,
+                   bool wide, double low, double high) {
     const pybind11::gil_scoped_release release;
     for (int64_t p = 0; p < count; ++p) {
-        const bool fits = wide ? diagonal_within(reinterpret_cast<const double*>(first) + p * step,
-                                                 rank, pitch, low, high)
-                               : diagonal_within(reinterpret_cast<const float*>(first) + p * step,
-                                                 rank, pitch, low, high);
+        const bool fits = wide ? row_within(reinterpret_cast<const double*>(first) + p * step, size,
+                                            distance, low, high)
+                               : row_within(reinterpret_cast<const float*>(first) + p * step, size,
+                                            distance, low, high);
         if (!fits) return false;
     }
     return true;

@@ -117,12 +117,20 @@ def by_number(
     """The positions from begin to end by their number in `which`, in the order that the first of
     each has: the number, their names, and they as int64."""
 
-def diagonals_within(
-    first: int, count: int, step: int, rank: int, pitch: int, wide: bool, low: float, high: float, /
+def within(
+    first: int,
+    count: int,
+    size: int,
+    step: int,
+    distance: int,
+    wide: bool,
+    low: float,
+    high: float,
+    /,
 ) -> bool:
-    """Whether the diagonals of so many matrices [rank, rank], float32 or, when wide, float64, have
-    no number outside of low and high; NaN is. step: from one to the next, pitch: from row to row,
-    in elements."""
+    """Whether no number of so many rows of `size`, float32 or, when wide, float64, is outside of
+    low and high; NaN is. step: from one row to the next, distance: from one number of it to the
+    next, in elements."""
 
 def norms_apart(
     first: int,

@@ -448,10 +448,13 @@ def test_an_overflow_beside_the_diagonal_alone_is_no_factors_fault():
     grams_a, grams_b = grams(stacks, [True, True], "torch")
     grams_b[1][0, -1] = float("inf")
     alone = [group._Part(*row) for row in zip(stacks, [None, None], zip(grams_a, grams_b))]
-    parts = [part for x in alone for part in x.split([0])]
+    assert not any(group._unusual(alone, group._batches(alone)))
+    own = [{0: (a.diagonal(), b.diagonal())} for a, b in zip(grams_a, grams_b)]
+    parts = [part for x, row in zip(alone, own) for part in x.split(row)]
     group._check_finite(plan, parts)
     stacks[1].b.blocks[1][0, 0] = float("inf")
     grams_b[1][-1, -1] = float("inf")
+    assert [*map(list, group._unusual(alone, group._batches(alone)))] == [[], [0]]
     with pytest.raises(AdapterError, match=f"'two', module '{V}': an infinite value in lora_B"):
         group._check_finite(plan, parts)
 

@@ -7,13 +7,15 @@ import math
 import pytest
 import torch
 from support.make import write_adapter
-from support.merges import at_one
+from support.merges import adapters, at_one
+from support.shapes import random_case
+from torch import Tensor
 
 import domerge_fast as dm
 from domerge_fast import OptionError
 from domerge_fast.adapters.plan import Plan
 from domerge_fast.algebra.host import gather, norms_apart, over_diagonals, within
-from domerge_fast.engine import reader, transfer
+from domerge_fast.engine import group, interference, reader, transfer
 from domerge_fast.options import size
 
 CPU = torch.device("cpu")
@@ -41,36 +43,64 @@ def test_gathered_tensors_are_themselves_on_the_host():
     assert gather(tensors) == tensors
 
 
+@pytest.mark.parametrize("report", ["full", "norms", "none"])
+@pytest.mark.parametrize("method", ["do", "linear", "tsvm"])
+def test_no_gram_is_brought_to_the_host(method, report, monkeypatch):
+    """Of usual modules, and of those that are brought near 1, with and without Grams at first."""
+    brought: list[tuple[int, ...]] = []
+
+    def gathered(tensors):
+        brought.extend(tuple(x.shape) for x in tensors if x is not None)
+        return gather(tensors)
+
+    def copied(x):
+        brought.append(tuple(x.shape))
+        return x.to(CPU)
+
+    for module in (group, interference):
+        monkeypatch.setattr(module, "gather", gathered)
+    monkeypatch.setattr(Tensor, "cpu", copied)
+    shapes = {"one": (61, 33), "alike": (61, 33), "far": (61, 33), "wide": (6, 7), "both": (6, 7)}
+    cases = {name: random_case((3, 5, 2), *shape) for name, shape in shapes.items()}
+    for x in cases["far"].a + cases["both"].a:
+        x *= 1e-12
+    at_one(adapters(cases), method, report=report)
+    assert any(shape[-1] == 10 for shape in brought)
+    assert not [shape for shape in brought if shape[-2:] == (10, 10)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("value", "expected"), [(1.0, True), (4.0, True), (4.5, False), (0.5, False), (math.nan, False)]
 )
 def test_diagonals_within_bounds(dtype, value, expected):
     grams = torch.zeros(6, 5, 5, dtype=dtype)
-    grams.diagonal(dim1=1, dim2=2).fill_(2.0)
+    squares = grams.diagonal(dim1=1, dim2=2)
+    squares.fill_(2.0)
     grams[4, 3, 3], grams[5] = value, math.inf
-    assert within(grams[:5, :4, :4], 1.0, 4.0) is expected
-    assert within(grams[:4], 1.0, 4.0)
-    assert not within(grams, 1.0, 4.0)
+    for given in (squares, squares.contiguous(), squares.T.contiguous().T):
+        assert within(given[:5, :4], 1.0, 4.0) is expected
+        assert within(given[:4], 1.0, 4.0)
+        assert not within(given, 1.0, 4.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("whole", [True, False])
-def test_how_far_norms_are_apart(dtype, whole):
+@pytest.mark.parametrize("packed", [True, False])
+def test_how_far_norms_are_apart(dtype, packed):
     """Of the second module, which has an adapter of zeros, and one that counts as zero."""
     ranks, sizes = (2, 1, 3, 1), torch.tensor([[1.0, 2, 2, 2], [4.0, 0, 12.0, 1e-7]])
     x = torch.nn.functional.normalize(torch.randn(2, 4, 12, dtype=dtype), dim=2) * sizes[..., None]
     blocks = [x[:, i].view(2, r, 12 // r) for i, r in enumerate(ranks)]
-    if whole:
-        rows = torch.cat([torch.nn.functional.pad(y, (0, 12 - y.shape[2])) for y in blocks], 1)
-        grams = rows @ rows.mT
+    if packed:
+        squares = torch.cat([(y @ y.mT).flatten(1) for y in blocks], 1)
     else:
-        grams = torch.cat([(y @ y.mT).flatten(1) for y in blocks], 1)
-    given = torch.stack([grams, grams], 1)[:, 0]
-    assert norms_apart(given, ranks, 1e-6) == pytest.approx(3.0, rel=1e-5)
-    assert norms_apart(given[:1], ranks, 1e-6) == pytest.approx(2.0, rel=1e-5)
-    assert norms_apart(given[1:], ranks, 1e-9) == pytest.approx(1.2e8, rel=1e-5)
-    assert norms_apart(torch.zeros_like(grams), ranks, 1e-6) == 1.0
+        rows = torch.cat([torch.nn.functional.pad(y, (0, 12 - y.shape[2])) for y in blocks], 1)
+        squares = (rows @ rows.mT).diagonal(dim1=1, dim2=2)
+    for given in (squares, torch.stack([squares, squares], 1)[:, 0], squares.T.contiguous().T):
+        assert norms_apart(given, ranks, 1e-6, packed) == pytest.approx(3.0, rel=1e-5)
+        assert norms_apart(given[:1], ranks, 1e-6, packed) == pytest.approx(2.0, rel=1e-5)
+        assert norms_apart(given[1:], ranks, 1e-9, packed) == pytest.approx(1.2e8, rel=1e-5)
+    assert norms_apart(torch.zeros_like(squares), ranks, 1e-6, packed) == 1.0
 
 
 def test_what_is_over_its_diagonal():

@@ -46,7 +46,8 @@ class Rows(Sequence[list[float]]):
 
 
 def gather(tensors: Sequence[Maybe]) -> list[Maybe]:
-    """Small tensors of one dtype in the host's memory, in one copy that is waited for."""
+    """Small tensors in the host's memory, in one copy that is waited for; then all in the widest
+    dtype of theirs."""
     present = [x for x in tensors if x is not None]
     if not present or present[0].device.type == "cpu":
         return list(tensors)
@@ -55,29 +56,24 @@ def gather(tensors: Sequence[Maybe]) -> list[Maybe]:
     return [x if x is None else next(pieces).view(x.shape) for x in tensors]
 
 
-def within(grams: Tensor, low: float, high: float) -> bool:
-    """Whether the diagonals of matrices [P, R, R], of rows without gaps, have no number outside of
-    low and high; NaN is."""
-    step, pitch, _ = grams.stride()
-    count, rank, _ = grams.shape
-    wide = grams.dtype == torch.float64
-    return _C.diagonals_within(grams.data_ptr(), count, step, rank, pitch, wide, low, high)
+def within(x: Tensor, low: float, high: float) -> bool:
+    """Whether no number of x [P, N], which has any strides, is outside of low and high; NaN is."""
+    count, size = x.shape
+    step, distance = x.stride()
+    wide = x.dtype == torch.float64
+    return _C.within(x.data_ptr(), count, size, step, distance, wide, low, high)
 
 
-def norms_apart(grams: Tensor, ranks: Sequence[int], least: float) -> float:
+def norms_apart(x: Tensor, ranks: Sequence[int], least: float, packed: bool = False) -> float:
     """How many times the norms of two adapters' factors are apart, at most, but for those of
-    `least` of the largest one or less. grams: of modules' sides [P, R, R], of rows without gaps, or
-    what is on the diagonals of these, block after block, [P, sum r_i^2]."""
-    if grams.dim() == 3:
-        step, pitch, _ = grams.stride()
-        starts = [(pitch + 1) * k for k in accumulate(ranks[:-1], initial=0)]
-        distances = [pitch + 1] * len(ranks)
-    else:
-        step, _ = grams.stride()
-        starts = [*accumulate([r * r for r in ranks[:-1]], initial=0)]
-        distances = [r + 1 for r in ranks]
-    wide, count = grams.dtype == torch.float64, grams.shape[0]
-    return _C.norms_apart(grams.data_ptr(), count, step, ranks, starts, distances, wide, least)
+    `least` of the largest one or less. x: what is on the diagonals of Grams of modules' sides,
+    [P, R]; packed: what `ops.block_gram` makes, [P, sum r_i^2]. It has any strides."""
+    step, distance = x.stride()
+    sizes = [distance * (r * r if packed else r) for r in ranks]
+    distances = [distance * (r + 1 if packed else 1) for r in ranks]
+    starts = [*accumulate(sizes[:-1], initial=0)]
+    wide = x.dtype == torch.float64
+    return _C.norms_apart(x.data_ptr(), x.shape[0], step, ranks, starts, distances, wide, least)
 
 
 def over_diagonals(x: Tensor) -> None:

@@ -63,12 +63,12 @@ class DetailSums:
         tables: tuple[Tensor, Tensor, Tensor],
     ) -> None:
         """Count modules in before they are merged. stack: of one of them, with the adapters and
-        powers of all. grams: of A and B, [P, R, R]. tables: overlaps of rows and columns, and
-        <ΔW_i, ΔW_j>, [P, T, T]."""
+        powers of all. grams: of A and B, [P, R, R], on any device. tables: overlaps of rows and
+        columns, and <ΔW_i, ΔW_j>, [P, T, T], in the host's memory."""
         self._modules |= zip(names, _overlaps(stack.adapters, *tables))
         chosen = [k for k, name in enumerate(names) if name in self._sampled]
         if chosen:
-            a, b = (x[chosen].double() for x in grams)
+            a, b = (x[chosen].cpu().double() for x in grams)
             true = 4.0 ** sum(stack.powers)
             ends = torch.tensor((0, *stack.a.ranks)).cumsum(0).tolist()
             for i, begin, end in zip(stack.adapters, ends, ends[1:]):

@@ -3,7 +3,7 @@ of its adapters is counted from these."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -15,7 +15,7 @@ from ..adapters.plan import Plan, Stack
 from ..algebra.host import gather, within
 from ..algebra.powers import USUAL
 from ..algebra.side import each_row
-from ..backends.layout import row_major, side_by_side
+from ..backends.layout import side_by_side
 from ..errors import AdapterError
 from ..methods.base import Grams, grams, wide_grams
 from ..recipe import NONE
@@ -26,7 +26,7 @@ from .precision import Diagonals
 __all__ = ["Group", "measured", "not_finite"]
 
 Pair = tuple[Tensor, Tensor]
-_Batch = tuple[list[int], Tensor, Tensor]
+_Batch = tuple[list[int], Pair, Diagonals]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,18 +78,20 @@ def measured(
     counted is made too; bare: without scalings. A module that has to be looked at by itself becomes
     a stack by itself. AdapterError for a factor that is not finite.
     """
-    parts = _with_grams(stacks, wanted, backend, wide, bare)
-    batches = _batches(parts, [k for k, x in enumerate(parts) if x.here])
+    found = _with_grams(stacks, wanted, backend, wide, bare)
+    parts = [x for x in found if x.grams]
+    without = [x for x in found if not x.grams]
+    batches = _batches(parts)
     odd = _unusual(parts, batches)
-    without = [x for x in parts if x.here is None]
     if without or any(odd):
-        parts = [x for part, own in zip(parts, odd) if part.here for x in part.split(own)]
+        parts = [x for part, own in zip(parts, odd) for x in part.split(own)]
         parts += _looked_at(without, backend) if without else ()
         parts = [_moved(plan, x) for x in parts]
         if any(x.moved for x in parts):
             parts = _again(parts, wide, bare, backend)
         _check_finite(plan, parts)
-        batches = _batches(parts, [k for k, x in enumerate(parts) if x.counted])
+        if any(odd):  # those that are counted by Grams come first
+            batches = _batches([x for x in parts if x.counted])
     return Group(
         [x.stack for x in parts],
         ([x.taken and x.taken[0] for x in parts], [x.taken and x.taken[1] for x in parts]),
@@ -100,33 +102,34 @@ def measured(
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """A stack, its Grams as the method takes them, and those with scalings, in the host's memory.
+    """A stack, its Grams as the method takes them, and those with scalings, on the device of both.
     tops: of a stack without, the largest magnitude of every block, [P, 2T], A's before B's.
-    diagonals: of a module's Grams, if it is looked at by itself. moved: the same, if it was brought
-    near 1. counted: whether norms are counted from these Grams, in float64 where it was moved."""
+    diagonals: of a module's Grams, in the host's memory, if it is looked at by itself. moved: those
+    that it had before it was brought near 1, if it was. counted: whether norms are counted from
+    these Grams, in float64 where it was moved."""
 
     stack: Stack
     taken: Pair | None
-    here: Pair | None
+    grams: Pair | None
     counted: bool = True
     tops: Tensor | None = None
     diagonals: Diagonals | None = None
     moved: Diagonals | None = None
 
-    def split(self, chosen: Sequence[int]) -> Iterator[_Part]:
-        """The modules chosen one by one, with their diagonals, and what is between them."""
+    def split(self, chosen: Mapping[int, Diagonals | None]) -> Iterator[_Part]:
+        """The modules chosen one by one, with the diagonals given, and what is between them."""
         if not chosen:
             yield self
             return
         if self.stack.count is None:
-            yield self._alone()
+            yield replace(self, diagonals=chosen[0])
             return
         begin = 0
-        for k in chosen:
+        for k, own in chosen.items():
             if k > begin:
                 yield self._of_modules(begin, k)
             (stack,) = self.stack.of_modules(k, k + 1).each()
-            yield self._at(stack, k)._alone()
+            yield replace(self._at(stack, k), diagonals=own)
             begin = k + 1
         if begin < self.stack.count:
             yield self._of_modules(begin, self.stack.count)
@@ -136,15 +139,9 @@ class _Part:
 
     def _at(self, stack: Stack, at: int | slice) -> _Part:
         taken = self.taken and (self.taken[0][at], self.taken[1][at])
-        here = self.here and (self.here[0][at], self.here[1][at])
+        grams = self.grams and (self.grams[0][at], self.grams[1][at])
         tops = None if self.tops is None else self.tops[at]
-        return replace(self, stack=stack, taken=taken, here=here, tops=tops)
-
-    def _alone(self) -> _Part:
-        if self.here is None:
-            return self
-        a, b = (x.diagonal().clone() for x in self.here)
-        return replace(self, diagonals=(a, b))
+        return replace(self, stack=stack, taken=taken, grams=grams, tops=tops)
 
     def not_finite(self) -> Stack | None:
         """A module with a factor that is not. Of a Gram only what is on the diagonal tells: a sum
@@ -152,37 +149,37 @@ class _Part:
         if self.tops is not None and not _finite(self.tops):
             rows = self.tops.view(-1, self.tops.shape[-1])
             return next(s for s, top in zip(self.stack.each(), rows) if not _finite(top))
-        if self.diagonals and self.here and not all(_finite(x.diagonal()) for x in self.here):
+        if self.diagonals and not all(map(_finite, self.diagonals)):
             return self.stack
         return None
 
 
-def _batches(parts: Sequence[_Part], chosen: Sequence[int]) -> list[_Batch]:
-    """Positions of some parts with Grams, those of which is counted together, and the Grams of all
-    of their modules."""
+def _batches(parts: Sequence[_Part]) -> list[_Batch]:
+    """Positions of parts with Grams, those of which is counted together; the Grams of all of their
+    modules, [P, R, R] on their device, and the diagonals of these, [P, R] in the host's memory."""
     members: dict[Hashable, list[int]] = {}
-    for k in chosen:
-        stack = parts[k].stack
-        members.setdefault((stack.adapters, stack.a.ranks, parts[k].moved), []).append(k)
-    found = []
+    for k, x in enumerate(parts):
+        members.setdefault((x.stack.adapters, x.stack.a.ranks, x.moved), []).append(k)
+    sides: list[Tensor] = []
     for alike in members.values():
-        pairs = [[g if g.dim() == 3 else g[None] for g in parts[k].here or ()] for k in alike]
-        a, b = (side_by_side(side) for side in zip(*pairs))
-        found.append((alike, a, b))
-    return found
+        pairs = [[g if g.dim() == 3 else g[None] for g in parts[k].grams or ()] for k in alike]
+        sides += [side_by_side(side) for side in zip(*pairs)]
+    squares = gather([x.diagonal(dim1=1, dim2=2) for x in sides])
+    grams, diagonals = (zip(x[::2], x[1::2]) for x in (sides, squares))
+    return [*zip(members.values(), grams, diagonals)]
 
 
-def _unusual(parts: Sequence[_Part], batches: Sequence[_Batch]) -> list[list[int]]:
-    """The modules of every part with a row that is zero, not finite, or of no usual size."""
-    found: list[list[int]] = [[] for _ in parts]
-    for chosen, a, b in batches:
-        if not all(within(row_major(x), *USUAL) for x in (a, b)):
-            usual = [precision.usual(x.diagonal(dim1=1, dim2=2)) for x in (a, b)]
-            fits = usual[0] & usual[1]
-            rest = iter(fits.tolist())
+def _unusual(parts: Sequence[_Part], batches: Sequence[_Batch]) -> list[dict[int, Diagonals]]:
+    """The modules of every part with a row that is zero, not finite, or of no usual size, and the
+    diagonals of their Grams."""
+    found: list[dict[int, Diagonals]] = [{} for _ in parts]
+    for chosen, _, (a, b) in batches:
+        if not all(within(x, *USUAL) for x in (a, b)):
+            fits = precision.usual(a) & precision.usual(b)
+            rest = enumerate(fits.tolist())
             for k in chosen:
-                own = islice(rest, len(parts[k].stack.names))
-                found[k] = [p for p, fit in enumerate(own) if not fit]
+                own = enumerate(islice(rest, len(parts[k].stack.names)))
+                found[k] = {p: (a[at].clone(), b[at].clone()) for p, (at, fit) in own if not fit}
     return found
 
 
@@ -199,10 +196,8 @@ def _with_grams(
     else:
         found = zip(*grams(stacks, wanted, backend))
         pairs = taken = [None if a is None or b is None else (a, b) for a, b in found]
-    here = [gather([pair and pair[side] for pair in pairs]) for side in (0, 1)]
     return [
-        _Part(s, pair, (a, b)) if a is not None and b is not None else _Part(s, None, None, False)
-        for s, pair, a, b in zip(stacks, taken, *here)
+        _Part(s, pair, scaled, scaled is not None) for s, pair, scaled in zip(stacks, taken, pairs)
     ]
 
 
@@ -217,7 +212,7 @@ def _looked_at(parts: Sequence[_Part], backend: str) -> Iterator[_Part]:
         pair = [next(pieces).view(-1, len(x.stack.adapters)) for _ in "ab"]
         tops = torch.cat(pair, 1)
         calm = precision.calm(x.stack, tops).tolist()
-        odd = [k for k, fits in enumerate(calm) if not fits]
+        odd = {k: None for k, fits in enumerate(calm) if not fits}
         tops = tops[0] if x.stack.count is None else tops
         for part in replace(x, tops=tops).split(odd):
             alone = part.stack.count is None and (x.stack.count is not None or odd)
@@ -229,9 +224,9 @@ def _with_own(part: _Part, backend: str) -> _Part:
     ((a,), (b,)) = grams([part.stack], [True], backend)
     assert a is not None
     assert b is not None
-    looked = replace(part, here=(a.cpu(), b.cpu()))
-    odd = any(_unusual([looked], _batches([looked], [0])))
-    return next(looked.split([0])) if odd else part
+    looked = replace(part, grams=(a, b))
+    (odd,) = _unusual([looked], _batches([looked]))
+    return next(looked.split(odd)) if odd else part
 
 
 def _moved(plan: Plan, part: _Part) -> _Part:
@@ -246,14 +241,16 @@ def _again(parts: Sequence[_Part], wide: bool, bare: bool, backend: str) -> list
     """With the Grams, from float64 ones, of stacks that were moved."""
     moved = [x for x in parts if x.moved]
     plain = bare or not wide
-    pairs: Iterator[Pair] = zip(*wide_grams([x.stack for x in moved], backend, plain))
+    pairs = [*zip(*wide_grams([x.stack for x in moved], backend, plain))]
+    known = [_with_scalings(x.stack, y, plain, torch.float64) for x, y in zip(moved, pairs)]
+    squares = iter(gather([g.diagonal() for own in known for g in own]))
+    rows = zip(pairs, known, zip(squares, squares))
     found = []
     for x in parts:
         if x.moved:
-            pair = next(pairs)
-            a, b = _with_scalings(x.stack, pair, plain, torch.float64)
+            pair, (a, b), diagonals = next(rows)
             taken = x.taken and (pair if wide else (a.float(), b.float()))
-            x = replace(x, taken=taken, here=(a.cpu(), b.cpu()))
+            x = replace(x, taken=taken, grams=(a, b), diagonals=diagonals)
         found.append(x)
     return found
 
@@ -265,9 +262,9 @@ def _counted(
     if sums.report == NONE:
         return [((),) * len(x.stack.names) for x in parts]
     norms: dict[int, Sequence[Sequence[float]]] = {}
-    for chosen, a, b in batches:
+    for chosen, pair, diagonals in batches:
         names = [parts[k].stack.names for k in chosen]
-        rows, end = sums.add(names, parts[chosen[0]].stack, a, b), 0
+        rows, end = sums.add(names, parts[chosen[0]].stack, pair, diagonals), 0
         for k, own in zip(chosen, names):
             begin, end = end, end + len(own)
             norms[k] = rows[begin:end]

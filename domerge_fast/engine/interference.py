@@ -14,7 +14,6 @@ from .. import ops
 from ..adapters.plan import Stack
 from ..algebra.host import Rows, gather, lengths, norms_apart, over_diagonals
 from ..backends.descent import NEGLIGIBLE
-from ..backends.layout import row_major
 from ..recipe import DETAILS, FULL, NONE, NORMS
 from ..results.report import Interference
 from .details import DetailSums
@@ -32,6 +31,7 @@ def told(report: str, adapters: int) -> str:
     return NORMS if report == FULL and adapters > MOST_COMPARED else report
 
 
+Pair = tuple[Tensor, Tensor]
 Plain = tuple[Tensor, Tensor, list[tuple[tuple[int, ...], Tensor]], float, Any]
 
 
@@ -53,16 +53,20 @@ class InterferenceSums:
         """How many times the norms of two adapters' A, or of their B, are apart in a module, at
         most, but for those that count as zero."""
 
-    def add(self, names: Sequence[Sequence[str]], stack: Stack, a: Tensor, b: Tensor) -> Rows:
-        """Count modules in, whose names these are, one after the other, by their Grams [P, R, R] in
-        the host's memory, in float64 where they have powers or sizes far apart; returns the
-        adapters' ||ΔW_i||_F of each. stack: of one of them, with the adapters and powers of all."""
+    def add(
+        self, names: Sequence[Sequence[str]], stack: Stack, grams: Pair, diagonals: Pair
+    ) -> Rows:
+        """Count modules in, whose names these are, one after the other, by their Grams [P, R, R] on
+        any device, in float64 where they have powers or sizes far apart, and what is on the
+        diagonals of these, [P, R] in the host's memory; returns the adapters' ||ΔW_i||_F of each.
+        stack: of one of them, with the adapters and powers of all."""
         adapters, ranks = stack.adapters, stack.a.ranks
-        self._note_apart(row_major(a), row_major(b), ranks)
+        self._note_apart(diagonals, ranks)
+        a, b = grams
         pairs = ([a, b, a], [a, b, b]) if self.report == FULL else ([a], [b])
         # Those in float64 stay that: the fast backends take float32.
         backend = "torch" if a.dtype == torch.float64 else "auto"
-        products = ops.block_products(*pairs, ranks, backend=backend)
+        products = ops.block_products(*pairs, ranks, backend=backend).cpu()
         tables = products.view(-1, a.shape[0], *products.shape[1:])
         inner = tables[-1]
         if stack.powers != (0, 0):
@@ -73,7 +77,7 @@ class InterferenceSums:
             if self.details:
                 rows, columns, _ = tables
                 self.details.add(
-                    [*chain.from_iterable(names)], stack, (a, b), (rows, columns, inner)
+                    [*chain.from_iterable(names)], stack, grams, (rows, columns, inner)
                 )
         return self.count(adapters, lengths(inner.diagonal(dim1=1, dim2=2)))
 
@@ -91,12 +95,13 @@ class InterferenceSums:
         """Count the norms of modules in, without Grams; returns them, stack by stack."""
         blocks = _blocks(stacks, backend)
         for s, a, b in zip(stacks, *blocks):
-            self._note_apart(a, b, s.a.ranks)
+            self._note_apart((a, b), s.a.ranks, packed=True)
         norms = map(_own_norms, stacks, *blocks)
         return [self.count(s.adapters, own) for s, own in zip(stacks, norms)]
 
-    def _note_apart(self, a: Tensor, b: Tensor, ranks: Sequence[int]) -> None:
-        self.apart = max(self.apart, *(norms_apart(x, ranks, NEGLIGIBLE) for x in (a, b)))
+    def _note_apart(self, sides: Pair, ranks: Sequence[int], packed: bool = False) -> None:
+        found = [norms_apart(x, ranks, NEGLIGIBLE, packed) for x in sides]
+        self.apart = max(self.apart, *found)
 
     def count(self, adapters: Sequence[int], norms: Tensor) -> Rows:
         """Count the norms of P modules in, [P, T] of these adapters; returns them."""
