@@ -117,11 +117,13 @@ int64_t LaunchTables::describe(std::string_view addresses, std::string_view head
         problems_.push_back({first_row, rank, d, first_block, own, columns});
         first_row += rank;
         first_block += own;
-        odd |= d % count;
+        odd |= d & (count - 1);
     }
     if (first_block != static_cast<int64_t>(blocks))
         throw std::invalid_argument("one row a block is wanted");
+    numbers_.reserve(numbers_.size() + 4 * blocks + first_row + 6 * problems_.size() + 6);
     int64_t table = begin(4);
+    ranks_.reserve(blocks);
     for (const Problem& x : problems_) {
         int64_t start = 0;
         for (int64_t b = x.first_block; b < x.first_block + x.blocks; ++b) {
@@ -130,7 +132,7 @@ int64_t LaunchTables::describe(std::string_view addresses, std::string_view head
             put({at, pitch, start, scale});
             ranks_.push_back(rank);
             start += rank;
-            odd |= at % 16 | rank % count | pitch % count;
+            odd |= (at & 15) | ((rank | pitch) & (count - 1));
         }
     }
     ended(table);

@@ -41,7 +41,7 @@ class LaunchTables {
     // Three, of problems as algebra/side.py packs them: blocks (address, pitch, first row within
     // its problem, scale), the owner of every row, problems (first row in owner, R, d, first block,
     // blocks, columns). Returns how many neighbours one read can take of every block, in either
-    // layout: `count`, or 1.
+    // layout: `count`, a power of two, or 1.
     int64_t describe(std::string_view addresses, std::string_view heads, std::string_view rows,
                      int64_t count);
 

@@ -151,9 +151,7 @@ def test_descents_know_where_their_adapters_begin():
             len(own),
             offsets[k],
         )
-        assert starts[first : first + adapters + 1] == [
-            sum(own[:i]) for i in range(len(own) + 1)
-        ]
+        assert starts[first : first + adapters + 1] == [sum(own[:i]) for i in range(len(own) + 1)]
     assert sorted(every) == [0, 1, 2, 3]
 
 

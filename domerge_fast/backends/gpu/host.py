@@ -103,9 +103,7 @@ class Gpu:
             made = tables.upload(device, host)
             rule = (penalty == "frobenius", gamma, steps, tol)
             for size, work, adapters in plans:
-                kernels.orthogonalize(
-                    size, adapters, made[work], made[starts], cs[0], stats, *rule
-                )
+                kernels.orthogonalize(size, adapters, made[work], made[starts], cs[0], stats, *rule)
         return cs, stats
 
     def orthogonalize_factors(
@@ -124,7 +122,7 @@ class Gpu:
         if not problems:
             return []
         kernels = self.load()
-        with region("apply", problems[0].device) as device:
+        with region("apply", problems[0].device):
             host = tables.describe(problems)
             cs = matrices(coefficients)
             heights = [p.rank if c is None else c.shape[-2] for c, p in zip(cs, problems)]
@@ -166,7 +164,7 @@ class Gpu:
             shapes = [(p.rank, p.d) for p in problems]
             results = _results(shapes, out_dtype, problems)
             split = _read(kernels, host, cs, [p.rank for p in problems], problems, out_dtype)
-            at = addresses(packed, dims=1)
+            at, count = addresses(packed, dims=1), host.made.blocks
             roots_work, places, numbers = host.made.roots(at, kernels.root_numbers, MAX_RANK)
             sizes, columns = _tiles(kernels, "apply_decouple")
             given = addresses(results), out_dtype.itemsize, omegas, [p.modules for p in problems]
@@ -174,7 +172,6 @@ class Gpu:
             table, made = host.uploaded()
             split.make(table, made)
             roots = torch.empty(numbers, device=device)
-            count = host.made.blocks
             norms = torch.empty(count, device=device)
             energies = torch.zeros(count, slots, dtype=torch.float64, device=device)
             kernels.roots(made[roots_work], roots, norms)
@@ -195,10 +192,9 @@ class Gpu:
                     results[0],
                     energies,
                 )
-            sizes = energies.sum(1).sqrt().split_with_sizes(
-                [p.modules * len(p.ranks) for p in problems]
-            )
-        pairs = zip(sizes, problems)
+            per_side = [p.modules * len(p.ranks) for p in problems]
+            sizes_of = energies.sum(1).sqrt().split_with_sizes(per_side)
+        pairs = zip(sizes_of, problems)
         return results, [x if p.count is None else x.view(p.count, -1) for x, p in pairs]
 
     def truncate(

@@ -39,9 +39,7 @@ class Split:
     memory: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, splitting: Splitting | None, made: _C.LaunchTables, device: torch.device
-    ) -> Split:
+    def of(cls, splitting: Splitting | None, made: _C.LaunchTables, device: torch.device) -> Split:
         """Parts of the coefficients that the tables know; none without `splitting`."""
         if splitting is None:
             return cls()

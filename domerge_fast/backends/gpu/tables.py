@@ -55,8 +55,9 @@ class Described:
     def uploaded(self) -> tuple[Table, list[Tensor]]:
         """The problems on the device of their blocks, and all tables by their numbers."""
         found = upload(self.alive[0].device, self.made)
-        largest = self.made.largest_rank
-        return Table(*found[:3], self.dtype, largest, self.even, self.alive), found
+        blocks, owner, problems, *_ = found
+        told = self.dtype, self.made.largest_rank, self.even, self.alive
+        return Table(blocks, owner, problems, *told), found
 
 
 def describe(problems: Sequence[Side], rows_only: bool = False) -> Described:
