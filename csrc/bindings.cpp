@@ -86,7 +86,8 @@ void bind_launch_tables(py::module_& m) {
         .def("apply", &LaunchTables::apply)
         .def("roots", &LaunchTables::roots)
         .def("apply_decouple", &LaunchTables::apply_decouple)
-        .def("largest", &LaunchTables::largest);
+        .def("largest", &LaunchTables::largest)
+        .def("block_largest", &LaunchTables::block_largest);
 }
 
 PYBIND11_MODULE(_C, m) {

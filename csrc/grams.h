@@ -44,22 +44,21 @@ double spaced_sum(const T* x, int64_t rank, int64_t distance) {
 }
 
 // How many times the norms of two adapters' factors are apart, at most, but for those of `least` of
-// the largest one or less. The squared norms are sums of ranks[i] numbers, from starts[i] on, at
-// distances[i], in each of `count` pieces of memory, `step` from one to the next, in elements;
-// wide: of float64.
-inline double norms_apart(uint64_t first, int64_t count, int64_t step,
-                          const std::vector<int64_t>& ranks, const std::vector<int64_t>& starts,
-                          const std::vector<int64_t>& distances, bool wide, double least) {
+// the largest one or less. The squared norms are sums of ranks[i] numbers that follow each other in
+// each of `count` rows; step: from one row to the next, distance: from one number of it to the
+// next, in elements; wide: of float64.
+inline double norms_apart(uint64_t first, int64_t count, int64_t step, int64_t distance,
+                          const std::vector<int64_t>& ranks, bool wide, double least) {
     const pybind11::gil_scoped_release release;
     std::vector<double> squares(ranks.size());
     double most = 1;
     for (int64_t p = 0; p < count; ++p) {
+        int64_t at = p * step;
         for (size_t i = 0; i < ranks.size(); ++i) {
-            const int64_t at = p * step + starts[i];
-            squares[i] = wide ? spaced_sum(reinterpret_cast<const double*>(first) + at, ranks[i],
-                                           distances[i])
-                              : spaced_sum(reinterpret_cast<const float*>(first) + at, ranks[i],
-                                           distances[i]);
+            squares[i] =
+                wide ? spaced_sum(reinterpret_cast<const double*>(first) + at, ranks[i], distance)
+                     : spaced_sum(reinterpret_cast<const float*>(first) + at, ranks[i], distance);
+            at += ranks[i] * distance;
         }
         const double high = *std::max_element(squares.begin(), squares.end());
         double low = high;

@@ -360,4 +360,21 @@ std::vector<std::pair<int64_t, int64_t>> LaunchTables::largest(const Addresses& 
     return found;
 }
 
+std::vector<std::pair<int64_t, int64_t>> LaunchTables::block_largest(std::string_view addresses,
+                                                                     std::string_view heads,
+                                                                     std::string_view rows,
+                                                                     const Numbers& bytes,
+                                                                     int64_t chunk) {
+    Addresses at;
+    Numbers sizes, codes;
+    for (size_t p = 0; 32 * p < heads.size(); ++p)
+        for (int64_t n = 0; n < nth(heads, 4 * p); ++n) {
+            const size_t b = at.size();
+            at.push_back(nth(addresses, b));
+            sizes.push_back(nth(rows, 4 * b) * nth(heads, 4 * p + 2));
+            codes.push_back(nth(rows, 4 * b + 2));
+        }
+    return largest(at, sizes, codes, bytes, chunk);
+}
+
 }  // namespace domerge

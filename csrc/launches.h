@@ -91,6 +91,12 @@ class LaunchTables {
                                                      const Numbers& codes, const Numbers& bytes,
                                                      int64_t chunk);
 
+    // `largest` of all blocks of problems, as for `describe`; blocks are without gaps.
+    std::vector<std::pair<int64_t, int64_t>> block_largest(std::string_view addresses,
+                                                           std::string_view heads,
+                                                           std::string_view rows,
+                                                           const Numbers& bytes, int64_t chunk);
+
  private:
     struct Problem {
         int64_t first_row;

@@ -87,13 +87,24 @@ class LaunchTables:
     def largest(
         self,
         tensors: Numbers,
-        sizes: Sequence[int],
-        codes: Sequence[int],
+        sizes: Numbers,
+        codes: Numbers,
         itemsizes: Sequence[int],
         chunk: int,
         /,
     ) -> list[tuple[int, int]]:
         """(code, tiles)."""
+
+    def block_largest(
+        self,
+        addresses: bytes,
+        heads: bytes,
+        rows: bytes,
+        itemsizes: Sequence[int],
+        chunk: int,
+        /,
+    ) -> list[tuple[int, int]]:
+        """`largest` of all blocks of problems, which are without gaps."""
 
 def places(api: object, types: tuple[type, ...], tensors: list[Any], width: int, /) -> bytes | None:
     """Where row-major matrices without gaps begin, as int64, asked through DLPack's exchange API.
@@ -136,17 +147,16 @@ def norms_apart(
     first: int,
     count: int,
     step: int,
+    distance: int,
     ranks: Numbers,
-    starts: Numbers,
-    distances: Numbers,
     wide: bool,
     least: float,
     /,
 ) -> float:
     """How many times the norms of two adapters' factors are apart, at most, but for those of
-    `least` of the largest one or less. The squared norms are sums of ranks[i] numbers, from
-    starts[i] on, at distances[i], in each of so many pieces of memory, float32 or, when wide,
-    float64; step: from one to the next, in elements."""
+    `least` of the largest one or less. The squared norms are sums of ranks[i] numbers that follow
+    each other in each of so many rows, float32 or, when wide, float64; step: from one row to the
+    next, distance: from one number of it to the next, in elements."""
 
 def over_products(x: int, y: int, count: int, size: int, out: int, /) -> None:
     """out: x_ij / (y_i y_j) of so many matrices [size, size] and vectors [size], float64, 0 where

@@ -9,7 +9,7 @@ import torch
 from support.shapes import CASES
 
 from domerge_fast import _C
-from domerge_fast.algebra.side import Side
+from domerge_fast.algebra.side import Side, table
 from domerge_fast.backends.gpu import tables
 
 CPU = torch.device("cpu")
@@ -237,6 +237,23 @@ def test_stretches_of_tensors_by_dtype():
         0: [[1, 2000, 4]],
         1: [[0, 1000, 4], [0, 1008, 4], [0, 1016, 2], [2, 3000, 4], [2, 3008, 1]],
     }
+
+
+def test_stretches_of_blocks():
+    x, y = torch.ones(2, 5, 7), torch.ones(9, 3).bfloat16().T
+    problems = [Side.split(x, (2, 3)), Side.split(y, (1, 2))]
+    assert problems[0].is_dense
+    assert not problems[1].is_dense  # the rows of an adapter among those of others
+    made = _C.LaunchTables()
+    ((code, tiles),) = made.block_largest(*table(problems[:1])[:3], [4, 2, 2], 8)
+    at = [x.data_ptr() + 4 * 7 * row for row in (0, 2, 5, 7)]
+    sizes = [14, 21, 14, 21]
+    assert code == 0
+    assert rows(made, tiles) == [
+        [k, at[k] + 4 * first, min(8, sizes[k] - first)]
+        for k in range(4)
+        for first in range(0, sizes[k], 8)
+    ]
 
 
 def test_tables_begin_at_16_bytes_and_keep_their_shapes():

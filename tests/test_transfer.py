@@ -85,22 +85,18 @@ def test_diagonals_within_bounds(dtype, value, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("packed", [True, False])
-def test_how_far_norms_are_apart(dtype, packed):
+def test_how_far_norms_are_apart(dtype):
     """Of the second module, which has an adapter of zeros, and one that counts as zero."""
     ranks, sizes = (2, 1, 3, 1), torch.tensor([[1.0, 2, 2, 2], [4.0, 0, 12.0, 1e-7]])
     x = torch.nn.functional.normalize(torch.randn(2, 4, 12, dtype=dtype), dim=2) * sizes[..., None]
     blocks = [x[:, i].view(2, r, 12 // r) for i, r in enumerate(ranks)]
-    if packed:
-        squares = torch.cat([(y @ y.mT).flatten(1) for y in blocks], 1)
-    else:
-        rows = torch.cat([torch.nn.functional.pad(y, (0, 12 - y.shape[2])) for y in blocks], 1)
-        squares = (rows @ rows.mT).diagonal(dim1=1, dim2=2)
+    rows = torch.cat([torch.nn.functional.pad(y, (0, 12 - y.shape[2])) for y in blocks], 1)
+    squares = (rows @ rows.mT).diagonal(dim1=1, dim2=2)
     for given in (squares, torch.stack([squares, squares], 1)[:, 0], squares.T.contiguous().T):
-        assert norms_apart(given, ranks, 1e-6, packed) == pytest.approx(3.0, rel=1e-5)
-        assert norms_apart(given[:1], ranks, 1e-6, packed) == pytest.approx(2.0, rel=1e-5)
-        assert norms_apart(given[1:], ranks, 1e-9, packed) == pytest.approx(1.2e8, rel=1e-5)
-    assert norms_apart(torch.zeros_like(squares), ranks, 1e-6, packed) == 1.0
+        assert norms_apart(given, ranks, 1e-6) == pytest.approx(3.0, rel=1e-5)
+        assert norms_apart(given[:1], ranks, 1e-6) == pytest.approx(2.0, rel=1e-5)
+        assert norms_apart(given[1:], ranks, 1e-9) == pytest.approx(1.2e8, rel=1e-5)
+    assert norms_apart(torch.zeros_like(squares), ranks, 1e-6) == 1.0
 
 
 def test_what_is_over_its_diagonal():

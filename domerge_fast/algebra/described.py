@@ -48,6 +48,12 @@ class Layout:
     def dtypes(self) -> tuple[torch.dtype, ...]:
         return self.key[-1]
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether no block has gaps between its rows."""
+        ranks, d, columns, pitches, _ = self.key
+        return pitches == (ranks if columns else (d,) * len(ranks))
+
 
 Described = tuple[Layout, bytes]
 """A layout, and where the blocks begin (int64)."""

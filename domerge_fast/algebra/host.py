@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from typing import TypeVar, overload
 
 import torch
@@ -64,16 +63,13 @@ def within(x: Tensor, low: float, high: float) -> bool:
     return _C.within(x.data_ptr(), count, size, step, distance, wide, low, high)
 
 
-def norms_apart(x: Tensor, ranks: Sequence[int], least: float, packed: bool = False) -> float:
+def norms_apart(squares: Tensor, ranks: Sequence[int], least: float) -> float:
     """How many times the norms of two adapters' factors are apart, at most, but for those of
-    `least` of the largest one or less. x: what is on the diagonals of Grams of modules' sides,
-    [P, R]; packed: what `ops.block_gram` makes, [P, sum r_i^2]. It has any strides."""
-    step, distance = x.stride()
-    sizes = [distance * (r * r if packed else r) for r in ranks]
-    distances = [distance * (r + 1 if packed else 1) for r in ranks]
-    starts = [*accumulate(sizes[:-1], initial=0)]
-    wide = x.dtype == torch.float64
-    return _C.norms_apart(x.data_ptr(), x.shape[0], step, ranks, starts, distances, wide, least)
+    `least` of the largest one or less. squares: what is on the diagonals of Grams of modules'
+    sides, [P, R] with any strides."""
+    step, distance = squares.stride()
+    given = squares.data_ptr(), squares.shape[0], step, distance, ranks
+    return _C.norms_apart(*given, squares.dtype == torch.float64, least)
 
 
 def over_diagonals(x: Tensor) -> None:

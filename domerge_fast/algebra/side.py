@@ -172,6 +172,11 @@ class Side:
         return 1 if self.count is None else self.count
 
     @property
+    def is_dense(self) -> bool:
+        """Whether kernels read every block as it is, in memory without gaps."""
+        return self.described is not None and self.described[0].is_dense
+
+    @property
     def layout(self) -> Layout:
         """Of a side that is `ready`."""
         assert self.described

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -93,14 +94,13 @@ class InterferenceSums:
 
     def add_norms(self, stacks: Sequence[Stack], backend: str) -> list[Rows]:
         """Count the norms of modules in, without Grams; returns them, stack by stack."""
-        blocks = _blocks(stacks, backend)
-        for s, a, b in zip(stacks, *blocks):
-            self._note_apart((a, b), s.a.ranks, packed=True)
-        norms = map(_own_norms, stacks, *blocks)
-        return [self.count(s.adapters, own) for s, own in zip(stacks, norms)]
+        found = _own(stacks, backend)
+        for s, (_, diagonals) in zip(stacks, found):
+            self._note_apart(diagonals, s.a.ranks)
+        return [self.count(s.adapters, norms) for s, (norms, _) in zip(stacks, found)]
 
-    def _note_apart(self, sides: Pair, ranks: Sequence[int], packed: bool = False) -> None:
-        found = [norms_apart(x, ranks, NEGLIGIBLE, packed) for x in sides]
+    def _note_apart(self, diagonals: Pair, ranks: Sequence[int]) -> None:
+        found = [norms_apart(x, ranks, NEGLIGIBLE) for x in diagonals]
         self.apart = max(self.apart, *found)
 
     def count(self, adapters: Sequence[int], norms: Tensor) -> Rows:
@@ -167,19 +167,27 @@ class InterferenceSums:
 
 def own_norms(stacks: Sequence[Stack], backend: str) -> list[Tensor]:
     """||ΔW_i||_F of the adapters of every stack's modules, [P, T] each."""
-    return [*map(_own_norms, stacks, *_blocks(stacks, backend))]
+    return [norms for norms, _ in _own(stacks, backend)]
 
 
-def _blocks(stacks: Sequence[Stack], backend: str) -> list[list[Tensor]]:
-    """`ops.block_gram` of A, and of B, [P, sum r_i^2] of every stack."""
-    sides = [s.a for s in stacks], [s.b for s in stacks]
-    found = [gather(ops.block_gram(side, backend=backend)) for side in sides]
-    return [[x.view(-1, x.shape[-1]) for x in own] for own in found]
+def _own(stacks: Sequence[Stack], backend: str) -> list[tuple[Tensor, Pair]]:
+    """`own_norms`, and what is on the diagonals of A's and of B's Grams, [P, R] each."""
+    blocks = ops.block_gram([side for s in stacks for side in (s.a, s.b)], backend=backend)
+    given: list[Tensor] = []
+    for s, *pair in zip(stacks, blocks[::2], blocks[1::2]):
+        a, b = (x.view(-1, x.shape[-1]) for x in pair)
+        parts = (_size(s) * a * b).split([r * r for r in s.a.ranks], 1)
+        at = torch.tensor(_diagonals(s.a.ranks), device=a.device)
+        given += [torch.stack([part.sum(1) for part in parts], 1), a[:, at], b[:, at]]
+    rest = iter(gather(given))
+    return [(lengths(squares), (a, b)) for squares, a, b in zip(rest, rest, rest)]
 
 
-def _own_norms(stack: Stack, a: Tensor, b: Tensor) -> Tensor:
-    parts = (_size(stack) * a * b).split([r * r for r in stack.a.ranks], 1)
-    return lengths(torch.stack([part.sum(1) for part in parts], 1))
+@functools.cache
+def _diagonals(ranks: tuple[int, ...]) -> list[int]:
+    """Where the diagonals of adapters' Grams lie in what `ops.block_gram` makes."""
+    starts = accumulate([r * r for r in ranks], initial=0)
+    return [at + k * (r + 1) for at, r in zip(starts, ranks) for k in range(r)]
 
 
 def _size(stack: Stack) -> float:

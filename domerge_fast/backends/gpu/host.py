@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ... import _C
 from ...algebra.described import FACTOR_DTYPES
-from ...algebra.side import CODES, Side, squares
+from ...algebra.side import CODES, Side, squares, table
 from .. import torch as by_torch
 from ..descent import STATS
 from ..layout import addresses, dense, matrices, placed, row_major
@@ -40,6 +40,9 @@ library = Singly(by_torch)
 
 LARGEST_CHUNK = 1 << 16
 """Elements that one block looks through for the largest."""
+
+ITEMSIZES = [dtype.itemsize for dtype in FACTOR_DTYPES]
+"""Bytes of a number, by the code of its dtype."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,22 +221,36 @@ class Gpu:
         among them, by library calls."""
         if not tensors or any(x.dtype not in CODES for x in tensors):
             return library.largest(tensors)
+        pieces = [dense(x) for x in tensors]
+        at, sizes = [x.data_ptr() for x in pieces], [x.numel() for x in pieces]
+        host, codes = _C.LaunchTables(), [CODES[x.dtype] for x in pieces]
+        plans = host.largest(at, sizes, codes, ITEMSIZES, LARGEST_CHUNK)
+        return self._largest(host, plans, len(pieces), pieces[0].device)
+
+    def block_largest(self, problems: Sequence[Side]) -> Tensor:
+        """`largest` of every block, one after the other."""
+        if not problems or not all(p.is_dense for p in problems):
+            return self.largest([block for p in problems for block in p.blocks])
+        given, host = table(problems), _C.LaunchTables()
+        plans = host.block_largest(*given[:3], ITEMSIZES, LARGEST_CHUNK)
+        count = sum([p.modules * len(p.ranks) for p in problems])
+        return self._largest(host, plans, count, problems[0].device)
+
+    def _largest(
+        self,
+        host: _C.LaunchTables,
+        plans: Sequence[tuple[int, int]],
+        count: int,
+        device: torch.device,
+    ) -> Tensor:
+        """Of so many tensors, by tables of their stretches."""
         kernels = self.load()
-        with region("largest", tensors[0].device) as device:
-            pieces = [dense(x) for x in tensors]
-            tops = torch.zeros(len(pieces), dtype=torch.int32, device=device)
-            at, sizes = [x.data_ptr() for x in pieces], [x.numel() for x in pieces]
-            codes, host = [CODES[x.dtype] for x in pieces], _C.LaunchTables()
-            bytes_of = [dtype.itemsize for dtype in CODES]
-            plans = host.largest(at, sizes, codes, bytes_of, LARGEST_CHUNK)
+        with region("largest", device):
+            tops = torch.zeros(count, dtype=torch.int32, device=device)
             made = tables.upload(device, host)
             for code, tiles in plans:
                 kernels.largest(FACTOR_DTYPES[code], made[tiles], tops)
         return tops.view(torch.float32).double()
-
-    def block_largest(self, problems: Sequence[Side]) -> Tensor:
-        """`largest` of every block, one after the other."""
-        return self.largest([block for p in problems for block in p.blocks])
 
 
 def _results(
