@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.make import write_adapter
 from support.merges import adapters, at_one
-from support.shapes import random_case
+from support.shapes import CASES, random_case
 from torch import Tensor
 
 import domerge_fast as dm
@@ -164,6 +164,25 @@ def test_the_size_of_groups_does_not_change_the_result(tmp_path):
     whole, small = (at_one(paths, max_device_memory=s) for s in (None, "16 KiB"))
     for name in whole.names:
         assert all(map(torch.equal, whole.factors(name), small.factors(name)))
+
+
+def test_a_device_that_has_the_factors_takes_them_in_larger_groups(monkeypatch):
+    given = adapters({f"layers.{i}": CASES["odd d"] for i in range(8)})
+    plan = Plan.make(given, [1.0] * len(given))
+    size = plan.factor_bytes(plan.names[0])
+    monkeypatch.setattr(reader, "GPU_GROUP_BYTES", 2 * size)
+    monkeypatch.setattr(reader, "GPU_GROUP_BYTES_IN_PLACE", 4 * size)
+    gpu = reader.Budget(torch.device("cuda", 0), most_bytes=1 << 40)
+
+    def groups() -> list[int]:
+        (found,) = reader._groups(plan, gpu, None, [plan.names])
+        return [len(places) for places in found]
+
+    assert plan.is_on(CPU)
+    assert not plan.is_on(gpu.device)
+    assert groups() == [2] * 4
+    monkeypatch.setattr(Plan, "is_on", lambda self, device: True)
+    assert groups() == [4] * 2
 
 
 @pytest.mark.parametrize(
