@@ -29,7 +29,7 @@ from . import tables
 from .kernels import Kernels
 from .roots import MAX_RANK, find_large
 from .splitting import Split
-from .tables import Described
+from .tables import HostTable
 
 __all__ = ["Gpu", "region"]
 
@@ -265,7 +265,7 @@ def _results(
 
 def _read(
     kernels: Kernels,
-    host: Described,
+    host: HostTable,
     cs: Sequence[Tensor | None],
     rows: Sequence[int],
     problems: Sequence[Side],

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import _C
 from ...algebra.side import Side, table
 
-__all__ = ["Described", "Table", "describe", "float_bits", "keeping", "numbers", "upload"]
+__all__ = ["HostTable", "Table", "describe", "float_bits", "keeping", "numbers", "upload"]
 
 _captured: list[Tensor] = []
 """Host tables that CUDA graphs read again at every replay, of graphs that nobody told of."""
@@ -44,7 +44,7 @@ class Table:
 
 
 @dataclass(frozen=True, eq=False)
-class Described:
+class HostTable:
     """Problems on the host, and whatever other tables are made of them: `made` numbers these."""
 
     made: _C.LaunchTables
@@ -60,7 +60,7 @@ class Described:
         return Table(blocks, owner, problems, *told), found
 
 
-def describe(problems: Sequence[Side], rows_only: bool = False) -> Described:
+def describe(problems: Sequence[Side], rows_only: bool = False) -> HostTable:
     """The problems' tables. Blocks of mixed dtypes become float32."""
     given = table(problems, rows_only)
     dtypes = {dtype for layout in {x.layout for x in given.sides} for dtype in layout.dtypes}
@@ -69,7 +69,7 @@ def describe(problems: Sequence[Side], rows_only: bool = False) -> Described:
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     made = _C.LaunchTables()
     even = made.describe(*given[:3], 16 // dtype.itemsize)
-    return Described(made, dtype, even, given.sides)
+    return HostTable(made, dtype, even, given.sides)
 
 
 def numbers(values: Iterable[int]) -> array[int]:
