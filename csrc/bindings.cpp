@@ -22,7 +22,8 @@ struct numbers_caster : list_caster<std::vector<T>, T> {
             return list_caster<std::vector<T>, T>::load(source, convert);
         Py_buffer given;
         if (PyObject_GetBuffer(source.ptr(), &given, PyBUF_SIMPLE) != 0) throw error_already_set();
-        const bool whole = given.len % sizeof(T) == 0;
+        const bool wide = given.itemsize == sizeof(T) || given.itemsize == 1;  // or of bytes
+        const bool whole = wide && given.len % sizeof(T) == 0;
         this->value.resize(given.len / sizeof(T));
         if (whole && given.len > 0) std::memcpy(this->value.data(), given.buf, given.len);
         PyBuffer_Release(&given);
@@ -70,8 +71,11 @@ void bind_launch_tables(py::module_& m) {
     using domerge::LaunchTables;
     py::class_<LaunchTables>(m, "LaunchTables", py::buffer_protocol())
         .def(py::init<>())
-        .def_buffer(
-            [](LaunchTables& x) { return py::buffer_info(x.numbers().data(), x.numbers().size()); })
+        .def_buffer([](LaunchTables& x) {
+            const LaunchTables::Numbers& found = x.finished();
+            // Not to be written to, but torch warns of what cannot be.
+            return py::buffer_info(const_cast<int64_t*>(found.data()), found.size());
+        })
         .def_property_readonly("places", &LaunchTables::places)
         .def_property_readonly("blocks", &LaunchTables::blocks)
         .def_property_readonly("largest_rank", &LaunchTables::largest_rank)

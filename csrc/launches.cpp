@@ -46,10 +46,10 @@ std::vector<Numbers> buckets(const Numbers& sizes, int64_t count, const Size& si
     return members;
 }
 
-// The memory of tables that are gone, for the next ones: fresh memory takes as long as all that is
-// written into it.
+// The memory of tables that are gone, for the next ones of this thread: fresh memory takes longer
+// than all that is written into it.
 thread_local Numbers spare;
-constexpr size_t kMostSpare = 4 << 20;
+constexpr size_t kMostSpare = 4 << 20;  // numbers: 32 MiB
 
 }  // namespace
 
@@ -78,10 +78,16 @@ LaunchTables::~LaunchTables() {
 }
 
 int64_t LaunchTables::largest_rank() const {
-    return *std::max_element(ranks_.begin(), ranks_.end());
+    return ranks_.empty() ? 0 : *std::max_element(ranks_.begin(), ranks_.end());
+}
+
+const Numbers& LaunchTables::finished() {
+    finished_ = true;
+    return numbers_;
 }
 
 int64_t LaunchTables::begin(int64_t width) {
+    if (finished_) throw std::logic_error("tables that are read cannot become more");
     numbers_.resize(aligned(numbers_.size(), kTableAlignment));
     places_.emplace_back(numbers_.size(), 0, width);
     return places_.size() - 1;
@@ -137,7 +143,7 @@ int64_t LaunchTables::describe(std::string_view addresses, std::string_view head
     }
     ended(table);
     table = begin(0);
-    for (size_t b = 0; b < blocks; ++b) numbers_.insert(numbers_.end(), ranks_[b], b);
+    for (size_t b = 0; b < blocks; ++b) numbers_.resize(numbers_.size() + ranks_[b], b);
     ended(table);
     table = begin(6);
     for (const Problem& x : problems_)
@@ -348,7 +354,10 @@ std::vector<std::pair<int64_t, int64_t>> LaunchTables::largest(const Addresses& 
                                                                int64_t chunk) {
     std::vector<std::pair<int64_t, int64_t>> found;
     for (int64_t code = 0; code < static_cast<int64_t>(bytes.size()); ++code) {
-        if (std::find(codes.begin(), codes.end(), code) == codes.end()) continue;
+        bool present = false;
+        for (size_t k = 0; k < tensors.size(); ++k)
+            present |= codes.at(k) == code && sizes.at(k) > 0;
+        if (!present) continue;
         const int64_t tiles = begin(3);
         for (size_t k = 0; k < tensors.size(); ++k)
             for (int64_t first = 0; codes.at(k) == code && first < sizes.at(k); first += chunk)

@@ -17,14 +17,15 @@ class LaunchTables {
  public:
     using Numbers = std::vector<int64_t>;
     using Addresses = std::vector<uint64_t>;
-    // Where it begins in `numbers`, its rows, and the numbers of a row; 0: it is a vector.
+    // Where it begins in `finished()`, its rows, and the numbers of a row; 0: it is a vector.
     using Place = std::tuple<int64_t, int64_t, int64_t>;
 
     LaunchTables();
     ~LaunchTables();
     LaunchTables(const LaunchTables&) = delete;
 
-    Numbers& numbers() { return numbers_; }
+    // All of them; from then on none can be made.
+    const Numbers& finished();
     const std::vector<Place>& places() const { return places_; }
     // Blocks of problems: how many there are, and the largest r_i.
     int64_t blocks() const { return ranks_.size(); }
@@ -115,6 +116,7 @@ class LaunchTables {
     void put(std::initializer_list<int64_t> row) { numbers_.insert(numbers_.end(), row); }
     void put(const Numbers& row) { numbers_.insert(numbers_.end(), row.begin(), row.end()); }
 
+    bool finished_ = false;
     Numbers numbers_;
     std::vector<Place> places_;
     std::vector<Problem> problems_;

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from array import array
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from support.shapes import CASES
 from domerge_fast import _C
 from domerge_fast.algebra.side import Side, table
 from domerge_fast.backends.gpu import tables
+from domerge_fast.backends.gpu.host import Gpu
 
 CPU = torch.device("cpu")
 SIZES = (16, 32, 64)
@@ -193,11 +196,11 @@ def test_parts_are_read_in_place_of_what_they_are_of():
     assert made.part_numbers(numbers) == 2 * 368  # 363, from multiples of 16 on
     assert asked == [(33, 11)]
     tiles, work = made.split(1 << 20, 16)
+    out, _ = results([1200, 990, 990])
+    of_products, _ = made.apply(SIZES, (64, 64, 64), out, 4)
     assert rows(made, tiles) == [[k, row] for k in (1, 2) for row in (0, 16, 32)]
     parts = [1 << 20, (1 << 20) + 4 * 368]
     assert rows(made, work) == [[0, 40, 0], [4096, 33, parts[0]], [8192, 33, parts[1]]]
-    out, _ = results([1200, 990, 990])
-    of_products, _ = made.apply(SIZES, (64, 64, 64), out, 4)
     assert [row[0] for row in rows(made, of_products)] == [0, *parts]
 
 
@@ -264,6 +267,44 @@ def test_tables_begin_at_16_bytes_and_keep_their_shapes():
     assert [found[k].tolist() for k in tables_of] == [[1, 2, 3], [[4, 5, 6]], [], [7]]
     assert [x.shape for x in found] == [(3,), (1, 3), (0, 2), (1,)]
     assert all((x.data_ptr() - found[0].data_ptr()) % 16 == 0 for x in found)
+
+
+def test_tables_that_are_read_cannot_become_more():
+    made = _C.LaunchTables()
+    assert made.largest_rank == 0
+    assert tables.upload(CPU, made) == []
+    made.add([1, 2], 0)
+    (found,) = tables.upload(CPU, made)
+    with pytest.raises(RuntimeError, match="more"):
+        made.add([3], 0)
+    del made
+    assert found.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("values", [array("i", [1, 2]), array("f", [1, 2])])
+def test_numbers_of_other_sizes_are_refused(values):
+    with pytest.raises(TypeError):
+        _C.LaunchTables().add(values, 0)
+
+
+def test_the_largest_of_blocks_whatever_lies_beside(monkeypatch):
+    """Dense sides of many modules are read as they are; others become so."""
+    monkeypatch.setattr(Side, "blocks", property(blocks := Mock(side_effect=Side.blocks.fget)))
+    whole = [Side.of(list(torch.ones(6, 3, 5)), (1.0,) * 2, (3, 3), 5, count=3)]
+    moved = Side([torch.ones(3, 5), torch.ones(2, 5)], (1.0, 1.0))
+    gaps = Side([torch.ones(4, 9)[:, :5]], (1.0,))
+    seen: list[list[list[int]]] = []
+
+    class Kernels:
+        def largest(self, dtype, tiles, tops):
+            seen.append(tiles.tolist())
+
+    gpu = Gpu(Kernels)
+    assert gpu.block_largest(whole).shape == (6,)
+    assert not blocks.called
+    assert gpu.block_largest([*whole, moved, gaps]).shape == (9,)
+    assert [row[2] for row in seen[-1]] == [15] * 7 + [10, 20]
+    assert {*(call.args[0] for call in blocks.call_args_list)}.isdisjoint(whole)
 
 
 def test_numbers_that_do_not_agree_are_refused():

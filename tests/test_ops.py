@@ -763,6 +763,13 @@ def test_largest_of_dtypes_side_by_side(backend):
     assert ops.largest([], backend=backend).tolist() == []
 
 
+@pytest.mark.parametrize("backend", AVAILABLE)
+def test_largest_of_no_elements_is_zero(backend):
+    empty = torch.empty(0), torch.empty(3, 0).bfloat16()
+    assert ops.largest(empty, backend=backend).tolist() == [0.0, 0.0]
+    assert ops.largest([torch.ones(3), *empty], backend=backend).tolist() == [1.0, 0.0, 0.0]
+
+
 # All ops
 
 

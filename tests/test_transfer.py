@@ -126,7 +126,7 @@ def plan_of(modules: int, rank: int = 4, n: int = 64, m: int = 32) -> Plan:
 
 
 def groups(plan: Plan, most: int | None) -> list[int]:
-    (found,) = reader._groups(plan, reader.Budget(CPU, most), None, [plan.names])
+    (found,) = reader._groups(plan, reader.Budget(CPU, most), None, [plan.names], False)
     return [len(group) for group in found]
 
 
@@ -166,7 +166,7 @@ def test_the_size_of_groups_does_not_change_the_result(tmp_path):
         assert all(map(torch.equal, whole.factors(name), small.factors(name)))
 
 
-def test_a_device_that_has_the_factors_takes_them_in_larger_groups(monkeypatch):
+def test_what_stays_on_a_gpu_is_merged_in_larger_groups(monkeypatch):
     given = adapters({f"layers.{i}": CASES["odd d"] for i in range(8)})
     plan = Plan.make(given, [1.0] * len(given))
     size = plan.factor_bytes(plan.names[0])
@@ -174,15 +174,18 @@ def test_a_device_that_has_the_factors_takes_them_in_larger_groups(monkeypatch):
     monkeypatch.setattr(reader, "GPU_GROUP_BYTES_IN_PLACE", 4 * size)
     gpu = reader.Budget(torch.device("cuda", 0), most_bytes=1 << 40)
 
-    def groups() -> list[int]:
-        (found,) = reader._groups(plan, gpu, None, [plan.names])
+    def groups(to_host: bool) -> list[int]:
+        with reader.Reader.opened(plan, gpu, to_host) as opened:
+            (found,) = reader._groups(plan, gpu, None, [plan.names], opened.stays)
         return [len(places) for places in found]
 
     assert plan.is_on(CPU)
     assert not plan.is_on(gpu.device)
-    assert groups() == [2] * 4
+    monkeypatch.setattr(reader, "_streams", lambda plan, budget: [])
+    assert groups(False) == groups(True) == [2] * 4
     monkeypatch.setattr(Plan, "is_on", lambda self, device: True)
-    assert groups() == [4] * 2
+    assert groups(False) == [4] * 2
+    assert groups(True) == [2] * 4
 
 
 @pytest.mark.parametrize(

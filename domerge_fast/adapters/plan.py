@@ -32,8 +32,8 @@ GPU_GROUP_BYTES = 256 << 20
 """On a GPU: enough problems for all its multiprocessors, and several groups to overlap."""
 
 GPU_GROUP_BYTES_IN_PLACE = 1 << 30
-"""On a GPU that has the factors: there is nothing to overlap, and a group costs the host
-milliseconds."""
+"""On a GPU that has the factors and keeps the results: there are no copies to overlap with, and a
+group costs the host milliseconds."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any
 
 import torch
@@ -176,18 +175,14 @@ def _own(stacks: Sequence[Stack], backend: str) -> list[tuple[Tensor, Pair]]:
     given: list[Tensor] = []
     for s, *pair in zip(stacks, blocks[::2], blocks[1::2]):
         a, b = (x.view(-1, x.shape[-1]) for x in pair)
-        parts = (_size(s) * a * b).split([r * r for r in s.a.ranks], 1)
-        at = torch.tensor(_diagonals(s.a.ranks), device=a.device)
-        given += [torch.stack([part.sum(1) for part in parts], 1), a[:, at], b[:, at]]
+        sizes = [r * r for r in s.a.ranks]
+        squares = [part.sum(1) for part in (_size(s) * a * b).split(sizes, 1)]
+        given.append(torch.stack(squares, 1))
+        for x in (a, b):
+            grams = [part.unflatten(1, (r, r)) for part, r in zip(x.split(sizes, 1), s.a.ranks)]
+            given.append(torch.cat([g.diagonal(dim1=1, dim2=2) for g in grams], 1))
     rest = iter(gather(given))
     return [(lengths(squares), (a, b)) for squares, a, b in zip(rest, rest, rest)]
-
-
-@functools.cache
-def _diagonals(ranks: tuple[int, ...]) -> list[int]:
-    """Where the diagonals of adapters' Grams lie in what `ops.block_gram` makes."""
-    starts = accumulate([r * r for r in ranks], initial=0)
-    return [at + k * (r + 1) for at, r in zip(starts, ranks) for k in range(r)]
 
 
 def _size(stack: Stack) -> float:

@@ -85,7 +85,7 @@ def run(
     recycling = recycled() if to_host else contextlib.nullcontext()
     with (
         recycling,
-        Reader.opened(plan, budget) as reader,
+        Reader.opened(plan, budget, to_host) as reader,
         Writer.opened(sink, budget.device, reader.streams, to_host) as writer,
     ):
         method = prepared(work.method, _EveryGroup(reader, scaled, passes, units), work.inner)

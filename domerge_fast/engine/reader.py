@@ -48,7 +48,7 @@ def memory(plan: Plan, budget: Budget, work: Work) -> int:
         dense = 2 * plan.dense_bytes(name) if work.dense else 0
         return plan.device_bytes(name, work.settings.dtype) + dense
 
-    (groups,) = _groups(plan, budget, work, [plan.names])
+    (groups,) = _groups(plan, budget, work, [plan.names], plan.is_on(budget.device))
     return max(sum(map(needed, plan.names[at.start : at.stop])) for at in groups)
 
 
@@ -71,16 +71,18 @@ class Reader:
     budget: Budget
     streams: Sequence[torch.cuda.Stream]
     thread: ThreadPoolExecutor | None
+    stays: bool
 
     @classmethod
     @contextlib.contextmanager
-    def opened(cls, plan: Plan, budget: Budget) -> Iterator[Reader]:
+    def opened(cls, plan: Plan, budget: Budget, to_host: bool = False) -> Iterator[Reader]:
+        """to_host: whether results leave the device."""
         streams = _streams(plan, budget)
         if plan.is_on(budget.device):
-            yield cls(plan, budget, streams, None)
+            yield cls(plan, budget, streams, None, not to_host)
             return
         with ThreadPoolExecutor(1, "domerge-read") as thread:
-            yield cls(plan, budget, streams, thread)
+            yield cls(plan, budget, streams, thread, False)
 
     def groups(self, work: Work | None) -> Iterator[list[Stack]]:
         """The stacks of every group, each read and copied while the one before it is worked on."""
@@ -132,7 +134,7 @@ class Reader:
     ) -> Iterator[tuple[list[list[Stack]], int | None]]:
         """The groups in portions, if these are to be apart; with a unit's last group its number."""
         plan, dense = self.plan, work is not None and work.dense
-        of_units = _groups(plan, self.budget, work, units)
+        of_units = _groups(plan, self.budget, work, units, self.stays)
         buffers = Buffers(max(plan.read_bytes(group) for groups in of_units for group in groups))
         ahead: tuple[Callable[[], _Read], int | None] | None = None
         for unit in chosen:
@@ -172,12 +174,13 @@ def _portions(plan: Plan, group: range, dense: bool) -> list[range]:
 
 
 def _groups(
-    plan: Plan, budget: Budget, work: Work | None, units: Sequence[Sequence[str]]
+    plan: Plan, budget: Budget, work: Work | None, units: Sequence[Sequence[str]], stays: bool
 ) -> list[list[range]]:
-    """Of every unit, places in the plan."""
+    """Of every unit, places in the plan. stays: whether factors are on the device, and results stay
+    there."""
     usual = GROUP_BYTES
     if budget.device.type == "cuda":
-        usual = GPU_GROUP_BYTES_IN_PLACE if plan.is_on(budget.device) else GPU_GROUP_BYTES
+        usual = GPU_GROUP_BYTES_IN_PLACE if stays else GPU_GROUP_BYTES
     dtype = work.settings.dtype if work else plan.dtype()
     dense = work is not None and work.dense
     most = budget.most_bytes

@@ -14,7 +14,7 @@ import pytest
 
 import domerge_fast
 from domerge_fast import _C
-from domerge_fast.backends import cpu
+from domerge_fast.backends import cpu, gpu
 from domerge_fast.bench.workloads import Workload
 
 USUAL = 0x3F
@@ -73,6 +73,7 @@ class Stubs:
             Updates=None,
         )
         backend = "domerge_fast.backends.gpu.cuda"
+        patch.setattr(gpu, "cuda", None, raising=False)
         patch.setitem(sys.modules, extension.__name__, extension)
         patch.setattr(domerge_fast, "_cuda", extension, raising=False)
         patch.setitem(sys.modules, backend, sys.modules.get(backend))

@@ -88,7 +88,7 @@ class GpuEntries:
     def entry_counts(self, a: Side, b: Side, prefixes: Sequence[int] | None = None) -> Tensor:
         """Counts of the upper 16 bits of |τ_i|, or of the lower 15 behind a prefix: [T, bins]."""
         with region("entry_counts", a.device) as device:
-            given = [] if prefixes is None else [(tables.numbers(prefixes), 0)]
+            given = [] if prefixes is None else [(prefixes, 0)]
             updates, rest = _upload(a, b, given)
             bins = 1 << (LOW_BITS if given else HIGH_BITS)
             counts = torch.zeros(len(a.blocks), bins, dtype=torch.int64, device=device)
@@ -120,7 +120,7 @@ class GpuEntries:
         if _need_ranks(trims):
             return library.entry_merge(a, b, trims, weights, election, draw, scale)
         with region("entry_merge", a.device) as device:
-            given = [*_rules(trims, draw), (tables.float_bits(weights), 0)]
+            given = [*_rules(trims, draw), (_bits(weights), 0)]
             updates, rest = _upload(a, b, given)
             merged = torch.empty(updates.m, updates.n, device=device)
             rules = next(rest), next(rest), next(rest).view(torch.float64)
@@ -133,24 +133,28 @@ def _need_ranks(trims: Sequence[Trim]) -> bool:
 
 
 def _upload(
-    a: Side, b: Side, others: Sequence[tuple[array[int], int]]
+    a: Side, b: Side, others: Sequence[tuple[Sequence[int], int]]
 ) -> tuple[Updates, Iterator[Tensor]]:
     """The updates and other tables on their device. others: numbers, and how many a row has; 0:
     they are a vector."""
     host = tables.describe([a, b])
     starts = accumulate(a.ranks, initial=0)
-    rows = tables.numbers(chain(*zip(starts, a.ranks, tables.float_bits(b.scales))))
+    rows = [*chain(*zip(starts, a.ranks, _bits(b.scales)))]
     places = [host.made.add(*own) for own in [(rows, 3), *others]]
     table, made = host.uploaded()
     own, *rest = (made[k] for k in places)
     return Updates(table, own, b.d, a.d), iter(rest)
 
 
-def _rules(trims: Sequence[Trim], draw: Draw) -> list[tuple[array[int], int]]:
+def _rules(trims: Sequence[Trim], draw: Draw) -> list[tuple[Sequence[int], int]]:
     """trims and draw as the kernels read them."""
     limits = [[getattr(t, name) for t in trims] for name in ("low", "high", "keep", "gain")]
-    columns = [tables.float_bits(x) for x in limits]
-    rows = zip(*columns, [t.rescale for t in trims], draw.adapters)
+    rows = [*zip(*map(_bits, limits), [t.rescale for t in trims], draw.adapters)]
     word = 0xFFFFFFFF
     key = (draw.seed & word, draw.seed >> 32 & word, draw.module)
-    return [(tables.numbers(chain(*rows)), 2 + len(columns)), (tables.numbers(key), 0)]
+    return [([*chain(*rows)], len(rows[0])), (key, 0)]
+
+
+def _bits(values: Sequence[float]) -> Sequence[int]:
+    """The bits of float64 numbers, as int64."""
+    return array("q", array("d", values).tobytes())

@@ -229,11 +229,12 @@ class Gpu:
 
     def block_largest(self, problems: Sequence[Side]) -> Tensor:
         """`largest` of every block, one after the other."""
-        if not problems or not all(p.is_dense for p in problems):
+        rest = [p for p in problems if not p.is_dense]
+        if not problems or any(x.dtype not in CODES for p in rest for x in p.blocks):
             return self.largest([block for p in problems for block in p.blocks])
-        given, host = table(problems), _C.LaunchTables()
+        given = table([p if p.is_dense else _without_gaps(p) for p in problems])
+        host, count = _C.LaunchTables(), sum([p.modules * len(p.ranks) for p in problems])
         plans = host.block_largest(*given[:3], ITEMSIZES, LARGEST_CHUNK)
-        count = sum([p.modules * len(p.ranks) for p in problems])
         return self._largest(host, plans, count, problems[0].device)
 
     def _largest(
@@ -251,6 +252,12 @@ class Gpu:
             for code, tiles in plans:
                 kernels.largest(FACTOR_DTYPES[code], made[tiles], tops)
         return tops.view(torch.float32).double()
+
+
+def _without_gaps(p: Side) -> Side:
+    """The blocks of all modules as those of one."""
+    blocks = [dense(x) for x in p.blocks]
+    return Side(blocks, (1.0,) * len(blocks)).ready()
 
 
 def _results(

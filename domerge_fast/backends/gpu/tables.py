@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from ... import _C
 from ...algebra.side import Side, table
 
-__all__ = ["HostTable", "Table", "describe", "float_bits", "keeping", "numbers", "upload"]
+__all__ = ["HostTable", "Table", "describe", "keeping", "upload"]
 
 _captured: list[Tensor] = []
 """Host tables that CUDA graphs read again at every replay, of graphs that nobody told of."""
@@ -72,16 +71,6 @@ def describe(problems: Sequence[Side], rows_only: bool = False) -> HostTable:
     return HostTable(made, dtype, even, given.sides)
 
 
-def numbers(values: Iterable[int]) -> array[int]:
-    """int64 numbers."""
-    return array("q", values)
-
-
-def float_bits(values: Sequence[float]) -> array[int]:
-    """The bits of float64 numbers, as int64."""
-    return array("q", array("d", values).tobytes())
-
-
 @contextmanager
 def keeping(tables: list[Tensor]) -> Iterator[None]:
     """Host tables of what is captured meanwhile go there, and are to live as long as the graph."""
@@ -93,12 +82,14 @@ def keeping(tables: list[Tensor]) -> Iterator[None]:
 
 
 def upload(device: torch.device, made: _C.LaunchTables) -> list[Tensor]:
-    """The tables on the device, all of them in one copy that nothing waits for; none can be made
-    any more.
+    """The tables on the device, all of them in one copy that nothing waits for; RuntimeError where
+    more are made then.
 
     The host's copy of what a CUDA graph captures is kept where `keeping` says, or for good: every
     replay reads it.
     """
+    if not made.places:
+        return []
     flat = torch.frombuffer(made, dtype=torch.int64)
     if device.type != "cpu":
         pinned = flat.pin_memory()
