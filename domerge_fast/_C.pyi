@@ -23,7 +23,8 @@ class LaunchTables:
     other in one buffer, which this is. What makes tables returns their numbers. Of every side there
     is one entry in what is said of sides, and in `counts` how many modules it has. sizes: those
     that kernels are padded to, rising: there is a list of tiles for each that serves some. out:
-    addresses of results. The GIL is held; ValueError where numbers do not agree."""
+    addresses of results. The GIL is held. ValueError where numbers do not agree; RuntimeError for a
+    table that is made after the buffer was read."""
 
     places: list[tuple[int, int, int]]
     """Of every table: where it begins, its rows, and the numbers of a row; 0 for a vector."""
