@@ -16,14 +16,13 @@ from domerge_fast.backends.layout import (
     placed,
     recycled,
     side_by_side,
-    together,
 )
 from domerge_fast.storage.buffers import Pieces
 
 
 @pytest.mark.parametrize("counts", [(1, 1), (2, 3, 1)])
 def test_batches_that_follow_each_other_are_one_without_a_copy(counts):
-    results = together([(3, 3)] * len(counts), torch.float32, counts=counts)
+    results, _ = placed([(3, 3)] * len(counts), torch.float32, counts=counts)
     for k, x in enumerate(results):
         x.fill_(k)
     whole = side_by_side(results)
@@ -60,7 +59,7 @@ def test_large_results_are_pieces_that_are_freed_with_the_last_tensor(monkeypatc
     monkeypatch.setattr(layout, "Pieces", Watched)
     size = LEAST if again else LARGE
     with recycled() if again else contextlib.nullcontext():
-        first, second = together([(size, 1), (3, 1)], torch.uint8)
+        (first, second), _ = placed([(size, 1), (3, 1)], torch.uint8)
         address = first.data_ptr()
         assert address % mmap.PAGESIZE == 0
         (pieces,) = made
@@ -69,7 +68,7 @@ def test_large_results_are_pieces_that_are_freed_with_the_last_tensor(monkeypatc
         second.fill_(1)
         del second
         assert (pieces() is not None) == again
-        (other,) = together([(size, 1)], torch.uint8)
+        (other,), _ = placed([(size, 1)], torch.uint8)
         assert len(made) == (1 if again else 2)
         assert not again or other.data_ptr() == address
 
