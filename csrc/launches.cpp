@@ -5,6 +5,8 @@
 #include <map>
 #include <stdexcept>
 
+#include "packed.h"
+
 namespace domerge {
 
 namespace {
@@ -21,12 +23,6 @@ int64_t above(int64_t count, int64_t piece) {
 
 int64_t aligned(int64_t count, int64_t alignment) {
     return above(count, alignment) * alignment;
-}
-
-int64_t nth(std::string_view packed, size_t k) {
-    int64_t found;
-    std::memcpy(&found, packed.data() + sizeof(int64_t) * k, sizeof(int64_t));
-    return found;
 }
 
 // From where the first result begins, in numbers of so many bytes.
@@ -117,13 +113,12 @@ int64_t LaunchTables::describe(std::string_view addresses, std::string_view head
     if (rows.size() != 4 * addresses.size())
         throw std::invalid_argument("one address a row is wanted");
     int64_t first_row = 0, first_block = 0, odd = 0;
-    for (size_t p = 0; 32 * p < heads.size(); ++p) {
-        const int64_t own = nth(heads, 4 * p), rank = nth(heads, 4 * p + 1);
-        const int64_t d = nth(heads, 4 * p + 2), columns = nth(heads, 4 * p + 3);
-        problems_.push_back({first_row, rank, d, first_block, own, columns});
-        first_row += rank;
-        first_block += own;
-        odd |= d & (count - 1);
+    for (size_t p = 0; p < heads.size() / sizeof(Head); ++p) {
+        const auto head = nth<Head>(heads, p);
+        problems_.push_back({first_row, head.rank, head.d, first_block, head.blocks, head.columns});
+        first_row += head.rank;
+        first_block += head.blocks;
+        odd |= head.d & (count - 1);
     }
     if (first_block != static_cast<int64_t>(blocks))
         throw std::invalid_argument("one row a block is wanted");
@@ -133,12 +128,14 @@ int64_t LaunchTables::describe(std::string_view addresses, std::string_view head
     for (const Problem& x : problems_) {
         int64_t start = 0;
         for (int64_t b = x.first_block; b < x.first_block + x.blocks; ++b) {
-            const int64_t at = nth(addresses, b), rank = nth(rows, 4 * b);
-            const int64_t pitch = nth(rows, 4 * b + 1), scale = nth(rows, 4 * b + 3);
-            put({at, pitch, start, scale});
-            ranks_.push_back(rank);
-            start += rank;
-            odd |= (at & 15) | ((rank | pitch) & (count - 1));
+            const auto at = nth<int64_t>(addresses, b);
+            const auto row = nth<Row>(rows, b);
+            int64_t scale;
+            std::memcpy(&scale, &row.scale, sizeof(scale));
+            put({at, row.pitch, start, scale});
+            ranks_.push_back(row.rank);
+            start += row.rank;
+            odd |= (at & 15) | ((row.rank | row.pitch) & (count - 1));
         }
     }
     ended(table);
@@ -376,13 +373,15 @@ std::vector<std::pair<int64_t, int64_t>> LaunchTables::block_largest(std::string
                                                                      int64_t chunk) {
     Addresses at;
     Numbers sizes, codes;
-    for (size_t p = 0; 32 * p < heads.size(); ++p)
-        for (int64_t n = 0; n < nth(heads, 4 * p); ++n) {
-            const size_t b = at.size();
-            at.push_back(nth(addresses, b));
-            sizes.push_back(nth(rows, 4 * b) * nth(heads, 4 * p + 2));
-            codes.push_back(nth(rows, 4 * b + 2));
+    for (size_t p = 0; p < heads.size() / sizeof(Head); ++p) {
+        const auto head = nth<Head>(heads, p);
+        for (int64_t n = 0; n < head.blocks; ++n) {
+            const auto row = nth<Row>(rows, at.size());
+            at.push_back(nth<uint64_t>(addresses, at.size()));
+            sizes.push_back(row.rank * head.d);
+            codes.push_back(row.dtype);
         }
+    }
     return largest(at, sizes, codes, bytes, chunk);
 }
 

@@ -13,7 +13,7 @@ namespace domerge {
 // Owns the descriptors; the data stays with the caller. Addresses are integers, as Python has them.
 class Problems {
  public:
-    // Bytes as domerge_fast/algebra/side.py packs them: the addresses of all blocks, a `Head` for
+    // Bytes as domerge_fast/algebra/side.py packs them: the addresses of all blocks, a `Head` (packed.h) for
     // every problem, a `Row` for every block.
     Problems(std::string_view addresses, std::string_view heads, std::string_view rows);
     const Problem& operator[](int64_t i) const { return problems_[i]; }
@@ -21,18 +21,6 @@ class Problems {
     const std::vector<Problem>& list() const { return problems_; }
 
  private:
-    struct Head {
-        int64_t count;
-        int64_t rank;
-        int64_t d;
-        int64_t columns;
-    };
-    struct Row {
-        int64_t rank;
-        int64_t pitch;
-        int64_t dtype;
-        double scale;
-    };
     std::vector<Block> blocks_;
     std::vector<Problem> problems_;
 };

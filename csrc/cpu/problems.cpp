@@ -1,22 +1,10 @@
 // The descriptors of problems, from the bytes in which Python packs them.
-#include <cstring>
 #include <stdexcept>
 
+#include "../packed.h"
 #include "dispatch.h"
 
 namespace domerge {
-
-namespace {
-
-// One of what lies in these bytes, one after the other.
-template <class T>
-T nth(std::string_view bytes, size_t k) {
-    T found;
-    std::memcpy(&found, bytes.data() + k * sizeof(T), sizeof(T));
-    return found;
-}
-
-}  // namespace
 
 Problems::Problems(std::string_view addresses, std::string_view heads, std::string_view rows) {
     const size_t count = addresses.size() / sizeof(uint64_t);
@@ -32,10 +20,10 @@ Problems::Problems(std::string_view addresses, std::string_view heads, std::stri
     size_t first = 0;
     for (size_t p = 0; p < heads.size() / sizeof(Head); ++p) {
         const auto head = nth<Head>(heads, p);
-        if (first + head.count > blocks_.size()) throw std::invalid_argument("too few rows");
+        if (first + head.blocks > blocks_.size()) throw std::invalid_argument("too few rows");
         problems_.push_back(
-            Problem{&blocks_[first], head.count, head.rank, head.d, head.columns != 0});
-        first += head.count;
+            Problem{&blocks_[first], head.blocks, head.rank, head.d, head.columns != 0});
+        first += head.blocks;
     }
 }
 
