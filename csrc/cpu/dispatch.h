@@ -13,8 +13,8 @@ namespace domerge {
 // Owns the descriptors; the data stays with the caller. Addresses are integers, as Python has them.
 class Problems {
  public:
-    // Bytes as domerge_fast/algebra/side.py packs them: the addresses of all blocks, a `Head` (packed.h) for
-    // every problem, a `Row` for every block.
+    // Bytes as packed.h has them: the addresses of all blocks, a `Head` for every problem, a `Row`
+    // for every block.
     Problems(std::string_view addresses, std::string_view heads, std::string_view rows);
     const Problem& operator[](int64_t i) const { return problems_[i]; }
     int64_t size() const { return static_cast<int64_t>(problems_.size()); }
